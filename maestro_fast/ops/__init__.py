@@ -1,0 +1,35 @@
+"""The functional API: every op of a GRPO step, usable from any loop.
+
+Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V vocabulary.
+"""
+
+from maestro_fast.ops.backend import SERVED_BY
+from maestro_fast.ops.conductor_weights import ConductorParams, ConductorSample, conductor_weights
+from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
+from maestro_fast.ops.groups import Groups
+from maestro_fast.ops.maestro_advantages import maestro_advantages
+from maestro_fast.ops.pack_sequences import pack_sequences
+from maestro_fast.ops.policy_loss import PolicyLoss, PolicyLossConfig, policy_loss
+from maestro_fast.ops.pool_hidden import pool_hidden
+from maestro_fast.ops.profiles import PROFILES, AdvantageProfile
+from maestro_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
+
+__all__ = [
+    "PROFILES",
+    "SERVED_BY",
+    "AdvantageProfile",
+    "ConductorParams",
+    "ConductorSample",
+    "GroupAdvantages",
+    "Groups",
+    "PolicyLoss",
+    "PolicyLossConfig",
+    "TokenLogprobs",
+    "conductor_weights",
+    "group_advantages",
+    "maestro_advantages",
+    "pack_sequences",
+    "policy_loss",
+    "pool_hidden",
+    "token_logprobs",
+]

@@ -1,0 +1,168 @@
+"""The Conductor's forward: reward weights per response from its context vector.
+
+    z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
+    sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
+
+The head is linear, d -> K, or d -> H -> GELU (erf) -> K. Log-probs and entropy are of p, not of q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.philox import uniform
+from maestro_fast.ops.tensors import without_autocast
+
+WeightMode = Literal["sample", "soft"]
+
+
+@dataclass(frozen=True)
+class ConductorParams:
+    """Parameters of the head, float32 (float64 for a reference).
+
+    Attributes:
+        mean, rstd: [d], standardisation of h, frozen between updates.
+        weight, bias: [K, d] or [K, H] and [K], the last layer; zeros mean equal weights.
+        hidden_weight, hidden_bias: [H, d] and [H] of an MLP head, or None for a linear one.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    hidden_weight: Tensor | None = None
+    hidden_bias: Tensor | None = None
+
+    @property
+    def num_rewards(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """z [B, K] of contexts [B, d]."""
+        x = (h.to(self.weight.dtype) - self.mean) * self.rstd
+        with without_autocast(h):
+            if self.hidden_weight is not None:
+                x = functional.gelu(functional.linear(x, self.hidden_weight, self.hidden_bias))
+            return functional.linear(x, self.weight, self.bias)
+
+
+class ConductorSample(NamedTuple):
+    """What the Conductor chose: weights [B, K], actions int64 [B], log_probs [B], entropy [B] in nats, probs [B, K]."""
+
+    weights: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    probs: Tensor
+
+
+def conductor_weights(
+    h: Tensor,
+    params: ConductorParams,
+    *,
+    tau: float = 1.0,
+    min_prob: float = 0.05,
+    alpha: float = 0.3,
+    mode: WeightMode = "sample",
+    seed: int = 0,
+    step: int = 0,
+    offset: int = 0,
+    backend: Backend | None = None,
+) -> ConductorSample:
+    """Weights of K rewards for each of B responses.
+
+    Args:
+        h: [B, d] contexts, any floating dtype.
+        params: the head.
+        tau: temperature of the softmax.
+        min_prob: floor m of every action's probability, 0 <= m < 1 / K.
+        alpha: how far a sampled action moves the weights from equal to one-hot, in (0, 1].
+        mode: "sample" draws an action per response; "soft" takes the probabilities as weights.
+        seed, step, offset: key of the draws; ``offset`` is the global index of the first response, so that a batch
+            that is split over processes draws what it would have drawn whole.
+        backend: None or "torch".
+
+    Returns:
+        ``ConductorSample``; log_probs, entropy and probs are differentiable in ``params``, in soft mode weights too.
+
+    Raises:
+        ValueError: shapes, devices, or a number out of its range.
+        TypeError: dtypes.
+    """
+    resolve("conductor_weights", backend)
+    _check(h, params, tau, min_prob, alpha, mode)
+    probs = action_probs(params.logits(h), tau, min_prob)
+    if mode == "soft":
+        actions = probs.detach().argmax(-1)
+        weights = probs
+    else:
+        u = uniform(seed, step, offset, h.shape[0], h.device)
+        actions = _inverse_cdf(probs.detach(), u)
+        equal = (1.0 - alpha) / params.num_rewards
+        weights = equal + alpha * functional.one_hot(actions, params.num_rewards).to(probs.dtype)
+    possible = probs > 0  # without a floor a probability may be 0, where log has no finite derivative
+    log = torch.where(possible, torch.where(possible, probs, 1.0).log(), float("-inf"))
+    entropy = -torch.where(possible, probs * torch.where(possible, log, 0.0), 0.0).sum(-1)
+    return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)
+
+
+def action_probs(logits: Tensor, tau: float, min_prob: float) -> Tensor:
+    """p = (1 - K m) softmax(z / tau) + m over the last axis."""
+    return (1.0 - logits.shape[-1] * min_prob) * (logits / tau).softmax(-1) + min_prob
+
+
+def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """The first action whose cumulative probability exceeds u; sequential sum, as every backend does it."""
+    total = torch.zeros_like(probs[:, 0])
+    actions = torch.zeros_like(probs[:, 0], dtype=torch.int64)
+    for k in range(probs.shape[1] - 1):
+        total = total + probs[:, k]
+        actions = actions + (u >= total)
+    return actions
+
+
+def _check(h: Tensor, params: ConductorParams, tau: float, min_prob: float, alpha: float, mode: str) -> None:
+    if not h.is_floating_point():
+        raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
+    _check_params(h, params)
+    if not tau > 0:
+        raise ValueError(f"tau: {tau}, expected a positive number")
+    if not 0 <= min_prob < 1 / params.num_rewards:
+        raise ValueError(f"min_prob: {min_prob}, expected 0 <= min_prob < 1 / K = {1 / params.num_rewards:.4g}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha: {alpha}, expected 0 < alpha <= 1")
+    if mode not in ("sample", "soft"):
+        raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
+
+
+def _check_params(h: Tensor, params: ConductorParams) -> None:
+    if h.ndim != 2 or h.shape[1:] != params.mean.shape:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
+    if (params.hidden_weight is None) != (params.hidden_bias is None):
+        raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
+    size, actions = h.shape[1], params.weight.shape[0]
+    inner = size if params.hidden_weight is None else params.hidden_weight.shape[0]
+    expected = {
+        "rstd": (size,),
+        "weight": (actions, inner),
+        "bias": (actions,),
+        "hidden_weight": (inner, size),
+        "hidden_bias": (inner,),
+    }
+    for item in fields(params):
+        tensor = getattr(params, item.name)
+        if tensor is None:
+            continue
+        shape = expected.get(item.name, (size,))
+        if tensor.shape != shape:
+            raise ValueError(f"params.{item.name}: shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != params.weight.dtype or not tensor.is_floating_point():
+            raise TypeError(f"params.{item.name}: dtype {tensor.dtype}, expected one floating dtype for all")
+        if tensor.device != h.device:
+            raise ValueError(f"params.{item.name}: on {tensor.device}, expected {h.device} as h")

@@ -1,0 +1,51 @@
+"""What the tests of several ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, *, epsilon: float) -> None:
+    """Error of ours <= error of the plain op in the same dtype + epsilon, both against float64 and at their worst."""
+    assert ours.shape == truth.shape and truth.dtype == torch.float64
+    if truth.numel() == 0:
+        return
+    error = (ours.double() - truth).abs()
+    allowed = (plain.double() - truth).abs().max() + epsilon
+    if bool((error <= allowed).all()):  # False for NaN
+        return
+    worst = int(torch.where(error.isnan(), float("inf"), error).argmax())
+    got, expected = ours.flatten()[worst].item(), truth.flatten()[worst].item()
+    raise AssertionError(f"element {worst}: {got!r}, truth {expected!r}, allowed error {allowed.item():.3g}")
+
+
+def assert_same_compiled(function: Callable[..., Any], *args: Tensor) -> None:
+    """One graph without a break gives bitwise the same tensors as eager mode, gradients of the inputs included."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(outputs_and_gradients(compiled, *args), outputs_and_gradients(function, *args), strict=True):
+        assert torch.equal(ours, eager), (ours, eager)
+
+
+def outputs_and_gradients(function: Callable[..., Any], *args: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in args]
+    outputs = [x for x in pytree.tree_leaves(function(*leaves)) if isinstance(x, Tensor)]
+    wanted = [x for x in leaves if x.requires_grad]
+    if not wanted:
+        return outputs
+    total = torch.stack([x.square().sum() for x in outputs if x.requires_grad]).sum()
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, wanted))
+
+
+def assert_same_fake(function: Callable[..., Any], *args: Tensor) -> None:
+    """Under a fake mode the op needs no values and announces the shapes and dtypes that it really returns."""
+    with FakeTensorMode() as mode:
+        fakes = function(*(mode.from_tensor(x) for x in args))
+    for fake, real in zip(pytree.tree_leaves(fakes), pytree.tree_leaves(function(*args)), strict=True):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

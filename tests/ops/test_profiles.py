@@ -1,0 +1,57 @@
+"""Profiles by name, and the combinations that an AdvantageProfile refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from maestro_fast.ops import PROFILES, AdvantageProfile
+from maestro_fast.ops.profiles import resolve_profile
+
+
+def test_names_resolve_and_profiles_pass_through() -> None:
+    assert all(resolve_profile(name) is profile for name, profile in PROFILES.items())
+    own = AdvantageProfile(score_scale="none")
+    assert resolve_profile(own) is own
+
+
+def test_the_default_is_maestro() -> None:
+    assert AdvantageProfile() == PROFILES["maestro"]
+
+
+def test_only_maestro_has_the_kl_in_the_score_and_renormalizes() -> None:
+    assert [name for name, profile in PROFILES.items() if profile.kl_in == "score"] == ["maestro"]
+    assert [name for name, profile in PROFILES.items() if profile.missing == "renormalize"] == ["maestro"]
+
+
+def test_profiles_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PROFILES["grpo"].ddof = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reward_center", "prompt"),
+        ("reward_scale", "leave_one_out"),
+        ("score_center", None),
+        ("score_scale", "leave_one_out"),
+        ("reward_eps", -1e-9),
+        ("score_eps", float("nan")),
+        ("ddof", 2),
+        ("missing", "drop"),
+        ("kl_in", "reward"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        AdvantageProfile(**{field: value})
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^profile: 'GRPO', expected one of maestro, grpo"):
+        resolve_profile("GRPO")
+    with pytest.raises(TypeError, match=r"^profile: got int"):
+        resolve_profile(3)  # type: ignore[arg-type]
