@@ -1,0 +1,190 @@
+"""Generation with transformers' own ``generate``: needs nothing else, runs everywhere, slow on large models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from maestro_fast.generation.generator import SamplingConfig
+from maestro_fast.records import Prompts, Rollouts, Text
+
+
+class TransformersGenerator:
+    """Samples from the training model itself, so nothing has to be synchronised."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, synced_gpus: bool = False
+    ) -> None:
+        """``synced_gpus``: keep all processes in the loop until the last has finished; sharded weights need it."""
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.synced_gpus = synced_gpus
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
+        """See ``Generator.generate``. ``model``: a causal language model of transformers, left as it was."""
+        stops = stop_ids(model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(stops)
+        device = next(model.parameters()).device
+        input_ids, attention_mask = left_padded(prompts.token_ids, pad)
+        recorder = _LogprobRecorder()
+        watcher = _StopStrings(self.tokenizer, self.sampling.stop, input_ids.shape[1])
+        devices = [device] if device.type == "cuda" else []
+        with _as_sampler(model), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            sequences: Tensor = model.generate(  # type: ignore[operator]
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=self._generation_config(stops, pad),
+                logits_processor=self._processors(recorder),
+                stopping_criteria=StoppingCriteriaList([watcher] if self.sampling.stop else []),
+                synced_gpus=self.synced_gpus,
+            )
+        sampled = sequences[:, input_ids.shape[1] :]
+        return self._rollouts(prompts, sampled.cpu(), recorder.finish(sampled).cpu(), stops, watcher.ends)
+
+    def _generation_config(self, stops: set[int], pad: int) -> GenerationConfig:
+        # the truncations of ``sampling`` are processors of ours: those of transformers would come behind the recorder
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=sorted(stops),
+            pad_token_id=pad,
+            use_cache=True,
+        )
+
+    def _processors(self, recorder: _LogprobRecorder) -> LogitsProcessorList:
+        sampling = self.sampling
+        processors: list[LogitsProcessor] = []
+        if sampling.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        return LogitsProcessorList([*processors, recorder])
+
+    def _rollouts(
+        self, prompts: Prompts, sampled: Tensor, logprobs: Tensor, stops: set[int], string_ends: dict[int, int]
+    ) -> Rollouts:
+        completion_ids, kept, truncated = [], [], []
+        for i, (row, row_logprobs) in enumerate(zip(sampled.tolist(), logprobs, strict=True)):
+            # whichever came first: a row that ended by a string is padded, perhaps with an id that ends responses
+            ends = [n + 1 for n, token in enumerate(row) if token in stops][:1]
+            ends += [string_ends[i]] if i in string_ends else []
+            length = min(ends, default=len(row))
+            truncated.append(not ends)
+            completion_ids.append(row[:length])
+            kept.append(row_logprobs[:length])
+        decoded = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions: list[Text] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts.texts, decoded, strict=True)
+        ]
+        return Rollouts(prompts, completion_ids, completions, torch.tensor(truncated), torch.cat(kept))
+
+
+@contextmanager
+def _as_sampler(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and a generation config without settings of the model's own, which would shape the distribution
+    (``generate`` falls back on them); everything as before afterwards."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    owned = [(module, vars(module)["generation_config"]) for module in modules if "generation_config" in vars(module)]
+    try:
+        model.eval()
+        for module, _ in owned:
+            module.generation_config = GenerationConfig()  # type: ignore[assignment]
+        yield
+    finally:
+        for module, own in owned:
+            module.generation_config = own
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a response with the token that completes a stop string.
+
+    Transformers' own criterion also counts what the prompt ended with, and does not tell which rows it stopped.
+
+    Attributes:
+        ends: of each row that a string ended, its length in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str], prompt_width: int) -> None:
+        self.ends: dict[int, int] = {}
+        self._tokenizer = tokenizer
+        self._strings = strings
+        self._prompt_width = prompt_width
+        # a token is one byte at least; the margin is for a character cut at the window's start and for empty tokens
+        self._window = max((len(string.encode()) for string in strings), default=0) + 8
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        length = input_ids.shape[1] - self._prompt_width
+        for i, tail in enumerate(input_ids[:, -min(length, self._window) :].tolist()):
+            if i not in self.ends:
+                text = self._tokenizer.decode(tail)
+                if any(string in text for string in self._strings):
+                    self.ends[i] = length
+        return torch.tensor([i in self.ends for i in range(len(input_ids))], device=input_ids.device)
+
+
+class _LogprobRecorder(LogitsProcessor):
+    """Last in the list: keeps the log-prob of each sampled token, and only one step's distribution at a time."""
+
+    def __init__(self) -> None:
+        self._chosen: list[Tensor] = []
+        self._distribution: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self._distribution is not None:
+            self._chosen.append(self._distribution.gather(1, input_ids[:, -1:]))
+        self._distribution = scores.float().log_softmax(-1)
+        return scores
+
+    def finish(self, sampled: Tensor) -> Tensor:
+        """float32 [B, L] for the sampled tokens [B, L]."""
+        if self._distribution is not None:
+            self._chosen.append(self._distribution.gather(1, sampled[:, -1:]))
+        return torch.cat(self._chosen, dim=1)
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token id that ends a response: the tokenizer's and those of the model's generation config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id} | set(listed if isinstance(listed, list) else [listed])
+    ids.discard(None)
+    if not ids:
+        raise ValueError("tokenizer: has no eos_token_id, and neither has the model's generation config")
+    return ids
+
+
+def left_padded(token_ids: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """int64 ids and mask, both [B, L], padding on the left."""
+    width = max(map(len, token_ids))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in token_ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in token_ids])
+    return ids, mask

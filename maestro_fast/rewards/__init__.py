@@ -1,0 +1,25 @@
+"""Rewards over a batch of completions: built-in ones, any function with TRL's signature, and sets of them."""
+
+from maestro_fast.rewards.build import KINDS, RewardSpec, build_rewards
+from maestro_fast.rewards.entropy import EntropyReward
+from maestro_fast.rewards.format import FormatReward, split_tags
+from maestro_fast.rewards.function import FunctionReward, load_function
+from maestro_fast.rewards.length import LengthReward
+from maestro_fast.rewards.perplexity import PerplexityReward
+from maestro_fast.rewards.reward import Reward, RewardSet, RewardValues
+
+__all__ = [
+    "KINDS",
+    "EntropyReward",
+    "FormatReward",
+    "FunctionReward",
+    "LengthReward",
+    "PerplexityReward",
+    "Reward",
+    "RewardSet",
+    "RewardSpec",
+    "RewardValues",
+    "build_rewards",
+    "load_function",
+    "split_tags",
+]

@@ -1,0 +1,99 @@
+"""Does a completion have the wanted form: tags in order, or a pattern.
+
+    <think> the reasoning </think> <answer> the answer </answer>
+
+is the form by default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from maestro_fast.records import RewardBatch, plain_text
+
+
+@dataclass(frozen=True)
+class FormatReward:
+    """1 for a completion of the wanted form, else 0 or partial credit.
+
+    The form is: every tag of ``tags`` opened once and closed once, in this order, nothing but whitespace
+    outside. With ``partial`` a completion that misses it gets 0.5 * w / T for w of T tags that are
+    well-formed: opened once, then closed once. So well-formed tags share half of the reward, whatever their
+    order and surroundings; the tag counts of open-r1 and the soft format rewards in wide use are of this
+    kind, and like theirs it never needs the answer to be right.
+
+    Attributes:
+        tags: names of the tags, without brackets.
+        partial: gives partial credit.
+        pattern: instead of tags, a regular expression that has to match the whole completion (a dot also
+            matches a line break).
+        name: the reward's name.
+
+    Raises:
+        ValueError: no tags, a tag twice or of odd characters, an invalid pattern, or ``partial`` beside a
+            pattern.
+    """
+
+    tags: Sequence[str] = ("think", "answer")
+    partial: bool = False
+    pattern: str | None = None
+    name: str = "format"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_policy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_tags(self.tags)
+        if self.pattern is None:
+            return
+        if self.partial:
+            raise ValueError("partial: True beside a pattern, expected False: a pattern matches or does not")
+        try:
+            re.compile(self.pattern, re.DOTALL)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"pattern: {self.pattern!r} is not a regular expression: {error}") from error
+
+    def __call__(self, batch: RewardBatch) -> list[float]:
+        return [self._score(plain_text(completion)) for completion in batch.completions]
+
+    def _score(self, text: str) -> float:
+        if self.pattern is not None:
+            return float(re.fullmatch(self.pattern, text, re.DOTALL) is not None)
+        if match_tags(text, self.tags) is not None:
+            return 1.0
+        if not self.partial:
+            return 0.0
+        return 0.5 * sum(_well_formed(text, tag) for tag in self.tags) / len(self.tags)
+
+
+def split_tags(text: str, tags: Sequence[str] = ("think", "answer")) -> dict[str, str] | None:
+    """What stands in each tag, without the whitespace around it; None if ``text`` does not have the form."""
+    match = match_tags(text, tags)
+    return None if match is None else {tag: match[i].strip() for i, tag in enumerate(tags, start=1)}
+
+
+def match_tags(text: str, tags: Sequence[str]) -> re.Match[str] | None:
+    """A match of the whole ``text`` whose group i is the content of the i-th tag; None without the form."""
+    if not all(_well_formed(text, tag) for tag in tags):
+        return None
+    blocks = [rf"\s*<{re.escape(tag)}>(.*?)</{re.escape(tag)}>\s*" for tag in tags]
+    return re.fullmatch("".join(blocks), text, re.DOTALL)
+
+
+def check_tags(tags: Sequence[str]) -> None:
+    """Raises ValueError unless ``tags`` are distinct names."""
+    if not isinstance(tags, Sequence) or isinstance(tags, str) or not tags:
+        raise ValueError(f"tags: {tags!r}, expected a list of names")
+    for tag in tags:
+        if not isinstance(tag, str) or not re.fullmatch(r"[\w:.|-]+", tag):
+            raise ValueError(f"tags: {tag!r}, expected a name without brackets, such as 'think'")
+    if len(set(tags)) < len(tags):
+        raise ValueError(f"tags: {tags!r}, expected distinct names")
+
+
+def _well_formed(text: str, tag: str) -> bool:
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    return text.count(opening) == 1 and text.count(closing) == 1 and text.index(opening) < text.index(closing)

@@ -1,0 +1,170 @@
+"""How well the policy predicts the reference answer after its own reasoning (NOVER, arXiv 2505.16022).
+
+    P = exp(-(sum_i log pi(g_i | prompt, reasoning, g_<i)) / (len(g) * n(t))),   n(t) = max(1, 1 + log len(t))
+
+g is the reference, t the reasoning. The logarithms are natural, and n(t) = 1 where the reasoning is empty.
+n(t) favours longer reasoning: set a length reward against it. (The code that NOVER's authors released takes
+log10 in n(t) and counts the answer's tags as part of g.)
+
+len(g) is the number of tokens that were scored. len(t) is in tokens too: the share of the completion's
+characters that are reasoning, times the completion's tokens. Counting exactly would need the text tokenised
+once more; 10 % more or fewer tokens move n(t) by about 0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.rewards.format import check_tags, match_tags
+
+Transform = Literal["neg_log", "rank"]
+
+
+class _Query(NamedTuple):
+    """What to score for one row: the reference behind what the policy wrote before its answer."""
+
+    row: int
+    prefix: str
+    continuation: str
+    reasoning_tokens: float
+
+
+@dataclass(frozen=True)
+class PerplexityReward:
+    """-log P of the reference, or its rank in the group.
+
+    The policy scores the reference in the place of its own answer: behind the prompt and its completion up to
+    and including the opening tag of the answer and the whitespace that it wrote there. Spaces at the end of
+    that move to the front of the reference, for tokenisers join a space with the word that follows. All rows
+    go through ``batch.score_texts`` in exactly one call, also when there are none: it may be a collective.
+
+    A row abstains where its reference is None or blank, and where the completion lacks the format of
+    ``tags``. With ``require_format=False`` such a completion is reasoning as a whole, and the reference
+    follows behind ``separator``.
+
+    Attributes:
+        tags: the last one holds the answer, those before it the reasoning.
+        reference: the column of reference answers (strings or numbers).
+        require_format: see above.
+        separator: see above.
+        transform: "neg_log" gives -log P, which is 0 at best. "rank" gives (l + e / 2) / (n - 1), where l of
+            the n scored rows of the group are worse and e others equal: 1 for the best, 0 for the worst, 0.5
+            for one that is alone. A group is a run of rows with equal prompt and reference.
+        name: the reward's name.
+
+    Raises:
+        ValueError: fewer than two tags, an unknown transform. When called: no score_texts, no column of that
+            name, or score_texts did not return tokens for every text.
+        TypeError: a reference that is neither string nor number.
+    """
+
+    tags: Sequence[str] = ("think", "answer")
+    reference: str = "reference"
+    require_format: bool = True
+    separator: str = "\n"
+    transform: Transform = "neg_log"
+    name: str = "perplexity"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_policy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_tags(self.tags)
+        if len(self.tags) < 2:
+            raise ValueError(f"tags: {self.tags!r}, expected one for the reasoning and one for the answer")
+        if self.transform not in get_args(Transform):
+            raise ValueError(f"transform: {self.transform!r}, expected one of {get_args(Transform)}")
+
+    def __call__(self, batch: RewardBatch) -> list[float | None]:
+        references = self._references(batch)
+        rows = range(len(batch))
+        queries = [q for q in (self._query(batch, row, references[row]) for row in rows) if q is not None]
+        values: list[float | None] = [None] * len(batch)
+        for query, logprobs in zip(queries, self._score(batch, queries), strict=True):
+            values[query.row] = neg_log_perplexity(logprobs, query.reasoning_tokens)
+        if self.transform == "neg_log":
+            return values
+        groups = groupby(rows, key=lambda row: (batch.prompts[row], references[row]))
+        return [rank for _, group in groups for rank in _ranks([values[row] for row in group])]
+
+    def _references(self, batch: RewardBatch) -> list[str]:
+        """B references, "" where there is none."""
+        if self.reference not in batch.columns:
+            raise ValueError(
+                f"reward {self.name!r}: the data have no column {self.reference!r}; the columns are "
+                f"{', '.join(sorted(batch.columns)) or 'none'}"
+            )
+        column = batch.columns[self.reference]
+        for row, value in enumerate(column):
+            if not isinstance(value, (str, int, float, type(None))):
+                raise TypeError(
+                    f"reward {self.name!r}: row {row} of the column {self.reference!r} is a "
+                    f"{type(value).__name__}, expected a string, a number or None"
+                )
+        return ["" if value is None else str(value).strip() for value in column]
+
+    def _query(self, batch: RewardBatch, row: int, reference: str) -> _Query | None:
+        text = plain_text(batch.completions[row])
+        match = match_tags(text, self.tags)
+        if not reference or (match is None and self.require_format):
+            return None
+        if match is None:
+            prefix, characters = text + self.separator, len(text)
+        else:
+            answer = match[len(self.tags)]
+            blank = len(answer) - len(answer.lstrip())
+            prefix = text[: match.start(len(self.tags)) + blank]
+            characters = sum(len(part.strip()) for part in match.groups()[:-1])
+        tokens = len(batch.completion_ids[row]) * characters / max(1, len(text))
+        spaces = len(prefix) - len(prefix.rstrip(" "))
+        return _Query(row, prefix[: len(prefix) - spaces], " " * spaces + reference, tokens)
+
+    def _score(self, batch: RewardBatch, queries: list[_Query]) -> list[Tensor]:
+        """Log-probs of each continuation's tokens."""
+        if batch.score_texts is None:
+            raise ValueError(
+                f"reward {self.name!r}: score_texts is missing: only a training step has the policy for it"
+            )
+        scored = batch.score_texts(
+            [batch.prompts[query.row] for query in queries],
+            [query.prefix for query in queries],
+            [query.continuation for query in queries],
+        )
+        if len(scored) != len(queries):
+            raise ValueError(f"reward {self.name!r}: score_texts returned {len(scored)} of {len(queries)} texts")
+        for query, logprobs in zip(queries, scored, strict=True):
+            if logprobs.ndim != 1 or not logprobs.numel():
+                raise ValueError(
+                    f"reward {self.name!r}: score_texts returned shape {tuple(logprobs.shape)} for row "
+                    f"{query.row}, expected one log-prob per token of the reference"
+                )
+        return scored
+
+
+def neg_log_perplexity(logprobs: Tensor, reasoning_tokens: float) -> float:
+    """-log P of the module's formula.
+
+    Args:
+        logprobs: [len(g)], nats, not empty.
+        reasoning_tokens: len(t), tokens; 0 for empty reasoning.
+    """
+    norm = 1.0 if reasoning_tokens <= 0 else max(1.0, 1.0 + math.log(reasoning_tokens))
+    return float(logprobs.double().mean()) / norm
+
+
+def _ranks(values: list[float | None]) -> list[float | None]:
+    """Ranks in [0, 1] of one group, the highest value first; ties share the mean of their ranks."""
+    live = [value for value in values if value is not None]
+
+    def rank(value: float) -> float:
+        worse, equal = sum(other < value for other in live), live.count(value) - 1
+        return 0.5 if len(live) == 1 else (worse + equal / 2) / (len(live) - 1)
+
+    return [None if value is None else rank(value) for value in values]

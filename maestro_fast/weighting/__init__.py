@@ -1,0 +1,22 @@
+"""Weight policies: who decides how much each reward counts."""
+
+from maestro_fast.weighting.build import POLICIES, build_weight_policy
+from maestro_fast.weighting.conductor import Conductor, ConductorConfig
+from maestro_fast.weighting.equal import Equal
+from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting.random import Random
+from maestro_fast.weighting.static import Static
+
+__all__ = [
+    "POLICIES",
+    "Conductor",
+    "ConductorConfig",
+    "Equal",
+    "Outcome",
+    "Random",
+    "Static",
+    "WeightContext",
+    "WeightPolicy",
+    "Weights",
+    "build_weight_policy",
+]
