@@ -1,0 +1,21 @@
+"""The trainer and what it is made of."""
+
+from maestro_fast.training.batches import BatchConfig
+from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
+from maestro_fast.training.data import DataConfig, PromptDataset, load_prompts
+from maestro_fast.training.run import train
+from maestro_fast.training.trainer import MaestroTrainer, Method
+
+__all__ = [
+    "BatchConfig",
+    "DataConfig",
+    "MaestroTrainer",
+    "Method",
+    "ModelConfig",
+    "PromptDataset",
+    "TrainConfig",
+    "load_prompts",
+    "parse_config",
+    "read_config",
+    "train",
+]

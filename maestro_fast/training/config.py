@@ -1,0 +1,115 @@
+"""A training run as one YAML file: sections that belong to the packages they configure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from maestro_fast.generation import SamplingConfig
+from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.settings import SettingsError, build, override
+from maestro_fast.training.batches import BatchConfig
+from maestro_fast.training.data import DataConfig
+from maestro_fast.training.trainer import Method
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA adapters (needs the extra ``peft``); ``target_modules`` as in ``peft.LoraConfig``."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+        path: a local directory or a hub name, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        attention: for transformers' ``attn_implementation``; "auto" takes flash_attention_2 if flash-attn can be
+            imported and a CUDA device is there, else sdpa.
+        lora: adapters; without them all weights are trained.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str = "auto"
+    lora: LoraSettings | None = None
+
+
+@dataclass(frozen=True)
+class AdvantagesConfig:
+    """How rewards become advantages: a profile's name, see ``ops.PROFILES``."""
+
+    profile: str = "maestro"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+        run_dir: where everything goes that the run produces; must not hold another run.
+        rewards: entries for ``rewards.build_rewards``.
+        weights: entry for ``weighting.build_weight_policy``.
+        loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
+        trainer: fields of ``transformers.TrainingArguments``.
+        seed: of the data order, the sampling and the trainer.
+    """
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    rewards: list[Any]
+    weights: Any = "equal"
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def method(self) -> Method:
+        return Method(self.sampling, self.batch, self.loss, self.advantages.profile, self.seed)
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file with ``--a.b value`` pairs set in it.
+
+    Raises:
+        SettingsError: no such file, no mapping, or an override without a value.
+    """
+    if not path.is_file():
+        raise SettingsError(f"config: no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"config: {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"config: {path} holds {type(values).__name__}, expected a mapping")
+    rest = list(overrides)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or len(name) == 2:
+            raise SettingsError(f"{name}: expected --section.setting VALUE")
+        name, equals, text = name[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise SettingsError(f"{name}: missing its value")
+            text = rest.pop(0)
+        override(values, name, yaml.safe_load(text))
+    return values
+
+
+def parse_config(values: dict[str, Any]) -> TrainConfig:
+    """A ``TrainConfig`` from a mapping; errors name the setting."""
+    return build(TrainConfig, values)

@@ -1,0 +1,175 @@
+"""Prompts from JSONL, Parquet or whatever ``datasets.load_dataset`` takes, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from maestro_fast.records import Prompts, Text
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the prompts are.
+
+    Attributes:
+        path: a .jsonl or .parquet file, else a name or directory for ``datasets.load_dataset``.
+        split: of the latter.
+        prompt_column: holds a string, or a list of {"role", "content"} messages, to which the chat template is applied.
+        family_column: names the task family of a prompt for logs and reports; None: "family" where there is one.
+        max_prompt_tokens: a longer prompt is an error; None: no limit.
+        limit: use the first so many rows only.
+    """
+
+    path: str
+    split: str = "train"
+    prompt_column: str = "prompt"
+    family_column: str | None = None
+    max_prompt_tokens: int | None = None
+    limit: int | None = None
+
+
+class PromptDataset(Dataset[Row]):
+    """Rows with a prompt column; every other column goes to the rewards."""
+
+    def __init__(self, rows: Sequence[Row], prompt_column: str = "prompt", family_column: str | None = None) -> None:
+        """
+        Raises:
+            ValueError: no rows, no such column, or a prompt that is neither text nor messages (its row is named).
+        """
+        if not rows:
+            raise ValueError("data.path: holds no rows, expected at least one prompt")
+        if family_column is not None and family_column not in rows[0]:
+            raise ValueError(f"data.family_column: no column {family_column!r}, columns are {', '.join(rows[0])}")
+        for i, row in enumerate(rows):
+            if prompt_column not in row:
+                raise ValueError(
+                    f"data.prompt_column: no column {prompt_column!r} in row {i}, columns are {', '.join(row)}"
+                )
+            _check_prompt(row[prompt_column], i)
+        self.rows = list(rows)
+        self.prompt_column = prompt_column
+        self.family_column = family_column or "family"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def prompts(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        """``Prompts`` of some rows, tokenised."""
+        texts: list[Text] = [row[self.prompt_column] for row in rows]
+        names = [name for name in rows[0] if name != self.prompt_column]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        families = [str(row.get(self.family_column) or "") for row in rows]
+        return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, families)
+
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+        """
+        Raises:
+            ValueError: a prompt has no tokens, or more than ``limit``.
+        """
+        for i, row in enumerate(self.rows):
+            tokens = len(encode_prompt(tokenizer, row[self.prompt_column]))
+            if tokens == 0:
+                raise ValueError(f"data.path: the prompt of row {i} has no tokens")
+            if limit is not None and tokens > limit:
+                raise ValueError(
+                    f"data.max_prompt_tokens: the prompt of row {i} has {tokens} tokens, expected at most {limit}"
+                )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """Token ids that the policy reads: a string as it is, messages through the chat template."""
+    if isinstance(text, str):
+        return list(tokenizer(text)["input_ids"])
+    ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)
+
+
+def load_prompts(config: DataConfig) -> PromptDataset:
+    """Reads the prompts of a config.
+
+    Raises:
+        ValueError: an empty or broken file (the line is named), or a missing column.
+        FileNotFoundError: no such file.
+    """
+    path = Path(config.path)
+    if path.suffix == ".jsonl":
+        rows = _read_jsonl(path)
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    else:
+        rows = _read_dataset(config)
+    if config.limit is not None:
+        rows = rows[: config.limit]
+    if not rows:
+        raise ValueError(f"data.path: {config.path} holds no rows, expected at least one prompt")
+    if config.prompt_column not in rows[0]:
+        raise ValueError(
+            f"data.prompt_column: no column {config.prompt_column!r} in {config.path}, columns are {', '.join(rows[0])}"
+        )
+    return PromptDataset(rows, config.prompt_column, config.family_column)
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path: no file {path}")
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data.path: {path}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"data.path: {path}, line {number} holds a {type(row).__name__}, expected an object")
+            rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path: no file {path}")
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError('data.path: Parquet needs pyarrow, pip install "maestro-fast[data]"') from error
+    rows: list[Row] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _read_dataset(config: DataConfig) -> list[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f'data.path: {config.path} is no .jsonl or .parquet file; for other data pip install "maestro-fast[data]"'
+        ) from error
+    return [dict(row) for row in datasets.load_dataset(config.path, split=config.split)]
+
+
+def _check_prompt(prompt: Any, row: int) -> None:
+    if isinstance(prompt, str):
+        return
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    ):
+        return
+    raise ValueError(
+        f"data.prompt_column: the prompt of row {row} is {type(prompt).__name__} {str(prompt)[:60]!r}, expected a "
+        'string or a list of {"role", "content"} messages'
+    )

@@ -1,0 +1,113 @@
+"""The parts of a causal language model that the loss needs: its backbone, and its head as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maestro_fast.ops import token_logprobs
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """logits = softcap(scale * h @ weight.T + bias), see ``ops.token_logprobs``."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, d]; a sharded one is gathered."""
+        return _whole(self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else _whole(bias)
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model itself, below wrappers (DDP, PEFT, torch.compile)."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module whose ``last_hidden_state`` the head reads."""
+    backbone: nn.Module = causal_lm(model).base_model
+    return backbone
+
+
+def head_of(model: nn.Module) -> LanguageHead:
+    """Reads the head off a model; ``check_head`` tells whether it was read right.
+
+    Raises:
+        ValueError: no output embedding, or one that an adapter changes.
+    """
+    language_model = causal_lm(model)
+    module = language_model.get_output_embeddings()
+    if module is None:
+        raise ValueError(
+            f"model: {type(language_model).__name__} has no output embedding, expected a causal language model"
+        )
+    if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+        raise ValueError(
+            "model.lora: an adapter on the output head is not supported, leave the head out of its targets"
+        )
+    config = language_model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LanguageHead(module, scale, softcap)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, head: LanguageHead) -> None:
+    """Compares log-probs from the hidden states with those of the model's own logits, on a few tokens.
+
+    Raises:
+        ValueError: they differ: the model does something to its logits that the head does not know.
+    """
+    language_model = causal_lm(model)
+    device, vocabulary = head.weight.device, head.weight.shape[0]
+    ids = (torch.arange(8, device=device) * 97 + 11).remainder(vocabulary)[None]
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        own = language_model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        language_model.train(was_training)
+    targets = own.argmax(-1)
+    ours = token_logprobs(
+        states.to(head.weight.dtype),
+        head.weight,
+        targets,
+        bias=head.bias,
+        logit_scale=head.scale,
+        softcap=head.softcap,
+    ).logprobs
+    theirs = own.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    # logits of a half-precision model are themselves rounded to 8 or 11 bits
+    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(head.weight.dtype, 1e-1)
+    worst = (ours - theirs).abs().max().item()
+    if worst > tolerance * max(1.0, theirs.abs().max().item()):
+        raise ValueError(
+            f"model: {type(language_model).__name__} computes its logits in a way that is not supported: log-probs "
+            f"from its last hidden state and its head differ from its own by {worst:.3g} (expected below {tolerance:g})"
+        )
+
+
+def _whole(tensor: Any) -> Tensor:
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered

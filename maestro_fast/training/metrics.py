@@ -1,0 +1,70 @@
+"""The figures of a generation batch for the log, under TRL's names where TRL has them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from maestro_fast.ops.group_advantages import GroupAdvantages
+from maestro_fast.records import StepRecord
+
+
+def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
+    """Means over the whole generation batch, over all processes."""
+    lengths = record.lengths_B.float()
+    metrics = {
+        "reward": record.scores_B.mean().item(),
+        "reward_std": advantages.std.mean().item(),
+        "frac_reward_zero_std": record.degenerate_B.float().mean().item(),
+        "advantages/std": record.advantages_B.std(correction=0).item(),
+        "advantages/abs_mean": record.advantages_B.abs().mean().item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": record.truncated_B.float().mean().item(),
+    }
+    for k, name in enumerate(record.reward_names):
+        column = record.rewards_BK[:, k]
+        live = column[~column.isnan()]
+        metrics[f"rewards/{name}/abstained"] = column.isnan().float().mean().item()
+        if live.numel():
+            metrics[f"rewards/{name}/mean"] = live.mean().item()
+            metrics[f"rewards/{name}/std"] = live.std(correction=0).item()
+        metrics[f"weights/{name}"] = record.expected_weights_BK[:, k].mean().item()
+    return metrics | _family_metrics(record)
+
+
+def _family_metrics(record: StepRecord) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for family in sorted(set(record.families) - {""}):
+        rows = [i for i, name in enumerate(record.families) if name == family]
+        prefix = f"families/{family}"
+        metrics[f"{prefix}/completion_length"] = record.lengths_B[rows].float().mean().item()
+        for k, name in enumerate(record.reward_names):
+            metrics[f"{prefix}/weights/{name}"] = record.expected_weights_BK[rows, k].mean().item()
+            if (mean := _live_mean(record.rewards_BK[rows, k])) is not None:
+                metrics[f"{prefix}/rewards/{name}"] = mean
+    return metrics
+
+
+def _live_mean(values: Tensor) -> float | None:
+    live = values[~values.isnan()]
+    return live.mean().item() if live.numel() else None
+
+
+class MetricMeans:
+    """Means of what was added between two log lines."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means

@@ -1,0 +1,50 @@
+"""Two processes give what one gives on the same responses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(processes: int, checkpoint: Path, out: Path) -> None:
+    out.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command.append(str(Path(__file__).with_name("two_processes.py")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(checkpoint), str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_equal_one(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    for processes in (1, 2):
+        launch(processes, checkpoint(), tmp_path / str(processes))
+    one, two = (torch.load(tmp_path / n / "records.pt", weights_only=True) for n in "12")
+    whole = torch.load(tmp_path / "1" / "rank0.pt", weights_only=True)
+    ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+    for ours, theirs in zip(one, two, strict=True):
+        assert torch.equal(ours["rewards_BK"], theirs["rewards_BK"])
+        assert torch.equal(ours["lengths_B"], theirs["lengths_B"])
+        torch.testing.assert_close(ours["weights_BK"], theirs["weights_BK"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours["advantages_B"], theirs["advantages_B"], rtol=1e-4, atol=1e-5)
+    for name, value in whole["policy"].items():
+        torch.testing.assert_close(ranks[0]["policy"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name, value in ranks[0]["conductor"].items():
+        assert torch.equal(value, ranks[1]["conductor"][name]), name
+        torch.testing.assert_close(value, whole["conductor"][name], rtol=1e-4, atol=1e-5, msg=name)
