@@ -1,0 +1,77 @@
+"""The command line: ``maestro-fast`` or ``python -m maestro_fast``. Each command imports what it needs, and no more."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maestro_fast import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 for bad input (whose message names the setting)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("maestro_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    try:
+        if arguments.command == "quickstart":
+            return _quickstart(arguments.out)
+        if arguments.command == "train":
+            return _train(arguments.config, arguments.resume, rest)
+        return _info()
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+        if arguments.verbose:
+            raise
+        print(f"maestro-fast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maestro-fast", description="GRPO with adaptive weights for several rewards.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log choices and their reasons; show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("quickstart", help="train a tiny model on bundled prompts, in a few minutes on a CPU")
+    start.add_argument("--out", type=Path, help="directory for the results (default: the first free runs/quickstart*)")
+    train = commands.add_parser("train", help="a training run from a YAML file", allow_abbrev=False)
+    train.add_argument("config", type=Path)
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
+    train.epilog = "Any setting can be changed behind the file: --sampling.group_size 16 --weights equal"
+    commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
+    return parser
+
+
+def _quickstart(out: Path | None) -> int:
+    from maestro_fast.quickstart.run import quickstart
+
+    if out is None:
+        names = (Path("runs") / f"quickstart{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
+        out = next(path for path in names if not path.exists())
+    quickstart(out)
+    return 0
+
+
+def _train(config: Path, resume: bool, overrides: list[str]) -> int:
+    from maestro_fast.reporting.recorded_run import recorded_train, try_report
+    from maestro_fast.training import read_config
+
+    raw = read_config(config, overrides)
+    if recorded_train(raw, resume=resume).is_world_process_zero():
+        print(try_report(Path(raw["run_dir"])))
+    return 0
+
+
+def _info() -> int:
+    from maestro_fast.info import info_tables
+    from maestro_fast.reporting import format_table
+
+    print("\n\n".join(format_table(table) for table in info_tables()))
+    return 0

@@ -1,0 +1,78 @@
+"""What this installation can do, and why it cannot do the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from maestro_fast import __version__
+from maestro_fast.ops import SERVED_BY
+from maestro_fast.reporting import Table
+from maestro_fast.training.run import attention_choice
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
+_OPTIONAL = {
+    "vllm": "generation with vLLM",
+    "flash-attn": "FlashAttention",
+    "peft": "LoRA",
+    "trl": "the TRL integration",
+    "verl": "the verl integration",
+    "datasets": "data from datasets.load_dataset",
+    "pyarrow": "Parquet data",
+    "matplotlib": "reports",
+}
+
+
+def info_tables() -> list[Table]:
+    """Tables of versions, devices, backends by op, attention, and optional packages."""
+    attention, reason = attention_choice()
+    return [
+        Table("Versions", ("package", "version"), (("maestro-fast", __version__), *_versions())),
+        Table("Devices", ("device", "what it is"), tuple(_devices())),
+        Table(
+            "Backends that serve each op", ("op", "backends"), tuple((op, ", ".join(b)) for op, b in SERVED_BY.items())
+        ),
+        Table("Why not others", ("backend", "reason"), tuple(_backend_reasons())),
+        Table("Attention", ("implementation", "reason"), ((attention, reason),)),
+        Table("Optional packages", ("package", "for", "installed"), tuple(_optional())),
+    ]
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [("python", platform.python_version()), *((name, _version(name) or "not installed") for name in _PACKAGES)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        return [
+            *rows,
+            ("cuda", "none: " + ("torch is a CPU build" if torch.version.cuda is None else "no device found")),
+        ]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        size = properties.total_memory / 2**30
+        rows.append((f"cuda:{i}", f"{properties.name}, sm_{properties.major}{properties.minor}, {size:.0f} GiB"))
+    return rows
+
+
+def _backend_reasons() -> list[tuple[str, str]]:
+    rows = [("triton", "no op has a Triton kernel in this version")]
+    if importlib.util.find_spec("triton") is None:
+        rows = [("triton", "triton is not installed; no op has a Triton kernel in this version")]
+    return [*rows, ("cpp", "serves pack_sequences alone in this version")]
+
+
+def _optional() -> list[tuple[str, str, str]]:
+    return [(name, purpose, _version(name) or "no") for name, purpose in _OPTIONAL.items()]

@@ -1,0 +1,118 @@
+"""The quickstart: warm start, a run with the Conductor, the same with shuffled hidden states, what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils.logging import disable_progress_bar
+
+from maestro_fast.quickstart.model import make_checkpoint
+from maestro_fast.reporting import FamilySpread, Table, family_spread, format_table, read_jsonl
+from maestro_fast.reporting.recorded_run import recorded_train, try_report
+from maestro_fast.settings import override
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
+
+
+def quickstart(out: Path, *, epochs: int = 8, limit: int | None = None) -> Path:
+    """Runs everything and prints the outcome.
+
+    Args:
+        out: directory for the model and both runs; must not exist or be empty.
+        epochs: of the warm start.
+        limit: use so many prompts only.
+
+    Returns:
+        The directory of the run with the Conductor.
+    """
+    began = time.monotonic()
+    disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out: {out} is not empty, expected a new directory")
+    print(f"1/3  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
+    loss = make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=epochs)
+    print(f"     {loss:.2f} nats a token at the end")
+    print("2/3  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
+    adaptive = _run(out, "conductor", {}, limit)
+    print("3/3  Control: the same, with the hidden states shuffled between the responses", flush=True)
+    control = _run(out, "shuffled", {"weights.context": "shuffled"}, limit)
+    _conclude(adaptive, control, time.monotonic() - began)
+    return adaptive
+
+
+def _run(out: Path, name: str, changes: dict[str, Any], limit: int | None) -> Path:
+    raw = example_config(out)
+    for dotted, value in {"run_dir": str(out / name), "trainer.disable_tqdm": False, **changes}.items():
+        override(raw, dotted, value)
+    if limit is not None:
+        override(raw, "data.limit", limit)
+    recorded_train(raw)
+    return out / name
+
+
+def example_config(out: Path) -> dict[str, Any]:
+    """The bundled config, with the paths of this installation and of ``out``."""
+    raw: dict[str, Any] = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
+    override(raw, "model.path", str(out / "model"))
+    override(raw, "data.path", str(EXAMPLE / "prompts.jsonl"))
+    for entry in raw["rewards"]:
+        if isinstance(entry, dict) and "function" in entry:
+            entry["function"] = str(EXAMPLE / Path(entry["function"]).name)
+    return raw
+
+
+def _conclude(adaptive: Path, control: Path, seconds: float) -> None:
+    lines = read_jsonl(adaptive / "metrics.jsonl")
+    spread, shuffled = family_spread(lines), family_spread(read_jsonl(control / "metrics.jsonl"))
+    tables = [spread.table(), _change_table(lines, spread)]
+    summary = verdict(spread.spread, shuffled.spread, _mean(lines, "conductor/self_flattery"))
+    (adaptive / "spread.json").write_text(
+        json.dumps({"conductor": spread.spread, "shuffled": shuffled.spread}), encoding="utf-8"
+    )
+    for table in tables:
+        print("\n" + format_table(table))
+    print("\n" + "\n".join(summary))
+    where = try_report(
+        adaptive, title="Quickstart", summary=summary, tables=tables, compare={"shuffled hidden states": control}
+    )
+    print(f"\n{where}\n{seconds:.0f} seconds in all.")
+
+
+def verdict(spread: float, shuffled: float, flattery: float) -> list[str]:
+    """What the Conductor did, in sentences that do not claim more than the two runs show."""
+    exceeds = spread > shuffled
+    first = (
+        f"The spread of weights between task families is {spread:.4f}, "
+        f"{'above' if exceeds else 'NOT above'} the {shuffled:.4f} of the run with shuffled hidden states."
+    )
+    second = (
+        "So the weights follow what the hidden state says about the prompt, in this one run of each."
+        if exceeds
+        else "So this run does not show that the weights follow the hidden state."
+    )
+    healthy = "within" if abs(flattery) <= 0.05 else "outside"
+    third = (
+        f"Self-flattery (mean of weight times normalised reward) is {flattery:+.3f}, {healthy} the healthy +-0.05. "
+        "Different weights are not better weights: the published objective that was used here has no information on "
+        "which reward a task needs, and this program does not compare it with equal weights."
+    )
+    return [first, second, third]
+
+
+def _change_table(lines: list[dict[str, Any]], spread: FamilySpread) -> Table:
+    """Mean reward per family over the first and the last third of the run."""
+    third = max(1, len(lines) // 3)
+    rows = []
+    for family in spread.families:
+        keys = [f"families/{family}/rewards/{name}" for name in spread.rewards]
+        rows.append((family, *(f"{_mean(lines[:third], k):.2f} > {_mean(lines[-third:], k):.2f}" for k in keys)))
+    return Table("Mean reward, first third > last third of the run", ("family", *spread.rewards), tuple(rows))
+
+
+def _mean(lines: list[dict[str, Any]], key: str) -> float:
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return sum(values) / len(values) if values else float("nan")
