@@ -9,7 +9,8 @@ from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.pack_sequences import pack_sequences
-from maestro_fast.ops.policy_loss import PolicyLoss, PolicyLossConfig, policy_loss
+from maestro_fast.ops.policy_loss import PolicyLoss, policy_loss
+from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.pool_hidden import pool_hidden
 from maestro_fast.ops.profiles import PROFILES, AdvantageProfile
 from maestro_fast.ops.token_logprobs import TokenLogprobs, token_logprobs

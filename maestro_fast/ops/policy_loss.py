@@ -1,9 +1,12 @@
-"""The clipped policy-gradient loss of GRPO and its relatives, over packed completion tokens.
+"""The policy-gradient loss of GRPO and its relatives, over packed completion tokens.
 
     rho_t  = exp(log pi - log pi_old)          (1 with its gradient where old_logprobs is None: on-policy)
-    l_t    = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)
+    rho_t  = exp(mean over the response of log pi - log pi_old)                      with ratio="sequence" (GSPO)
+    l_t    = -min(min(rho_t, clip_max) A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)    objective="clip"
+    l_t    = -sg(min(rho_t, clip_max)) A log pi                                          objective="cispo"
+    w_t    = pi_old / pi_sampler, capped or zeroed past sampler_cap                      sampler_correction
     k3_t   = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1       (Schulman's k3 estimator of KL(pi || pi_ref))
-    loss   = sum_t c_t (l_t + kl_coef k3_t)
+    loss   = sum_t c_t (w_t l_t + kl_coef k3_t) - entropy_coef * mean_t H_t
 
     normalization   c_t                        normalizer stands for (default)
     grpo            1 / (tokens of the response * normalizer)     responses of the optimiser step (those given)
@@ -11,58 +14,28 @@
     dapo            1 / normalizer                                tokens of the optimiser step (must be given)
     dr_grpo         1 / (max_completion_length * normalizer)      responses of the optimiser step (those given)
 
-Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476; names and values as in TRL's ``loss_type``.
+Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
+values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.tensors import is_integer, readable, wide
-
-Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
-
-
-@dataclass(frozen=True)
-class PolicyLossConfig:
-    """Options of ``policy_loss``.
-
-    Attributes:
-        normalization: how token losses are averaged, see the module.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        kl_coef: coefficient of the k3 term; 0 needs no reference.
-        max_completion_length: tokens, the constant of ``dr_grpo``.
-    """
-
-    normalization: Normalization = "dapo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-    max_completion_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            raise ValueError(f"normalization: {self.normalization!r}, expected one of {get_args(Normalization)}")
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low: {self.clip_low}, expected 0 <= clip_low <= 1")
-        if not self.clip_high >= 0:
-            raise ValueError(f"clip_high: {self.clip_high}, expected clip_high >= 0")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef: {self.kl_coef}, expected kl_coef >= 0")
-        if self.normalization == "dr_grpo" and not (self.max_completion_length or 0) > 0:
-            raise ValueError("max_completion_length: missing, expected a positive int with normalization='dr_grpo'")
 
 
 class PolicyLoss(NamedTuple):
     """Scalar loss, and metrics as 0-dim tensors: means over the live tokens. Float32 (float64 for float64 input).
 
     ``clip_low`` and ``clip_high`` are the shares of tokens clipped on either side, ``ratio`` the mean of rho, ``kl``
-    the mean of k3 (only with a reference).
+    the mean of k3 (only with a reference), ``sampler_ratio`` the mean of w before it is capped (only with sampling
+    log-probs).
     """
 
     loss: Tensor
@@ -76,8 +49,11 @@ def policy_loss(
     *,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropies: Tensor | None = None,
     token_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
     config: PolicyLossConfig,
     backend: Backend | None = None,
 ) -> PolicyLoss:
@@ -89,50 +65,120 @@ def policy_loss(
         cu_seqlens: int [B + 1], response b is ``[cu_seqlens[b], cu_seqlens[b + 1])``.
         old_logprobs: [T] of the policy that the ratio refers to; None: the current one.
         ref_logprobs: [T] of the reference; required when ``config.kl_coef`` > 0.
+        sampling_logprobs: [T] of the sampler, required by ``config.sampler_correction``; NaN where it gave none, which
+            counts as a ratio of 1.
+        entropies: [T], differentiable, required when ``config.entropy_coef`` > 0.
         token_mask: [T], zero leaves a token out of loss, lengths and metrics.
         normalizer: the divisor of the whole optimiser step, see the module.
+        entropy_normalizer: what the summed entropies are divided by; the live tokens given if None.
         config: variant and coefficients.
         backend: None or "torch".
 
     Raises:
-        ValueError: shapes, devices, or a missing ``normalizer`` or ``ref_logprobs``.
+        ValueError: shapes, devices, or an input that ``config`` needs is missing.
         TypeError: dtypes.
     """
     resolve("policy_loss", backend)
-    _check(logprobs, advantages, cu_seqlens, old_logprobs, ref_logprobs, token_mask, normalizer, config)
-    sequence_T = _sequence_of_token(cu_seqlens, logprobs.shape[0])
-    live_T = torch.ones_like(logprobs, dtype=torch.bool) if token_mask is None else token_mask != 0
-    advantages_T = wide(advantages)[sequence_T]
+    tokenwise = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "sampling_logprobs": sampling_logprobs,
+        "entropies": entropies,
+        "token_mask": token_mask,
+    }
+    _check(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
+    segments = _Segments.of(cu_seqlens, logprobs.shape[0], token_mask)
+    live_T = segments.live_T
+    advantages_T = wide(advantages)[segments.sequence_T]
     logprobs = wide(logprobs)
     old = logprobs.detach() if old_logprobs is None else wide(old_logprobs)
     # a masked token may hold anything: it must not reach an exp, whose inf would become NaN in the gradient
-    ratio = torch.where(live_T, logprobs - old, 0.0).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    token_loss = -torch.minimum(ratio * advantages_T, clipped * advantages_T)
-    k3 = None
+    log_ratio = torch.where(live_T, logprobs - old, 0.0)
+    if config.ratio == "sequence":
+        log_ratio = segments.sums(log_ratio) / segments.lengths
+    ratio = log_ratio.exp()
+    token_loss = _objective(ratio, torch.where(live_T, logprobs, 0.0), advantages_T, config)
+    metrics = _metrics(ratio.detach(), advantages_T, segments, config)
+    if sampling_logprobs is not None:
+        gap = old.detach() - wide(sampling_logprobs)
+        token_loss, sampler_ratio = _sampler_corrected(token_loss, gap, segments, config)
+        metrics["sampler_ratio"] = segments.mean(sampler_ratio)
     if ref_logprobs is not None:
         gap = torch.where(live_T, wide(ref_logprobs) - logprobs, 0.0)
         k3 = torch.expm1(gap) - gap
+        metrics["kl"] = segments.mean(k3.detach())
         if config.kl_coef > 0:  # for the metric alone, an infinite k3 must not become 0 * inf in the loss
             token_loss = token_loss + config.kl_coef * k3
-    coefficient_T = _coefficients(sequence_T, live_T, advantages.shape[0], normalizer, config)
+    coefficient_T = _coefficients(segments, advantages.shape[0], normalizer, config)
     loss = torch.where(live_T, token_loss * coefficient_T.to(token_loss.dtype), 0.0).sum()
-    return PolicyLoss(loss, _metrics(ratio, k3, advantages_T, live_T, config))
+    if config.entropy_coef > 0:
+        assert entropies is not None
+        loss = loss - config.entropy_coef * segments.mean(wide(entropies), entropy_normalizer)
+    return PolicyLoss(loss, metrics)
 
 
-def _sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    position_T = torch.arange(tokens, device=cu_seqlens.device)
-    return torch.bucketize(position_T, cu_seqlens[1:].to(torch.int64), right=True)
+class _Segments(NamedTuple):
+    """Which response a token belongs to, and which tokens count."""
+
+    sequence_T: Tensor
+    live_T: Tensor
+    bounds: Tensor
+
+    @staticmethod
+    def of(cu_seqlens: Tensor, tokens: int, token_mask: Tensor | None) -> _Segments:
+        position_T = torch.arange(tokens, device=cu_seqlens.device)
+        bounds = cu_seqlens.to(torch.int64)
+        sequence_T = torch.bucketize(position_T, bounds[1:], right=True)
+        live_T = torch.ones_like(position_T, dtype=torch.bool) if token_mask is None else token_mask != 0
+        return _Segments(sequence_T, live_T, bounds)
+
+    def sums(self, x_T: Tensor) -> Tensor:
+        """Each token's sum over its response, [T]; no atomics. What is not live has to be 0 already."""
+        if self.bounds.shape[0] == 1:
+            return x_T
+        return torch.segment_reduce(x_T, "sum", offsets=self.bounds, axis=0, initial=0)[self.sequence_T]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [T], live tokens of each token's response, at least 1."""
+        lengths_B = torch.zeros(self.bounds.shape[0] - 1, dtype=torch.int64, device=self.live_T.device)
+        lengths_B = lengths_B.index_add(0, self.sequence_T, self.live_T.long())  # integers: any order, the same sum
+        return lengths_B[self.sequence_T].clamp(min=1)
+
+    def mean(self, x_T: Tensor, count: float | Tensor | None = None) -> Tensor:
+        """Sum over the live tokens by their number, or by ``count``."""
+        total = torch.where(self.live_T, x_T, 0.0).sum()
+        return total / (self.live_T.sum().clamp(min=1) if count is None else count)
+
+
+def _objective(ratio: Tensor, logprobs: Tensor, advantages_T: Tensor, config: PolicyLossConfig) -> Tensor:
+    capped = ratio if config.clip_max is None else ratio.clamp(max=config.clip_max)
+    if config.objective == "cispo":
+        return -capped.detach() * advantages_T * logprobs
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    return -torch.minimum(capped * advantages_T, clipped * advantages_T)
+
+
+def _sampler_corrected(
+    token_loss: Tensor, gap: Tensor, segments: _Segments, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    """The token losses times their weight, and pi_old / pi_sampler [T] before the cap, from the log of it."""
+    gap = torch.where(segments.live_T & ~gap.isnan(), gap, 0.0)
+    if config.sampler_correction.startswith("sequence"):
+        gap = segments.sums(gap)
+    ratio = gap.exp()
+    if config.sampler_correction == "none":
+        return token_loss, ratio
+    if config.sampler_correction.endswith("truncate"):
+        return token_loss * ratio.clamp(max=config.sampler_cap), ratio
+    return token_loss * torch.where(ratio > config.sampler_cap, 0.0, ratio), ratio
 
 
 def _coefficients(
-    sequence_T: Tensor,
-    live_T: Tensor,
-    batch: int,
-    normalizer: float | Tensor | None,
-    config: PolicyLossConfig,
+    segments: _Segments, batch: int, normalizer: float | Tensor | None, config: PolicyLossConfig
 ) -> Tensor:
     """c_t [T], or a scalar where it is the same for all tokens; float64, so that no count is rounded."""
+    live_T = segments.live_T
     if normalizer is None:
         normalizer = batch if config.normalization in ("grpo", "dr_grpo") else live_T.sum()
     if isinstance(normalizer, Tensor):
@@ -143,36 +189,30 @@ def _coefficients(
         assert config.max_completion_length is not None
         divisor = divisor * config.max_completion_length
     if config.normalization == "grpo":
-        lengths_B = torch.zeros(batch, dtype=torch.int64, device=live_T.device)
-        lengths_B = lengths_B.index_add(0, sequence_T, live_T.long())  # integers: any order gives the same sum
-        divisor = divisor * lengths_B[sequence_T]
+        divisor = divisor * segments.lengths
     return 1.0 / divisor.clamp(min=1e-30)
 
 
-def _metrics(
-    ratio: Tensor, k3: Tensor | None, advantages_T: Tensor, live_T: Tensor, config: PolicyLossConfig
-) -> dict[str, Tensor]:
-    ratio = ratio.detach()
-    tokens = live_T.sum().clamp(min=1)
-    low = (ratio < 1 - config.clip_low) & (advantages_T < 0)
-    high = (ratio > 1 + config.clip_high) & (advantages_T > 0)
-    metrics = {
-        "clip_low": (low & live_T).sum() / tokens,
-        "clip_high": (high & live_T).sum() / tokens,
-        "ratio": torch.where(live_T, ratio, 0.0).sum() / tokens,
+def _metrics(ratio: Tensor, advantages_T: Tensor, segments: _Segments, config: PolicyLossConfig) -> dict[str, Tensor]:
+    if config.objective == "cispo":
+        low = torch.zeros_like(ratio)
+        assert config.clip_max is not None
+        high = (ratio > config.clip_max) & (advantages_T > 0)
+    else:
+        low = (ratio < 1 - config.clip_low) & (advantages_T < 0)
+        high = (ratio > 1 + config.clip_high) & (advantages_T > 0)
+    return {
+        "clip_low": segments.mean(low.to(ratio.dtype)),
+        "clip_high": segments.mean(high.to(ratio.dtype)),
+        "ratio": segments.mean(ratio),
     }
-    if k3 is not None:
-        metrics["kl"] = torch.where(live_T, k3.detach(), 0.0).sum() / tokens
-    return metrics
 
 
 def _check(
     logprobs: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    token_mask: Tensor | None,
+    tokenwise: dict[str, Tensor | None],
     normalizer: float | Tensor | None,
     config: PolicyLossConfig,
 ) -> None:
@@ -185,7 +225,6 @@ def _check(
         )
     if not is_integer(cu_seqlens):
         raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected an integer dtype")
-    tokenwise = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "token_mask": token_mask}
     for name, tensor in tokenwise.items():
         if tensor is not None and tensor.shape != logprobs.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(logprobs.shape)}")
@@ -196,13 +235,20 @@ def _check(
             raise ValueError(f"{name}: on {tensor.device}, expected {logprobs.device} as logprobs")
         if name not in ("token_mask", "cu_seqlens") and not tensor.is_floating_point():
             raise TypeError(f"{name}: dtype {tensor.dtype}, expected a floating dtype")
-    if config.kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: missing, expected [T] with kl_coef={config.kl_coef}")
+    for name, needed in (
+        ("ref_logprobs", f"kl_coef={config.kl_coef}" if config.kl_coef > 0 else ""),
+        ("entropies", f"entropy_coef={config.entropy_coef}" if config.entropy_coef > 0 else ""),
+        ("sampling_logprobs", config.sampler_correction if config.sampler_correction != "none" else ""),
+    ):
+        if needed and tokenwise[name] is None:
+            raise ValueError(f"{name}: missing, expected [T] with {needed}")
     if config.normalization == "dapo" and normalizer is None:
         raise ValueError("normalizer: missing, expected the token count of the optimiser step with 'dapo'")
+    _check_bounds(cu_seqlens, logprobs.shape[0])
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != logprobs.shape[0] or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {logprobs.shape[0]}"
-            )
+        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {tokens}")

@@ -66,62 +66,75 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probs [C] that the loss compares with: of the policy before the updates, the reference and the sampler."""
+
+    old_C: Tensor | None = None
+    ref_C: Tensor | None = None
+    sampling_C: Tensor | None = None
+
+    def select(self, tokens: Tensor) -> TokenLogprobs:
+        """Those of some tokens, int64 [n], on the device of the indices."""
+        each = (self.old_C, self.ref_C, self.sampling_C)
+        return TokenLogprobs(*(None if x is None else x.to(tokens.device)[tokens] for x in each))
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """What one training forward needs; ``_C`` tensors hold the completion tokens, response after response."""
+    """What one training forward needs; ``_C`` tensors hold the completion tokens, response after response.
+
+    ``normalizer`` and ``entropy_normalizer`` divide the sums of ``policy_loss``, see there.
+    """
 
     sequences: Sequences
     advantages_B: Tensor
     cu_seqlens: Tensor
-    old_logprobs_C: Tensor | None
-    ref_logprobs_C: Tensor | None
-    normalizer: float | None
+    logprobs: TokenLogprobs
+    normalizer: float
+    entropy_normalizer: float
 
 
 def split_micro_batches(
     plan: BatchPlan,
     sequences: Sequences,
     advantages_B: Tensor,
-    old_logprobs_C: Tensor | None,
-    ref_logprobs_C: Tensor | None,
-    tokens_per_update: list[float] | None,
+    logprobs: TokenLogprobs,
+    tokens_per_update: list[float],
     loss: PolicyLossConfig,
     order: list[int],
 ) -> list[MicroBatch]:
     """Micro-batches in the order in which they are trained on, each a run of ``order``.
 
     Args:
-        tokens_per_update: completion tokens of each optimiser step, averaged over processes (whose gradients are
-            averaged, too); the normalizer of "dapo". None for other normalizations.
+        tokens_per_update: completion tokens of each optimiser step, averaged over processes, whose gradients are
+            averaged, too.
     """
     lengths = [len(c) for c in sequences.completion_ids]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     size = plan.responses // plan.micro_steps
+    device = advantages_B.device
     batches = []
     for i in range(plan.micro_steps):
         members = order[i * size : (i + 1) * size]
-        tokens = torch.cat([torch.arange(starts[j], starts[j + 1]) for j in members]).to(advantages_B.device)
-        bounds = torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0)
+        tokens = torch.cat([torch.arange(starts[j], starts[j + 1]) for j in members])
+        update_tokens = tokens_per_update[i // plan.accumulation]
         batches.append(
             MicroBatch(
                 sequences.select(members),
                 advantages_B[members],
-                bounds.to(advantages_B.device),
-                None if old_logprobs_C is None else old_logprobs_C[tokens],
-                None if ref_logprobs_C is None else ref_logprobs_C[tokens],
-                _normalizer(
-                    plan,
-                    loss,
-                    None if tokens_per_update is None else tokens_per_update[i // plan.accumulation],
-                ),
+                torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0).to(device),
+                logprobs.select(tokens.to(device)),
+                _normalizer(plan, loss, tokens.numel(), update_tokens),
+                update_tokens,
             )
         )
     return batches
 
 
-def _normalizer(plan: BatchPlan, loss: PolicyLossConfig, tokens: float | None) -> float | None:
-    """Divisor of a micro-batch's summed loss, so that the micro-batches of an update add up; None for "bnpo"."""
+def _normalizer(plan: BatchPlan, loss: PolicyLossConfig, tokens: int, update_tokens: float) -> float:
+    """Divisor of a micro-batch's summed loss, so that the micro-batches of an update add up."""
     if loss.normalization == "dapo":
-        return tokens
-    if loss.normalization in ("grpo", "dr_grpo"):
-        return float(plan.responses // plan.updates)
-    return None
+        return update_tokens
+    if loss.normalization == "bnpo":  # each micro-batch's own mean, as in TRL
+        return float(tokens * plan.accumulation)
+    return float(plan.responses // plan.updates)

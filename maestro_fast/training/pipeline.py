@@ -16,7 +16,7 @@ from maestro_fast.generation import Generator, SamplingConfig
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig, group_advantages
 from maestro_fast.records import PolicyOutputs, RewardBatch, Rollouts, StepRecord, Text
 from maestro_fast.rewards import RewardSet
-from maestro_fast.training.batches import BatchPlan, MicroBatch, split_micro_batches
+from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
 from maestro_fast.training.data import PromptDataset, Row, encode_prompt
 from maestro_fast.training.forward import Layout, Sequences, score
 from maestro_fast.training.head import LanguageHead
@@ -95,7 +95,12 @@ class Pipeline:
             self.weights.observe(Outcome(context, weights, advantages))
         record = self._record(step, rollouts, rewards_BK, weights, advantages)
         metrics = batch_metrics(record, advantages) | self.weights.metrics() | _policy_metrics(rollouts, outputs)
-        return self._micro_batches(sequences, advantages, outputs, ref_logprobs_C, number), record, metrics
+        logprobs = TokenLogprobs(
+            outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
+            ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
+            self._sampling_logprobs(rollouts),
+        )
+        return self._micro_batches(sequences, advantages, logprobs, number), record, metrics
 
     @property
     def _rank(self) -> int:
@@ -187,33 +192,28 @@ class Pipeline:
         assert outputs is not None
         return self._gather(_response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
 
+    def _sampling_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """Those of the sampler, if the loss corrects for them."""
+        if self.loss.sampler_correction == "none":
+            return None
+        if rollouts.sampling_logprobs_C is None:
+            raise ValueError(
+                f"loss.sampler_correction: {self.loss.sampler_correction}, but the generator returns no log-probs"
+            )
+        return rollouts.sampling_logprobs_C
+
     def _micro_batches(
-        self,
-        sequences: Sequences,
-        advantages: GroupAdvantages,
-        outputs: PolicyOutputs | None,
-        ref_logprobs_C: Tensor | None,
-        number: int,
+        self, sequences: Sequences, advantages: GroupAdvantages, logprobs: TokenLogprobs, number: int
     ) -> list[MicroBatch]:
         plan = self.plan
         own = slice(self._rank * plan.responses, (self._rank + 1) * plan.responses)
         generator = torch.Generator().manual_seed(self._seed(number))
         order = torch.randperm(plan.responses, generator=generator).tolist()
-        tokens = None
-        if self.loss.normalization == "dapo":
-            per_update = plan.responses // plan.updates
-            lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
-            local = lengths.view(plan.updates, per_update).sum(1).to(self.accelerator.device)
-            tokens = self._gather(local).view(-1, plan.updates).mean(0).tolist()
+        lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
+        local = lengths.view(plan.updates, -1).sum(1).to(self.accelerator.device)
+        tokens_per_update = self._gather(local).view(-1, plan.updates).mean(0).tolist()
         return split_micro_batches(
-            plan,
-            sequences,
-            advantages.advantages[own],
-            outputs.logprobs_C if outputs is not None and plan.updates > 1 else None,
-            ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
-            tokens,
-            self.loss,
-            order,
+            plan, sequences, advantages.advantages[own], logprobs, tokens_per_update, self.loss, order
         )
 
     def _record(

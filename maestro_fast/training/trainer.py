@@ -39,6 +39,13 @@ from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy
 
 WEIGHTS_FILE = "weight_policy.safetensors"
+_METRIC_NAMES = {
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "ratio": "ratio/mean",
+    "kl": "kl",
+    "sampler_ratio": "sampling/importance_sampling_ratio/mean",
+}
 
 
 @dataclass(frozen=True)
@@ -188,29 +195,29 @@ class MaestroTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The policy loss of a ``MicroBatch``, to be summed over the micro-batches of an optimiser step."""
-        pipeline = self.pipeline
+        pipeline, logprobs = self.pipeline, inputs.logprobs
+        config = pipeline.token_loss
         hidden = last_hidden(model, inputs.sequences, pipeline.layout)
-        logprobs, _ = completion_logprobs(
-            hidden, inputs.sequences, pipeline.head, pipeline.sampling.temperature, "none"
+        current, entropies = completion_logprobs(
+            hidden,
+            inputs.sequences,
+            pipeline.head,
+            pipeline.sampling.temperature,
+            "grad" if config.entropy_coef > 0 else "none",
         )
         loss, metrics = policy_loss(
-            logprobs,
+            current,
             inputs.advantages_B,
             inputs.cu_seqlens,
-            old_logprobs=inputs.old_logprobs_C,
-            ref_logprobs=inputs.ref_logprobs_C,
+            old_logprobs=logprobs.old_C,
+            ref_logprobs=logprobs.ref_C,
+            sampling_logprobs=logprobs.sampling_C,
+            entropies=entropies,
             normalizer=inputs.normalizer,
-            config=pipeline.token_loss,
+            entropy_normalizer=inputs.entropy_normalizer,
+            config=config,
         )
-        if pipeline.loss.normalization == "bnpo":
-            loss = loss / self._plan.accumulation
-        names = {
-            "clip_low": "clip_ratio/low_mean",
-            "clip_high": "clip_ratio/high_mean",
-            "ratio": "ratio/mean",
-            "kl": "kl",
-        }
-        self._means.add({names[name]: value.item() for name, value in metrics.items()})
+        self._means.add({_METRIC_NAMES[name]: value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -117,31 +118,42 @@ def trl_policy_loss(
     max_completion_length: int = 1,
     num_items: int | None = None,
     accumulation_steps: int = 1,
+    level: str = "token",
+    delta: float | None = None,
+    entropies_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    importance_sampling_ratio: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of ``GRPOTrainer._compute_loss`` for given log-probs, padded [B, T].
 
     ``num_items`` is the token count of all ``accumulation_steps`` micro-batches, one step per generation.
     """
+    entropies_BT = torch.zeros_like(logprobs_BT) if entropies_BT is None else entropies_BT
     metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs_BT, torch.zeros_like(logprobs_BT), None),
-        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs_BT, entropies_BT, None),
+        _entropy_bonus_enabled=entropy_coef > 0,
+        entropy_coef=entropy_coef,
+        use_adaptive_entropy=False,
+        _entropy_window_stats=None,
         _metrics=metrics,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=accumulation_steps),
+        accelerator=SimpleNamespace(
+            num_processes=1, sync_gradients=False, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=accumulation_steps),
         aux_loss_enabled=False,
         beta=beta,
         current_gradient_accumulation_steps=accumulation_steps,
         epsilon_high=epsilon_high,
         epsilon_low=epsilon_low,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         loss_type=loss_type,
         max_completion_length=max_completion_length,
         model=SimpleNamespace(training=True),
         off_policy_mask_threshold=None,
         top_entropy_quantile=1.0,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=importance_sampling_ratio is not None,
+        vllm_importance_sampling_correction=importance_sampling_ratio is not None,
     )
     prompt_mask = torch.ones(mask_BT.shape[0], 1, dtype=mask_BT.dtype)
     inputs = {
@@ -152,7 +164,41 @@ def trl_policy_loss(
         "advantages": advantages_B,
         "old_per_token_logps": old_logprobs_BT,
         "ref_per_token_logps": ref_logprobs_BT,
+        "importance_sampling_ratio": importance_sampling_ratio,
         "num_items_in_batch": torch.tensor(float(mask_BT.sum() if num_items is None else num_items)),
     }
     loss = _compute_loss()(trainer, None, inputs)
     return loss, {name: values[0] for name, values in metrics["train"].items()}
+
+
+@cache
+def _sampler_block() -> CodeType:
+    """The statements under the second ``if self.use_vllm and self.vllm_importance_sampling_correction``."""
+    test = "self.use_vllm and self.vllm_importance_sampling_correction"
+    body = _function("grpo_trainer", "_generate_and_score_completions")
+    found = [
+        x
+        for x in ast.walk(body)
+        if isinstance(x, ast.If) and ast.unparse(x.test) == test and "per_token_logps_diff" in ast.unparse(x)
+    ]
+    assert len(found) == 1, "no sampler correction in trl.trainer.grpo_trainer: has TRL changed?"
+    return compile(ast.Module(found[0].body, type_ignores=[]), "trl.trainer.grpo_trainer", "exec")
+
+
+def trl_sampler_ratio(old_BT: Tensor, sampling_BT: Tensor, mask_BT: Tensor, mode: str, cap: float) -> Tensor:
+    """The importance-sampling ratio that GRPOTrainer multiplies its token losses with, [B, T] or [B, 1]."""
+    variables = {
+        "torch": torch,
+        "math": math,
+        "self": SimpleNamespace(
+            vllm_importance_sampling_mode=mode,
+            vllm_importance_sampling_clip_max=cap,
+            vllm_importance_sampling_clip_min=None,
+        ),
+        "completion_mask": mask_BT,
+        "tool_mask": None,
+        "old_per_token_logps": old_BT,
+        "sampling_per_token_logps": sampling_BT,
+    }
+    exec(_sampler_block(), variables)
+    return variables["vllm_importance_sampling_ratio"]

@@ -7,7 +7,7 @@ import torch
 
 from maestro_fast.ops import PolicyLossConfig, policy_loss
 from maestro_fast.records import cumulative
-from maestro_fast.training.batches import BatchConfig, BatchPlan, split_micro_batches
+from maestro_fast.training.batches import BatchConfig, BatchPlan, TokenLogprobs, split_micro_batches
 from maestro_fast.training.forward import Sequences
 
 LENGTHS = [3, 1, 4, 2, 5, 2, 1, 6]
@@ -50,14 +50,15 @@ def test_micro_batches_add_up_to_the_whole(normalization: str, order: list[int])
     sequences = Sequences([[1]] * 8, [list(range(n)) for n in LENGTHS])
     plan = BatchPlan(prompts=2, responses=8, accumulation=4, updates=1)
 
-    parts = split_micro_batches(plan, sequences, advantages, old, logprobs, [float(tokens)], config, order)
+    compared = TokenLogprobs(old, logprobs)
+    parts = split_micro_batches(plan, sequences, advantages, compared, [float(tokens)], config, order)
     total = sum(
         # the reference log-probs stand in for the current ones: they are cut the same way
         policy_loss(
-            part.ref_logprobs_C,
+            part.logprobs.ref_C,
             part.advantages_B,
             part.cu_seqlens,
-            old_logprobs=part.old_logprobs_C,
+            old_logprobs=part.logprobs.old_C,
             normalizer=part.normalizer,
             config=config,
         ).loss
@@ -74,3 +75,14 @@ def test_micro_batches_add_up_to_the_whole(normalization: str, order: list[int])
 
     assert len(parts) == 4
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_bnpo_averages_the_means_of_the_micro_batches() -> None:
+    sequences = Sequences([[1]] * 4, [[1] * n for n in (1, 3, 5, 7)])
+    plan = BatchPlan(prompts=1, responses=4, accumulation=2, updates=1)
+    parts = split_micro_batches(
+        plan, sequences, torch.ones(4), TokenLogprobs(), [16.0], PolicyLossConfig("bnpo"), [0, 1, 2, 3]
+    )
+
+    assert [part.normalizer for part in parts] == [2 * 4.0, 2 * 12.0]
+    assert [part.entropy_normalizer for part in parts] == [16.0, 16.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,39 @@ def test_the_size_of_micro_batches_does_not_matter(
 
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"ratio": "sequence", "normalization": "grpo"},
+        {"objective": "cispo", "clip_max": 5.0},
+        {"sampler_correction": "token_truncate", "sampler_cap": 2.0},
+        {"entropy_coef": 0.01, "normalization": "bnpo"},
+    ],
+    ids=["gspo", "cispo", "sampler", "entropy"],
+)
+def test_every_kind_of_loss_trains(raw_config: dict[str, Any], loss: dict[str, Any]) -> None:
+    raw_config["trainer"]["max_steps"] = 4
+    trainer, _ = run({**raw_config, "loss": loss}, batch__updates_per_batch=2)
+    lines = [line for line in trainer.state.log_history if "ratio/mean" in line]
+
+    assert len(lines) == 4
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    if "sampler_correction" in loss:
+        assert lines[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_entropy_bonus_raises_the_entropy(raw_config: dict[str, Any]) -> None:
+    raw_config |= {"rewards": ["entropy"], "weights": "equal"}
+    raw_config["trainer"] |= {"max_steps": 4, "learning_rate": 0.02}
+    means = []
+    for coefficient in (0.0, 1.0):
+        raw = {**raw_config, "run_dir": f"{raw_config['run_dir']}-{coefficient}", "loss": {"entropy_coef": coefficient}}
+        trainer, _ = run(raw)
+        means.append([line["entropy"] for line in trainer.state.log_history if "entropy" in line][-1])
+
+    assert means[1] > means[0]
 
 
 def test_several_updates_per_batch_use_the_log_probs_of_the_sampling_policy(raw_config: dict[str, Any]) -> None:
