@@ -278,6 +278,19 @@ def test_all_weight_on_an_abstained_reward_is_left_out_of_the_mean() -> None:
     assert result.mean.tolist() == [2.0, 2.0, 2.0]
 
 
+def test_a_reward_without_another_in_its_scope_is_zero() -> None:
+    rewards_BK = torch.tensor([[1.0, 5.0], [3.0, NAN]])
+
+    def normalized(**scopes: Any) -> list[list[float]]:
+        return group_advantages(rewards_BK, None, [0, 1], profile=replace(PLAIN, **scopes)).normalized_rewards.tolist()
+
+    assert normalized() == [[1.0, 5.0], [3.0, 0.0]]
+    assert normalized(reward_center="group") == [[0.0, 0.0], [0.0, 0.0]]
+    assert normalized(reward_center="batch") == [[-1.0, 0.0], [1.0, 0.0]]
+    assert normalized(reward_center="batch", reward_scale="group") == [[0.0, 0.0], [0.0, 0.0]]
+    assert normalized(reward_scale="group") == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_an_unscorable_response_changes_nothing_for_the_others(profile: str) -> None:
     rewards_BK = random_rewards(8, 2, seed=2)

@@ -1,0 +1,229 @@
+"""What the plots share: panels, colours, running means, legends. matplotlib's objects, never pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maestro_fast.reporting.history import FloatArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9.0  # inches: 900 px at 100 dpi, where 9 pt text is 12.5 px high
+DPI = 180
+MAX_POINTS = 800  # per line; more cannot be told apart at this width
+STEP_LABEL = "step (optimiser updates)"
+
+INK, GREY = "#222222", "#6B6B6B"
+# Okabe and Ito's palette, its yellow (too light for a line on white) replaced by greys; Paul Tol's muted one.
+REWARD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#999999")
+FAMILY_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#AA4499")
+# The second half of a palette is dashed as well, so that no two lines rest on colour alone.
+_DASHES = ((), (5.0, 1.2), (2.5, 1.0), (6.0, 1.2, 1.5, 1.2))
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    dash: tuple[float, ...] = ()
+    width: float = 1.8
+
+    def line(self, **changes: Any) -> dict[str, Any]:
+        pattern = (0, self.dash) if self.dash else "-"
+        return {"color": self.colour, "linestyle": pattern, "linewidth": self.width, **changes}
+
+
+PLAIN = Style(REWARD_COLOURS[0])
+SECOND = Style(REWARD_COLOURS[1])
+
+
+def styles(names: Sequence[str], colours: Sequence[str]) -> dict[str, Style]:
+    """A line style per name, the same in every plot of a run."""
+    half = (len(colours) + 1) // 2
+    return {name: Style(colours[i % len(colours)], _DASHES[(i // half) % len(_DASHES)]) for i, name in enumerate(names)}
+
+
+@dataclass
+class Panels:
+    """A figure of small multiples, their legend below."""
+
+    figure: Figure
+    axes: list[Axes]
+    columns: int
+    count: int  # logged steps
+    window: int  # of them in a running mean
+    handles: list[Any] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+    def entry(self, label: str, **line: Any) -> None:
+        """Adds a line to the legend."""
+        from matplotlib.lines import Line2D
+
+        self.handles.append(Line2D([], [], **line))
+        self.labels.append(short(label, 40))
+
+    def patch(self, label: str, **patch: Any) -> None:
+        """Adds a coloured area to the legend."""
+        from matplotlib.patches import Patch
+
+        self.handles.append(Patch(**patch))
+        self.labels.append(label)
+
+    def finish(self, raw: bool = True) -> Figure:
+        """Draws the legend, with a word on the running mean; returns the figure."""
+        if raw and self.window > 1:
+            thinned = ", thinned out" if self.count > MAX_POINTS else ""
+            self.entry(f"single logged steps{thinned} (faint)", color=GREY, alpha=0.5, linewidth=0.8)
+            self.entry(f"running mean over {self.window:,} of them", color=GREY, linewidth=1.8)
+        if self.handles:
+            self.figure.legend(
+                self.handles,
+                self.labels,
+                loc="outside lower left",
+                ncols=_legend_columns(self.labels),
+                frameon=False,
+                fontsize=9,
+                handlelength=2.4,
+                columnspacing=1.6,
+            )
+        return self.figure
+
+
+def panels(
+    titles: Sequence[str], *, steps: FloatArray | None = None, height: float = 2.1, columns: int | None = None
+) -> Panels:
+    """A figure with one titled panel per entry, drawn against ``steps`` where they are given.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = columns or {1: 1, 2: 2, 4: 2}.get(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(WIDTH, rows * height + 0.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(titles))]
+    for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        _style(ax, short(title, 100 // columns))
+        if steps is not None:
+            bottom = i + columns >= len(titles)
+            step_axis(ax, steps, STEP_LABEL if bottom else None)
+    count = 0 if steps is None else len(steps)
+    return Panels(figure, axes, columns, count, smoothing_window(count))
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "maestro-fast[report]"') from error
+
+
+def series(ax: Axes, steps: FloatArray, values: FloatArray, style: Style, window: int, *, raw: bool = True) -> None:
+    """Draws the running mean of the values, and over longer runs the values themselves faintly behind it."""
+    known = np.isfinite(values)
+    kept = _decimated(np.flatnonzero(known))
+    if window > 1 and raw:
+        faint = 0.25 if len(kept) <= 200 else 0.14
+        ax.plot(steps[kept], values[kept], color=style.colour, alpha=faint, linewidth=0.7)
+    marker = {"marker": "o", "markersize": 4} if known.sum() <= 12 and raw else {}
+    ax.plot(steps[kept], running_mean(values, window)[kept], **style.line(**marker))
+
+
+def band(ax: Axes, steps: FloatArray, mean: FloatArray, std: FloatArray, style: Style, window: int) -> None:
+    """Shades the running mean +- one running mean of the standard deviation."""
+    kept = _decimated(np.flatnonzero(np.isfinite(mean) & np.isfinite(std)))
+    centre, spread = running_mean(mean, window)[kept], running_mean(std, window)[kept]
+    x = steps[kept]
+    if len(kept) == 1:  # an area needs two edges
+        x, centre, spread = x + np.array([-0.3, 0.3]), np.repeat(centre, 2), np.repeat(spread, 2)
+    ax.fill_between(x, centre - spread, centre + spread, color=style.colour, alpha=0.16, linewidth=0)
+
+
+def running_mean(values: FloatArray, window: int) -> FloatArray:
+    """The centred mean over ``window`` entries, fewer at the ends and where some are NaN; NaN stays NaN."""
+    if window <= 1 or not np.isfinite(values).any():
+        return values
+    known = np.isfinite(values)
+    centre = values[known].mean()  # keeps the cumulative sums small
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values - centre, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(len(values))
+    half = window // 2
+    to_end = np.minimum(index, len(values) - 1 - index)  # a lopsided window would bend a trend at its ends
+    reach = np.clip(to_end, half // 3, half)
+    low = np.maximum(index - reach, 0)
+    high = np.minimum(index + reach + 1, len(values))
+    count = np.maximum(counts[high] - counts[low], 1)
+    return np.where(known, (sums[high] - sums[low]) / count + centre, np.nan)
+
+
+def smoothing_window(count: int) -> int:
+    """An odd number of logged steps, about a fifteenth of the run; 1 (none) below 12."""
+    return 1 if count < 12 else max(3, count // 30 * 2 + 1)
+
+
+def short(text: str, limit: int) -> str:
+    """At most ``limit`` characters, the middle left out; no character of it is taken for mathematics."""
+    text = " ".join(text.split())
+    if len(text) > limit:
+        text = text[: limit - limit // 2 - 1] + "…" + text[-(limit // 2) :]
+    return text.replace("$", r"\$")
+
+
+def thousands(value: float, _position: int | None = None) -> str:
+    """Tick labels of long runs: 20000 -> 20k."""
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def step_axis(ax: Axes, steps: FloatArray, label: str | None, margin: float | None = None) -> None:
+    """Whole steps along x, from the first to the last."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    first, last = float(steps[0]), float(steps[-1])
+    if margin is None:
+        margin = 0.02 * (last - first) if last > first else 0.5
+    ax.set_xlim(first - margin, last + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_formatter(FuncFormatter(thousands))
+    if label:
+        ax.set_xlabel(label)
+
+
+def _decimated(index: np.ndarray[Any, np.dtype[np.intp]]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    if len(index) <= MAX_POINTS:
+        return index
+    return index[np.linspace(0, len(index) - 1, MAX_POINTS).round().astype(np.intp)]
+
+
+def _style(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize=10, loc="left", color=INK, y=1.0)  # a fixed height spares a search for one
+    ax.grid(axis="y", color="#E3E3E3", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#AAAAAA")
+    ax.tick_params(labelsize=9, colors=INK, length=3)
+    ax.xaxis.label.set_fontsize(9)
+    ax.yaxis.label.set_fontsize(9)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many columns as fit: every column is as wide as its longest entry."""
+    for columns in range(min(len(labels), 6), 1, -1):
+        # matplotlib's own way to deal the entries out
+        widths = [max(len(label) for label in column) for column in np.array_split(list(labels), columns)]
+        if sum(widths) + 7 * columns <= 112:
+            return columns
+    return 1

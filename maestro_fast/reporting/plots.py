@@ -1,0 +1,242 @@
+"""The plots of a run: each a function from its history to a figure.
+
+Rewards, task families and stages keep their colours in every figure. Lines are running means, single steps
+stand faintly behind them. Each function raises ``MissingData`` where the history lacks its keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maestro_fast.reporting.figure import (
+    FAMILY_COLOURS,
+    GREY,
+    INK,
+    PLAIN,
+    REWARD_COLOURS,
+    SECOND,
+    Panels,
+    Style,
+    band,
+    panels,
+    series,
+    styles,
+)
+from maestro_fast.reporting.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEALTHY_SELF_FLATTERY = 0.05
+_OTHER_RUNS = ((1.0, 1.2), (3.0, 1.0, 1.0, 1.0), (1.0, 3.0))
+MAX_OTHERS = len(_OTHER_RUNS)
+
+
+class MissingData(LookupError):
+    """The history lacks what a plot shows; the message names the keys."""
+
+
+def family_weights(history: History, others: Mapping[str, History] | None = None) -> Figure:
+    """Expected weights over time, a panel per task family, a line per reward; ``others``: up to three runs by label."""
+    others = others or {}
+    if len(others) > MAX_OTHERS:
+        raise ValueError(f"others: got {len(others)} runs, expected at most {MAX_OTHERS}")
+    families, rewards = history.families, history.rewards
+    keys = [f"families/{f}/weights/{k}" for f in families for k in rewards]
+    _need(history, *keys, says="families/<family>/weights/<name>")
+    style = styles(rewards, REWARD_COLOURS)
+    figure = panels([family or "(no family)" for family in families], steps=history.steps)
+    for ax, family in zip(figure.axes, families, strict=True):
+        for (_, other), dash in zip(others.items(), _OTHER_RUNS, strict=False):
+            for name in rewards:
+                line = Style(style[name].colour, dash, 1.3)
+                series(ax, other.steps, other.get(f"families/{family}/weights/{name}"), line, figure.window, raw=False)
+        for name in rewards:
+            series(ax, history.steps, history.get(f"families/{family}/weights/{name}"), style[name], figure.window)
+        ax.axhline(1 / len(rewards), color=GREY, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+    _share_y(figure, "weight (sum is 1)")
+    _entries(figure, style)
+    figure.entry(f"equal weights, 1/{len(rewards)}", color=GREY, linestyle=(0, (4, 3)), linewidth=1.0)
+    for label, dash in zip(others, _OTHER_RUNS, strict=False):
+        figure.entry(label, color=GREY, linestyle=(0, dash), linewidth=1.3)
+    return figure.finish()
+
+
+def rewards(history: History) -> Figure:
+    """Mean of each reward over time with a band of one standard deviation to either side, one panel per reward."""
+    names = [name for name in history.rewards if history.has(f"rewards/{name}/mean")]
+    _need(history, *(f"rewards/{name}/mean" for name in names), says="rewards/<name>/mean")
+    style = styles(history.rewards, REWARD_COLOURS)
+    shown = [(_with_abstentions(history, n), f"rewards/{n}/mean", f"rewards/{n}/std", style[n]) for n in names]
+    if history.has("reward"):
+        shown.append(("total, as the trainer logs it", "reward", "reward_std", Style(INK)))
+    figure = panels([title for title, *_ in shown], steps=history.steps)
+    for ax, (_, mean, std, line) in zip(figure.axes, shown, strict=True):
+        band(ax, history.steps, history.get(mean), history.get(std), line, figure.window)
+        series(ax, history.steps, history.get(mean), line, figure.window)
+    _label_left(figure, "reward (its own units)")
+    figure.patch("± 1 standard deviation, as logged", color=GREY, alpha=0.25)
+    return figure.finish()
+
+
+def family_rewards(history: History) -> Figure:
+    """Mean of each reward over time, one panel per reward, a line per task family."""
+    families = history.families
+    names = [k for k in history.rewards if any(history.has(f"families/{f}/rewards/{k}") for f in families)]
+    _need(
+        history,
+        *(f"families/{f}/rewards/{k}" for f in families for k in names),
+        says="families/<family>/rewards/<name>",
+    )
+    style = styles(families, FAMILY_COLOURS)
+    figure = panels(names, steps=history.steps)
+    for ax, name in zip(figure.axes, names, strict=True):
+        for family in families:
+            line = style[family]
+            series(ax, history.steps, history.get(f"families/{family}/rewards/{name}"), line, figure.window)
+    _label_left(figure, "reward (its own units)")
+    _entries(figure, style)
+    return figure.finish()
+
+
+def advantages(history: History) -> Figure:
+    """Spread of the advantages, and the share of groups without any."""
+    keys = {"advantages/std": PLAIN, "advantages/abs_mean": SECOND}
+    _need(history, *keys, "frac_reward_zero_std")
+    figure = panels(["Spread of the advantages", "Degenerate groups (no spread, no signal)"], steps=history.steps)
+    spread, degenerate = figure.axes
+    for key, style in keys.items():
+        series(spread, history.steps, history.get(key), style, figure.window)
+    series(degenerate, history.steps, 100 * history.get("frac_reward_zero_std"), Style(INK), figure.window)
+    _from_zero(spread, "advantage (score units)")
+    _from_zero(degenerate, "share of groups (%)")
+    degenerate.set_ylim(0, max(degenerate.get_ylim()[1], 5))
+    figure.entry("standard deviation", **PLAIN.line())
+    figure.entry("mean absolute value", **SECOND.line())
+    return figure.finish()
+
+
+def response_length(history: History, limit: int | None = None) -> Figure:
+    """Mean length by task family, with the token limit, and the share of responses that the limit cut off."""
+    lengths = {f: f"families/{f}/completion_length" for f in history.families}
+    _need(history, "completions/mean_length", *lengths.values(), says="completions/mean_length")
+    titles = ["Response length", "Cut off by the token limit"]
+    figure = panels(titles[: 1 + history.has("completions/clipped_ratio")], steps=history.steps, height=2.6)
+    style = styles(history.families, FAMILY_COLOURS)
+    for family, key in lengths.items():
+        series(figure.axes[0], history.steps, history.get(key), style[family], figure.window)
+    everything = Style(INK, width=2.4)
+    series(figure.axes[0], history.steps, history.get("completions/mean_length"), everything, figure.window)
+    if limit is not None:
+        figure.axes[0].axhline(limit, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+    _from_zero(figure.axes[0], "mean length (tokens)")
+    if len(figure.axes) > 1:
+        clipped = 100 * history.get("completions/clipped_ratio")
+        series(figure.axes[1], history.steps, clipped, Style(INK), figure.window)
+        _from_zero(figure.axes[1], "share of responses (%)")
+        figure.axes[1].set_ylim(0, max(figure.axes[1].get_ylim()[1], 5))
+    figure.entry("all responses", **everything.line())
+    _entries(figure, {f: s for f, s in style.items() if history.has(lengths[f])})
+    if limit is not None:
+        figure.entry(f"token limit, {limit:,}", color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+    return figure.finish()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A key of the metrics in a panel of its own."""
+
+    key: str
+    title: str
+    label: str
+    scale: float = 1.0
+
+
+CONDUCTOR_CURVES = (
+    Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)"),
+    Curve("conductor/self_flattery", "Self-flattery", "mean w · r (group std)"),
+    Curve("conductor/loss", "Conductor loss", "loss (objective units)"),
+    Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)"),
+)
+POLICY_CURVES = (
+    Curve("loss", "Loss", "loss (objective units)"),
+    Curve("grad_norm", "Gradient", "gradient (L2 norm)"),
+    Curve("entropy", "Token entropy", "entropy (nats per token)"),
+    Curve("kl", "Divergence from the reference", "KL (nats per token)"),
+    Curve("clip_ratio/low_mean", "Clipped at the lower bound", "share of tokens (%)", 100),
+    Curve("clip_ratio/high_mean", "Clipped at the upper bound", "share of tokens (%)", 100),
+)
+
+
+def conductor(history: History) -> Figure:
+    """What the Conductor logs of itself: entropy below its maximum ln K, self-flattery within its healthy band."""
+    figure, shown = _curves(history, CONDUCTOR_CURVES, "conductor/*")
+    for ax, curve in zip(figure.axes, shown, strict=True):
+        if curve.key == "conductor/entropy" and len(history.rewards) > 1:
+            ax.axhline(math.log(len(history.rewards)), color=GREY, linestyle=(0, (4, 3)), linewidth=1.0)
+            figure.entry(f"equal weights, ln {len(history.rewards)}", color=GREY, linestyle=(0, (4, 3)))
+        if curve.key == "conductor/self_flattery":
+            limits = (-HEALTHY_SELF_FLATTERY, HEALTHY_SELF_FLATTERY)
+            ax.axhspan(*limits, color="#009E73", alpha=0.16, linewidth=0, zorder=0)
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, 1.6 * limits[0]), max(high, 1.6 * limits[1]))
+            figure.patch(f"healthy, ± {HEALTHY_SELF_FLATTERY}", color="#009E73", alpha=0.25)
+    return figure.finish()
+
+
+def policy(history: History) -> Figure:
+    """Loss, gradient, entropy, divergence and clipping of the policy update, as far as they are logged."""
+    return _curves(history, POLICY_CURVES, "loss, grad_norm, entropy, kl, clip_ratio/*")[0].finish()
+
+
+def _curves(history: History, curves: tuple[Curve, ...], says: str) -> tuple[Panels, list[Curve]]:
+    _need(history, *(curve.key for curve in curves), says=says)
+    shown = [curve for curve in curves if history.has(curve.key)]
+    figure = panels([curve.title for curve in shown], steps=history.steps)
+    for ax, curve in zip(figure.axes, shown, strict=True):
+        series(ax, history.steps, curve.scale * history.get(curve.key), PLAIN, figure.window)
+        ax.set_ylabel(curve.label)
+        if curve.scale == 100:
+            ax.set_ylim(0, max(ax.get_ylim()[1], 1))
+    return figure, shown
+
+
+def _need(history: History, *keys: str, says: str | None = None) -> None:
+    if not any(history.has(key) for key in keys):
+        raise MissingData(f"no line holds {says or ' or '.join(keys)}")
+
+
+def _with_abstentions(history: History, name: str) -> str:
+    abstained = history.get(f"rewards/{name}/abstained")
+    share = float(np.nanmean(abstained)) if np.isfinite(abstained).any() else 0.0
+    return f"{name} ({share:.0%} abstained)" if share >= 0.005 else name
+
+
+def _entries(figure: Panels, style: Mapping[str, Style]) -> None:
+    for name, line in style.items():
+        figure.entry(name or "(no family)", **line.line())
+
+
+def _from_zero(ax: Axes, label: str) -> None:
+    ax.set_ylabel(label)
+    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+
+
+def _label_left(figure: Panels, label: str) -> None:
+    for ax in figure.axes[:: figure.columns]:
+        ax.set_ylabel(label)
+
+
+def _share_y(figure: Panels, label: str) -> None:
+    """The same scale from 0 in all panels, its numbers only at the left."""
+    top = max(ax.get_ylim()[1] for ax in figure.axes)
+    for index, ax in enumerate(figure.axes):
+        ax.set_ylim(0, top)
+        ax.tick_params(labelleft=index % figure.columns == 0)
+    _label_left(figure, label)

@@ -1,0 +1,125 @@
+"""Tables: one value, shown on the terminal and on the page in the same figures."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Cell = str | int | float | None
+
+# "0.70", "+0.043 ± 0.024", "< 1 %", "1,234 s": what reads better with its right edge aligned.
+_NUMERIC = re.compile(r"[<>≤≥~≈±+\-\u2212]?\s?\d.{0,24}")
+_GAP = "  "
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, the names of the columns, and rows of as many cells; None shows as a dash.
+
+    Raises:
+        ValueError: a row has another number of cells than the header.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows, 1):
+            if len(row) != len(self.header):
+                raise ValueError(f"rows: row {number} has {len(row)} cells, expected {len(self.header)}")
+
+
+def format_table(table: Table, width: int = 100) -> str:
+    """The table as lines of at most ``width`` characters.
+
+    Numbers stand at the right edge of their column and are never wrapped; words are. A table whose numbers alone are
+    too wide continues below itself, the first column repeated.
+    """
+    cells = [list(table.header), *cell_texts(table)]
+    right = numeric_columns(table)
+    blocks = [
+        _block([[row[c] for c in columns] for row in cells], [right[c] for c in columns], width)
+        for columns in _column_blocks(cells, right, width)
+    ]
+    return "\n".join([*textwrap.wrap(table.caption, width), "\n\n".join(blocks)])
+
+
+def cell_texts(table: Table) -> list[list[str]]:
+    """The rows as text: the floats of a column get the same number of decimals."""
+    columns = [_column_texts([row[c] for row in table.rows]) for c in range(len(table.header))]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    """Per column, whether it holds numbers (or text that starts as one) and dashes only."""
+    return [_is_numeric([row[c] for row in table.rows]) for c in range(len(table.header))]
+
+
+def _is_numeric(cells: Sequence[Cell]) -> bool:
+    present = [cell for cell in cells if cell is not None and cell != ""]
+    return bool(present) and all(not isinstance(cell, str) or _NUMERIC.fullmatch(cell.strip()) for cell in present)
+
+
+def _column_texts(cells: Sequence[Cell]) -> list[str]:
+    sizes = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
+    digits_before = math.floor(math.log10(max(sizes))) if sizes and max(sizes) > 0 else 0
+    decimals = min(max(2 - digits_before, 0), 3)  # three significant digits of the largest
+    return [_text(cell, decimals) for cell in cells]
+
+
+def _text(cell: Cell, decimals: int) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return "-"
+    if isinstance(cell, float) and math.isfinite(cell):
+        too_small = 0 < abs(cell) < 0.5 * 10.0**-decimals
+        return f"{cell:.1e}" if too_small else f"{cell:.{decimals}f}"
+    return " ".join(str(cell).split())
+
+
+def _column_blocks(cells: list[list[str]], right: list[bool], width: int) -> list[list[int]]:
+    """The columns, in as few blocks as their narrowest forms fit into; each block begins with column 0."""
+    floors = [_floor([row[c] for row in cells], numeric) for c, numeric in enumerate(right)]
+    blocks = [[0]]
+    for column in range(1, len(floors)):
+        taken = sum(floors[c] + len(_GAP) for c in blocks[-1])
+        if taken + floors[column] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return blocks
+
+
+def _floor(column: list[str], numeric: bool) -> int:
+    """The least width of a column: its numbers whole; its words whole or in pieces of 12."""
+    header, *body = column
+    words = [word for text in (column if not numeric else [header]) for word in text.split()]
+    return max([1, *(min(len(word), 12) for word in words), *(len(cell) for cell in body if numeric)])
+
+
+def _block(cells: list[list[str]], right: list[bool], width: int) -> str:
+    floors = [_floor([row[c] for row in cells], numeric) for c, numeric in enumerate(right)]
+    widths = [max(len(row[c]) for row in cells) for c in range(len(right))]
+    while sum(widths) + len(_GAP) * (len(widths) - 1) > width:
+        spare, column = max((widths[c] - floors[c], c) for c in range(len(widths)))
+        if spare == 0:
+            break
+        widths[column] -= 1
+    header, *rows = [_lines(row, widths, right) for row in cells]
+    rule = _GAP.join("-" * w for w in widths)
+    return "\n".join([*header, rule, *(line for row in rows for line in row)])
+
+
+def _lines(row: list[str], widths: list[int], right: list[bool]) -> list[str]:
+    """One row as as many lines as its tallest cell needs."""
+    wrapped = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+    height = max(len(cell) for cell in wrapped)
+    return [
+        _GAP.join(
+            (cell[i] if i < len(cell) else "").rjust(w) if r else (cell[i] if i < len(cell) else "").ljust(w)
+            for cell, w, r in zip(wrapped, widths, right, strict=True)
+        ).rstrip()
+        for i in range(height)
+    ]

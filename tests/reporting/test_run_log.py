@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from maestro_fast.records import StepRecord
+from maestro_fast.reporting.run_log import MetricsCallback, RolloutsLog, TimingsLog, read_jsonl
+
+
+def log(callback: MetricsCallback, step: int, main: bool = True, **values: Any) -> None:
+    state = TrainerState(global_step=step, is_world_process_zero=main)
+    callback.on_log(None, state, TrainerControl(), logs=values)
+
+
+def begin(callback: MetricsCallback, step: int = 0, main: bool = True) -> MetricsCallback:
+    state = TrainerState(global_step=step, is_world_process_zero=main)
+    callback.on_train_begin(None, state, TrainerControl())
+    return callback
+
+
+def steps_of(path: Path) -> list[int]:
+    return [row["step"] for row in read_jsonl(path)]
+
+
+def test_metrics_have_step_seconds_and_what_was_logged(tmp_path: Path) -> None:
+    callback = begin(MetricsCallback(tmp_path))
+    log(callback, 1, loss=0.5, kl=float("nan"))
+    log(callback, 2, loss=0.25)
+    first, second = read_jsonl(tmp_path / "metrics.jsonl")
+    assert list(first) == ["step", "seconds", "loss", "kl"]
+    assert (first["step"], first["loss"], first["kl"], second["loss"]) == (1, 0.5, None, 0.25)
+    assert 0 <= first["seconds"] <= second["seconds"] < 60
+
+
+def test_what_is_logged_later_at_a_step_joins_its_line(tmp_path: Path) -> None:
+    callback = begin(MetricsCallback(tmp_path))
+    log(callback, 1, loss=0.5)
+    log(callback, 2, loss=0.25)
+    log(callback, 2, eval_loss=0.3)
+    log(callback, 2, train_runtime=9.0)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert (rows[1]["loss"], rows[1]["eval_loss"], rows[1]["train_runtime"]) == (0.25, 0.3, 9.0)
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    callback = begin(MetricsCallback(tmp_path), main=False)
+    log(callback, 1, main=False, loss=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_before_training_is_logged(tmp_path: Path) -> None:
+    log(MetricsCallback(tmp_path), 0, eval_loss=0.3)
+    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["eval_loss"] == 0.3
+
+
+def test_a_resumed_run_repeats_no_step_and_counts_its_seconds_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    callback = begin(MetricsCallback(tmp_path))
+    for step in range(1, 8):
+        log(callback, step, loss=step)
+    lines = [line.replace(b'"seconds": ', b'"seconds": 100') for line in path.read_bytes().splitlines(True)]
+    path.write_bytes(b"".join(lines) + b'{"step": 8, "lo')  # killed here; the checkpoint is of step 5
+    resumed = begin(MetricsCallback(tmp_path), step=5)
+    log(resumed, 5, eval_loss=0.1)
+    for step in (6, 7, 8):
+        log(resumed, step, loss=-step)
+    rows = read_jsonl(path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == [1, 2, 3, 4, 5, -6, -7, -8]
+    assert rows[4]["eval_loss"] == 0.1
+    assert rows[5]["seconds"] >= rows[4]["seconds"] >= 100
+
+
+def test_a_new_run_in_an_old_directory_starts_anew(tmp_path: Path) -> None:
+    log(begin(MetricsCallback(tmp_path)), 3, loss=1.0)
+    log(begin(MetricsCallback(tmp_path)), 1, loss=2.0)
+    assert steps_of(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_rollouts_have_one_line_per_response(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:
+    record = make_record(4)
+    RolloutsLog(tmp_path)(record)
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert len(rows) == len(record.completions) == 16
+    assert rows[3] == {
+        "step": 4,
+        "family": "reasoning",
+        "prompt": "A reasoning task, number 1",
+        "completion": "an answer (step 4, response 3)",
+        "rewards": dict(zip(record.reward_names, record.rewards_BK[3].tolist(), strict=True)),
+        "weights": dict(zip(record.reward_names, record.weights_BK[3].tolist(), strict=True)),
+        "advantage": record.advantages_B[3].item(),
+        "score": record.scores_B[3].item(),
+        "length": 13,
+        "truncated": True,
+        "degenerate": False,
+    }
+    assert torch.isnan(record.rewards_BK[0, 0])
+    assert rows[0]["rewards"]["perplexity"] is None
+
+
+def test_resumed_rollouts_repeat_no_step(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:
+    rollouts = RolloutsLog(tmp_path)
+    for step in (0, 1, 1, 2):  # two generation batches in step 1
+        rollouts(make_record(step))
+    resumed = RolloutsLog(tmp_path)
+    resumed(make_record(1))
+    resumed(make_record(1))
+    assert steps_of(tmp_path / "rollouts.jsonl") == [0] * 16 + [1] * 32
+
+
+def test_timings_resume_and_need_a_step(tmp_path: Path) -> None:
+    timings = TimingsLog(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for step in range(3):
+        timings({"generate": 1.5, "total": 2.0, "step": step})
+    TimingsLog(tmp_path)({"step": 2, "generate": 9.0})
+    rows = read_jsonl(tmp_path / "timings.jsonl")
+    assert rows[1:] == [{"step": 1, "generate": 1.5, "total": 2.0}, {"step": 2, "generate": 9.0}]
+    with pytest.raises(ValueError, match="expected step"):
+        timings({"generate": 1.0})
