@@ -257,18 +257,19 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _token_limit(config: str | None) -> int | None:
-    """``max_completion_length``, wherever in the configuration it stands."""
+    """``sampling.max_new_tokens`` of our configuration, else ``max_completion_length`` (TRL), wherever it stands."""
     try:
-        pending = [yaml.safe_load(config or "")]
+        values = yaml.safe_load(config or "")
     except yaml.YAMLError:
         return None
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            limit = node.get("max_completion_length")
-            if isinstance(limit, int):
-                return limit
-            pending.extend(node.values())
+    for name in ("max_new_tokens", "max_completion_length"):
+        pending = [values]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, dict):
+                if isinstance(node.get(name), int):
+                    return int(node[name])
+                pending.extend(node.values())
     return None
 
 

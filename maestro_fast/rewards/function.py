@@ -55,8 +55,7 @@ class FunctionReward:
         self.function = function
         self.name = name or callable_name(function)
         self.options = dict(options or {})
-        self._accepted, required = _arguments(self.name, function)
-        self._required = [argument for argument in required if argument not in self.options]
+        self._accepted, self._required = _arguments(self.name, function)
         for option in self.options:
             if option in STANDARD_ARGUMENTS:
                 raise ValueError(f"reward {self.name!r}: the option {option!r} has the name of a standard argument")

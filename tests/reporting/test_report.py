@@ -176,6 +176,7 @@ def test_more_than_three_other_runs_are_refused(run_dir: Path) -> None:
     [
         ("max_completion_length: 64", 64),
         ("a:\n  b:\n    max_completion_length: 32\n", 32),
+        ("loss: {max_completion_length: 9}\nsampling: {max_new_tokens: 40}\n", 40),
         ("max_completion_length: null", None),
         ("other: 1", None),
         ("not: [yaml", None),

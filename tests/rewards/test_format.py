@@ -52,12 +52,13 @@ def test_other_tags(make_batch: MakeBatch) -> None:
     reward = FormatReward(tags=["a", "b.c", "d"], partial=True)
     assert reward(make_batch(texts)) == [1.0, 0.5 * 2 / 3, 0.5 / 3, 0.5 * 2 / 3]
     assert FormatReward(tags=("a",))(make_batch(["<a>1</a>"])) == [1.0]
+    assert FormatReward(tags=("|a|",))(make_batch(["<|a|>1</|a|>"])) == [1.0]
 
 
 def test_pattern_matches_the_whole_completion(make_batch: MakeBatch) -> None:
     reward = FormatReward(pattern=r"\d\. .*")
     assert reward(make_batch(["1. tea", "1. tea\n2. salt", " 1. tea", "so 1. tea", "1."])) == [1, 1, 0, 0, 0]
-    assert FormatReward(pattern="a|ab")(make_batch(["ab"])) == [1.0]
+    assert FormatReward(pattern="a|ab")(make_batch(["ab", "abc"])) == [1.0, 0.0]
 
 
 def test_needs_nothing() -> None:

@@ -81,7 +81,9 @@ def test_names_as_trl_does() -> None:
     class Judge:
         def __call__(self, **kwargs: Any) -> None: ...
 
-    assert FunctionReward(functools.partial(functools.partial(plain), a=1)).name == "plain"
+    inner = functools.partial(plain)
+    inner.note = "keeps the outer one from absorbing it"  # type: ignore[attr-defined]
+    assert FunctionReward(functools.partial(inner, a=1)).name == "plain"
     assert FunctionReward(Judge()).name == "Judge"
     assert FunctionReward(plain, name="other").name == "other"
 

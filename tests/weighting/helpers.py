@@ -1,0 +1,41 @@
+"""Contexts and outcomes for all tests of weight policies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maestro_fast.ops import GroupAdvantages
+from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights
+
+NAMES = ("format", "length", "entropy")
+K = len(NAMES)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def context(
+    rewards_BK: Tensor | int, h: Tensor | None = None, *, step: int = 0, group_size: int = 4, k: int = K
+) -> WeightContext:
+    """The context of these rewards, or of so many responses with random ones."""
+    if isinstance(rewards_BK, int):
+        rewards_BK = normal(rewards_BK, k, seed=1000 + step)
+    names = tuple(f"r{i}" for i in range(rewards_BK.shape[1])) if rewards_BK.shape[1] != K else NAMES
+    return WeightContext(names, group_size, step, rewards_BK, h)
+
+
+def given_advantages(advantages_B: Tensor, degenerate_B: Tensor | None = None) -> GroupAdvantages:
+    """Advantages out of the blue; a policy must not look at what they were made of."""
+    poison_B = torch.full_like(advantages_B, float("nan"))
+    if degenerate_B is None:
+        degenerate_B = torch.zeros_like(advantages_B, dtype=torch.bool)
+    return GroupAdvantages(advantages_B, poison_B, poison_B[:, None].expand(-1, K), poison_B, poison_B, degenerate_B)
+
+
+def play(policy: WeightPolicy, at: WeightContext, advantages_B: Tensor, degenerate_B: Tensor | None = None) -> Weights:
+    """One batch: weights, then their outcome."""
+    weights = policy.weights(at)
+    policy.observe(Outcome(at, weights, given_advantages(advantages_B, degenerate_B)))
+    return weights
