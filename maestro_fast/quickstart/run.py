@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,6 +28,8 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 def quickstart(out: Path, *, epochs: int = 8, limit: int | None = None) -> Path:
     """Runs everything and prints the outcome.
 
+    The two runs go side by side, each on one thread: a model this small gains nothing from a second one.
+
     Args:
         out: directory for the model and both runs; must not exist or be empty.
         epochs: of the warm start.
@@ -30,28 +39,56 @@ def quickstart(out: Path, *, epochs: int = 8, limit: int | None = None) -> Path:
         The directory of the run with the Conductor.
     """
     began = time.monotonic()
-    disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out: {out} is not empty, expected a new directory")
-    print(f"1/3  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
-    loss = make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=epochs)
-    print(f"     {loss:.2f} nats a token at the end")
-    print("2/3  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
-    adaptive = _run(out, "conductor", {}, limit)
-    print("3/3  Control: the same, with the hidden states shuffled between the responses", flush=True)
-    control = _run(out, "shuffled", {"weights.context": "shuffled"}, limit)
-    _conclude(adaptive, control, time.monotonic() - began)
-    return adaptive
+    disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        print(f"1/3  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
+        loss = make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=epochs)
+        print(f"     {loss:.2f} nats a token at the end")
+        with _control_run(out, limit) as control:
+            print("2/3  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
+            recorded_train(_config(out, "conductor", {}, limit))
+            print("3/3  Control, begun beside it: the same with the states shuffled between responses", flush=True)
+            _wait(control, out / "shuffled.log")
+    finally:
+        torch.set_num_threads(threads)
+    _conclude(out / "conductor", out / "shuffled", time.monotonic() - began)
+    return out / "conductor"
 
 
-def _run(out: Path, name: str, changes: dict[str, Any], limit: int | None) -> Path:
+@contextlib.contextmanager
+def _control_run(out: Path, limit: int | None) -> Iterator[subprocess.Popen[bytes]]:
+    """The control in a process of its own, ended with this one whatever happens."""
+    changes = {"weights.context": "shuffled", "trainer.disable_tqdm": True}
+    config = out / "shuffled.yaml"
+    config.write_text(yaml.safe_dump(_config(out, "shuffled", changes, limit), sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "maestro_fast", "train", str(config)]
+    with (out / "shuffled.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.wait() != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
+
+
+def _config(out: Path, name: str, changes: dict[str, Any], limit: int | None) -> dict[str, Any]:
     raw = example_config(out)
     for dotted, value in {"run_dir": str(out / name), "trainer.disable_tqdm": False, **changes}.items():
         override(raw, dotted, value)
     if limit is not None:
         override(raw, "data.limit", limit)
-    recorded_train(raw)
-    return out / name
+    return raw
 
 
 def example_config(out: Path) -> dict[str, Any]:
@@ -75,7 +112,7 @@ def _conclude(adaptive: Path, control: Path, seconds: float) -> None:
     )
     for table in tables:
         print("\n" + format_table(table))
-    print("\n" + "\n".join(summary))
+    print("\n" + "\n".join(textwrap.fill(sentence, 100) for sentence in summary))
     where = try_report(
         adaptive, title="Quickstart", summary=summary, tables=tables, compare={"shuffled hidden states": control}
     )

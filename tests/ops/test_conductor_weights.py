@@ -80,8 +80,10 @@ def test_sampled_weights_lean_towards_the_action() -> None:
 
 
 def test_soft_weights_are_the_probabilities() -> None:
-    sample = conductor_weights(contexts(), random_params(), mode="soft")
-    assert torch.equal(sample.weights, sample.probs)
+    params = random_params()
+    params.weight.requires_grad_()
+    sample = conductor_weights(contexts(), params, mode="soft")
+    assert torch.equal(sample.weights, sample.probs) and sample.weights.requires_grad
     assert torch.equal(sample.actions, sample.probs.argmax(-1))
 
 

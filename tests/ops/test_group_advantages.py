@@ -365,6 +365,14 @@ def test_the_scale_of_a_reward_enters_maestro_only_through_eps(factor: float) ->
     torch.testing.assert_close(with_eps.advantages, expected.advantages, rtol=1e-9, atol=1e-10)
 
 
+def test_gdpo_whitens_over_the_batch() -> None:
+    """TRL has one weight per reward, under which all groups have mean 0; with weights per response they have not."""
+    weights_BK = random_rewards(12, 3, seed=1).abs()
+    result = group_advantages(random_rewards(12, 3), weights_BK, 4, profile="gdpo")
+    assert abs(result.advantages.mean()) < 1e-12 and abs(result.advantages.std() - 1) < 1e-3
+    assert (result.advantages.view(3, 4).mean(1).abs() > 0.01).all()
+
+
 def test_group_scopes_do_not_see_the_rest_of_the_batch() -> None:
     rewards_BK, weights_BK = random_rewards(12, 2), random_rewards(12, 2, seed=1).abs()
     for profile in ("maestro", "grpo", "dr_grpo", "rloo"):

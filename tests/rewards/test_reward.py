@@ -225,7 +225,7 @@ def test_what_an_awaited_reward_raises_comes_through_with_its_name() -> None:
 
     async def endless() -> list[float]:
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(20)
         except asyncio.CancelledError:
             cancelled.append(True)
             raise
