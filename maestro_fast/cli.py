@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
         if arguments.verbose:
             raise
-        print(f"maestro-fast: {error}", file=sys.stderr)
+        print("\n".join([f"maestro-fast: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
 
 

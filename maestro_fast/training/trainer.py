@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from maestro_fast.generation import Generator, SamplingConfig, TransformersGenerator
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig, policy_loss
@@ -171,7 +172,11 @@ class MaestroTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; the first of a generation batch samples it."""
         if not self._micro_batches:
-            self._micro_batches = self._next_batch(model, inputs)
+            try:
+                self._micro_batches = self._next_batch(model, inputs)
+            except Exception as error:
+                self._save_before_failing(model, error)
+                raise
         micro_batch = self._micro_batches.pop(0)
         with self.clock.stage("train"):
             loss: Tensor = super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[arg-type]
@@ -190,6 +195,19 @@ class MaestroTrainer(Trainer):
                 observer(record)
         done = step % self._plan.updates * self._plan.accumulation  # resumed inside a batch: its first part is done
         return micro_batches[done:]
+
+    def _save_before_failing(self, model: nn.Module, error: Exception) -> None:
+        """A faulty reward late in a run must not cost the steps since the last checkpoint.
+
+        One process only: with several, the others are not here to take part in saving.
+        """
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+        if step == 0 or self.args.world_size > 1 or self.args.save_strategy == SaveStrategy.NO:
+            return
+        if not folder.exists():
+            self._save_checkpoint(model, None)
+        error.add_note(f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume.")
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.generation.helpers import EOS, TOKENIZER, distributions, generate, peaked_model, prompts, recomputed, same
+from tests.generation.helpers import (
+    EOS,
+    PAD,
+    TOKENIZER,
+    distributions,
+    generate,
+    peaked_model,
+    prompts,
+    recomputed,
+    same,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = ("the", "Tell a story about the sea and the long night of the lazy dog.", "red")
@@ -125,6 +135,14 @@ def test_every_eos_ends_a_response_and_is_part_of_it(listed: list[int] | int | N
     assert model.generation_config.eos_token_id == listed
 
 
+def test_nothing_is_computed_after_the_last_response_has_ended() -> None:
+    model, steps = tiny_model(), []
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    model.register_forward_hook(lambda *_: steps.append(1))
+    rollouts = generate(model, prompts("the", times=4), max_new_tokens=20)
+    assert len(steps) == 1 and [len(ids) for ids in rollouts.completion_ids] == [1] * 4
+
+
 def test_an_eos_at_the_token_limit_is_not_truncated() -> None:
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(160))
@@ -154,14 +172,13 @@ def test_without_a_pad_token() -> None:
 
 
 def test_text_is_decoded_without_special_tokens_and_chats_get_messages() -> None:
-    model = tiny_model()
-    model.generation_config.eos_token_id = list(range(160))
-    rollouts = generate(model, prompts("the", CHAT, times=4))
+    rollouts = generate(tiny_model(), prompts("the", CHAT, times=16), max_new_tokens=60)
+    assert any(EOS in ids for ids in rollouts.completion_ids) and any(PAD in ids for ids in rollouts.completion_ids)
     texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
-    assert rollouts.completions[:4] == texts[:4]
-    assert rollouts.completions[4:] == [[{"role": "assistant", "content": text}] for text in texts[4:]]
-    assert not any("<|end|>" in text for text in texts)
-    assert rollouts.prompts.texts == ["the"] * 4 + [CHAT] * 4
+    assert rollouts.completions[:16] == texts[:16]
+    assert rollouts.completions[16:] == [[{"role": "assistant", "content": text}] for text in texts[16:]]
+    assert not any("<|end|>" in text or "<|pad|>" in text for text in texts)
+    assert rollouts.prompts.texts == ["the"] * 16 + [CHAT] * 16
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -246,6 +246,29 @@ def test_a_faulty_reward_is_named(raw_config: dict[str, Any], tmp_path: Path, va
         run(raw_config)
 
 
+def test_a_reward_that_fails_late_costs_no_finished_step(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    source = (
+        "calls = 0\n"
+        "def mine(completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [float('inf') if calls == 3 else float(len(c)) for c in completions]\n"
+    )
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    raw_config["rewards"] = ["format", f"{tmp_path}/own.py:mine"]
+    raw_config["trainer"]["max_steps"] = 4
+
+    with pytest.raises(ValueError, match=r"mine.*inf") as caught:
+        run(raw_config)
+    note = caught.value.__notes__[-1]
+    assert "checkpoint-2; mend the cause and go on with --resume" in note
+
+    (tmp_path / "own.py").write_text(source.replace("calls == 3", "False"), encoding="utf-8")
+    trainer, records = run(raw_config, resume=True)
+    assert [record.step for record in records] == [2, 3]
+    assert trainer.state.global_step == 4
+
+
 def test_a_user_function_gets_the_columns(raw_config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "async def mine(prompts, completions, reference, **columns):\n"
