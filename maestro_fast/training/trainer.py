@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -28,6 +27,7 @@ from maestro_fast.ops.profiles import resolve_profile
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchConfig, BatchPlan, MicroBatch
+from maestro_fast.training.checkpoint import load_weight_policy, save_weight_policy
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden
 from maestro_fast.training.head import causal_lm, check_head, head_of
@@ -39,7 +39,6 @@ from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy
 
-WEIGHTS_FILE = "weight_policy.safetensors"
 _METRIC_NAMES = {
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
@@ -261,17 +260,12 @@ class MaestroTrainer(Trainer):
 
     def save_weight_policy(self, folder: Path) -> None:
         """Writes the state of the weight policy to ``folder``."""
-        state = {name: tensor.contiguous() for name, tensor in self.pipeline.weights.state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"policy": self.pipeline.weights.name})
+        save_weight_policy(folder, self.pipeline.weights, self.pipeline.rewards.names)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / WEIGHTS_FILE
-        if not file.is_file():
-            raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {WEIGHTS_FILE}, it is incomplete")
-        self.pipeline.weights.load_state_dict(load_file(file))
+        if checkpoint is not None:
+            load_weight_policy(Path(checkpoint), self.pipeline.weights, self.pipeline.rewards.names)
 
 
 def _checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:

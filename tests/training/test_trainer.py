@@ -197,6 +197,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(raw_config: dict[str, Any])
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"rewards": ["entropy", "format", {"name": "brevity", "kind": "length", "target": 2}]}, "of rewards .*format"),
+        ({"weights": "random"}, "of policy conductor, this run has random"),
+    ],
+)
+def test_a_run_resumed_with_other_rewards_or_policy_is_refused(
+    raw_config: dict[str, Any], changes: dict[str, Any], complaint: str
+) -> None:
+    raw_config["trainer"] |= {"max_steps": 1, "save_steps": 1}
+    run(raw_config)
+
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .* is {complaint}"):
+        run({**raw_config, **changes, "trainer": {**raw_config["trainer"], "max_steps": 2}}, resume=True)
+
+
 def test_a_run_is_reproducible(raw_config: dict[str, Any]) -> None:
     first, _ = run(raw_config)
     second, _ = run({**raw_config, "run_dir": raw_config["run_dir"] + "-again"})
