@@ -55,6 +55,20 @@ def test_a_local_checkpoint_is_trained_and_saved(
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"trainer__bf16": True}, {"model__dtype": "bfloat16"}, {"trainer__activation_checkpointing": True}],
+    ids=["autocast", "bfloat16 weights", "activation checkpointing"],
+)
+@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
+def test_transformers_own_options_work(raw_config: dict[str, Any], options: Any, lora: dict[str, int] | None) -> None:
+    trainer, _ = run(raw_config, model__lora=lora, loss__kl_coef=0.01, **options)
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+
+    assert [line["ratio/mean"] for line in lines] == [1.0, 1.0]
+    assert all(math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0 for line in lines)
+
+
 def test_records_hold_the_batch_and_its_advantages(raw_config: dict[str, Any]) -> None:
     _, (record, _) = run(raw_config)
 
