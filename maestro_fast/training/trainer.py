@@ -113,7 +113,7 @@ class MaestroTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        # transformers before 5.20 reads this instead of loss_is_scaled_for_ga; compute_loss below never calls it
+        # transformers without loss_is_scaled_for_ga reads this; compute_loss below never calls it
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
