@@ -14,7 +14,7 @@ from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.settings import SettingsError, build, override
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
-from maestro_fast.training.trainer import Method
+from maestro_fast.training.method import Method
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ class AdvantagesConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out prompts; ``trainer.eval_strategy`` and ``trainer.eval_steps`` say when (default: at every checkpoint).
+
+    Attributes:
+        data: the prompts.
+        samples: responses to each prompt.
+    """
+
+    data: DataConfig
+    samples: int = 1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
@@ -62,6 +75,7 @@ class TrainConfig:
         weights: entry for ``weighting.build_weight_policy``.
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
+        evaluation: rewards on held-out prompts, during training.
         seed: of the data order, the sampling and the trainer.
     """
 
@@ -75,11 +89,13 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig | None = None
     seed: int = 0
 
     @property
     def method(self) -> Method:
-        return Method(self.sampling, self.batch, self.loss, self.advantages.profile, self.seed)
+        samples = 1 if self.evaluation is None else self.evaluation.samples
+        return Method(self.sampling, self.batch, self.loss, self.advantages.profile, self.seed, samples)
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

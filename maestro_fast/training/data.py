@@ -70,8 +70,15 @@ class PromptDataset(Dataset[Row]):
         texts: list[Text] = [row[self.prompt_column] for row in rows]
         names = [name for name in rows[0] if name != self.prompt_column]
         columns = {name: [row.get(name) for row in rows] for name in names}
-        families = [str(row.get(self.family_column) or "") for row in rows]
-        return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, families)
+        return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, self._families(rows))
+
+    @property
+    def families(self) -> list[str]:
+        """The task family of every row, "" where it names none."""
+        return self._families(self.rows)
+
+    def _families(self, rows: Sequence[Row]) -> list[str]:
+        return [str(row.get(self.family_column) or "") for row in rows]
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
         """

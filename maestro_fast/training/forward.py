@@ -157,6 +157,13 @@ def completion_logprobs(
     return out.logprobs, out.entropies
 
 
+def policy_outputs(hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None) -> PolicyOutputs:
+    """What a forward that is differentiated tells besides, without its graph."""
+    bounds = cumulative(torch.tensor(sequences.lengths)).to(hidden.device)
+    context = pool_hidden(hidden.detach(), cu_seqlens=bounds, mode="last")
+    return PolicyOutputs(logprobs.detach(), None if entropies is None else entropies.detach(), context)
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
@@ -62,6 +65,18 @@ class MetricMeans:
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Sum and count by name, for a checkpoint."""
+        return {name: (total, self._counts[name]) for name, total in self._sums.items()}
+
+    @staticmethod
+    def of(state: Mapping[str, Sequence[Any]]) -> MetricMeans:
+        """The means that had this ``state``."""
+        means = MetricMeans()
+        means._sums = {name: float(total) for name, (total, _) in state.items()}
+        means._counts = {name: int(count) for name, (_, count) in state.items()}
+        return means
 
     def pop(self) -> dict[str, float]:
         means = {name: total / self._counts[name] for name, total in self._sums.items()}

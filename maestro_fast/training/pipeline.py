@@ -1,4 +1,4 @@
-"""One generation batch, from prompts to micro-batches: sample, score, reward, weigh, compare within groups."""
+"""One generation batch, from prompts to micro-batches: sample, score, judge (reward, weigh, compare within groups)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig, group_advantages
-from maestro_fast.records import PolicyOutputs, RewardBatch, Rollouts, StepRecord, Text
+from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
 from maestro_fast.training.data import PromptDataset, Row, encode_prompt
@@ -22,8 +22,36 @@ from maestro_fast.training.forward import Layout, Sequences, score
 from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.metrics import batch_metrics
 from maestro_fast.training.reference import Reference
+from maestro_fast.training.scoring import Scoring
 from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses of one process that nothing has judged yet.
+
+    Attributes:
+        number: of the generation batch, from 0.
+        step: optimiser steps done before it.
+    """
+
+    rollouts: Rollouts
+    number: int
+    step: int
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.rollouts.prompts.token_ids, self.rollouts.completion_ids)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of a generation batch: what to train on, and what to log."""
+
+    micro_batches: list[MicroBatch]
+    record: StepRecord
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,7 @@ class Pipeline:
     profile: AdvantageProfile
     head: LanguageHead
     layout: Layout
+    scoring: Scoring
     reference: Reference | None
     accelerator: Accelerator
     clock: StageClock
@@ -55,52 +84,68 @@ class Pipeline:
         """The loss without a KL that the score already holds."""
         return replace(self.loss, kl_coef=0.0) if self.profile.kl_in == "score" else self.loss
 
-    def run(
-        self, model: nn.Module, rows: Sequence[Row], number: int, step: int
-    ) -> tuple[list[MicroBatch], StepRecord, dict[str, float]]:
+    def sample(self, model: nn.Module, rows: Sequence[Row], number: int, step: int) -> Sampled:
         """Generation batch ``number`` (from 0), made after ``step`` optimiser steps, from this process's prompts."""
-        clock = self.clock
         prompts = self.dataset.prompts(rows, self.tokenizer).repeat(self.sampling.group_size)
-        with clock.stage("generate"):
-            sampler = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            rollouts = self.generator.generate(sampler, prompts, seed=self._seed(number))
-        sequences = Sequences(prompts.token_ids, rollouts.completion_ids)
-        with clock.stage("score"):
-            outputs = self._score(model, sequences)
+        with self.clock.stage("generate"):
+            return Sampled(self.generate(model, prompts, number), number, step)
+
+    def generate(self, model: nn.Module, prompts: Prompts, number: int) -> Rollouts:
+        """One response to each entry of ``prompts``; ``number`` keys the random draws."""
+        sampler = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return self.generator.generate(sampler, prompts, seed=self._seed(number))
+
+    def score(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
+        """The scoring forward, if it is this that gives log-probs, entropies and hidden states."""
+        if self.scoring.source != "scoring":
+            return None
+        with self.clock.stage("score"):
+            return self._forward(model, sampled.sequences, entropy=True, context=self.weights.needs_context)
+
+    def outputs_for_rewards(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
+        """A forward for the rewards alone, outside training, if one of them reads it."""
+        return self._forward(model, sampled.sequences, entropy=True) if self.rewards.needs_entropy else None
+
+    def judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> Judged:
+        """Rewards, weights and advantages over all processes, and this process's micro-batches."""
+        clock, rollouts = self.clock, sampled.rollouts
         with clock.stage("reference"):
-            ref_logprobs_C = self._reference_logprobs(sequences)
+            ref_logprobs_C = self._reference_logprobs(sampled.sequences)
         with clock.stage("rewards"):
-            rewards_BK = self._gather(self._rewards(model, rollouts, outputs).to(self.accelerator.device))
+            rewards_BK = self._gather(self.rewards_of(model, rollouts, outputs).to(self.accelerator.device))
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
             context_Bd = None if outputs is None else outputs.context_Bd
             context = WeightContext(
                 self.rewards.names,
                 self.sampling.group_size,
-                number,
+                sampled.number,
                 rewards_BK,
                 None if context_Bd is None else self._gather(context_Bd),
             )
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
-            advantages = group_advantages(
-                rewards_BK,
-                weights.weights_BK,
-                self.sampling.group_size,
-                kl=kl_B,
-                beta=self.kl_in_score,
-                profile=self.profile,
-            )
+            advantages = self._advantages(rewards_BK, weights, kl_B)
         with clock.stage("conductor_update"):
             self.weights.observe(Outcome(context, weights, advantages))
-        record = self._record(step, rollouts, rewards_BK, weights, advantages)
+        record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
         metrics = batch_metrics(record, advantages) | self.weights.metrics() | _policy_metrics(rollouts, outputs)
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
             self._sampling_logprobs(rollouts),
         )
-        return self._micro_batches(sequences, advantages, logprobs, number), record, metrics
+        return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
+
+    def _advantages(self, rewards_BK: Tensor, weights: Weights, kl_B: Tensor | None) -> GroupAdvantages:
+        return group_advantages(
+            rewards_BK,
+            weights.weights_BK,
+            self.sampling.group_size,
+            kl=kl_B,
+            beta=self.kl_in_score,
+            profile=self.profile,
+        )
 
     @property
     def _rank(self) -> int:
@@ -114,38 +159,32 @@ class Pipeline:
         gathered: Tensor = self.accelerator.gather(tensor.contiguous())
         return gathered
 
-    def _score(self, model: nn.Module, sequences: Sequences) -> PolicyOutputs | None:
-        """The scoring forward, unless nothing would read it."""
-        needed = (
-            self.weights.needs_context or self.rewards.needs_entropy or self.plan.updates > 1 or self.kl_in_score > 0
-        )
-        if not needed:
-            return None
+    def _forward(
+        self,
+        model: nn.Module,
+        sequences: Sequences,
+        head: LanguageHead | None = None,
+        temperature: float | None = None,
+        **wanted: bool,
+    ) -> PolicyOutputs:
         return score(
             model,
             sequences,
-            self.head,
+            head or self.head,
             layout=self.layout,
             micro_batch=self.plan.responses // self.plan.micro_steps,
-            temperature=self.sampling.temperature,
-            entropy=True,
-            context=self.weights.needs_context,
+            temperature=self.sampling.temperature if temperature is None else temperature,
+            **wanted,
         )
 
     def _reference_logprobs(self, sequences: Sequences) -> Tensor | None:
         if self.reference is None:
             return None
         with self.reference() as (model, head):
-            return score(
-                model,
-                sequences,
-                head,
-                layout=self.layout,
-                micro_batch=self.plan.responses // self.plan.micro_steps,
-                temperature=self.sampling.temperature,
-            ).logprobs_C
+            return self._forward(model, sequences, head).logprobs_C
 
-    def _rewards(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
+    def rewards_of(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
+        """float32 [B, K] of this process's responses."""
         entropies = None
         if self.rewards.needs_entropy:
             assert outputs is not None and outputs.entropies_C is not None
@@ -173,14 +212,7 @@ class Pipeline:
             if not contexts:
                 return []
             sequences = Sequences(contexts, [encode(text) for text in texts])
-            out = score(
-                model,
-                sequences,
-                self.head,
-                layout=self.layout,
-                micro_batch=self.plan.responses // self.plan.micro_steps,
-                temperature=1.0,
-            )
+            out = self._forward(model, sequences, temperature=1.0)
             return list(out.logprobs_C.cpu().split([len(ids) for ids in sequences.completion_ids]))
 
         return score_texts
@@ -203,12 +235,14 @@ class Pipeline:
         return rollouts.sampling_logprobs_C
 
     def _micro_batches(
-        self, sequences: Sequences, advantages: GroupAdvantages, logprobs: TokenLogprobs, number: int
+        self, sampled: Sampled, advantages: GroupAdvantages, logprobs: TokenLogprobs
     ) -> list[MicroBatch]:
-        plan = self.plan
+        plan, sequences = self.plan, sampled.sequences
         own = slice(self._rank * plan.responses, (self._rank + 1) * plan.responses)
-        generator = torch.Generator().manual_seed(self._seed(number))
+        generator = torch.Generator().manual_seed(self._seed(sampled.number))
         order = torch.randperm(plan.responses, generator=generator).tolist()
+        if self.scoring.source == "training":  # its forward is done, in the order of sampling
+            order = list(range(plan.responses))
         lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
         local = lengths.view(plan.updates, -1).sum(1).to(self.accelerator.device)
         tokens_per_update = self._gather(local).view(-1, plan.updates).mean(0).tolist()
@@ -236,6 +270,11 @@ class Pipeline:
             lengths_B=self._gather(rollouts.completion_lengths_B.to(device)).cpu(),
             truncated_B=self._gather(rollouts.truncated_B.to(device)).cpu(),
         )
+
+    def gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """The first ``count`` rows, on the CPU, of a tensor whose rows are dealt to the processes in turn."""
+        gathered = self._gather(own.to(self.accelerator.device)).cpu()
+        return gathered.view(self.accelerator.num_processes, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
 
     def _gather_objects(self, values: list[Any]) -> list[Any]:
         return list(gather_object(values)) if self.accelerator.num_processes > 1 else values

@@ -111,6 +111,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             raise SettingsError(f"trainer.{name}: transformers.TrainingArguments has no such field")
     given = {name: _number(value, str(known[name])) for name, value in config.trainer.items()}
     values = {**_TRAINER_DEFAULTS, **given, "output_dir": config.run_dir, "seed": config.seed}
+    if config.evaluation is not None:
+        values = {"eval_strategy": "steps", "eval_steps": values["save_steps"], **values}
+    elif str(values.get("eval_strategy", "no")) != "no":
+        raise SettingsError("trainer.eval_strategy: there are no prompts for it, expected a section evaluation")
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError) as error:
@@ -167,11 +171,14 @@ def train(
     """
     args = training_arguments(config)
     dataset = load_prompts(config.data)
+    evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     run_dir = prepare_run_dir(config, resume=resume)
     model, tokenizer = load_policy(config.model)
     dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
+    if config.evaluation is not None and evaluation is not None:
+        evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens)
     width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     trainer = MaestroTrainer(
         model,
@@ -181,6 +188,7 @@ def train(
         build_weight_policy(config.weights, rewards.names, int(width)),
         args,
         config.method,
+        evaluation=evaluation,
         observers=observers,
         timing_observers=timing_observers,
         callbacks=list(callbacks),

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import SaveStrategy
 
-from maestro_fast.generation import Generator, SamplingConfig, TransformersGenerator
-from maestro_fast.ops import AdvantageProfile, PolicyLossConfig, policy_loss
+from maestro_fast.generation import Generator, TransformersGenerator
+from maestro_fast.ops import policy_loss
 from maestro_fast.ops.profiles import resolve_profile
-from maestro_fast.records import StepRecord
+from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
-from maestro_fast.training.batches import BatchConfig, BatchPlan, MicroBatch
-from maestro_fast.training.checkpoint import load_weight_policy, save_weight_policy
+from maestro_fast.training.batches import MicroBatch
 from maestro_fast.training.data import PromptDataset
-from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden
-from maestro_fast.training.head import causal_lm, check_head, head_of
-from maestro_fast.training.metrics import MetricMeans
-from maestro_fast.training.pipeline import Pipeline
+from maestro_fast.training.evaluation import evaluate_rewards
+from maestro_fast.training.exact_checkpoints import ExactCheckpoints
+from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
+from maestro_fast.training.head import check_head, head_of
+from maestro_fast.training.method import Method, checked_plan
+from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
+from maestro_fast.training.scoring import choose_scoring
 from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy
 
+logger = logging.getLogger(__name__)
 _METRIC_NAMES = {
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
@@ -48,21 +47,10 @@ _METRIC_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """What is done in a step, apart from the optimiser: sampling, batch sizes, advantages and loss."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
-    profile: str | AdvantageProfile = "maestro"
-    seed: int = 0
-
-
-class MaestroTrainer(Trainer):
+class MaestroTrainer(ExactCheckpoints):
     """GRPO with reward weights from a weight policy.
 
-    Resume, accumulation, mixed precision, PEFT, DDP, loggers and callbacks are transformers.Trainer's own.
+    Accumulation, mixed precision, PEFT, DDP, loggers and callbacks are transformers.Trainer's own.
     """
 
     loss_is_scaled_for_ga = True  # the normalizer of the loss already spans the accumulated micro-batches
@@ -77,6 +65,7 @@ class MaestroTrainer(Trainer):
         args: TrainingArguments,
         method: Method | None = None,
         *,
+        evaluation: PromptDataset | None = None,
         generator: Generator | None = None,
         observers: Sequence[Callable[[StepRecord], None]] = (),
         timing_observers: Sequence[Callable[[dict[str, float]], None]] = (),
@@ -91,6 +80,7 @@ class MaestroTrainer(Trainer):
             rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
             args: of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
             method: sampling, batch, loss, profile.
+            evaluation: held-out prompts, for ``args.eval_strategy``.
             generator: None: transformers' own.
             observers: called with the record of every generation batch, on the main process.
             timing_observers: called with seconds by stage after every generation batch, on the main process.
@@ -99,7 +89,7 @@ class MaestroTrainer(Trainer):
             ValueError: numbers that do not divide, or a model that cannot be served; before training starts.
         """
         self.method = method or Method()
-        self._plan = _checked_plan(self.method, model, dataset, args.world_size)
+        self._plan = checked_plan(self.method, model, dataset, args.world_size)
         args.per_device_train_batch_size = self._plan.prompts
         args.gradient_accumulation_steps = self._plan.accumulation
         args.remove_unused_columns = False
@@ -109,7 +99,8 @@ class MaestroTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=list,  # type: ignore[arg-type]
+            eval_dataset=evaluation,
+            data_collator=list,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -117,10 +108,8 @@ class MaestroTrainer(Trainer):
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
-        self._means = MetricMeans()
-        self._micro_batches: list[MicroBatch] = []
         self._install_progress()
-        self.add_callback(_EndOfBatch(self))
+        self.add_callback(_Bounds(self))
         self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, generator, frozen)
 
     def _build_pipeline(
@@ -135,7 +124,9 @@ class MaestroTrainer(Trainer):
     ) -> Pipeline:
         head = head_of(model)
         check_head(model, head)
-        method = self.method
+        method, profile = self.method, resolve_profile(self.method.profile)
+        scoring = choose_scoring(model, self._plan, rewards, weights, method.loss, profile)
+        logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         return Pipeline(
             tokenizer=tokenizer,
             dataset=dataset,
@@ -145,9 +136,10 @@ class MaestroTrainer(Trainer):
             sampling=method.sampling,
             plan=self._plan,
             loss=method.loss,
-            profile=resolve_profile(method.profile),
+            profile=profile,
             head=head,
             layout=choose_layout(model),
+            scoring=scoring,
             reference=reference_policy(model, frozen, self.accelerator) if method.loss.kl_coef > 0 else None,
             accelerator=self.accelerator,
             clock=self.clock,
@@ -171,57 +163,53 @@ class MaestroTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; the first of a generation batch samples it."""
         if not self._micro_batches:
-            try:
-                self._micro_batches = self._next_batch(model, inputs)
-            except Exception as error:
-                self._save_before_failing(model, error)
-                raise
+            self._micro_batches = self._next_batch(model, inputs)
         micro_batch = self._micro_batches.pop(0)
         with self.clock.stage("train"):
             loss: Tensor = super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[arg-type]
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs if isinstance(inputs, MicroBatch) else super()._prepare_inputs(inputs)
+        return inputs if isinstance(inputs, (MicroBatch, Sampled)) else super()._prepare_inputs(inputs)
 
-    def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch]:
+    def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
-        number = step // self._plan.updates
-        micro_batches, record, metrics = self.pipeline.run(model, rows, number, step)
-        self._means.add(metrics)
+        with self._saved_if_it_fails(model):
+            sampled = self.pipeline.sample(model, rows, step // self._plan.updates, step)
+            if self.pipeline.scoring.source == "training":
+                return [sampled]
+            return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+
+    def _judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
+        judged = self.pipeline.judge(model, sampled, outputs)
+        self._means.add(judged.metrics)
         if self.is_world_process_zero():
             for observer in self._observers:
-                observer(record)
-        done = step % self._plan.updates * self._plan.accumulation  # resumed inside a batch: its first part is done
-        return micro_batches[done:]
-
-    def _save_before_failing(self, model: nn.Module, error: Exception) -> None:
-        """A faulty reward late in a run must not cost the steps since the last checkpoint.
-
-        One process only: with several, the others are not here to take part in saving.
-        """
-        step = self.state.global_step
-        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
-        if step == 0 or self.args.world_size > 1 or self.args.save_strategy == SaveStrategy.NO:
-            return
-        if not folder.exists():
-            self._save_checkpoint(model, None)
-        error.add_note(f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume.")
+                observer(judged.record)
+        return judged.micro_batches
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The policy loss of a ``MicroBatch``, to be summed over the micro-batches of an optimiser step."""
-        pipeline, logprobs = self.pipeline, inputs.logprobs
+        """The policy loss of a ``MicroBatch``, to be summed over the micro-batches of an optimiser step.
+
+        Responses that nothing has judged yet (``Sampled``) are judged by what this forward gives.
+        """
+        pipeline = self.pipeline
         config = pipeline.token_loss
         hidden = last_hidden(model, inputs.sequences, pipeline.layout)
+        judged = isinstance(inputs, MicroBatch)
         current, entropies = completion_logprobs(
             hidden,
             inputs.sequences,
             pipeline.head,
             pipeline.sampling.temperature,
-            "grad" if config.entropy_coef > 0 else "none",
+            "grad" if config.entropy_coef > 0 else "none" if judged else "value",
         )
+        if not judged:
+            with self._saved_if_it_fails(model):
+                (inputs,) = self._judge(model, inputs, policy_outputs(hidden, inputs.sequences, current, entropies))
+        logprobs = inputs.logprobs
         loss, metrics = policy_loss(
             current,
             inputs.advantages_B,
@@ -252,39 +240,37 @@ class MaestroTrainer(Trainer):
         """Not counted: the rows that come from the data loader are prompts, not what is trained on."""
         return 0
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            self.save_weight_policy(folder)
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean rewards on held-out prompts, see ``evaluation.evaluate_rewards``.
 
-    def save_weight_policy(self, folder: Path) -> None:
-        """Writes the state of the weight policy to ``folder``."""
-        save_weight_policy(folder, self.pipeline.weights, self.pipeline.rewards.names)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_weight_policy(Path(checkpoint), self.pipeline.weights, self.pipeline.rewards.names)
-
-
-def _checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:
-    """What can be refused before anything is copied or moved."""
-    plan = BatchPlan.of(method.batch, method.sampling.group_size, processes)
-    block = method.batch.prompts_per_batch
-    if len(dataset) < block:
-        raise ValueError(f"batch.prompts_per_batch: {block}, but the data holds {len(dataset)} prompts")
-    language_model = causal_lm(model)
-    if "logits_to_keep" not in inspect.signature(language_model.forward).parameters:
-        raise ValueError(
-            f"model: {type(language_model).__name__}.forward takes no logits_to_keep, so it would form all logits"
-        )
-    head_of(model)
-    return plan
+        Raises:
+            ValueError: there are none.
+        """
+        del ignore_keys
+        dataset = eval_dataset or self.eval_dataset
+        if not isinstance(dataset, PromptDataset):
+            raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
+        with self.clock.stage("evaluate"):
+            metrics = evaluate_rewards(
+                self.pipeline,
+                self.model_wrapped,
+                dataset,
+                self.method.evaluation_samples,
+                prefix=metric_key_prefix,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
-class _EndOfBatch(TrainerCallback):
-    """Ends a timing lap with the last optimiser step of a generation batch."""
+class _Bounds(TrainerCallback):
+    """Tells the trainer when training begins and when a generation batch is done with."""
 
     def __init__(self, trainer: MaestroTrainer) -> None:
         self._trainer = trainer
@@ -293,6 +279,7 @@ class _EndOfBatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.clock.lap()
+        self._trainer.restore_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self._trainer.method.batch.updates_per_batch == 0:

@@ -1,0 +1,68 @@
+"""Rewards on held-out prompts during training. Nothing that training draws or counts is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from maestro_fast.training.data import PromptDataset, Row
+from maestro_fast.training.pipeline import Pipeline, Sampled
+
+
+@torch.no_grad()
+def evaluate_rewards(
+    pipeline: Pipeline, model: nn.Module, dataset: PromptDataset, samples: int, *, prefix: str, progress: bool
+) -> dict[str, float]:
+    """Means over ``samples`` responses to each prompt of ``dataset``, sampled as in training.
+
+    The random draws are the same at every call with as many processes, so that two evaluations differ by the policy.
+
+    Args:
+        prefix: of every name: "eval" gives eval_rewards/<name>/mean, eval_rewards/<name>/abstained,
+            eval_completions/mean_length, eval_completions/clipped_ratio and, where the data name families,
+            eval_families/<family>/rewards/<name>.
+        progress: show a bar.
+    """
+    chunks = _chunks(dataset, pipeline)
+    rewards, lengths, truncated = [], [], []
+    for i, rows in enumerate(tqdm(chunks, desc="Evaluation", leave=False, disable=not progress)):
+        prompts = dataset.prompts(rows, pipeline.tokenizer).repeat(samples)
+        # training counts its batches from 0: the draws are of negative ones
+        sampled = Sampled(pipeline.generate(model, prompts, -1 - i), -1 - i, 0)
+        outputs = pipeline.outputs_for_rewards(model, sampled)
+        rewards.append(pipeline.rewards_of(model, sampled.rollouts, outputs).view(len(rows), samples, -1))
+        lengths.append(sampled.rollouts.completion_lengths_B.view(len(rows), samples).float())
+        truncated.append(sampled.rollouts.truncated_B.view(len(rows), samples).float())
+    count = len(dataset)
+    rewards_NSK, lengths_NS, truncated_NS = (
+        pipeline.gather_rows(torch.cat(parts), count) for parts in (rewards, lengths, truncated)
+    )
+    metrics = {
+        "completions/mean_length": lengths_NS.mean().item(),
+        "completions/clipped_ratio": truncated_NS.mean().item(),
+    } | _reward_metrics(rewards_NSK, pipeline.rewards.names, dataset.families)
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _chunks(dataset: PromptDataset, pipeline: Pipeline) -> list[list[Row]]:
+    """This process's rows, every n-th, in as many pieces as on any other process: the last rows may stand twice."""
+    rank, processes = pipeline.accelerator.process_index, pipeline.accelerator.num_processes
+    share = -(-len(dataset) // processes)
+    own = [dataset[min(i * processes + rank, len(dataset) - 1)] for i in range(share)]
+    size = pipeline.plan.prompts
+    return [own[i : i + size] for i in range(0, share, size)]
+
+
+def _reward_metrics(rewards_NSK: Tensor, names: tuple[str, ...], families: list[str]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for k, name in enumerate(names):
+        column = rewards_NSK[..., k]
+        metrics[f"rewards/{name}/abstained"] = column.isnan().float().mean().item()
+        if (mean := column.nanmean().item()) == mean:
+            metrics[f"rewards/{name}/mean"] = mean
+        for family in sorted(set(families) - {""}):
+            rows = [i for i, own in enumerate(families) if own == family]
+            if (mean := column[rows].nanmean().item()) == mean:
+                metrics[f"families/{family}/rewards/{name}"] = mean
+    return metrics

@@ -1,0 +1,49 @@
+"""What is done in a step, apart from the optimiser, and what can be refused before anything is copied or moved."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from maestro_fast.generation import SamplingConfig
+from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
+from maestro_fast.training.batches import BatchConfig, BatchPlan
+from maestro_fast.training.data import PromptDataset
+from maestro_fast.training.head import causal_lm, head_of
+
+
+@dataclass(frozen=True)
+class Method:
+    """Sampling, batch sizes, advantages and loss. ``evaluation_samples``: responses per prompt of an evaluation."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    profile: str | AdvantageProfile = "maestro"
+    seed: int = 0
+    evaluation_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.evaluation_samples < 1:
+            raise ValueError(f"evaluation.samples: {self.evaluation_samples}, expected at least 1")
+
+
+def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:
+    """How a batch divides over ``processes``.
+
+    Raises:
+        ValueError: numbers that do not divide, too few prompts, or a model that cannot be served.
+    """
+    plan = BatchPlan.of(method.batch, method.sampling.group_size, processes)
+    block = method.batch.prompts_per_batch
+    if len(dataset) < block:
+        raise ValueError(f"batch.prompts_per_batch: {block}, but the data holds {len(dataset)} prompts")
+    language_model = causal_lm(model)
+    if "logits_to_keep" not in inspect.signature(language_model.forward).parameters:
+        raise ValueError(
+            f"model: {type(language_model).__name__}.forward takes no logits_to_keep, so it would form all logits"
+        )
+    head_of(model)
+    return plan
