@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _quickstart(arguments.out)
         if arguments.command == "train":
             return _train(arguments.config, arguments.resume, rest)
+        if arguments.command == "report":
+            return _report(arguments.run_dir, arguments.compare, arguments.title)
         return _info()
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
         if arguments.verbose:
@@ -45,6 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
     train.epilog = "Any setting can be changed behind the file: --sampling.group_size 16 --weights equal"
+    report = commands.add_parser("report", help="the HTML page and the plots of a run, also of one that still trains")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--title", help="of the page (default: the directory's name)")
+    report.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="LABEL=RUN_DIR",
+        help="lay the weights of another run over this one's; up to three times",
+    )
     commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
     return parser
 
@@ -66,6 +78,19 @@ def _train(config: Path, resume: bool, overrides: list[str]) -> int:
     raw = read_config(config, overrides)
     if recorded_train(raw, resume=resume).is_world_process_zero():
         print(try_report(Path(raw["run_dir"])))
+    return 0
+
+
+def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
+    from maestro_fast.reporting import write_report
+
+    others = {}
+    for entry in compare:
+        label, equals, path = entry.partition("=")
+        if not label or not equals or not path:
+            raise ValueError(f"--compare: {entry!r}, expected LABEL=RUN_DIR")
+        others[label] = Path(path)
+    print(f"Report: {write_report(run_dir, title=title, compare=others)}")
     return 0
 
 

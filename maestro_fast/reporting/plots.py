@@ -105,6 +105,24 @@ def family_rewards(history: History) -> Figure:
     return figure.finish()
 
 
+def evaluation(history: History) -> Figure:
+    """Mean of each reward on held-out prompts, and the training mean behind it, one panel per reward."""
+    names = [name for name in history.rewards if history.has(f"eval_rewards/{name}/mean")]
+    _need(history, *(f"eval_rewards/{name}/mean" for name in names), says="eval_rewards/<name>/mean")
+    style = styles(history.rewards, REWARD_COLOURS)
+    figure = panels(names, steps=history.steps)
+    for ax, name in zip(figure.axes, names, strict=True):
+        series(ax, history.steps, history.get(f"rewards/{name}/mean"), Style(GREY), figure.window, raw=False)
+        held_out = history.get(f"eval_rewards/{name}/mean")
+        known = np.isfinite(held_out)
+        ax.plot(history.steps[known], held_out[known], **style[name].line(marker="o", markersize=4))
+    _label_left(figure, "reward (its own units)")
+    figure.entry("held-out prompts", color=INK, marker="o", markersize=4, linewidth=1.8)
+    smoothed = f", running mean over {figure.window:,} logged steps" if figure.window > 1 else ""
+    figure.entry(f"training prompts{smoothed}", color=GREY, linewidth=1.8)
+    return figure.finish(raw=False)
+
+
 def advantages(history: History) -> Figure:
     """Spread of the advantages, and the share of groups without any."""
     keys = {"advantages/std": PLAIN, "advantages/abs_mean": SECOND}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maestro_fast.reporting import plots
@@ -19,33 +18,14 @@ from maestro_fast.reporting.figure import DPI, require_matplotlib
 from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import METRICS_FILE, ROLLOUTS_FILE, TIMINGS_FILE, iter_jsonl
 from maestro_fast.reporting.samples import sample_pairs
+from maestro_fast.reporting.sections import PLOTS, RecordedRun
 from maestro_fast.reporting.spread import family_spread
-from maestro_fast.reporting.stage_times import stage_times
 from maestro_fast.reporting.tables import Table, cell_texts, numeric_columns
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _PACKAGES = ("maestro-fast", "torch", "transformers", "trl", "verl", "vllm", "numpy", "matplotlib")
-
-
-@dataclass(frozen=True)
-class _Run:
-    directory: Path
-    history: History
-    others: dict[str, History]
-    timings: History | None
-    config: str | None
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """``reading``: one sentence on how to read it."""
-
-    name: str
-    heading: str
-    reading: str
-    draw: Callable[[_Run], Figure]
 
 
 def write_report(
@@ -84,7 +64,7 @@ def write_report(
     return path
 
 
-def _page(run: _Run, title: str | None, summary: Sequence[str], tables: Sequence[Table]) -> str:
+def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: Sequence[Table]) -> str:
     """The HTML; the pictures are written on the way."""
     pictures, left_out = _draw(run, run.directory / "report")
     rollouts = run.directory / ROLLOUTS_FILE
@@ -96,7 +76,7 @@ def _page(run: _Run, title: str | None, summary: Sequence[str], tables: Sequence
     more = [table for table in _spread_tables(run) if table not in tables]
     page: str = _template().render(
         title=title or f"Training run {run.directory.resolve().name}",
-        facts=list(_facts(run.history)),
+        facts=list(_facts(run.history, run.timings)),
         summary=summary,
         tables=[_table(table) for table in (*tables, *more)],
         pictures=pictures,
@@ -109,13 +89,13 @@ def _page(run: _Run, title: str | None, summary: Sequence[str], tables: Sequence
     return page
 
 
-def _load(directory: Path, compare: Mapping[str, Path]) -> _Run:
+def _load(directory: Path, compare: Mapping[str, Path]) -> RecordedRun:
     if len(compare) > plots.MAX_OTHERS:
         raise ValueError(f"compare: got {len(compare)} runs, expected at most {plots.MAX_OTHERS}")
     history = _history(directory)
     others = {label: _history(Path(other)) for label, other in compare.items()}
     config, timings = directory / "config.yaml", directory / TIMINGS_FILE
-    return _Run(
+    return RecordedRun(
         directory,
         history,
         others,
@@ -135,10 +115,10 @@ def _history(directory: Path) -> History:
     return history
 
 
-def _draw(run: _Run, target: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+def _draw(run: RecordedRun, target: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
     """The pictures of the page, and (heading, reason) of those that cannot be drawn."""
     pictures, left_out = [], []
-    for plot in _PLOTS:
+    for plot in PLOTS:
         path = target / f"{plot.name}.png"
         path.unlink(missing_ok=True)  # of an earlier report
         try:
@@ -155,74 +135,10 @@ def _draw(run: _Run, target: Path) -> tuple[list[dict[str, str]], list[tuple[str
     return pictures, left_out
 
 
-def _stage_times(run: _Run) -> Figure:
-    if run.timings is None or not len(run.timings):
-        raise plots.MissingData(f"there is no {TIMINGS_FILE}, or nothing in it")
-    return stage_times(run.timings)
-
-
-_PLOTS = (
-    _Plot(
-        "weights_by_family",
-        "Reward weights by task family",
-        "Where a panel's lines part from the dashed one, that family's rewards are not weighted equally; where the "
-        "panels differ, the weights depend on the task.",
-        lambda run: plots.family_weights(run.history, run.others),
-    ),
-    _Plot(
-        "rewards",
-        "Rewards",
-        "Every reward has its own scale; a rising line in a narrowing band is a reward that the policy earns more "
-        "reliably.",
-        lambda run: plots.rewards(run.history),
-    ),
-    _Plot(
-        "rewards_by_family",
-        "Rewards by task family",
-        "Lines that drift apart show a reward that some families earn and others pay for.",
-        lambda run: plots.family_rewards(run.history),
-    ),
-    _Plot(
-        "advantages",
-        "Advantages",
-        "The spread is the strength of the training signal; degenerate groups, all of whose responses score the same, "
-        "give none.",
-        lambda run: plots.advantages(run.history),
-    ),
-    _Plot(
-        "response_length",
-        "Response length",
-        "Lengths that climb to the token limit, or a growing share of responses cut off by it, mean that answers are "
-        "judged unfinished.",
-        lambda run: plots.response_length(run.history, _token_limit(run.config)),
-    ),
-    _Plot(
-        "stage_times",
-        "Time per stage",
-        "From the bottom, the areas at the left stack in the order and colours of the right panel, which gives each "
-        "stage's mean time.",
-        _stage_times,
-    ),
-    _Plot(
-        "conductor",
-        "Conductor",
-        "Entropy at its dashed maximum means equal weights; self-flattery above the green band means that the "
-        "Conductor picks the rewards which flatter a response rather than those which the task needs.",
-        lambda run: plots.conductor(run.history),
-    ),
-    _Plot(
-        "policy",
-        "Policy update",
-        "Sudden steps in the gradient, the entropy or the divergence mark the updates to look at more closely.",
-        lambda run: plots.policy(run.history),
-    ),
-)
-
-
-def _facts(history: History) -> Iterator[str]:
-    seconds = history.get("seconds")
-    known = seconds[seconds == seconds]
-    took = f", in {_duration(float(known.max()))}" if known.size else ""
+def _facts(history: History, timings: History | None) -> Iterator[str]:
+    took = ""
+    if timings is not None and timings.has("total"):
+        took = f", in {_duration(float(np.nansum(timings.get('total'))))}"
     steps = f"{len(history):,} logged step{'s' if len(history) > 1 else ''}"
     yield f"{steps}, up to step {int(history.steps[-1]):,}{took}."
     for names, noun in ((history.rewards, "rewards"), (history.families, "task families")):
@@ -238,7 +154,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _spread_tables(run: _Run) -> Iterator[Table]:
+def _spread_tables(run: RecordedRun) -> Iterator[Table]:
     """Whether the weights depend on the task: the number and the means behind it."""
     spreads = {}
     for label, history in {"this run": run.history, **run.others}.items():
@@ -254,23 +170,6 @@ def _spread_tables(run: _Run) -> Iterator[Table]:
 def _table(table: Table) -> dict[str, Any]:
     rows, numeric = cell_texts(table), numeric_columns(table)
     return {"caption": table.caption, "header": table.header, "rows": rows, "numeric": numeric}
-
-
-def _token_limit(config: str | None) -> int | None:
-    """``sampling.max_new_tokens`` of our configuration, else ``max_completion_length`` (TRL), wherever it stands."""
-    try:
-        values = yaml.safe_load(config or "")
-    except yaml.YAMLError:
-        return None
-    for name in ("max_new_tokens", "max_completion_length"):
-        pending = [values]
-        while pending:
-            node = pending.pop()
-            if isinstance(node, dict):
-                if isinstance(node.get(name), int):
-                    return int(node[name])
-                pending.extend(node.values())
-    return None
 
 
 def _versions() -> list[tuple[str, str]]:

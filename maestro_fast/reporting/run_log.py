@@ -1,12 +1,14 @@
 """What a run writes into its directory: metrics, rollouts, stage times. Attach these on the main process.
 
+Metrics hold no wall-clock figure: two runs of one seed, or a run that was killed and resumed, leave the same bytes.
+
 A resumed run repeats the steps since its checkpoint. Each log drops its old lines of those steps first, so that no step
 stands in a file twice; a new run in an old directory starts the files anew.
 """
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +31,15 @@ if TYPE_CHECKING:
 __all__ = ["JsonLines", "MetricsCallback", "RolloutsLog", "TimingsLog", "iter_jsonl", "read_jsonl"]
 
 
+_OF_THE_PROCESS = re.compile(r".*_runtime|.*_per_second|total_flos|train_loss")
+
+
 class MetricsCallback(TrainerCallback):
     """Writes what a Hugging Face trainer logs to ``run_dir``/metrics.jsonl, one line per step.
 
-    A line holds ``step``, ``seconds`` (of training so far; a resumed run counts on) and the logged values. What is
-    logged later at the same step, an evaluation or the final summary, joins that step's line. Only the main process
+    A line holds ``step`` and the logged values, apart from those that tell of this process rather than the policy: run
+    times and rates (timings.jsonl has the times), and the summary that transformers logs at the end of training. What
+    is logged later at the same step, an evaluation, joins that step's line. Only the main process
     (``state.is_world_process_zero``) writes.
     """
 
@@ -41,7 +47,6 @@ class MetricsCallback(TrainerCallback):
         self._path = Path(run_dir) / METRICS_FILE
         self._lines: JsonLines | None = None
         self._last: dict[str, Any] = {}
-        self._started = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,7 +54,6 @@ class MetricsCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._open().drop_from(state.global_step + 1)
             self._last = self._open().last() or {}
-            self._started = time.monotonic() - (self._last.get("seconds") or 0.0)
 
     def on_log(
         self,
@@ -59,10 +63,10 @@ class MetricsCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
+        values = {name: value for name, value in (logs or {}).items() if not _OF_THE_PROCESS.fullmatch(name)}
+        if not state.is_world_process_zero or not values:
             return
-        row = {"step": state.global_step, "seconds": time.monotonic() - self._started}
-        row |= {name: value for name, value in logs.items() if name not in row}
+        row = {"step": state.global_step} | {name: value for name, value in values.items() if name != "step"}
         if self._last.get("step") == state.global_step:
             row = self._last | row
             self._open().replace_last(row)

@@ -64,6 +64,10 @@ class EvaluationConfig:
     data: DataConfig
     samples: int = 1
 
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples: {self.samples}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig:

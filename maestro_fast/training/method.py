@@ -27,7 +27,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.evaluation_samples < 1:
-            raise ValueError(f"evaluation.samples: {self.evaluation_samples}, expected at least 1")
+            raise ValueError(f"evaluation_samples: {self.evaluation_samples}, expected at least 1")
 
 
 def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:

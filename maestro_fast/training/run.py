@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -175,6 +176,7 @@ def train(
     rewards = build_rewards(config.rewards)
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     run_dir = prepare_run_dir(config, resume=resume)
+    set_seed(config.seed)  # fresh adapters are drawn here
     model, tokenizer = load_policy(config.model)
     dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
     if config.evaluation is not None and evaluation is not None:

@@ -77,13 +77,15 @@ def metrics_row(
     scales = 10.0 ** (np.arange(len(rewards)) % 3 - 1)
     means = scales * (0.3 + 0.4 * (1 - np.exp(-3 * done)) + 0.1 * preferred + noise)
     lengths = 180 * np.exp(-0.8 * done) + 20 * rng.normal(size=len(families)) + 15 * np.arange(len(families))
-    row: dict[str, Any] = {"step": step, "seconds": 3.1 * step, "loss": 0.1 * rng.normal()}
+    row: dict[str, Any] = {"step": step, "loss": 0.1 * rng.normal()}
     row |= {"grad_norm": 0.4 + 0.1 * rng.random(), "learning_rate": 1e-5 * (1 - done), "epoch": done}
     row |= {"reward": means.mean(), "reward_std": 0.3 * means.std(), "entropy": 2.2 - done, "kl": 0.02 * done}
     for k, name in enumerate(rewards):
         row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = means[:, k].mean(), 0.25 * scales[k]
         row[f"rewards/{name}/abstained"] = 0.12 if k == 0 else 0.0
         row[f"weights/{name}"] = weights[:, k].mean()
+        if step % 10 == 0:
+            row[f"eval_rewards/{name}/mean"] = means[:, k].mean() - 0.1 * scales[k] * done
         for f, family in enumerate(families):
             absent = rng.random() < 0.1  # this step had no prompt of the family
             row[f"families/{family}/weights/{name}"] = None if absent else weights[f, k]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from maestro_fast.reporting import Table, family_spread, read_jsonl, report, write_report
+from maestro_fast.reporting import Table, family_spread, read_jsonl, report, sections, write_report
 from maestro_fast.reporting.json_lines import JsonLines
 
 SCRIPT = "<script>alert('x')</script><img src=http://x.example/a.png>"
@@ -18,6 +18,7 @@ PICTURES = {
     "weights_by_family",
     "rewards",
     "rewards_by_family",
+    "evaluation",
     "advantages",
     "response_length",
     "stage_times",
@@ -88,7 +89,8 @@ def test_the_page_holds_every_plot_and_section(page: Page) -> None:
     links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
     assert links == {f"#{name}" for name in page.ids()}
     assert "It did not help." in page.text
-    assert "60 logged steps, up to step 60, in 3 min 6 s." in page.text
+    seconds = sum(row["total"] for row in read_jsonl(page.path.parents[1] / "timings.jsonl"))
+    assert f"60 logged steps, up to step 60, in {report._duration(seconds)}." in page.text
     assert "maestro-fast" in page.text[page.text.index("Where this page was written") :]
 
 
@@ -132,7 +134,7 @@ def test_a_run_of_one_step(make_run: Callable[..., Path]) -> None:
     page = Page(write_report(make_run("Erster Lauf", steps=1, families=("story",), rewards=("length",))))
     assert "Training run Erster Lauf" in page.text
     assert "1 logged step, up to step 1" in page.text
-    assert page.ids() >= PICTURES
+    assert page.ids() >= PICTURES - {"evaluation"}
     assert "No later response" in page.text
 
 
@@ -183,8 +185,8 @@ def test_more_than_three_other_runs_are_refused(run_dir: Path) -> None:
         (None, None),
     ],
 )
-def test_the_token_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
-    assert report._token_limit(config) == limit
+def test_thetoken_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
+    assert sections.token_limit(config) == limit
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.14, "3.1 s"), (61, "1 min 1 s"), (3600 * 5 + 59, "5 h 0 min")])

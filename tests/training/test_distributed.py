@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(processes: int, checkpoint: Path, out: Path) -> None:
+def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int) -> None:
     out.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -26,14 +27,20 @@ def launch(processes: int, checkpoint: Path, out: Path) -> None:
     command.append(str(Path(__file__).with_name("two_processes.py")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(checkpoint), str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+        [*command, str(checkpoint), str(out), str(micro_batches)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_equal_one(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2], ids=["judged in the training forward", "scored before"])
+def test_two_processes_equal_one(tmp_path: Path, checkpoint: Callable[..., Path], micro_batches: int) -> None:
     for processes in (1, 2):
-        launch(processes, checkpoint(), tmp_path / str(processes))
+        launch(processes, checkpoint(), tmp_path / str(processes), micro_batches)
     one, two = (torch.load(tmp_path / n / "records.pt", weights_only=True) for n in "12")
     whole = torch.load(tmp_path / "1" / "rank0.pt", weights_only=True)
     ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

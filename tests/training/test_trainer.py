@@ -193,24 +193,6 @@ def test_the_kl_enters_once_and_is_zero_at_the_reference(raw_config: dict[str, A
         torch.testing.assert_close(one.advantages_B, other.advantages_B, rtol=0, atol=1e-4)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(raw_config: dict[str, Any]) -> None:
-    raw_config["trainer"] |= {"max_steps": 4, "save_steps": 2}
-    whole, _ = run(raw_config)
-    part = {**raw_config, "run_dir": raw_config["run_dir"] + "-part", "trainer": {**raw_config["trainer"]}}
-    part["trainer"]["max_steps"] = 2
-    run(part)
-    part["trainer"]["max_steps"] = 4
-    resumed, records = run(part, resume=True)
-
-    assert [record.step for record in records] == [2, 3]
-    for name, value in parameters(whole).items():
-        torch.testing.assert_close(parameters(resumed)[name], value, rtol=1e-6, atol=1e-7, msg=name)
-    ours, theirs = resumed.pipeline.weights.state_dict(), whole.pipeline.weights.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

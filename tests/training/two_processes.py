@@ -41,7 +41,8 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float]:
     return [-float(len(ids)) for ids in completion_ids]
 
 
-def main(checkpoint: str, out: Path) -> None:
+def main(checkpoint: str, out: Path, micro_batches: int) -> None:
+    """``micro_batches`` per update and process; with one, hidden states come from the training forward."""
     rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
     args = TrainingArguments(
         output_dir=str(out / "run"),
@@ -67,12 +68,13 @@ def main(checkpoint: str, out: Path) -> None:
         args,
         Method(
             SamplingConfig(group_size=GROUP),
-            BatchConfig(prompts_per_batch=4, micro_batch=4),
+            BatchConfig(prompts_per_batch=4, micro_batch=4 * GROUP // args.world_size // micro_batches),
             PolicyLossConfig(kl_coef=0.05),
         ),
         generator=FixedGenerator(),
         observers=[records.append],
     )
+    assert trainer.pipeline.scoring.source == ("training" if micro_batches == 1 else "scoring")
     trainer.train()
     state = {name: value.detach() for name, value in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
     conductor = trainer.pipeline.weights.state_dict()
@@ -83,4 +85,4 @@ def main(checkpoint: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

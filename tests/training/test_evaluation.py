@@ -1,0 +1,103 @@
+"""Rewards on held-out prompts while a run trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.settings import SettingsError
+from maestro_fast.training.evaluation import _chunks
+from tests.training.test_trainer import parameters, run
+
+HELD_OUT = [
+    {"prompt": f"Name number {i}.", "family": "fact" if i < 3 else "opening", "reference": "red"} for i in range(5)
+]
+
+
+@pytest.fixture
+def raw(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("\n".join(map(json.dumps, HELD_OUT)), encoding="utf-8")
+    raw_config["trainer"]["max_steps"] = 3
+    return {**raw_config, "evaluation": {"data": {"path": str(path)}, "samples": 2}}
+
+
+def evaluations(trainer: Any) -> list[dict[str, Any]]:
+    return [line for line in trainer.state.log_history if any(key.startswith("eval_") for key in line)]
+
+
+def test_rewards_are_those_of_the_held_out_prompts(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def number(prompts, completions, **columns):\n"
+        "    return [float(p.split()[-1][:-1]) if 'number' in p else 100.0 for p in prompts]\n"
+        "def some(prompts, completions, **columns):\n"
+        "    return [None if 'number 1' in p else 1.0 for p in prompts]\n",
+        encoding="utf-8",
+    )
+    raw["rewards"] = ["entropy", f"{tmp_path}/own.py:number", f"{tmp_path}/own.py:some"]
+    raw["trainer"] |= {"eval_steps": 2, "eval_strategy": "steps", "eval_on_start": True}
+    trainer, _ = run(raw)
+    first, second, last = evaluations(trainer)
+
+    assert [line["step"] for line in (first, second, last)] == [0, 2, 3]
+    for line in (first, second, last):
+        assert line["eval_rewards/number/mean"] == 2.0
+        assert line["eval_families/fact/rewards/number"] == 1.0
+        assert line["eval_families/opening/rewards/number"] == 3.5
+        assert line["eval_rewards/some/mean"] == 1.0
+        assert line["eval_rewards/some/abstained"] == pytest.approx(0.2)
+        assert 1 <= line["eval_completions/mean_length"] <= 6
+    assert first["eval_rewards/entropy/mean"] != second["eval_rewards/entropy/mean"]
+
+
+def test_training_does_not_notice_it(raw: dict[str, Any]) -> None:
+    without = {key: value for key, value in copy.deepcopy(raw).items() if key != "evaluation"}
+    without["run_dir"] += "-without"
+    raw["trainer"] |= {"eval_steps": 1}
+    evaluated, plain = run(raw)[0], run(without)[0]
+
+    assert len(evaluations(evaluated)) == 3
+    for name, value in parameters(evaluated).items():
+        assert torch.equal(parameters(plain)[name], value), name
+
+
+def test_the_same_policy_gets_the_same_figures_twice(raw: dict[str, Any]) -> None:
+    trainer, _ = run(raw)
+
+    assert trainer.evaluate() == trainer.evaluate()
+
+
+def test_every_process_gets_as_many_chunks() -> None:
+    class Split:
+        def __init__(self, rank: int) -> None:
+            self.accelerator = type("A", (), {"process_index": rank, "num_processes": 2})
+            self.plan = type("P", (), {"prompts": 2})
+
+    parts = [_chunks(HELD_OUT, Split(rank)) for rank in range(2)]  # type: ignore[arg-type]
+
+    assert [[len(chunk) for chunk in part] for part in parts] == [[2, 1], [2, 1]]
+    own = [[row for chunk in part for row in chunk] for part in parts]
+    dealt = [row for pair in zip(*own, strict=True) for row in pair]
+    assert dealt[: len(HELD_OUT)] == HELD_OUT
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"evaluation": None, "trainer": {"eval_strategy": "steps"}}, r"trainer\.eval_strategy: there are no prompts"),
+        ({"evaluation": {"data": {"path": "none.jsonl"}}}, "no file none.jsonl"),
+        (
+            {"evaluation": {"data": {"path": "prompts.jsonl"}, "samples": 0}},
+            r"evaluation\.samples: 0, expected at least 1",
+        ),
+    ],
+)
+def test_bad_settings_are_named(raw: dict[str, Any], changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((SettingsError, ValueError, FileNotFoundError), match=complaint):
+        run({**raw, **changes})
+    assert not (Path(raw["run_dir"]) / "config.yaml").exists()
