@@ -89,6 +89,7 @@ class Pipeline:
                 self.sampling.group_size,
                 kl=kl_B,
                 beta=self.kl_in_score,
+                lengths=self._lengths(rollouts) if self.profile.needs_lengths else None,
                 profile=self.profile,
             )
         with clock.stage("conductor_update"):
@@ -113,6 +114,10 @@ class Pipeline:
     def _gather(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor.contiguous())
         return gathered
+
+    def _lengths(self, rollouts: Rollouts) -> Tensor:
+        """int64 [B], tokens of the completions of all processes."""
+        return self._gather(rollouts.completion_lengths_B.to(self.accelerator.device))
 
     def _score(self, model: nn.Module, sequences: Sequences) -> PolicyOutputs | None:
         """The scoring forward, unless nothing would read it."""
@@ -233,7 +238,7 @@ class Pipeline:
             advantages_B=advantages.advantages.cpu(),
             scores_B=advantages.scores.cpu(),
             degenerate_B=advantages.degenerate.cpu(),
-            lengths_B=self._gather(rollouts.completion_lengths_B.to(device)).cpu(),
+            lengths_B=self._lengths(rollouts).cpu(),
             truncated_B=self._gather(rollouts.truncated_B.to(device)).cpu(),
         )
 
