@@ -2,7 +2,7 @@
 
     r'_k = (r_k - mean_k) / (std_k + eps)      per reward, over the profile's scopes
     s    = sum_k w_k r'_k  -  beta * KL        the score of a response
-    A    = (s - mean) / (std + eps)            over the profile's scopes
+    A    = (s - mean) / (std + eps)            over the profile's scopes; verl_gdpo: / sqrt(std^2 + eps)
 
 Each scope's maximum is subtracted before its mean is taken. That changes nothing in exact arithmetic, and makes groups
 of identical rewards exactly 0, where (r - mean) would be rounding noise that the division by a tiny std blows up.
@@ -17,18 +17,21 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.profiles import AdvantageProfile, Center, Scale, resolve_profile
+from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
+from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+from maestro_fast.ops.tensors import is_integer, readable
 
 
 class GroupAdvantages(NamedTuple):
     """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
 
     Attributes:
-        advantages: 0 for degenerate groups and for responses without a live reward.
+        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
+            live reward.
         scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
         normalized_rewards: [B, K], 0 where a reward abstained.
         mean: what was subtracted from the score (leave-one-out: the mean of the others).
-        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``.
+        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
         degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
     """
 
@@ -47,6 +50,7 @@ def group_advantages(
     *,
     kl: Tensor | None = None,
     beta: float = 0.0,
+    lengths: Tensor | None = None,
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> GroupAdvantages:
@@ -58,25 +62,31 @@ def group_advantages(
         groups: G, a [B] list or CPU tensor of group ids, or ``Groups``. Required.
         kl: [B], the per-response token mean of log pi - log pi_ref in nats; needs a profile with ``kl_in="score"``.
         beta: the KL's coefficient.
+        lengths: [B], integer or floating, tokens of each completion; what a profile with the scope ``tokens`` needs and
+            no other takes. A response counts as often as it has tokens in that scope alone: one of length 0 is live in
+            its group, and has an advantage, which no token carries.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``.
         backend: None or "torch".
 
     Raises:
-        ValueError: shapes, devices, unknown names, a KL given to a profile whose KL is in the loss.
+        ValueError: shapes, devices, unknown names, a KL given to a profile whose KL is in the loss; lengths
+            missing, not wanted, or (where the host can look at them) not finite or negative.
         TypeError: dtypes.
     """
     resolve("group_advantages", backend)
     prof = resolve_profile(profile)
     if groups is None:
         raise TypeError("groups: missing, expected an int, a [B] sequence of ids or Groups")
-    rewards_BK, weights_BK = _check(rewards, weights, kl, beta, prof)
+    rewards_BK, weights_BK = checked_inputs(rewards, weights, kl, beta, prof)
+    _check_lengths(lengths, rewards, prof)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
-    return _reference(rewards_BK, weights_BK, grouping, kl, beta, prof)
+    return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
 
 
-def _check(
+def checked_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
 ) -> tuple[Tensor, Tensor]:
+    """Rewards and weights as [B, K] of one dtype, or an error that names the argument."""
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):
@@ -103,12 +113,30 @@ def _check(
     return rewards_BK, weights.to(rewards_BK.dtype).expand_as(rewards_BK)
 
 
+def _check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
+    if lengths is None:
+        if profile.needs_lengths:
+            raise ValueError(f"lengths: missing, expected ({rewards.shape[0]},) with a profile of scope 'tokens'")
+        return
+    if not profile.needs_lengths:
+        raise ValueError("lengths: given, but no scope of this profile is 'tokens'")
+    if lengths.shape != rewards.shape[:1]:
+        raise ValueError(f"lengths: shape {tuple(lengths.shape)}, expected ({rewards.shape[0]},)")
+    if not (is_integer(lengths) or lengths.is_floating_point()):
+        raise TypeError(f"lengths: dtype {lengths.dtype}, expected an integer or floating dtype")
+    if lengths.device != rewards.device:
+        raise ValueError(f"lengths: on {lengths.device}, expected {rewards.device} as rewards")
+    if readable(lengths) and not bool(((lengths >= 0) & lengths.isfinite()).all()):
+        raise ValueError("lengths: negative or not finite, expected numbers of tokens")
+
+
 def _reference(
     rewards_BK: Tensor,
     weights_BK: Tensor,
     groups: Groups,
     kl: Tensor | None,
     beta: float,
+    lengths: Tensor | None,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
     live_BK = ~rewards_BK.isnan()
@@ -116,96 +144,13 @@ def _reference(
     if rewards_BK.shape[0] == 0:  # there is no maximum over nothing
         empty_B = rewards_BK.sum(-1)
         return GroupAdvantages(empty_B, empty_B, rewards_BK, empty_B, empty_B, empty_B.bool())
-    normalized_BK = _normalize_rewards(rewards_BK, live_BK, groups, profile)
-    weights_BK, live_B = _live_weights(weights_BK, live_BK, profile)
-    raw_B = _sum_over_rewards(weights_BK * normalized_BK)
-    raw_B = torch.where(live_B, raw_B, 0.0)
-    degenerate_B = _degenerate(raw_B, live_B, groups)
+    normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
+    weights_BK, live_B = live_weights(weights_BK, live_BK, profile)
+    raw_B = torch.where(live_B, sum_over_rewards(weights_BK * normalized_BK), 0.0)
     scores_B = raw_B if kl is None else torch.where(live_B, raw_B - beta * kl.to(raw_B.dtype), 0.0)
 
-    score_NG, live_NG = groups.gather(scores_B, 0.0), groups.gather(live_B, False)
-    centred_NG, mean_NG = _centred(score_NG, live_NG, profile.score_center)
-    spread = "group" if profile.score_scale == "none" else profile.score_scale
-    std_NG = _deviation(score_NG, live_NG, spread, profile.ddof)
-    if profile.score_scale != "none":
-        centred_NG = centred_NG / (std_NG + profile.score_eps)
-    advantages_B = torch.where(degenerate_B | ~live_B, 0.0, groups.scatter(centred_NG))
-    mean_B, std_B = groups.scatter(mean_NG), groups.scatter(std_NG)
+    lengths_NG = None if lengths is None else groups.gather(lengths.to(raw_B.dtype), 0.0)
+    members = Members(groups.gather(live_B, False), profile.singleton, lengths_NG)
+    out = standardise_scores(groups.gather(raw_B, 0.0), groups.gather(scores_B, 0.0), members, profile)
+    advantages_B, mean_B, std_B, degenerate_B = (groups.scatter(x_NG) for x_NG in out)
     return GroupAdvantages(advantages_B, scores_B, normalized_BK, mean_B, std_B, degenerate_B)
-
-
-def _normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profile: AdvantageProfile) -> Tensor:
-    if profile.reward_center == "none" and profile.reward_scale == "none":
-        return rewards_BK
-    x_NGK, live_NGK = groups.gather(rewards_BK, 0.0), groups.gather(live_BK, False)
-    out_NGK, _ = _centred(x_NGK, live_NGK, profile.reward_center)
-    scope: Center | Scale = profile.reward_center
-    if profile.reward_scale != "none":
-        scope = profile.reward_scale
-        out_NGK = out_NGK / (_deviation(x_NGK, live_NGK, scope, profile.ddof) + profile.reward_eps)
-    alone_NGK = live_NGK.sum(_dims(scope), keepdim=True) < 2  # one value has no place among others
-    return torch.where(live_BK, groups.scatter(torch.where(alone_NGK, 0.0, out_NGK)), 0.0)
-
-
-def _live_weights(weights_BK: Tensor, live_BK: Tensor, profile: AdvantageProfile) -> tuple[Tensor, Tensor]:
-    """Weights with 0 for abstained rewards, and which responses count at all."""
-    masked_BK = torch.where(live_BK, weights_BK, 0.0)
-    live_B = live_BK.any(-1)
-    if profile.missing == "zero":
-        return masked_BK, live_B
-    whole_B, rest_B = _sum_over_rewards(weights_BK), _sum_over_rewards(masked_BK)
-    partial_B = ~live_BK.all(-1)
-    live_B = live_B & ~(partial_B & (rest_B == 0))  # all weight on abstained rewards: nothing to scale up
-    factor_B = torch.where(partial_B & live_B, whole_B / torch.where(rest_B == 0, 1.0, rest_B), 1.0)
-    return masked_BK * factor_B[:, None], live_B
-
-
-def _sum_over_rewards(x_BK: Tensor) -> Tensor:
-    """[B], added in the order of K. The order of torch.sum depends on strides and row, so equal rows could differ."""
-    total_B = x_BK[:, 0]
-    for k in range(1, x_BK.shape[1]):
-        total_B = total_B + x_BK[:, k]
-    return total_B
-
-
-def _degenerate(scores_B: Tensor, live_B: Tensor, groups: Groups) -> Tensor:
-    x_NG, live_NG = groups.gather(scores_B.detach(), 0.0), groups.gather(live_B, False)
-    top_N = torch.where(live_NG, x_NG, float("-inf")).amax(1)
-    low_N = torch.where(live_NG, x_NG, float("inf")).amin(1)
-    flat_N = ~(top_N > low_N)  # one live response or none compares False as well
-    return groups.scatter(flat_N[:, None].expand_as(live_NG))
-
-
-def _dims(scope: Center | Scale) -> tuple[int, ...]:
-    return (0, 1) if scope == "batch" else (1,)
-
-
-def _shifted(x_NG: Tensor, live_NG: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """x minus the scope's live maximum (0 where not live), that maximum, and the live count."""
-    top = torch.where(live_NG, x_NG.detach(), float("-inf")).amax(dims, keepdim=True)
-    top = torch.where(top == float("-inf"), 0.0, top)
-    return torch.where(live_NG, x_NG - top, 0.0), top, live_NG.sum(dims, keepdim=True)
-
-
-def _centred(x_NG: Tensor, live_NG: Tensor, scope: Center | Scale) -> tuple[Tensor, Tensor]:
-    """x minus its scope's mean, and that mean, both [N, G_max, ...]."""
-    if scope == "none":
-        return x_NG, torch.zeros_like(x_NG)
-    shifted, top, count = _shifted(x_NG, live_NG, _dims(scope))
-    total = shifted.sum(_dims(scope), keepdim=True)
-    if scope == "leave_one_out":
-        mean = (total - shifted) / (count - live_NG.long()).clamp(min=1)  # the others that are live
-    else:
-        mean = (total / count.clamp(min=1)).expand_as(x_NG)
-    return shifted - mean, mean + top
-
-
-def _deviation(x_NG: Tensor, live_NG: Tensor, scope: Center | Scale, ddof: int) -> Tensor:
-    """Standard deviation over the scope, [N, G_max, ...]; 0 for fewer than two live elements."""
-    shifted, _, count = _shifted(x_NG, live_NG, _dims(scope))
-    mean = shifted.sum(_dims(scope), keepdim=True) / count.clamp(min=1)
-    squares = torch.where(live_NG, (shifted - mean) ** 2, 0.0).sum(_dims(scope), keepdim=True)
-    variance = squares / (count - ddof).clamp(min=1)
-    positive = variance > 0  # sqrt has no finite derivative at 0
-    std = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
-    return std.expand_as(x_NG)

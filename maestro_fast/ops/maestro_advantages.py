@@ -31,6 +31,7 @@ def maestro_advantages(
     offset: int = 0,
     kl: Tensor | None = None,
     beta: float = 0.0,
+    lengths: Tensor | None = None,
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> tuple[ConductorSample, GroupAdvantages]:
@@ -44,7 +45,7 @@ def maestro_advantages(
         hidden, cu_seqlens: packed [T, d] hidden states and their int [B + 1] bounds, pooled by ``pool``
             (``prompt_lengths`` int [B] for its prompt modes).
         tau, min_prob, alpha, mode, seed, step, offset: as in ``conductor_weights``.
-        kl, beta, profile: as in ``group_advantages``.
+        kl, beta, lengths, profile: as in ``group_advantages``.
         backend: None or "torch".
 
     Raises:
@@ -64,4 +65,5 @@ def maestro_advantages(
     sample = conductor_weights(
         h, conductor, tau=tau, min_prob=min_prob, alpha=alpha, mode=mode, seed=seed, step=step, offset=offset
     )
-    return sample, group_advantages(rewards, sample.weights, groups, kl=kl, beta=beta, profile=profile)
+    advantages = group_advantages(rewards, sample.weights, groups, kl=kl, beta=beta, lengths=lengths, profile=profile)
+    return sample, advantages

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Center = Literal["none", "group", "batch", "leave_one_out"]
 Scale = Literal["none", "group", "batch"]
+ScoreCenter = Literal["none", "group", "batch", "leave_one_out", "tokens"]
+ScoreScale = Literal["none", "group", "batch", "tokens"]
+Singleton = Literal["zero", "raw"]
 
 
 @dataclass(frozen=True)
@@ -18,33 +21,43 @@ class AdvantageProfile:
 
     Attributes:
         reward_center, reward_scale: scope of the mean and the standard deviation of each reward.
-        score_center, score_scale: the same for the score; ``leave_one_out`` is the mean of the others of the group.
+        score_center, score_scale: the same for the score; ``leave_one_out`` is the mean of the others of the group,
+            ``tokens`` the batch in which every response counts once per token of its completion.
         reward_eps, score_eps: added to the standard deviation.
-        ddof: 1 divides the squared deviations by n - 1 (sample standard deviation), 0 by n.
+        ddof: 1 divides the squared deviations by n - 1 (sample standard deviation), 0 by n (tokens: their number).
+        singleton: the only live response of its group (for a reward: the only one with a live value) has nothing to be
+            compared with. ``zero``: reward or advantage 0. ``raw``: the group counts as having mean 0 and standard
+            deviation 1, so the value itself remains, over 1 + eps if scaled. Scopes wider than a group see it as any
+            other. It is flagged ``degenerate`` either way.
         missing: a response whose reward k abstained. ``zero``: it counts as 0 in the sum. ``renormalize``: the weights
             of its live rewards are scaled up to the row's original sum.
         kl_in: ``score`` subtracts beta * KL from the score; with ``loss`` the KL is the loss's business.
+        score_eps_in: ``std`` divides by std + score_eps, ``variance`` by sqrt(std**2 + score_eps).
     """
 
     reward_center: Center = "group"
     reward_scale: Scale = "group"
-    score_center: Center = "group"
-    score_scale: Scale = "group"
+    score_center: ScoreCenter = "group"
+    score_scale: ScoreScale = "group"
     reward_eps: float = 1e-4
     score_eps: float = 1e-4
     ddof: int = 1
+    singleton: Singleton = "zero"
     missing: Literal["zero", "renormalize"] = "renormalize"
     kl_in: Literal["score", "loss"] = "score"
+    score_eps_in: Literal["std", "variance"] = "std"
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("reward_center", self.reward_center, get_args(Center)),
             ("reward_scale", self.reward_scale, get_args(Scale)),
-            ("score_center", self.score_center, get_args(Center)),
-            ("score_scale", self.score_scale, get_args(Scale)),
+            ("score_center", self.score_center, get_args(ScoreCenter)),
+            ("score_scale", self.score_scale, get_args(ScoreScale)),
             ("ddof", self.ddof, (0, 1)),
+            ("singleton", self.singleton, get_args(Singleton)),
             ("missing", self.missing, ("zero", "renormalize")),
             ("kl_in", self.kl_in, ("score", "loss")),
+            ("score_eps_in", self.score_eps_in, ("std", "variance")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r}, expected one of {allowed}")
@@ -52,14 +65,27 @@ class AdvantageProfile:
             if not eps >= 0:
                 raise ValueError(f"{name}: {eps}, expected a number >= 0")
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the advantages depend on the lengths of the completions."""
+        return "tokens" in (self.score_center, self.score_scale)
+
 
 def _trl(score_scale: Scale) -> AdvantageProfile:
     return AdvantageProfile("none", "none", "group", score_scale, missing="zero", kl_in="loss")
 
 
+def _verl(rewards: Scale, score_center: ScoreCenter, score_scale: ScoreScale, **options: Any) -> AdvantageProfile:
+    return AdvantageProfile(
+        rewards, rewards, score_center, score_scale, singleton="raw", missing="zero", kl_in="loss", **options
+    )
+
+
 # maestro: MAESTRO (arXiv 2601.07208), rewards and then scores normalised in the group, with GRPO's sample std.
 # grpo, dr_grpo, grpo_batch: TRL's scale_rewards "group", "none", "batch". gdpo: TRL's normalize_then_sum.
 # rloo: RLOO (arXiv 2402.14740), the mean of the other responses as baseline.
+# verl_grpo, verl_dr_grpo, verl_gdpo: verl's estimator "grpo" with norm_adv_by_std_in_grpo and without, and "gdpo"
+# (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
 PROFILES: dict[str, AdvantageProfile] = {
     "maestro": AdvantageProfile(),
     "grpo": _trl("group"),
@@ -67,6 +93,9 @@ PROFILES: dict[str, AdvantageProfile] = {
     "grpo_batch": _trl("batch"),
     "gdpo": AdvantageProfile("group", "group", "batch", "batch", missing="zero", kl_in="loss"),
     "rloo": AdvantageProfile("none", "none", "leave_one_out", "none", missing="zero", kl_in="loss"),
+    "verl_grpo": _verl("none", "group", "group", score_eps=1e-6),
+    "verl_dr_grpo": _verl("none", "group", "none"),
+    "verl_gdpo": _verl("group", "tokens", "tokens", reward_eps=1e-6, score_eps=1e-8, score_eps_in="variance"),
 }
 
 

@@ -125,7 +125,7 @@ class Pipeline:
             )
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
-            advantages = self._advantages(rewards_BK, weights, kl_B)
+            advantages = self._advantages(rollouts, rewards_BK, weights, kl_B)
         with clock.stage("conductor_update"):
             self.weights.observe(Outcome(context, weights, advantages))
         record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
@@ -137,13 +137,16 @@ class Pipeline:
         )
         return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
 
-    def _advantages(self, rewards_BK: Tensor, weights: Weights, kl_B: Tensor | None) -> GroupAdvantages:
+    def _advantages(
+        self, rollouts: Rollouts, rewards_BK: Tensor, weights: Weights, kl_B: Tensor | None
+    ) -> GroupAdvantages:
         return group_advantages(
             rewards_BK,
             weights.weights_BK,
             self.sampling.group_size,
             kl=kl_B,
             beta=self.kl_in_score,
+            lengths=self._lengths(rollouts) if self.profile.needs_lengths else None,
             profile=self.profile,
         )
 
@@ -158,6 +161,10 @@ class Pipeline:
     def _gather(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor.contiguous())
         return gathered
+
+    def _lengths(self, rollouts: Rollouts) -> Tensor:
+        """int64 [B], tokens of the completions of all processes."""
+        return self._gather(rollouts.completion_lengths_B.to(self.accelerator.device))
 
     def _forward(
         self,
@@ -267,7 +274,7 @@ class Pipeline:
             advantages_B=advantages.advantages.cpu(),
             scores_B=advantages.scores.cpu(),
             degenerate_B=advantages.degenerate.cpu(),
-            lengths_B=self._gather(rollouts.completion_lengths_B.to(device)).cpu(),
+            lengths_B=self._lengths(rollouts).cpu(),
             truncated_B=self._gather(rollouts.truncated_B.to(device)).cpu(),
         )
 

@@ -26,6 +26,13 @@ def test_only_maestro_has_the_kl_in_the_score_and_renormalizes() -> None:
     assert [name for name, profile in PROFILES.items() if profile.missing == "renormalize"] == ["maestro"]
 
 
+def test_only_the_scope_tokens_needs_lengths() -> None:
+    assert [name for name, profile in PROFILES.items() if profile.needs_lengths] == ["verl_gdpo"]
+    assert (
+        AdvantageProfile(score_scale="tokens").needs_lengths and AdvantageProfile(score_center="tokens").needs_lengths
+    )
+
+
 def test_profiles_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PROFILES["grpo"].ddof = 0  # type: ignore[misc]
@@ -43,6 +50,10 @@ def test_profiles_cannot_be_changed() -> None:
         ("ddof", 2),
         ("missing", "drop"),
         ("kl_in", "reward"),
+        ("reward_center", "tokens"),
+        ("reward_scale", "tokens"),
+        ("singleton", "keep"),
+        ("score_eps_in", "mean"),
     ],
 )
 def test_a_wrong_field_is_named(field: str, value: Any) -> None:

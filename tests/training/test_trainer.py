@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from maestro_fast.ops import group_advantages
 from maestro_fast.records import StepRecord
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import MaestroTrainer, parse_config, train
@@ -191,6 +192,16 @@ def test_the_kl_enters_once_and_is_zero_at_the_reference(raw_config: dict[str, A
 
     for one, other in zip(with_kl, without, strict=True):
         torch.testing.assert_close(one.advantages_B, other.advantages_B, rtol=0, atol=1e-4)
+
+
+def test_a_profile_over_tokens_gets_the_lengths_of_the_completions(raw_config: dict[str, Any]) -> None:
+    _, records = run({**raw_config, "advantages": {"profile": "verl_gdpo"}})
+    for record in records:
+        group_size = raw_config["sampling"]["group_size"]
+        expected = group_advantages(
+            record.rewards_BK, record.weights_BK, group_size, lengths=record.lengths_B, profile="verl_gdpo"
+        )
+        torch.testing.assert_close(record.advantages_B, expected.advantages)
 
 
 @pytest.mark.parametrize(
