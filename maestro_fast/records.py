@@ -100,6 +100,7 @@ class RewardBatch:
             each triple a float32 CPU tensor of the policy's log-probs in nats, one per token of the continuation,
             after the prompt (as in the data; the chat template is applied for it) and the beginning of an
             assistant's reply. May be a collective over processes: call it once per batch. None outside training.
+        device: where this process trains its policy; None outside training.
     """
 
     prompts: list[Text]
@@ -108,6 +109,7 @@ class RewardBatch:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     mean_entropies_B: Tensor | None = None
     score_texts: Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]] | None = None
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.completions)

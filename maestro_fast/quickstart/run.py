@@ -1,4 +1,4 @@
-"""The quickstart: warm start, a run with the Conductor, the same with shuffled hidden states, what came of it."""
+"""The quickstart: two tiny models, a run with the Conductor, the same with shuffled hidden states, what came of it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from maestro_fast.quickstart.model import make_checkpoint
+from maestro_fast.quickstart.reward_model import HeldOut, make_reward_model
 from maestro_fast.reporting import FamilySpread, Table, family_spread, format_table, read_jsonl
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
@@ -25,14 +26,15 @@ from maestro_fast.settings import override
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 
 
-def quickstart(out: Path, *, epochs: int = 8, limit: int | None = None) -> Path:
+def quickstart(out: Path, *, epochs: int = 8, reward_epochs: int = 4, limit: int | None = None) -> Path:
     """Runs everything and prints the outcome.
 
     The two runs go side by side, each on one thread: a model this small gains nothing from a second one.
 
     Args:
-        out: directory for the model and both runs; must not exist or be empty.
+        out: directory for the models and both runs; must not exist or be empty.
         epochs: of the warm start.
+        reward_epochs: of the reward model's training.
         limit: use so many prompts only.
 
     Returns:
@@ -45,17 +47,20 @@ def quickstart(out: Path, *, epochs: int = 8, limit: int | None = None) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        print(f"1/3  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
+        print(f"1/4  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
         loss = make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=epochs)
         print(f"     {loss:.2f} nats a token at the end")
+        print(f"2/4  A tinier reward model, from the preferences in {EXAMPLE.name}/pairs.jsonl", flush=True)
+        judged = make_reward_model(EXAMPLE, out / "reward_model", epochs=reward_epochs)
+        print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
         with _control_run(out, limit) as control:
-            print("2/3  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
+            print("3/4  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
             recorded_train(_config(out, "conductor", {}, limit))
-            print("3/3  Control, begun beside it: the same with the states shuffled between responses", flush=True)
+            print("4/4  Control, begun beside it: the same with the states shuffled between responses", flush=True)
             _wait(control, out / "shuffled.log")
     finally:
         torch.set_num_threads(threads)
-    _conclude(out / "conductor", out / "shuffled", time.monotonic() - began)
+    _conclude(out / "conductor", out / "shuffled", judged, time.monotonic() - began)
     return out / "conductor"
 
 
@@ -97,16 +102,21 @@ def example_config(out: Path) -> dict[str, Any]:
     override(raw, "model.path", str(out / "model"))
     override(raw, "data.path", str(EXAMPLE / "prompts.jsonl"))
     for entry in raw["rewards"]:
-        if isinstance(entry, dict) and "function" in entry:
+        if "function" in entry:
             entry["function"] = str(EXAMPLE / Path(entry["function"]).name)
+        if "model" in entry:
+            entry["model"] = str(out / "reward_model")
     return raw
 
 
-def _conclude(adaptive: Path, control: Path, seconds: float) -> None:
+def _conclude(adaptive: Path, control: Path, judged: HeldOut, seconds: float) -> None:
     lines = read_jsonl(adaptive / "metrics.jsonl")
     spread, shuffled = family_spread(lines), family_spread(read_jsonl(control / "metrics.jsonl"))
     tables = [spread.table(), _change_table(lines, spread)]
-    summary = verdict(spread.spread, shuffled.spread, _mean(lines, "conductor/self_flattery"))
+    summary = [
+        *verdict(spread.spread, shuffled.spread, _mean(lines, "conductor/self_flattery")),
+        f"The reward model behind `preference` {judged}.",
+    ]
     (adaptive / "spread.json").write_text(
         json.dumps({"conductor": spread.spread, "shuffled": shuffled.spread}), encoding="utf-8"
     )

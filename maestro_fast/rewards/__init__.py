@@ -6,6 +6,7 @@ from maestro_fast.rewards.format import FormatReward, split_tags
 from maestro_fast.rewards.function import FunctionReward, load_function
 from maestro_fast.rewards.length import LengthReward
 from maestro_fast.rewards.perplexity import PerplexityReward
+from maestro_fast.rewards.preference import PreferenceReward
 from maestro_fast.rewards.reward import Reward, RewardSet, RewardValues
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FunctionReward",
     "LengthReward",
     "PerplexityReward",
+    "PreferenceReward",
     "Reward",
     "RewardSet",
     "RewardSpec",

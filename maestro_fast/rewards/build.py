@@ -23,13 +23,15 @@ from maestro_fast.rewards.format import FormatReward
 from maestro_fast.rewards.function import FunctionReward, load_function
 from maestro_fast.rewards.length import LengthReward
 from maestro_fast.rewards.perplexity import PerplexityReward
+from maestro_fast.rewards.preference import PreferenceReward
 from maestro_fast.rewards.reward import Reward, RewardSet
 
-KINDS: dict[str, type[EntropyReward | FormatReward | LengthReward | PerplexityReward]] = {
+KINDS: dict[str, type[EntropyReward | FormatReward | LengthReward | PerplexityReward | PreferenceReward]] = {
     "entropy": EntropyReward,
     "format": FormatReward,
     "length": LengthReward,
     "perplexity": PerplexityReward,
+    "preference": PreferenceReward,
 }
 
 

@@ -204,6 +204,7 @@ class Pipeline:
             prompts.columns,
             entropies,
             self._text_scorer(model) if self.rewards.needs_policy else None,
+            self.accelerator.device,
         )
         return self.rewards(batch)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from maestro_fast.quickstart.model import build_tokenizer, read_pairs
+from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, read_preferences
 from maestro_fast.quickstart.run import EXAMPLE, quickstart, verdict
+from maestro_fast.records import RewardBatch
+from maestro_fast.rewards import PreferenceReward
 
 FAMILIES = {"fact", "opening", "format", "rewrite"}
 
@@ -35,8 +39,9 @@ def test_tags_are_whole_tokens_that_stay_in_the_text() -> None:
 
 
 def test_quickstart_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = quickstart(tmp_path / "out", epochs=1, limit=16)
+    run = quickstart(tmp_path / "out", epochs=1, reward_epochs=1, limit=16)
     printed = capsys.readouterr().out
+    first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     spreads = json.loads((run / "spread.json").read_text())
 
     assert run == tmp_path / "out" / "conductor"
@@ -47,6 +52,10 @@ def test_quickstart_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{spreads['shuffled']:.4f}" in printed
     assert "Self-flattery" in printed
     assert "report.html" in printed
+    assert "held-out pairs" in printed
+    names = ("format", "brevity", "entropy", "perplexity", "preference", "richness")
+    assert all(first[f"rewards/{name}/mean"] is not None for name in names)
+    assert first["rewards/preference/std"] > 0
     with pytest.raises(FileExistsError, match=r"--out: .* is not empty"):
         quickstart(tmp_path / "out")
 
@@ -57,3 +66,56 @@ def test_the_verdict_says_so_when_the_control_is_not_exceeded() -> None:
     assert "does not show" in verdict(0.01, 0.02, 0.0)[1]
     assert "outside the healthy" in verdict(0.02, 0.01, 0.06)[2]
     assert "within the healthy" in verdict(0.02, 0.01, -0.04)[2]
+
+
+def words(response: str) -> Counter[str]:
+    """Of the answer, without tags and reasoning."""
+    answer = re.sub(r"<think>.*?</think>", "", response).replace("<think>", "")
+    return Counter(re.findall(r"[a-z0-9']+", answer.partition("<answer>")[2].lower() or answer.lower()))
+
+
+def agreement(response: str, reference: str) -> float:
+    ours, theirs = words(response.replace("</answer>", "")), words(reference)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def test_bundled_preferences_follow_their_rule() -> None:
+    rows = [json.loads(line) for line in (EXAMPLE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    of = {row["prompt"]: row for row in rows}
+    training, held_out = read_preferences(EXAMPLE / "pairs.jsonl")
+
+    assert len(training) + len(held_out) == 604
+    assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
+    assert {of[pair.prompt]["family"] for pair in held_out} == FAMILIES
+    for pair in training + held_out:
+        reference = of[pair.prompt]["reference"]
+        assert pair.rejected in of[pair.prompt]["drafts"]
+        assert pair.chosen in [reference, *of[pair.prompt]["drafts"]]
+        assert agreement(pair.chosen, reference) > agreement(pair.rejected, reference), pair
+
+
+def test_the_reward_model_learns_what_the_reward_then_scores(tmp_path: Path) -> None:
+    """Held-out pairs: far above chance, and the same count when the reward scores what a policy would write."""
+    judged = make_reward_model(EXAMPLE, tmp_path, epochs=2)
+    _, held_out = read_preferences(EXAMPLE / "pairs.jsonl")
+    reward = PreferenceReward(str(tmp_path), max_length=256, separator="")
+
+    def scores(which: str) -> list[float]:
+        responses = [f" {getattr(pair, which)}" for pair in held_out]
+        return reward(RewardBatch([pair.prompt for pair in held_out], responses, [[]] * len(held_out))).tolist()
+
+    right = sum(good > bad for good, bad in zip(scores("chosen"), scores("rejected"), strict=True))
+    assert judged.pairs == len(held_out) and judged.right / judged.pairs > 0.75
+    assert right == judged.right
+    assert str(HeldOut(3, 4, 1, 2)).startswith(
+        "prefers the chosen response in 3 of 4 held-out pairs (75%), and a prompt's"
+    )
+
+
+def test_every_fifth_prompt_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i // 2}", "chosen": "a", "rejected": "b"} for i in range(22)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    training, held_out = read_preferences(path)
+    assert held_out == [Pair(p, "a", "b") for p in ("p4", "p4", "p9", "p9")]
+    assert len(training) == 18
