@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("maestro_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
     try:
         if arguments.command == "quickstart":
-            return _quickstart(arguments.out)
+            return _quickstart(arguments.out, arguments.resume)
         if arguments.command == "train":
             return _train(arguments.config, arguments.resume, rest)
         if arguments.command == "report":
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("quickstart", help="train a tiny model on bundled prompts, in a few minutes on a CPU")
     start.add_argument("--out", type=Path, help="directory for the results (default: the first free runs/quickstart*)")
+    start.add_argument("--resume", action="store_true", help="go on with what was killed in --out")
     train = commands.add_parser("train", help="a training run from a YAML file", allow_abbrev=False)
     train.add_argument("config", type=Path)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
@@ -61,13 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quickstart(out: Path | None) -> int:
+def _quickstart(out: Path | None, resume: bool) -> int:
     from maestro_fast.quickstart.run import quickstart
 
+    if resume and (out is None or not out.is_dir()):
+        raise ValueError(f"--resume: needs --out, the directory of an earlier quickstart, got {out}")
     if out is None:
         names = (Path("runs") / f"quickstart{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
         out = next(path for path in names if not path.exists())
-    quickstart(out)
+    quickstart(out, resume=resume)
     return 0
 
 

@@ -85,3 +85,30 @@ def test_the_module_is_a_program() -> None:
     )
 
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+def test_report_of_a_run_that_was_left_without_one(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config)]) == 0
+    page = tmp_path / "run" / "report" / "report.html"
+    page.unlink()
+    assert main(["report", str(tmp_path / "run"), "--title", "A title", "--compare", f"the same={tmp_path}/run"]) == 0
+
+    assert "<h1>A title</h1>" in page.read_text() and "the same" in page.read_text()
+    assert str(page) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["report", "nowhere"], "nowhere/metrics.jsonl: there is no such run directory"),
+        (["report", "nowhere", "--compare", "other"], "--compare: 'other', expected LABEL=RUN_DIR"),
+        (["quickstart", "--resume"], "--resume: needs --out, the directory of an earlier quickstart, got None"),
+    ],
+)
+def test_what_cannot_be_reported_or_resumed_is_named(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert complaint in capsys.readouterr().err

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from maestro_fast.quickstart.model import make_checkpoint
@@ -26,36 +28,46 @@ from maestro_fast.settings import override
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 
 
-def quickstart(out: Path, *, epochs: int = 8, reward_epochs: int = 4, limit: int | None = None) -> Path:
+def quickstart(
+    out: Path, *, resume: bool = False, epochs: int = 8, reward_epochs: int = 4, limit: int | None = None
+) -> Path:
     """Runs everything and prints the outcome.
 
     The two runs go side by side, each on one thread: a model this small gains nothing from a second one.
 
     Args:
-        out: directory for the models and both runs; must not exist or be empty.
+        out: directory for the models and both runs; must not exist or be empty, unless
+        resume: what is finished there is kept, and a run goes on from its last checkpoint. The other arguments have to
+            be the same again.
         epochs: of the warm start.
         reward_epochs: of the reward model's training.
         limit: use so many prompts only.
 
     Returns:
         The directory of the run with the Conductor.
+
+    Raises:
+        FileExistsError: ``out`` is not empty, without ``resume``.
     """
     began = time.monotonic()
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"--out: {out} is not empty, expected a new directory")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise FileExistsError(f"--out: {out} is not empty, expected a new directory, or --resume")
     disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         print(f"1/4  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
-        loss = make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=epochs)
+        loss = _made(out / "model", lambda folder: make_checkpoint(EXAMPLE / "prompts.jsonl", folder, epochs=epochs))
         print(f"     {loss:.2f} nats a token at the end")
         print(f"2/4  A tinier reward model, from the preferences in {EXAMPLE.name}/pairs.jsonl", flush=True)
-        judged = make_reward_model(EXAMPLE, out / "reward_model", epochs=reward_epochs)
+        judged = HeldOut(
+            *_made(out / "reward_model", lambda folder: make_reward_model(EXAMPLE, folder, epochs=reward_epochs))
+        )
         print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
         with _control_run(out, limit) as control:
             print("3/4  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
-            recorded_train(_config(out, "conductor", {}, limit))
+            if not (out / "conductor" / "final").exists():
+                recorded_train(_config(out, "conductor", {}, limit), resume=_to_resume(out / "conductor"))
             print("4/4  Control, begun beside it: the same with the states shuffled between responses", flush=True)
             _wait(control, out / "shuffled.log")
     finally:
@@ -64,14 +76,38 @@ def quickstart(out: Path, *, epochs: int = 8, reward_epochs: int = 4, limit: int
     return out / "conductor"
 
 
+def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
+    """What ``make`` returned when it filled ``folder``, now or before; the folder is there whole or not at all."""
+    outcome = "outcome.json"
+    if not folder.exists():
+        unfinished = folder.with_name(f".{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        made = make(unfinished)
+        (unfinished / outcome).write_text(json.dumps(made), encoding="utf-8")
+        unfinished.rename(folder)
+    return json.loads((folder / outcome).read_text(encoding="utf-8"))
+
+
+def _to_resume(run_dir: Path) -> bool:
+    """Whether the run has a checkpoint. One that was killed before its first begins anew, bit by bit the same."""
+    if run_dir.exists() and get_last_checkpoint(str(run_dir)) is None:
+        shutil.rmtree(run_dir)
+    return run_dir.exists()
+
+
 @contextlib.contextmanager
-def _control_run(out: Path, limit: int | None) -> Iterator[subprocess.Popen[bytes]]:
-    """The control in a process of its own, ended with this one whatever happens."""
+def _control_run(out: Path, limit: int | None) -> Iterator[subprocess.Popen[bytes] | None]:
+    """The control in a process of its own, ended with this one whatever happens; None if it is finished already."""
+    if (out / "shuffled" / "final").exists():
+        yield None
+        return
     changes = {"weights.context": "shuffled", "trainer.disable_tqdm": True}
     config = out / "shuffled.yaml"
     config.write_text(yaml.safe_dump(_config(out, "shuffled", changes, limit), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "maestro_fast", "train", str(config)]
-    with (out / "shuffled.log").open("wb") as log:
+    if _to_resume(out / "shuffled"):
+        command.append("--resume")
+    with (out / "shuffled.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
             yield process
@@ -81,8 +117,8 @@ def _control_run(out: Path, limit: int | None) -> Iterator[subprocess.Popen[byte
                 process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    if process.wait() != 0:
+def _wait(process: subprocess.Popen[bytes] | None, log: Path) -> None:
+    if process is not None and process.wait() != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
 

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_rewards
 from maestro_fast.settings import SettingsError
+from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import load_prompts
 from maestro_fast.training.trainer import MaestroTrainer
@@ -198,8 +199,8 @@ def train(
     if trainer.is_world_process_zero():
         (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     trainer.train(resume_from_checkpoint=resume or None)
-    final = run_dir / "final"
-    trainer.save_model(str(final))
-    if trainer.is_world_process_zero():
-        trainer.save_weight_policy(final)
+    with staged(run_dir, trainer.accelerator) as folder:
+        trainer.save_model(str(folder / "final"))
+        if trainer.is_world_process_zero():
+            trainer.save_weight_policy(folder / "final")
     return trainer

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from maestro_fast.quickstart.model import build_tokenizer, read_pairs
 from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, read_preferences
@@ -38,16 +45,49 @@ def test_tags_are_whole_tokens_that_stay_in_the_text() -> None:
     assert {"<think>", "</think>", "<answer>", "</answer>"} <= set(tokenizer.convert_ids_to_tokens(ids))
 
 
-def test_quickstart_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = quickstart(tmp_path / "out", epochs=1, reward_epochs=1, limit=16)
-    printed = capsys.readouterr().out
+PROGRAM = """
+import sys
+from pathlib import Path
+from maestro_fast.quickstart.run import quickstart
+quickstart(Path(sys.argv[1]), resume="--resume" in sys.argv, epochs=1, reward_epochs=1, limit=56)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A quickstart of seven steps, in a process group of its own."""
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        printed, _ = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Directory, and what was printed."""
+    out = tmp_path_factory.mktemp("quickstart") / "whole"
+    return out, finish(start(str(out)))
+
+
+def test_quickstart_runs_to_its_end(uninterrupted: tuple[Path, str]) -> None:
+    out, printed = uninterrupted
+    run = out / "conductor"
     first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     spreads = json.loads((run / "spread.json").read_text())
 
-    assert run == tmp_path / "out" / "conductor"
     for name in ("config.yaml", "metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "report/report.html", "final"):
         assert (run / name).exists(), name
-    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 16 * 8
+    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 56 * 8
     assert f"{spreads['conductor']:.4f}" in printed
     assert f"{spreads['shuffled']:.4f}" in printed
     assert "Self-flattery" in printed
@@ -57,7 +97,29 @@ def test_quickstart_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(first[f"rewards/{name}/mean"] is not None for name in names)
     assert first["rewards/preference/std"] > 0
     with pytest.raises(FileExistsError, match=r"--out: .* is not empty"):
-        quickstart(tmp_path / "out")
+        quickstart(out)
+
+
+def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
+    whole, killed = uninterrupted[0], tmp_path / "killed"
+    process = start(str(killed))
+    deadline = time.monotonic() + 300
+    while not (killed / "conductor" / "checkpoint-5").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "conductor" / "final").exists()
+    finish(start(str(killed), "--resume"))
+
+    for run in ("conductor", "shuffled"):
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            assert (killed / run / name).read_bytes() == (whole / run / name).read_bytes(), f"{run}/{name}"
+        for name in ("model.safetensors", "weight_policy.safetensors"):
+            ours, theirs = (load_file(out / run / "final" / name) for out in (killed, whole))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), f"{run}/{name}"
 
 
 def test_the_verdict_says_so_when_the_control_is_not_exceeded() -> None:
