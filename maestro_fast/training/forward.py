@@ -116,7 +116,7 @@ def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) ->
 
     def as_leaf(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
         embedded.append(out.detach().requires_grad_())
-        return embedded[0]
+        return embedded[0].clone()  # some models scale it in place, which a leaf does not allow
 
     handle = causal_lm(model).get_input_embeddings().register_forward_hook(as_leaf)
     try:
