@@ -271,9 +271,17 @@ def test_everything_else_that_is_done_with_a_model_uses_sdpa(kernels: PlainKerne
     model, plain = tiny_model(), tiny_model()
     use_attention(model, VARLEN)
     left_padded = torch.tensor([[1, 1, 5, 6], [7, 8, 9, 10]])
-    arguments: Any = {"attention_mask": (left_padded != 1).long(), "max_new_tokens": 8, "do_sample": False}
+    arguments: Any = {
+        "attention_mask": (left_padded != 1).long(),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    ours, theirs = model.generate(left_padded, **arguments), plain.generate(left_padded, **arguments)
 
-    assert torch.equal(model.generate(left_padded, **arguments), plain.generate(left_padded, **arguments))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(torch.stack(ours.logits), torch.stack(theirs.logits))
     assert not kernels.calls
     model.save_pretrained(tmp_path)
     assert VARLEN not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
