@@ -1,4 +1,4 @@
-"""Four attention paths, one result: what each makes of packed sequences, which is chosen, and what is refused.
+"""Four attention paths, one result: what each makes of packed sequences, and which the trial on the model takes.
 
 No CPU runs flash-attn's kernel or torch's varlen kernel: a plain attention stands in for both (``kernels``), so that
 all around them is run. The tests marked ``gpu`` run the kernels themselves.
@@ -28,12 +28,10 @@ from transformers import (
 
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
-from maestro_fast.training.attention import attention_choice, attention_paths, use_attention
-from maestro_fast.training.config import ModelConfig
+from maestro_fast.training.attention import attention_choice, use_attention
 from maestro_fast.training.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
 from maestro_fast.training.head import head_of
 from maestro_fast.training.rows import rows_of
-from maestro_fast.training.run import load_policy
 from maestro_fast.training.varlen import VARLEN, bounds_mask, register_varlen, varlen_attention
 from tests.tiny import tiny_model
 from tests.training.kernels import PlainKernels
@@ -302,108 +300,6 @@ def test_autocast_gives_the_kernel_one_half_precision_dtype(monkeypatch: pytest.
     assert seen == [{torch.bfloat16}] * 2
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with a CUDA device of the wanted capability, with flash-attn or without."""
-
-    def pretend(flash: bool, capability: tuple[int, int] = (9, 0), accepted: bool = True) -> None:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash else None)
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(
-            "maestro_fast.training.attention._FLASH",
-            {"flash_attention_2": ("flash_attn", lambda: accepted)},
-        )
-
-    return pretend
-
-
-@pytest.mark.parametrize(
-    ("machine", "dtype", "chosen", "because"),
-    [
-        ({"flash": True}, torch.bfloat16, "flash_attention_2", "the first choice that can serve on cuda"),
-        ({"flash": True}, None, "flash_attention_2", "the first choice"),
-        ({"flash": False}, torch.float16, VARLEN, "the first choice that can serve on cuda"),
-        ({"flash": True, "accepted": False}, torch.bfloat16, VARLEN, "the first choice"),
-        (
-            {"flash": True},
-            torch.float32,
-            "sdpa",
-            "flash_attn needs bfloat16 or float16 weights, not float32; torch.nn.attention.varlen needs bfloat16",
-        ),
-        ({"flash": False, "capability": (7, 5)}, torch.float16, "sdpa", "varlen needs sm_80, the device is sm_75"),
-    ],
-)
-def test_the_choice_goes_by_kernel_device_and_dtype(
-    on_a_gpu: Callable[..., None], machine: dict[str, Any], dtype: torch.dtype | None, chosen: str, because: str
-) -> None:
-    on_a_gpu(**machine)
-
-    implementation, reason = attention_choice("auto", CUDA, dtype)
-    assert implementation == chosen and because in reason
-
-
-def test_flash_attention_is_never_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-
-    implementation, reason = attention_choice("auto", CPU)
-    assert implementation == "sdpa"
-    assert "flash_attn cannot be imported" in reason
-    assert "torch.nn.attention.varlen runs on CUDA devices, not on cpu" in reason
-    assert attention_choice("eager", CPU) == ("eager", "as configured")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "complaint"),
-    [
-        ("flash_attention_2", r"flash_attn cannot be imported, pip install \"maestro-fast\[flash-attn\]\"$"),
-        ("flash_attention_3", "flash_attn_interface cannot be imported"),
-        ("varlen", "torch.nn.attention.varlen runs on CUDA devices, not on cpu"),
-    ],
-)
-def test_what_is_asked_for_is_given_or_refused(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path], wanted: Any, complaint: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-
-    with pytest.raises(SettingsError, match=rf"^model\.attention: {wanted} cannot serve: {complaint}"):
-        load_policy(ModelConfig(str(checkpoint()), attention=wanted), CPU)
-
-
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"^model\.attention: flash, expected one of auto, flash_attention_2"):
-        attention_choice("flash", CPU)
-
-
-def test_a_refused_dtype_is_found_once_the_weights_are_read(
-    on_a_gpu: Callable[..., None], checkpoint: Callable[..., Path]
-) -> None:
-    on_a_gpu(flash=False)
-
-    with pytest.raises(SettingsError, match=r"varlen needs bfloat16 or float16 weights, not float32"):
-        load_policy(ModelConfig(str(checkpoint()), attention="varlen", dtype="float32"), CUDA)
-    model, _ = load_policy(ModelConfig(str(checkpoint()), attention="auto", dtype="bfloat16"), CUDA)
-    assert model.config._attn_implementation == VARLEN
-    model, _ = load_policy(ModelConfig(str(checkpoint()), attention="auto", dtype="float32"), CUDA)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_auto_keeps_the_attention_of_a_model_that_cannot_change_it(
-    monkeypatch: pytest.MonkeyPatch,
-    on_a_gpu: Callable[..., None],
-    checkpoint: Callable[..., Path],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    on_a_gpu(flash=False)
-    monkeypatch.setattr("transformers.Qwen3ForCausalLM.set_attn_implementation", lambda self, name: None)
-
-    with caplog.at_level(logging.INFO, "maestro_fast"):
-        model, _ = load_policy(ModelConfig(str(checkpoint()), dtype="bfloat16"), CUDA)
-    assert model.config._attn_implementation == "sdpa"
-    assert "attention: sdpa, maestro_varlen was the choice, but model: Qwen3ForCausalLM keeps its own" in caplog.text
-    with pytest.raises(SettingsError, match=r"^model\.attention: varlen cannot serve: model: Qwen3ForCausalLM keeps"):
-        load_policy(ModelConfig(str(checkpoint()), attention="varlen", dtype="bfloat16"), CUDA)
-
-
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
 def test_a_run_with_varlen_equals_one_with_sdpa(
     monkeypatch: pytest.MonkeyPatch, kernels: PlainKernels, raw_config: dict[str, Any], tmp_path: Path, lora: Any
@@ -446,16 +342,8 @@ def test_a_run_that_asks_for_varlen_does_not_start_without_it(
         train(parse_config(raw_config), raw_config)
 
 
-def test_the_paths_say_what_they_need_and_what_was_never_run() -> None:
-    paths = {path.name: path for path in attention_paths(CPU)}
-
-    assert list(paths) == PATHS
-    assert "CUDA" in str(paths["varlen"].obstacle) and paths["flash"].obstacle is not None
-    assert paths["packed"].obstacle is None and paths["padded"].obstacle is None
-    assert all(("never run" in paths[name].tried) == (name in ("flash", "varlen")) for name in PATHS)
-
-
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", VARLEN])
 def test_the_real_kernels_agree_with_float64(family: str, implementation: str) -> None:
