@@ -12,7 +12,7 @@ import torch
 from maestro_fast import __version__
 from maestro_fast.ops import SERVED_BY
 from maestro_fast.reporting import Table
-from maestro_fast.training.run import attention_choice
+from maestro_fast.training.attention import attention_choice, attention_paths, default_device
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
 _OPTIONAL = {
@@ -29,7 +29,6 @@ _OPTIONAL = {
 
 def info_tables() -> list[Table]:
     """Tables of versions, devices, backends by op, attention, and optional packages."""
-    attention, reason = attention_choice()
     return [
         Table("Versions", ("package", "version"), (("maestro-fast", __version__), *_versions())),
         Table("Devices", ("device", "what it is"), tuple(_devices())),
@@ -37,7 +36,7 @@ def info_tables() -> list[Table]:
             "Backends that serve each op", ("op", "backends"), tuple((op, ", ".join(b)) for op, b in SERVED_BY.items())
         ),
         Table("Why not others", ("backend", "reason"), tuple(_backend_reasons())),
-        Table("Attention", ("implementation", "reason"), ((attention, reason),)),
+        Table("Attention", ("path", "what it is", "serves here", "so far"), tuple(_attention())),
         Table("Optional packages", ("package", "for", "installed"), tuple(_optional())),
     ]
 
@@ -72,6 +71,20 @@ def _backend_reasons() -> list[tuple[str, str]]:
     if importlib.util.find_spec("triton") is None:
         rows = [("triton", "triton is not installed; no op has a Triton kernel in this version")]
     return [*rows, ("cpp", "serves pack_sequences alone in this version")]
+
+
+def _attention() -> list[tuple[str, str, str, str]]:
+    """The paths, and what ``model.attention: auto`` comes to for half-precision weights on the default device."""
+    device = default_device()
+    rows = [
+        (path.name, path.what, "yes" if path.obstacle is None else f"no: {path.obstacle}", path.tried)
+        for path in attention_paths(device)
+    ]
+    implementation, reason = attention_choice("auto", device)
+    return [
+        *rows,
+        ("auto", f"takes {implementation} on {device.type}", reason, "a trial on the model then confirms it"),
+    ]
 
 
 def _optional() -> list[tuple[str, str, str]]:

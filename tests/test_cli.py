@@ -74,7 +74,8 @@ def test_info_says_what_serves_and_why_not_more(capsys: pytest.CaptureFixture[st
     assert main(["info"]) == 0
 
     printed = capsys.readouterr().out
-    for word in ("maestro-fast", __version__, "group_advantages", "pack_sequences", "sdpa", "vllm"):
+    words = ("maestro-fast", __version__, "group_advantages", "pack_sequences", "sdpa", "varlen", "never run", "vllm")
+    for word in words:
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 100
 

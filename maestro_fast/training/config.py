@@ -12,6 +12,7 @@ import yaml
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.settings import SettingsError, build, override
+from maestro_fast.training.attention import Attention
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
 from maestro_fast.training.method import Method
@@ -34,14 +35,15 @@ class ModelConfig:
     Attributes:
         path: a local directory or a hub name, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
         dtype: of the weights; "auto" keeps the checkpoint's.
-        attention: for transformers' ``attn_implementation``; "auto" takes flash_attention_2 if flash-attn can be
-            imported and a CUDA device is there, else sdpa.
+        attention: "auto" takes flash-attn if it can be imported, else torch's varlen kernel, both on CUDA devices and
+            for half-precision weights only; else sdpa. Any other is used or refused. ``maestro-fast info`` shows which
+            can serve.
         lora: adapters; without them all weights are trained.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: str = "auto"
+    attention: Attention = "auto"
     lora: LoraSettings | None = None
 
 

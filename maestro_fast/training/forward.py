@@ -10,18 +10,19 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from maestro_fast.ops import pack_sequences, pool_hidden, token_logprobs
+from maestro_fast.ops import pool_hidden, token_logprobs
 from maestro_fast.ops.token_logprobs import EntropyMode
 from maestro_fast.records import PolicyOutputs, cumulative
+from maestro_fast.training.attention import Layout, layout_of
 from maestro_fast.training.head import LanguageHead, backbone_of, causal_lm
+from maestro_fast.training.rows import rows_of
 
 logger = logging.getLogger(__name__)
-Layout = Literal["packed", "padded"]
+__all__ = ["Layout", "Sequences", "choose_layout", "completion_logprobs", "last_hidden", "score"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Sequences:
         return len(self.prompt_ids)
 
     @property
+    def tokens(self) -> list[list[int]]:
+        return [p + c for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+    @property
     def lengths(self) -> list[int]:
         return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
@@ -42,94 +47,86 @@ class Sequences:
         return Sequences([self.prompt_ids[i] for i in indices], [self.completion_ids[i] for i in indices])
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Model input [R, L], and for each token of the sequences, in order, its place in the flattened input."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    place_T: Tensor
-
-
 def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout) -> Tensor:
-    """Packed last hidden states [T, d] of all tokens, sequence after sequence; differentiable if grad is on."""
-    device = next(model.parameters()).device
-    tokens = [p + c for p, c in zip(sequences.prompt_ids, sequences.completion_ids, strict=True)]
-    rows = _packed_rows(tokens) if layout == "packed" else _padded_rows(tokens)
+    """Packed last hidden states [T, d] of all tokens, sequence after sequence; differentiable if grad is on.
+
+    Raises:
+        ValueError: the layout ``flash`` or ``varlen``, and the model has another attention implementation.
+    """
+    implementation = _implementation(model)
+    if layout in ("flash", "varlen") and layout_of(implementation) != layout:
+        raise ValueError(f"layout: {layout}, but the model's attention implementation is {implementation}")
+    rows = rows_of(sequences.tokens, layout)
     captured: list[Tensor] = []
     handle = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
     try:
-        model(
-            input_ids=rows.input_ids.to(device),
-            position_ids=rows.position_ids.to(device),
-            attention_mask=None if rows.attention_mask is None else rows.attention_mask.to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        model(**rows.model_input(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    return captured[0].flatten(0, 1)[rows.place_T.to(device)]
+    return rows.tokens_of(captured[0])
 
 
-def _padded_rows(tokens: list[list[int]]) -> _Rows:
-    width = max(map(len, tokens))
-    ids, mask = (
-        torch.zeros(len(tokens), width, dtype=torch.int64),
-        torch.zeros(len(tokens), width, dtype=torch.int64),
-    )
-    for i, sequence in enumerate(tokens):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        mask[i, : len(sequence)] = 1
-    positions = torch.arange(width).expand(len(tokens), width)
-    return _Rows(ids, positions, mask, mask.flatten().nonzero()[:, 0])
-
-
-def _packed_rows(tokens: list[list[int]]) -> _Rows:
-    """Several sequences to a row, told apart by position ids that start again at 0, as transformers reads them."""
-    lengths = [len(sequence) for sequence in tokens]
-    width = max(lengths)
-    bins = pack_sequences(lengths, width)
-    ids = torch.zeros(len(bins), width, dtype=torch.int64)
-    positions = torch.zeros(len(bins), width, dtype=torch.int64)
-    places: list[Tensor] = [torch.empty(0)] * len(tokens)
-    for r, members in enumerate(bins):
-        start = 0
-        for i in members:
-            end = start + lengths[i]
-            ids[r, start:end] = torch.tensor(tokens[i])
-            positions[r, start:end] = torch.arange(lengths[i])
-            places[i] = torch.arange(start, end) + r * width
-            start = end
-        positions[r, start:] = torch.arange(width - start)  # the rest of the row is one more sequence, of padding
-    return _Rows(ids, positions, None, torch.cat(places))
-
-
-@torch.no_grad()
 def choose_layout(model: nn.Module) -> Layout:
-    """``packed`` if the model keeps packed sequences apart, else ``padded``; the choice and its reason are logged."""
+    """The layout without padding that the model's attention implementation offers, if it gives what ``padded`` gives.
+
+    Else ``padded``. Hidden states and their gradients are compared on a few tokens; the choice and its reason are
+    logged. A ``padded`` forward never uses ``varlen``, so the two have only the model in common there.
+    """
     language_model = causal_lm(model)
-    if "flash" in str(getattr(language_model.config, "_attn_implementation", "")):
-        logger.info("layout: padded, FlashAttention leaves the padding out by itself")
-        return "padded"
-    vocabulary = language_model.get_input_embeddings().weight.shape[0]
+    implementation = _implementation(model)
+    wanted = layout_of(implementation)
+    reason = _difference(model, wanted)
+    if isinstance(reason, float):
+        logger.info(
+            "layout: %s with %s, states and gradients equal the padded ones to %.1e", wanted, implementation, reason
+        )
+        return wanted
+    logger.info(
+        "layout: padded with %s, %s cannot take %s: %s", implementation, type(language_model).__name__, wanted, reason
+    )
+    return "padded"
+
+
+def _implementation(model: nn.Module) -> str:
+    return str(getattr(causal_lm(model).config, "_attn_implementation", ""))
+
+
+def _difference(model: nn.Module, layout: Layout) -> float | str:
+    """The largest relative difference between a layout and ``padded``, or in words what is wrong with the layout."""
+    vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
     ids = [i % vocabulary for i in range(1, 17)]
     probe = Sequences([ids[:9], ids[9:12], ids[12:15]], [[ids[15]]] * 3)  # the two short ones share a row
-    was_training = model.training
-    model.eval()
+    exact = next(model.parameters()).dtype == torch.float32
+    with _evaluating(model):
+        padded = _states_and_gradients(model, probe, "padded")
+        try:
+            found = _states_and_gradients(model, probe, layout)
+        except (RuntimeError, ValueError, TypeError) as error:  # whatever a model's own attention makes of the input
+            return f"{type(error).__name__}: {error}"
+    gaps = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, padded, strict=True)]
+    # half precision: 8 or 11 bits a step, and a gradient has gone through every layer twice
+    if all(gap < tolerance for gap, tolerance in zip(gaps, (1e-4, 1e-4) if exact else (5e-2, 1e-1), strict=True)):
+        return max(gaps)
+    return f"it mixes packed sequences (states differ by {gaps[0]:.1e}, gradients by {gaps[1]:.1e})"
+
+
+def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Float32 last hidden states [T, d], and the gradient of a sum of them with respect to the embedded tokens."""
+    embedded: list[Tensor] = []
+
+    def as_leaf(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[0].clone()  # some models scale it in place, which a leaf does not allow
+
+    handle = causal_lm(model).get_input_embeddings().register_forward_hook(as_leaf)
     try:
-        packed, padded = (
-            last_hidden(model, probe, "packed").float(),
-            last_hidden(model, probe, "padded").float(),
-        )
+        with torch.enable_grad():
+            states = last_hidden(model, probe, layout).float()
+            direction = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states)
+            gradient = torch.autograd.grad((states * direction).sum(), embedded[0])[0]
     finally:
-        model.train(was_training)
-    gap = ((packed - padded).abs().max() / padded.abs().max()).item()
-    if gap < (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2):
-        logger.info("layout: packed, hidden states equal the padded ones to %.1e", gap)
-        return "packed"
-    logger.info("layout: padded, %s mixes packed sequences (difference %.1e)", type(language_model).__name__, gap)
-    return "padded"
+        handle.remove()
+    return states.detach(), rows_of(probe.tokens, layout).tokens_of(gradient).float()
 
 
 def completion_logprobs(

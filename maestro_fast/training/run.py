@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_rewards
 from maestro_fast.settings import SettingsError
+from maestro_fast.training.attention import attention_choice, use_attention
 from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import load_prompts
@@ -53,36 +53,23 @@ _DERIVED = {
 }
 
 
-def attention_choice(wanted: str = "auto") -> tuple[str, str]:
-    """The attention implementation for transformers, and why.
+def load_policy(config: ModelConfig, device: torch.device | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model, with adapters if configured, and tokenizer.
+
+    Args:
+        device: where it is going to run, which decides on its attention; it is loaded into host memory.
 
     Raises:
-        SettingsError: flash-attn is asked for and cannot be imported.
+        SettingsError: ``model.attention`` cannot serve on the device, in this dtype, or this model.
     """
-    flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not flash:
-        raise SettingsError(
-            'model.attention: flash_attention_2 needs flash-attn, pip install "maestro-fast[flash-attn]"'
-        )
-    if wanted != "auto":
-        return wanted, "as configured"
-    if not flash:
-        return "sdpa", "flash-attn cannot be imported"
-    if not torch.cuda.is_available():
-        return "sdpa", "flash-attn is there, but no CUDA device"
-    return "flash_attention_2", "flash-attn is there, on a CUDA device"
-
-
-def load_policy(config: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model, with adapters if configured, and tokenizer."""
+    attention_choice(config.attention, device)  # refused before the weights are read
     tokenizer = AutoTokenizer.from_pretrained(config.path)
-    attention, reason = attention_choice(config.attention)
-    logger.info("attention: %s, %s", attention, reason)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         config.path,
         dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        attn_implementation=attention,
+        attn_implementation=None if config.attention in ("auto", "varlen") else config.attention,
     )
+    _set_attention(model, config.attention, device)
     if config.lora is None:
         return model, tokenizer
     try:
@@ -97,6 +84,20 @@ def load_policy(config: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora), tokenizer
+
+
+def _set_attention(model: Any, wanted: str, device: torch.device | None) -> None:
+    """Settles the attention now that the dtype is known."""
+    implementation, reason = attention_choice(wanted, device, model.dtype)
+    loaded = model.config._attn_implementation
+    if implementation not in (loaded, "sdpa"):  # a model without SDPA was loaded with eager attention
+        try:
+            use_attention(model, implementation)
+        except (ValueError, ImportError) as error:
+            if wanted != "auto":
+                raise SettingsError(f"model.attention: {wanted} cannot serve: {error}") from error
+            reason = f"{implementation} was the choice, but {error}"
+    logger.info("attention: %s, %s", model.config._attn_implementation, reason)
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -178,7 +179,7 @@ def train(
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     run_dir = prepare_run_dir(config, resume=resume)
     set_seed(config.seed)  # fresh adapters are drawn here
-    model, tokenizer = load_policy(config.model)
+    model, tokenizer = load_policy(config.model, args.device)
     dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
     if config.evaluation is not None and evaluation is not None:
         evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens)
@@ -196,6 +197,8 @@ def train(
         timing_observers=timing_observers,
         callbacks=list(callbacks),
     )
+    if config.model.attention == "varlen" and trainer.pipeline.layout != "varlen":
+        raise SettingsError("model.attention: varlen does not serve this model, for the reason logged as its layout")
     if trainer.is_world_process_zero():
         (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     trainer.train(resume_from_checkpoint=resume or None)

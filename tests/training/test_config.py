@@ -9,7 +9,7 @@ import pytest
 
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, read_config
-from maestro_fast.training.run import attention_choice, prepare_run_dir, training_arguments
+from maestro_fast.training.run import prepare_run_dir, training_arguments
 
 MINIMAL = "run_dir: out\nmodel: {path: m}\ndata: {path: p.jsonl}\nrewards: [format]\n"
 
@@ -105,12 +105,3 @@ def test_a_used_run_directory_is_refused(tmp_path: Path, config_file: Path) -> N
         prepare_run_dir(config, resume=False)
     with pytest.raises(SettingsError, match=r"^run_dir: .* holds no checkpoint to resume from"):
         prepare_run_dir(config, resume=True)
-
-
-def test_flash_attention_is_never_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-
-    assert attention_choice() == ("sdpa", "flash-attn cannot be imported")
-    assert attention_choice("eager") == ("eager", "as configured")
-    with pytest.raises(SettingsError, match=r"^model\.attention: flash_attention_2 needs flash-attn"):
-        attention_choice("flash_attention_2")

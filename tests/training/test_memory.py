@@ -1,0 +1,121 @@
+"""Peak tensor memory of a training step does not grow with vocabulary times tokens.
+
+A larger vocabulary V costs what has a row per entry: weights of embedding and head, their gradients, the optimiser's
+moments. It must not cost more where there are more tokens T. ``token_logprobs`` holds logits of a chunk of tokens, the
+chunk shorter the larger V is, so what remains of [T, V] is the same few chunks of 2 MiB (on a CPU) for every V and T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from maestro_fast.generation import SamplingConfig
+from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops.token_logprobs import TokenLogprobs, chunk_rows, reference_token_logprobs
+from maestro_fast.records import Prompts, Rollouts
+from maestro_fast.rewards import build_rewards
+from maestro_fast.training import MaestroTrainer
+from maestro_fast.training.batches import BatchConfig
+from maestro_fast.training.data import PromptDataset
+from maestro_fast.training.trainer import Method
+from maestro_fast.weighting import build_weight_policy
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.live_memory import LiveMemory
+
+VOCABULARIES = (512, 8192)
+LENGTHS = (32, 160)  # tokens of each of 8 completions: T = 256 and 1,280
+WIDTH = 32
+ADDED = VOCABULARIES[1] - VOCABULARIES[0]
+WEIGHTS = 2 * ADDED * WIDTH * 4  # bytes that V adds to embedding and head together: 1.9 MiB
+CHUNK = chunk_rows(VOCABULARIES[1], torch.device("cpu")) * VOCABULARIES[1] * 4
+LOGITS = 8 * LENGTHS[1] * ADDED * 4  # bytes that V would add to the logits of all tokens: 37.5 MiB
+
+
+@dataclass
+class FixedGenerator:
+    """Completions of one length, so that nothing is sampled and every T is what it says."""
+
+    length: int
+
+    def generate(self, model: Any, prompts: Prompts, *, seed: int) -> Rollouts:
+        completions = [[20 + (7 * i + 3 * t) % 200 for t in range(self.length)] for i in range(len(prompts))]
+        return Rollouts(prompts, completions, [""] * len(prompts), torch.zeros(len(prompts), dtype=torch.bool))
+
+
+def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    return [float(sum(ids) % 5) for ids in completion_ids]
+
+
+def test_the_counter_counts_storages_once_and_forgets_what_is_freed() -> None:
+    before = torch.zeros(100)
+    with LiveMemory() as memory:
+        view = before.view(10, 10)
+        assert memory.live == 400
+        kept = torch.zeros(1000)
+        assert memory.live == 4400
+        (kept[:10] * 2, kept.t())
+        assert (memory.live, memory.peak) == (4400, 4440)
+        leaf = torch.ones(50, requires_grad=True)
+        graph = leaf.exp()  # the graph alone holds its result, once the name is gone
+        total = graph.sum()
+        del graph
+        assert memory.live == 4400 + 200 + 200 + 4
+        del total
+    assert memory.live == 4600 and view.shape == (10, 10)
+
+
+def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossConfig) -> int:
+    """Bytes: the peak of one step of the trainer, from the scoring forward to the optimiser."""
+    model = tiny_model()
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    rewards = build_rewards(["entropy", parity])
+    trainer = MaestroTrainer(
+        model,
+        tiny_tokenizer(),
+        PromptDataset([{"prompt": "Name a colour."}, {"prompt": "Tell a story."}]),
+        rewards,
+        build_weight_policy({"policy": "conductor", "period": 1}, rewards.names, WIDTH),
+        TrainingArguments(
+            str(folder), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+        ),
+        Method(SamplingConfig(group_size=4), BatchConfig(prompts_per_batch=2), loss),
+        generator=FixedGenerator(length),
+    )
+    with LiveMemory() as memory:
+        trainer.train()
+    return memory.peak
+
+
+def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig) -> list[int]:
+    """Bytes that the larger vocabulary adds to the peak, at each number of tokens."""
+    small, large = VOCABULARIES
+    return [peak_of_a_step(folder, large, n, loss) - peak_of_a_step(folder, small, n, loss) for n in LENGTHS]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [PolicyLossConfig(), PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)],
+    ids=["entropy read", "entropy trained, with a reference"],
+)
+def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(tmp_path: Path, loss: PolicyLossConfig) -> None:
+    few, many = growth_with_the_vocabulary(tmp_path, loss)
+
+    assert many - few <= CHUNK < LOGITS / 10
+    # weights, gradients, two moments, one in the making, the reference; and logits, probabilities, their gradients
+    assert max(few, many) <= 6 * WEIGHTS + 4 * CHUNK < LOGITS
+
+
+def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_logits(*args: Any, entropy: str, **kwargs: Any) -> TokenLogprobs:
+        return reference_token_logprobs(*args, **kwargs)
+
+    monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)
+    few, many = growth_with_the_vocabulary(tmp_path, PolicyLossConfig())
+
+    assert many - few > LOGITS / 2 and many > LOGITS
