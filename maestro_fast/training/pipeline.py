@@ -146,10 +146,11 @@ class Pipeline:
             ).logprobs_C
 
     def _rewards(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
-        entropies = None
+        entropies = logprobs = None
         if self.rewards.needs_entropy:
             assert outputs is not None and outputs.entropies_C is not None
             entropies = _response_means(outputs.entropies_C, rollouts).cpu()
+            logprobs = _response_means(outputs.logprobs_C, rollouts).cpu()
         prompts = rollouts.prompts
         batch = RewardBatch(
             prompts.texts,
@@ -159,6 +160,7 @@ class Pipeline:
             entropies,
             self._text_scorer(model) if self.rewards.needs_policy else None,
             self.accelerator.device,
+            logprobs,
         )
         return self.rewards(batch)
 
