@@ -101,6 +101,8 @@ class RewardBatch:
             after the prompt (as in the data; the chat template is applied for it) and the beginning of an
             assistant's reply. May be a collective over processes: call it once per batch. None outside training.
         device: where this process trains its policy; None outside training.
+        mean_logprobs_B: float32 [B] on the CPU, mean log-prob of the response's tokens under the policy in nats, at the
+            sampling temperature; there where mean_entropies_B is.
     """
 
     prompts: list[Text]
@@ -110,6 +112,7 @@ class RewardBatch:
     mean_entropies_B: Tensor | None = None
     score_texts: Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]] | None = None
     device: torch.device | None = None
+    mean_logprobs_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completions)

@@ -5,6 +5,7 @@ from maestro_fast.rewards.entropy import EntropyReward
 from maestro_fast.rewards.format import FormatReward, split_tags
 from maestro_fast.rewards.function import FunctionReward, load_function
 from maestro_fast.rewards.length import LengthReward
+from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
 from maestro_fast.rewards.preference import PreferenceReward
 from maestro_fast.rewards.reward import Reward, RewardSet, RewardValues
@@ -15,6 +16,7 @@ __all__ = [
     "FormatReward",
     "FunctionReward",
     "LengthReward",
+    "NoverReward",
     "PerplexityReward",
     "PreferenceReward",
     "Reward",

@@ -22,14 +22,18 @@ from maestro_fast.rewards.entropy import EntropyReward
 from maestro_fast.rewards.format import FormatReward
 from maestro_fast.rewards.function import FunctionReward, load_function
 from maestro_fast.rewards.length import LengthReward
+from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
 from maestro_fast.rewards.preference import PreferenceReward
 from maestro_fast.rewards.reward import Reward, RewardSet
 
-KINDS: dict[str, type[EntropyReward | FormatReward | LengthReward | PerplexityReward | PreferenceReward]] = {
+Kind = EntropyReward | FormatReward | LengthReward | NoverReward | PerplexityReward | PreferenceReward
+
+KINDS: dict[str, type[Kind]] = {
     "entropy": EntropyReward,
     "format": FormatReward,
     "length": LengthReward,
+    "nover": NoverReward,
     "perplexity": PerplexityReward,
     "preference": PreferenceReward,
 }

@@ -3,8 +3,9 @@
     P = exp(-(sum_i log pi(g_i | prompt, reasoning, g_<i)) / (len(g) * n(t))),   n(t) = max(1, 1 + log len(t))
 
 g is the reference, t the reasoning. The logarithms are natural, and n(t) = 1 where the reasoning is empty.
-n(t) favours longer reasoning: set a length reward against it. (The code that NOVER's authors released takes
-log10 in n(t) and counts the answer's tags as part of g.)
+n(t) favours longer reasoning: set a length reward against it. The code that NOVER's authors released
+(github.com/thinkwee/NOVER, calculate_perplexity) takes log10 in n(t) and counts the answer's tags as part of g; that
+is the formula "released".
 
 len(g) is the number of tokens that were scored. len(t) is in tokens too: the share of the completion's
 characters that are reasoning, times the completion's tokens. Counting exactly would need the text tokenised
@@ -25,6 +26,7 @@ from maestro_fast.records import RewardBatch, plain_text
 from maestro_fast.rewards.format import check_tags, match_tags
 
 Transform = Literal["neg_log", "rank"]
+Formula = Literal["paper", "released"]
 
 
 class _Query(NamedTuple):
@@ -33,6 +35,13 @@ class _Query(NamedTuple):
     row: int
     prefix: str
     continuation: str
+    reasoning_tokens: float
+
+
+class Judged(NamedTuple):
+    """-log P of one row, and len(t), tokens."""
+
+    neg_log_perplexity: float
     reasoning_tokens: float
 
 
@@ -57,10 +66,12 @@ class PerplexityReward:
         transform: "neg_log" gives -log P, which is 0 at best. "rank" gives (l + e / 2) / (n - 1), where l of
             the n scored rows of the group are worse and e others equal: 1 for the best, 0 for the worst, 0.5
             for one that is alone. A group is a run of rows with equal prompt and reference.
+        formula: "paper", or "released": log10 in n(t), and the policy scores the reference together with the opening
+            tag of the answer in front of it and the closing tag behind. It needs ``require_format``.
         name: the reward's name.
 
     Raises:
-        ValueError: fewer than two tags, an unknown transform. When called: no score_texts, no column of that
+        ValueError: fewer than two tags, an unknown transform or formula. When called: no score_texts, no column of that
             name, or score_texts did not return tokens for every text.
         TypeError: a reference that is neither string nor number.
     """
@@ -70,6 +81,7 @@ class PerplexityReward:
     require_format: bool = True
     separator: str = "\n"
     transform: Transform = "neg_log"
+    formula: Formula = "paper"
     name: str = "perplexity"
 
     needs_entropy: ClassVar[bool] = False
@@ -81,20 +93,31 @@ class PerplexityReward:
             raise ValueError(f"tags: {self.tags!r}, expected one for the reasoning and one for the answer")
         if self.transform not in get_args(Transform):
             raise ValueError(f"transform: {self.transform!r}, expected one of {get_args(Transform)}")
+        if self.formula not in get_args(Formula):
+            raise ValueError(f"formula: {self.formula!r}, expected one of {get_args(Formula)}")
+        if self.formula == "released" and not self.require_format:
+            raise ValueError("formula: 'released' scores the answer's tags, expected require_format: True beside it")
 
     def __call__(self, batch: RewardBatch) -> list[float | None]:
-        references = self._references(batch)
-        rows = range(len(batch))
-        queries = [q for q in (self._query(batch, row, references[row]) for row in rows) if q is not None]
-        values: list[float | None] = [None] * len(batch)
-        for query, logprobs in zip(queries, self._score(batch, queries), strict=True):
-            values[query.row] = neg_log_perplexity(logprobs, query.reasoning_tokens)
+        references = self.references(batch)
+        judged = self.judge(batch, references)
+        values = [None if row is None else row.neg_log_perplexity for row in judged]
         if self.transform == "neg_log":
             return values
-        groups = groupby(rows, key=lambda row: (batch.prompts[row], references[row]))
+        groups = groupby(range(len(batch)), key=lambda row: (batch.prompts[row], references[row]))
         return [rank for _, group in groups for rank in _ranks([values[row] for row in group])]
 
-    def _references(self, batch: RewardBatch) -> list[str]:
+    def judge(self, batch: RewardBatch, references: list[str]) -> list[Judged | None]:
+        """What each row was found to be; None where the reward abstains."""
+        rows = range(len(batch))
+        queries = [q for q in (self._query(batch, row, references[row]) for row in rows) if q is not None]
+        judged: list[Judged | None] = [None] * len(batch)
+        for query, logprobs in zip(queries, self._score(batch, queries), strict=True):
+            value = neg_log_perplexity(logprobs, query.reasoning_tokens, self.formula)
+            judged[query.row] = Judged(value, query.reasoning_tokens)
+        return judged
+
+    def references(self, batch: RewardBatch) -> list[str]:
         """B references, "" where there is none."""
         if self.reference not in batch.columns:
             raise ValueError(
@@ -115,16 +138,22 @@ class PerplexityReward:
         match = match_tags(text, self.tags)
         if not reference or (match is None and self.require_format):
             return None
+        continuation = reference
         if match is None:
             prefix, characters = text + self.separator, len(text)
         else:
-            answer = match[len(self.tags)]
+            answer, start = match[len(self.tags)], match.start(len(self.tags))
             blank = len(answer) - len(answer.lstrip())
-            prefix = text[: match.start(len(self.tags)) + blank]
+            prefix = text[: start + blank]
             characters = sum(len(part.strip()) for part in match.groups()[:-1])
+            if self.formula == "released":
+                opening, closing = f"<{self.tags[-1]}>", f"</{self.tags[-1]}>"
+                prefix = text[: start - len(opening)]
+                behind = answer[len(answer.rstrip()) :] if answer.strip() else ""
+                continuation = opening + answer[:blank] + reference + behind + closing
         tokens = len(batch.completion_ids[row]) * characters / max(1, len(text))
         spaces = len(prefix) - len(prefix.rstrip(" "))
-        return _Query(row, prefix[: len(prefix) - spaces], " " * spaces + reference, tokens)
+        return _Query(row, prefix[: len(prefix) - spaces], " " * spaces + continuation, tokens)
 
     def _score(self, batch: RewardBatch, queries: list[_Query]) -> list[Tensor]:
         """Log-probs of each continuation's tokens."""
@@ -148,14 +177,16 @@ class PerplexityReward:
         return scored
 
 
-def neg_log_perplexity(logprobs: Tensor, reasoning_tokens: float) -> float:
+def neg_log_perplexity(logprobs: Tensor, reasoning_tokens: float, formula: Formula = "paper") -> float:
     """-log P of the module's formula.
 
     Args:
         logprobs: [len(g)], nats, not empty.
         reasoning_tokens: len(t), tokens; 0 for empty reasoning.
+        formula: "paper" has the natural logarithm in n(t), "released" log10.
     """
-    norm = 1.0 if reasoning_tokens <= 0 else max(1.0, 1.0 + math.log(reasoning_tokens))
+    log = math.log10 if formula == "released" else math.log
+    norm = 1.0 if reasoning_tokens <= 0 else max(1.0, 1.0 + log(reasoning_tokens))
     return float(logprobs.double().mean()) / norm
 
 

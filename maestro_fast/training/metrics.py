@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
-from maestro_fast.records import StepRecord
+from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
 
 
 def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
@@ -52,6 +53,26 @@ def _family_metrics(record: StepRecord) -> dict[str, float]:
 def _live_mean(values: Tensor) -> float | None:
     live = values[~values.isnan()]
     return live.mean().item() if live.numel() else None
+
+
+def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
+    """[C] -> [B], the mean over each response's tokens."""
+    parts = values_C.split(rollouts.completion_lengths_B.tolist())
+    return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])
+
+
+def policy_metrics(rollouts: Rollouts, outputs: PolicyOutputs | None) -> dict[str, float]:
+    """Entropy of the policy, and how far its log-probs lie from the sampler's."""
+    metrics: dict[str, float] = {}
+    if outputs is None:
+        return metrics
+    if outputs.entropies_C is not None:
+        metrics["entropy"] = outputs.entropies_C.mean().item()
+    if rollouts.sampling_logprobs_C is not None:
+        gap = (outputs.logprobs_C.cpu() - rollouts.sampling_logprobs_C).abs()
+        metrics["sampling/logprob_gap_mean"] = gap.mean().item()
+        metrics["sampling/logprob_gap_max"] = gap.max().item()
+    return metrics
 
 
 class MetricMeans:

@@ -20,7 +20,7 @@ from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, 
 from maestro_fast.training.data import PromptDataset, Row, encode_prompt
 from maestro_fast.training.forward import Layout, Sequences, score
 from maestro_fast.training.head import LanguageHead
-from maestro_fast.training.metrics import batch_metrics
+from maestro_fast.training.metrics import batch_metrics, policy_metrics, response_means
 from maestro_fast.training.reference import Reference
 from maestro_fast.training.scoring import Scoring
 from maestro_fast.training.timing import StageClock
@@ -129,7 +129,7 @@ class Pipeline:
         with clock.stage("conductor_update"):
             self.weights.observe(Outcome(context, weights, advantages))
         record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
-        metrics = batch_metrics(record, advantages) | self.weights.metrics() | _policy_metrics(rollouts, outputs)
+        metrics = batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs)
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
@@ -192,10 +192,11 @@ class Pipeline:
 
     def rewards_of(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
         """float32 [B, K] of this process's responses."""
-        entropies = None
+        entropies = logprobs = None
         if self.rewards.needs_entropy:
             assert outputs is not None and outputs.entropies_C is not None
-            entropies = _response_means(outputs.entropies_C, rollouts).cpu()
+            entropies = response_means(outputs.entropies_C, rollouts).cpu()
+            logprobs = response_means(outputs.logprobs_C, rollouts).cpu()
         prompts = rollouts.prompts
         batch = RewardBatch(
             prompts.texts,
@@ -205,6 +206,7 @@ class Pipeline:
             entropies,
             self._text_scorer(model) if self.rewards.needs_policy else None,
             self.accelerator.device,
+            logprobs,
         )
         return self.rewards(batch)
 
@@ -217,11 +219,15 @@ class Pipeline:
                 encode_prompt(self.tokenizer, prompt) + encode(prefix)
                 for prompt, prefix in zip(prompts, prefixes, strict=True)
             ]
-            if not contexts:
+            # sharded models need the same number of forwards on every process: short of the longest list, one token
+            rows = int(self._gather(torch.tensor([len(contexts)], device=self.accelerator.device)).max())
+            if not rows:
                 return []
-            sequences = Sequences(contexts, [encode(text) for text in texts])
+            padding = [[0]] * (rows - len(contexts))
+            sequences = Sequences(contexts + padding, [encode(text) for text in texts] + padding)
             out = self._forward(model, sequences, temperature=1.0)
-            return list(out.logprobs_C.cpu().split([len(ids) for ids in sequences.completion_ids]))
+            parts = out.logprobs_C.cpu().split([len(ids) for ids in sequences.completion_ids])
+            return list(parts[: len(contexts)])
 
         return score_texts
 
@@ -230,7 +236,7 @@ class Pipeline:
         if self.kl_in_score == 0.0 or ref_logprobs_C is None:
             return None
         assert outputs is not None
-        return self._gather(_response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
+        return self._gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
 
     def _sampling_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         """Those of the sampler, if the loss corrects for them."""
@@ -286,22 +292,3 @@ class Pipeline:
 
     def _gather_objects(self, values: list[Any]) -> list[Any]:
         return list(gather_object(values)) if self.accelerator.num_processes > 1 else values
-
-
-def _response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
-    """[C] -> [B], the mean over each response's tokens."""
-    parts = values_C.split(rollouts.completion_lengths_B.tolist())
-    return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])
-
-
-def _policy_metrics(rollouts: Rollouts, outputs: PolicyOutputs | None) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    if outputs is None:
-        return metrics
-    if outputs.entropies_C is not None:
-        metrics["entropy"] = outputs.entropies_C.mean().item()
-    if rollouts.sampling_logprobs_C is not None:
-        gap = (outputs.logprobs_C.cpu() - rollouts.sampling_logprobs_C).abs()
-        metrics["sampling/logprob_gap_mean"] = gap.mean().item()
-        metrics["sampling/logprob_gap_max"] = gap.max().item()
-    return metrics

@@ -85,7 +85,7 @@ def test_objects_pass_through(make_batch: MakeBatch) -> None:
         (
             "formt",
             ValueError,
-            r"rewards\[1\] 'formt': kind 'formt', expected one of entropy, format, length, perplexity, preference; a",
+            r"rewards\[1\] 'formt': kind 'formt', expected one of entropy, .*, preference; a function",
         ),
         ({"name": "rich"}, ValueError, r"rewards\[1\] 'rich': kind 'rich', expected one of entropy, "),
         ({"name": "a", "kind": "len"}, ValueError, r"rewards\[1\] 'a': kind 'len', expected one of"),

@@ -134,3 +134,22 @@ def test_dropout_is_found() -> None:
     attention.attention_dropout = 0.1  # type: ignore[assignment]
     assert has_dropout(model)
     assert has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout1d(0.1)))
+
+
+def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded models need the same number of forwards everywhere, from a process without a text to score as well."""
+    trainer, _ = case(raw_config, "an extra forward", trainer={"max_steps": 1})
+    texts = (["Name a colour.", "Sing."], ["it is", ""], [" red", "la la"])
+    alone = trainer.pipeline._text_scorer(trainer.model)(*texts)
+    calls: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(Pipeline, "_gather", lambda pipeline, own: torch.cat([own, torch.tensor([17])]))
+    together = trainer.pipeline._text_scorer(trainer.model)(*texts)
+
+    assert len(calls) == 3  # 17 rows, 8 at a time
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert trainer.pipeline._text_scorer(trainer.model)([], [], []) == []
+    assert len(calls) == 6

@@ -1,0 +1,100 @@
+"""NOVER's reward beside the format's: ranks of the perplexity, and a term for reasoning that is short and good.
+
+For the V rows of a group that have the format, with P_j the perplexity of the reference after the reasoning of row j
+and l_j that reasoning's length in tokens:
+
+    R_r(j) = (V - rank_j) / V,   rank_j = number of the V rows with a lower P (ties share the mean of their ranks)
+    R_e(j) = number of the V rows with l > l_j and P > P_j, over V - 1;   0 where V = 1
+
+and w_r R_r + w_e R_e is the reward; a row without the format gets 0. It is the code that NOVER's authors released
+(github.com/thinkwee/NOVER, reasoning_reward and efficiency_reward) except that it breaks ties by position, and
+that it counts reasoning tokens exactly, where this takes their share of the characters (see ``perplexity``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+from maestro_fast.records import RewardBatch
+from maestro_fast.rewards.perplexity import Formula, Judged, PerplexityReward
+
+
+@dataclass(frozen=True)
+class NoverReward:
+    """w_r R_r + w_e R_e of the module, for the rows that have the format; 0 for those that have not.
+
+    NOVER's whole reward (arXiv 2505.16022) is w_f R_f + 1[R_f = 1] (w_r R_r + w_e R_e): set this beside a ``format``
+    reward and sum the two without normalising them first (profile ``dr_grpo``), as ``examples/recipes/nover.yaml``
+    does. One scoring of the batch serves both terms. A row abstains where its reference is None or blank.
+
+    Attributes:
+        tags, reference: as in ``PerplexityReward``.
+        formula: of the perplexity, see there; "released" is what NOVER's code computes.
+        reasoning_weight, efficiency_weight: w_r and w_e, at least 0.
+        name: the reward's name.
+
+    Raises:
+        ValueError: a weight that is negative or not finite; also what ``PerplexityReward`` raises.
+        TypeError: a weight that is no number; also what ``PerplexityReward`` raises.
+    """
+
+    tags: Sequence[str] = ("think", "answer")
+    reference: str = "reference"
+    formula: Formula = "released"
+    reasoning_weight: float = 1.0
+    efficiency_weight: float = 1.0
+    name: str = "nover"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_policy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option in ("reasoning_weight", "efficiency_weight"):
+            weight = getattr(self, option)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"{option}: {weight!r}, expected a number")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{option}: {weight!r}, expected a finite number, at least 0")
+        self._perplexity()
+
+    def __call__(self, batch: RewardBatch) -> list[float | None]:
+        perplexity = self._perplexity()
+        references = perplexity.references(batch)
+        judged = perplexity.judge(batch, references)
+        values: list[float | None] = []
+        for _, group in groupby(range(len(batch)), key=lambda row: (batch.prompts[row], references[row])):
+            members = list(group)
+            valid = [judgement for row in members if (judgement := judged[row]) is not None]
+            for row in members:
+                values.append(self._value(judged[row], valid) if references[row] else None)
+        return values
+
+    def _value(self, judgement: Judged | None, valid: list[Judged]) -> float:
+        if judgement is None:
+            return 0.0
+        return self.reasoning_weight * rank_reward(judgement, valid) + self.efficiency_weight * efficiency_reward(
+            judgement, valid
+        )
+
+    def _perplexity(self) -> PerplexityReward:
+        return PerplexityReward(tags=self.tags, reference=self.reference, formula=self.formula, name=self.name)
+
+
+def rank_reward(row: Judged, valid: list[Judged]) -> float:
+    """R_r of the module: from 1 for the lowest perplexity of the group down to 1 / V. ``valid`` holds ``row``."""
+    better = sum(other.neg_log_perplexity > row.neg_log_perplexity for other in valid)
+    equal = sum(other.neg_log_perplexity == row.neg_log_perplexity for other in valid) - 1
+    return (len(valid) - better - equal / 2) / len(valid)
+
+
+def efficiency_reward(row: Judged, valid: list[Judged]) -> float:
+    """R_e of the module: the share of the others whose reasoning is longer and leaves the reference less likely."""
+    beaten = sum(
+        other.reasoning_tokens > row.reasoning_tokens and other.neg_log_perplexity < row.neg_log_perplexity
+        for other in valid
+    )
+    return beaten / max(1, len(valid) - 1)
