@@ -32,10 +32,12 @@ class Style:
     colour: str
     dash: tuple[float, ...] = ()
     width: float = 1.8
+    alpha: float = 1.0
 
     def line(self, **changes: Any) -> dict[str, Any]:
         pattern = (0, self.dash) if self.dash else "-"
-        return {"color": self.colour, "linestyle": pattern, "linewidth": self.width, **changes}
+        drawn = {"color": self.colour, "linestyle": pattern, "linewidth": self.width, "alpha": self.alpha}
+        return {**drawn, **changes}
 
 
 PLAIN = Style(REWARD_COLOURS[0])
@@ -106,7 +108,7 @@ def panels(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = columns or {1: 1, 2: 2, 4: 2}.get(len(titles), 3)
+    columns = columns or {1: 1, 2: 2, 4: 2, 7: 4, 8: 4}.get(len(titles), 3)
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(WIDTH, rows * height + 0.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

@@ -55,7 +55,7 @@ def family_weights(history: History, others: Mapping[str, History] | None = None
     for ax, family in zip(figure.axes, families, strict=True):
         for (_, other), dash in zip(others.items(), _OTHER_RUNS, strict=False):
             for name in rewards:
-                line = Style(style[name].colour, dash, 1.3)
+                line = Style(style[name].colour, dash, 1.1, alpha=0.6)  # K more lines: they stay behind
                 series(ax, other.steps, other.get(f"families/{family}/weights/{name}"), line, figure.window, raw=False)
         for name in rewards:
             series(ax, history.steps, history.get(f"families/{family}/weights/{name}"), style[name], figure.window)
@@ -75,7 +75,7 @@ def rewards(history: History) -> Figure:
     style = styles(history.rewards, REWARD_COLOURS)
     shown = [(_with_abstentions(history, n), f"rewards/{n}/mean", f"rewards/{n}/std", style[n]) for n in names]
     if history.has("reward"):
-        shown.append(("total, as the trainer logs it", "reward", "reward_std", Style(INK)))
+        shown.append(("total, as logged", "reward", "reward_std", Style(INK)))
     figure = panels([title for title, *_ in shown], steps=history.steps)
     for ax, (_, mean, std, line) in zip(figure.axes, shown, strict=True):
         band(ax, history.steps, history.get(mean), history.get(std), line, figure.window)

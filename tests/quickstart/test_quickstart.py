@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from maestro_fast.quickstart.model import build_tokenizer, read_pairs
-from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, read_preferences
-from maestro_fast.quickstart.run import EXAMPLE, quickstart, verdict
+from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, margins, read_preferences
+from maestro_fast.quickstart.run import EXAMPLE, example_config, quickstart, verdict
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import PreferenceReward
+from maestro_fast.rewards import build_rewards
 
 FAMILIES = {"fact", "opening", "format", "rewrite"}
 
@@ -157,18 +158,23 @@ def test_bundled_preferences_follow_their_rule() -> None:
 
 
 def test_the_reward_model_learns_what_the_reward_then_scores(tmp_path: Path) -> None:
-    """Held-out pairs: far above chance, and the same count when the reward scores what a policy would write."""
-    judged = make_reward_model(EXAMPLE, tmp_path, epochs=2)
+    """Held-out pairs far above chance; the configured reward scores them as training did, as a policy writes them."""
+    judged = make_reward_model(EXAMPLE, tmp_path / "reward_model", epochs=2)
     _, held_out = read_preferences(EXAMPLE / "pairs.jsonl")
-    reward = PreferenceReward(str(tmp_path), max_length=256, separator="")
+    (entry,) = [entry for entry in example_config(tmp_path)["rewards"] if entry["name"] == "preference"]
+    (reward,) = build_rewards([entry]).rewards
 
-    def scores(which: str) -> list[float]:
+    def scores(which: str) -> torch.Tensor:
         responses = [f" {getattr(pair, which)}" for pair in held_out]
-        return reward(RewardBatch([pair.prompt for pair in held_out], responses, [[]] * len(held_out))).tolist()
+        return torch.as_tensor(reward(RewardBatch([pair.prompt for pair in held_out], responses, [[]] * len(held_out))))
 
-    right = sum(good > bad for good, bad in zip(scores("chosen"), scores("rejected"), strict=True))
-    assert judged.pairs == len(held_out) and judged.right / judged.pairs > 0.75
-    assert right == judged.right
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward_model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward_model").eval()
+    with torch.no_grad():
+        expected = margins(model, tokenizer, held_out)
+    torch.testing.assert_close(scores("chosen") - scores("rejected"), expected, rtol=1e-4, atol=1e-4)
+    assert judged.pairs == len(held_out) and judged.right == (expected > 0).sum()
+    assert judged.right / judged.pairs > 0.75
     assert str(HeldOut(3, 4, 1, 2)).startswith(
         "prefers the chosen response in 3 of 4 held-out pairs (75%), and a prompt's"
     )

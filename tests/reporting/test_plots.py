@@ -104,6 +104,23 @@ def test_another_run_is_laid_over(history: History) -> None:
         plots.family_weights(history, dict.fromkeys("abcd", other))
 
 
+def test_the_lines_of_another_run_stay_behind(history: History) -> None:
+    lines = plots.family_weights(history, {"shuffled": history}).axes[0].lines
+    dotted = [line for line in lines if line.get_alpha() == 0.6]
+    assert len(dotted) == 5
+    assert all(line.get_linewidth() < 1.8 for line in dotted)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (6, 2, 3), (7, 2, 4), (8, 2, 4), (9, 3, 3)]
+)
+def test_panels_fill_their_rows(count: int, rows: int, columns: int) -> None:
+    """Six rewards and their total are seven panels: two rows of four, not a third row for the last."""
+    drawn = figure.panels([str(i) for i in range(count)])
+    grid = drawn.axes[0].get_gridspec()
+    assert (grid.nrows, grid.ncols, drawn.columns) == (rows, columns, columns)
+
+
 def test_the_band_is_one_standard_deviation(history: History) -> None:
     steps = History(history.steps[:5], {k: v[:5] for k, v in history.columns.items()})  # too few to smooth
     ax = plots.rewards(steps).axes[1]
