@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "balance_sequences.hpp"
+#include "conductor_weights.hpp"
 #include "counterfactual_advantages.hpp"
 #include "group_advantages.hpp"
 #include "pack_sequences.hpp"
@@ -51,6 +53,19 @@ void counterfactual_advantages(Address rewards, bool bfloat16, std::int64_t K, A
                                 pointer<float>(out), threads);
 }
 
+void conductor_weights(Address h, bool bfloat16, std::int64_t batch, std::int64_t size, std::int64_t actions,
+                       Address mean, Address rstd, Address weight, Address bias, double tau, double min_prob,
+                       double alpha, bool soft, std::uint64_t seed, std::uint32_t step, std::uint64_t offset,
+                       Address weights, Address chosen, Address log_probs, Address entropy, Address probs,
+                       int threads) {
+  const mf::ConductorHead head{pointer<const float>(mean), pointer<const float>(rstd), pointer<const float>(weight),
+                               pointer<const float>(bias), size, actions};
+  const mf::ConductorOutputs out{pointer<float>(weights), pointer<std::int64_t>(chosen), pointer<float>(log_probs),
+                                 pointer<float>(entropy), pointer<float>(probs)};
+  mf::conductor_weights(pointer<const void>(h), bfloat16, batch, head,
+                        {tau, min_prob, alpha, soft, seed, step, offset}, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -64,7 +79,14 @@ PYBIND11_MODULE(_C, module) {
                              pointer<const std::int64_t>(order)};
       }));
   module.def("group_advantages", &group_advantages, without_gil());
+  module.def("conductor_weights", &conductor_weights, without_gil());
   module.def("counterfactual_advantages", &counterfactual_advantages, without_gil());
+  module.def(
+      "balance_sequences",
+      [](Address lengths, std::size_t count, std::int64_t parts, bool equal_size) {
+        return mf::balance_sequences(pointer<const std::int64_t>(lengths), count, parts, equal_size);
+      },
+      without_gil());
   module.def(
       "pack_sequences",
       [](Address lengths, std::size_t count, std::int64_t max_tokens) {

@@ -19,6 +19,7 @@ namespace maestro_fast {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double4 __attribute__((vector_size(32)));
+typedef float Float8 __attribute__((vector_size(32)));
 typedef std::int64_t Mask4 __attribute__((vector_size(32)));
 
 MAESTRO_INLINE Double4 splat(double x) { return Double4{x, x, x, x}; }
@@ -67,6 +68,45 @@ MAESTRO_INLINE Double4 sums(Double4 a, Double4 b, Double4 c, Double4 d) {
   const Double4 ab = __builtin_shuffle(a, b, Mask4{0, 4, 2, 6}) + __builtin_shuffle(a, b, Mask4{1, 5, 3, 7});
   const Double4 cd = __builtin_shuffle(c, d, Mask4{0, 4, 2, 6}) + __builtin_shuffle(c, d, Mask4{1, 5, 3, 7});
   return __builtin_shuffle(ab, cd, Mask4{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, Mask4{2, 3, 6, 7});
+}
+
+MAESTRO_INLINE Float8 load8(const float* from) {
+  Float8 x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+MAESTRO_INLINE double sum(Float8 x) {
+  return sum(Double4{x[0], x[1], x[2], x[3]}) + sum(Double4{x[4], x[5], x[6], x[7]});
+}
+
+// e^x for x <= 0, to 1e-12 of its value; 0 below -700. The C library's differs from machine to machine.
+MAESTRO_INLINE Double4 exp4(Double4 x) {
+  const Double4 whole = splat(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, in the low bits
+  const Mask4 gone = x < -700.0;
+  x = gone ? splat(0.0) : x;
+  const Double4 shifted = x * 1.4426950408889634 + whole;
+  const Double4 n = shifted - whole;
+  const Double4 r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  Double4 p = splat(1.0 / 3628800);
+  for (const double c : {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0}) {
+    p = p * r + c;
+  }
+  const Mask4 scaled = (Mask4)p + ((Mask4)shifted << 52);
+  return gone ? splat(0.0) : (Double4)scaled;
+}
+
+// ln x for normal positive x, to 1e-12; -inf for 0.
+MAESTRO_INLINE Double4 log4(Double4 x) {
+  const Mask4 bits = (Mask4)x;
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)): adding what separates sqrt(1/2) from 1 carries into the exponent.
+  const Mask4 e = ((bits + (0x3FF0000000000000 - 0x3FE6A09E667F3BCD)) >> 52) - 1023;
+  const Double4 exponent = (Double4)(e + 0x4338000000000000) - 6755399441055744.0;  // as in exp4, the other way round
+  const Double4 m = (Double4)(bits - (e << 52)), s = (m - 1.0) / (m + 1.0), q = s * s;
+  Double4 p = splat(2.0 / 17);
+  for (const double c : {2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9, 2.0 / 7, 2.0 / 5, 2.0 / 3, 2.0}) p = p * q + c;
+  const Double4 result = p * s + exponent * 0.69314718055994530942;
+  return x > 0.0 ? result : splat(-__builtin_inf());
 }
 
 }  // namespace maestro_fast

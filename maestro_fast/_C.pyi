@@ -43,6 +43,36 @@ def group_advantages(
 ) -> None:
     """Rewards [B, K] float32 or bfloat16, all else float32; see ``ops/group_advantages.py``."""
 
+def balance_sequences(lengths: int, count: int, parts: int, equal_size: bool, /) -> list[list[int]]:
+    """Karmarkar-Karp over ``count`` int64 at address ``lengths``; see ``ops/balance_sequences.py``."""
+
+def conductor_weights(
+    h: int,
+    bfloat16: bool,
+    batch: int,
+    size: int,
+    actions: int,
+    mean: int,
+    rstd: int,
+    weight: int,
+    bias: int,
+    tau: float,
+    min_prob: float,
+    alpha: float,
+    soft: bool,
+    seed: int,
+    step: int,
+    offset: int,
+    weights: int,
+    chosen: int,
+    log_probs: int,
+    entropy: int,
+    probs: int,
+    threads: int,
+    /,
+) -> None:
+    """h [batch, size] float32 or bfloat16, a linear head; see ``ops/conductor_weights.py``."""
+
 def counterfactual_advantages(
     rewards: int,
     bfloat16: bool,

@@ -15,12 +15,13 @@ Backend = Literal["torch", "cpp", "triton"]
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "group_advantages": ("cpp", "torch"),
     "counterfactual_advantages": ("cpp", "torch"),
-    "maestro_advantages": ("torch",),
-    "conductor_weights": ("torch",),
+    "maestro_advantages": ("cpp", "torch"),
+    "conductor_weights": ("cpp", "torch"),
     "pool_hidden": ("torch",),
     "token_logprobs": ("torch",),
     "policy_loss": ("torch",),
     "pack_sequences": ("cpp",),
+    "balance_sequences": ("cpp",),
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.group_advantages import as_matrices, check_inputs
 from maestro_fast.ops.groups import Groups, GroupsLike
@@ -60,7 +60,7 @@ def counterfactual_advantages(
     check_inputs(rewards, weights, kl, beta, prof)
     _check(rewards, action_weights, prof)
     if resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl) == "cpp":
-        return cpp.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
+        return cpp_advantages.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, action_weights.to(rewards_BK.dtype), grouping, kl, beta, prof)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
@@ -80,7 +80,7 @@ def group_advantages(
     check_inputs(rewards, weights, kl, beta, prof)
     _check_lengths(lengths, rewards, prof)
     if resolve("group_advantages", backend, rewards, weights, kl, lengths) == "cpp":
-        return GroupAdvantages(*cpp.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+        return GroupAdvantages(*cpp_advantages.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
