@@ -1,4 +1,4 @@
-"""balance_sequences against a naive largest differencing, against its bounds, and against the optimum by brute force."""
+"""balance_sequences against a naive largest differencing, its bounds, and the optimum by brute force."""
 
 from __future__ import annotations
 
