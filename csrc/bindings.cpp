@@ -1,20 +1,97 @@
-// The Python module maestro_fast._C. Arrays come as an address and a size: the caller keeps the memory alive and
-// has checked type, layout and device. Errors of the library (std::invalid_argument) reach Python as ValueError.
+// The Python module maestro_fast._C. Arrays come as addresses and sizes, 0 for one that is not there: the caller keeps
+// the memory alive and has checked type, layout and device. Errors of the library (std::invalid_argument) reach Python
+// as ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "balance_sequences.hpp"
+#include "conductor_weights.hpp"
+#include "counterfactual_advantages.hpp"
+#include "group_advantages.hpp"
 #include "pack_sequences.hpp"
 
 namespace py = pybind11;
+namespace mf = maestro_fast;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+mf::AdvantageProfile advantage_profile(int reward_center, int reward_scale, int score_center, int score_scale,
+                                       double reward_eps, double score_eps, int ddof, bool raw_singleton,
+                                       bool renormalize, bool eps_in_variance) {
+  const auto scope = [](int value) { return static_cast<mf::Scope>(value); };
+  return {scope(reward_center), scope(reward_scale), scope(score_center), scope(score_scale), reward_eps,
+          score_eps,            ddof,                raw_singleton,       renormalize,        eps_in_variance};
+}
+
+void group_advantages(Address rewards, bool bfloat16, std::int64_t K, Address weights,
+                      bool weights_per_row, Address kl, double beta, Address lengths, const mf::Partition& groups,
+                      const mf::AdvantageProfile& profile, Address advantages, Address scores, Address normalized,
+                      Address mean, Address std, Address degenerate, int threads) {
+  const mf::AdvantageInputs in{pointer<const void>(rewards),  bfloat16,        K,
+                               pointer<const float>(weights), weights_per_row, pointer<const float>(kl),
+                               beta,                          pointer<const float>(lengths)};
+  const mf::AdvantageOutputs out{pointer<float>(advantages), pointer<float>(scores), pointer<float>(normalized),
+                                 pointer<float>(mean),       pointer<float>(std),    pointer<bool>(degenerate)};
+  mf::group_advantages(in, groups, profile, out, threads);
+}
+
+void counterfactual_advantages(Address rewards, bool bfloat16, std::int64_t K, Address weights, bool weights_per_row,
+                               Address kl, double beta, Address action_weights, std::int64_t actions,
+                               const mf::Partition& groups, const mf::AdvantageProfile& profile, Address out,
+                               int threads) {
+  const mf::AdvantageInputs in{pointer<const void>(rewards),  bfloat16,        K,
+                               pointer<const float>(weights), weights_per_row, pointer<const float>(kl),
+                               beta,                          nullptr};
+  mf::counterfactual_advantages(in, pointer<const float>(action_weights), actions, groups, profile,
+                                pointer<float>(out), threads);
+}
+
+void conductor_weights(Address h, bool bfloat16, std::int64_t batch, std::int64_t size, std::int64_t actions,
+                       Address mean, Address rstd, Address weight, Address bias, double tau, double min_prob,
+                       double alpha, bool soft, std::uint64_t seed, std::uint32_t step, std::uint64_t offset,
+                       Address weights, Address chosen, Address log_probs, Address entropy, Address probs,
+                       int threads) {
+  const mf::ConductorHead head{pointer<const float>(mean), pointer<const float>(rstd), pointer<const float>(weight),
+                               pointer<const float>(bias), size, actions};
+  const mf::ConductorOutputs out{pointer<float>(weights), pointer<std::int64_t>(chosen), pointer<float>(log_probs),
+                                 pointer<float>(entropy), pointer<float>(probs)};
+  mf::conductor_weights(pointer<const void>(h), bfloat16, batch, head,
+                        {tau, min_prob, alpha, soft, seed, step, offset}, out, threads);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of maestro_fast. Use them through maestro_fast.ops.";
+  using without_gil = py::call_guard<py::gil_scoped_release>;
 
+  py::class_<mf::AdvantageProfile>(module, "AdvantageProfile").def(py::init(&advantage_profile));
+  py::class_<mf::Partition>(module, "Partition")
+      .def(py::init([](std::int64_t groups, std::int64_t batch, std::int64_t size, Address offsets, Address order) {
+        return mf::Partition{groups, batch, size, pointer<const std::int64_t>(offsets),
+                             pointer<const std::int64_t>(order)};
+      }));
+  module.def("group_advantages", &group_advantages, without_gil());
+  module.def("conductor_weights", &conductor_weights, without_gil());
+  module.def("counterfactual_advantages", &counterfactual_advantages, without_gil());
+  module.def(
+      "balance_sequences",
+      [](Address lengths, std::size_t count, std::int64_t parts, bool equal_size) {
+        return mf::balance_sequences(pointer<const std::int64_t>(lengths), count, parts, equal_size);
+      },
+      without_gil());
   module.def(
       "pack_sequences",
-      [](std::uintptr_t lengths, std::size_t count, std::int64_t max_tokens) {
-        return maestro_fast::pack_sequences(reinterpret_cast<const std::int64_t*>(lengths), count, max_tokens);
+      [](Address lengths, std::size_t count, std::int64_t max_tokens) {
+        return mf::pack_sequences(pointer<const std::int64_t>(lengths), count, max_tokens);
       },
-      py::arg("lengths"), py::arg("count"), py::arg("max_tokens"), py::call_guard<py::gil_scoped_release>(),
+      py::arg("lengths"), py::arg("count"), py::arg("max_tokens"), without_gil(),
       "First-fit decreasing over `count` int64 at address `lengths`.");
 }

@@ -1,2 +1,95 @@
+"""The C++ kernels. Arrays come as addresses, 0 for one that is not there; ``maestro_fast/ops`` checks them."""
+
+class AdvantageProfile:
+    def __init__(
+        self,
+        reward_center: int,
+        reward_scale: int,
+        score_center: int,
+        score_scale: int,
+        reward_eps: float,
+        score_eps: float,
+        ddof: int,
+        raw_singleton: bool,
+        renormalize: bool,
+        eps_in_variance: bool,
+        /,
+    ) -> None:
+        """Scopes by the numbers of ``enum class Scope`` in ``csrc/group_advantages.hpp``."""
+
+class Partition:
+    def __init__(self, groups: int, batch: int, size: int, offsets: int, order: int, /) -> None:
+        """Consecutive groups of ``size``, or with size 0: int64 [groups + 1] and [batch] at these addresses."""
+
+def group_advantages(
+    rewards: int,
+    bfloat16: bool,
+    K: int,
+    weights: int,
+    weights_per_row: bool,
+    kl: int,
+    beta: float,
+    lengths: int,
+    groups: Partition,
+    profile: AdvantageProfile,
+    advantages: int,
+    scores: int,
+    normalized: int,
+    mean: int,
+    std: int,
+    degenerate: int,
+    threads: int,
+    /,
+) -> None:
+    """Rewards [B, K] float32 or bfloat16, all else float32; see ``ops/group_advantages.py``."""
+
+def balance_sequences(lengths: int, count: int, parts: int, equal_size: bool, /) -> list[list[int]]:
+    """Karmarkar-Karp over ``count`` int64 at address ``lengths``; see ``ops/balance_sequences.py``."""
+
+def conductor_weights(
+    h: int,
+    bfloat16: bool,
+    batch: int,
+    size: int,
+    actions: int,
+    mean: int,
+    rstd: int,
+    weight: int,
+    bias: int,
+    tau: float,
+    min_prob: float,
+    alpha: float,
+    soft: bool,
+    seed: int,
+    step: int,
+    offset: int,
+    weights: int,
+    chosen: int,
+    log_probs: int,
+    entropy: int,
+    probs: int,
+    threads: int,
+    /,
+) -> None:
+    """h [batch, size] float32 or bfloat16, a linear head; see ``ops/conductor_weights.py``."""
+
+def counterfactual_advantages(
+    rewards: int,
+    bfloat16: bool,
+    K: int,
+    weights: int,
+    weights_per_row: bool,
+    kl: int,
+    beta: float,
+    action_weights: int,
+    actions: int,
+    groups: Partition,
+    profile: AdvantageProfile,
+    out: int,
+    threads: int,
+    /,
+) -> None:
+    """Writes [B, actions] float32; see ``ops/counterfactual_advantages.py``."""
+
 def pack_sequences(lengths: int, count: int, max_tokens: int) -> list[list[int]]:
     """First-fit decreasing over ``count`` int64 at address ``lengths``; see ``ops/pack_sequences.py``."""

@@ -70,7 +70,10 @@ def _backend_reasons() -> list[tuple[str, str]]:
     rows = [("triton", "no op has a Triton kernel in this version")]
     if importlib.util.find_spec("triton") is None:
         rows = [("triton", "triton is not installed; no op has a Triton kernel in this version")]
-    return [*rows, ("cpp", "serves pack_sequences alone in this version")]
+    return [
+        *rows,
+        ("cpp", "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"),
+    ]
 
 
 def _attention() -> list[tuple[str, str, str, str]]:

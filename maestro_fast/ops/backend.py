@@ -4,30 +4,44 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
+from maestro_fast.ops import cpp
+
 Backend = Literal["torch", "cpp", "triton"]
 
-# Every op has the PyTorch reference. A backend is listed here once it exists and agrees with the reference.
+# Every op has the PyTorch reference. A backend is listed here once it exists and agrees with the reference; the first
+# that can take the tensors at hand serves them.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
-    "group_advantages": ("torch",),
-    "counterfactual_advantages": ("torch",),
-    "maestro_advantages": ("torch",),
-    "conductor_weights": ("torch",),
+    "group_advantages": ("cpp", "torch"),
+    "counterfactual_advantages": ("cpp", "torch"),
+    "maestro_advantages": ("cpp", "torch"),
+    "conductor_weights": ("cpp", "torch"),
     "pool_hidden": ("torch",),
     "token_logprobs": ("torch",),
     "policy_loss": ("torch",),
     "pack_sequences": ("cpp",),
+    "balance_sequences": ("cpp",),
 }
 
 
-def resolve(op: str, backend: Backend | None) -> Backend:
-    """The backend that serves ``op``.
+def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:
+    """The backend that serves ``op`` on these tensors.
 
     Raises:
-        ValueError: ``backend`` names one that does not serve this op.
+        ValueError: ``backend`` names one that does not serve this op, or not on these tensors.
     """
     served = SERVED_BY[op]
     if backend is None:
-        return served[0]
+        return next(candidate for candidate in served if _obstacle(candidate, tensors) is None)
     if backend not in served:
         raise ValueError(f"backend: {backend!r} does not serve {op}, expected one of {', '.join(served)}")
+    reason = _obstacle(backend, tensors)
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot serve {op} here: {reason}")
     return backend
+
+
+def _obstacle(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why a backend cannot take these tensors, or None; PyTorch takes all."""
+    return cpp.obstacle(tensors) if backend == "cpp" else None

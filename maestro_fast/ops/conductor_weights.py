@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maestro_fast.ops import cpp_conductor
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.philox import uniform
+from maestro_fast.ops.philox import check_key, uniform
 from maestro_fast.ops.tensors import without_autocast
 
 WeightMode = Literal["sample", "soft"]
@@ -45,11 +46,20 @@ class ConductorParams:
 
     def logits(self, h: Tensor) -> Tensor:
         """z [B, K] of contexts [B, d]."""
-        x = (h.to(self.weight.dtype) - self.mean) * self.rstd
         with without_autocast(h):
-            if self.hidden_weight is not None:
-                x = functional.gelu(functional.linear(x, self.hidden_weight, self.hidden_bias))
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(self.features(h), self.weight, self.bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        """What the last layer is applied to: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
+        x = (h.to(self.weight.dtype) - self.mean) * self.rstd
+        if self.hidden_weight is None:
+            return x
+        with without_autocast(h):
+            return functional.gelu(functional.linear(x, self.hidden_weight, self.hidden_bias))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
 
 
 class ConductorSample(NamedTuple):
@@ -86,7 +96,8 @@ def conductor_weights(
         mode: "sample" draws an action per response; "soft" takes the probabilities as weights.
         seed, step, offset: key of the draws; ``offset`` is the global index of the first response, so that a batch
             that is split over processes draws what it would have drawn whole.
-        backend: None or "torch".
+        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute. C++ does the
+            whole of a linear head, and the last layer of an MLP, whose first is PyTorch's.
 
     Returns:
         ``ConductorSample``; log_probs, entropy and probs are differentiable in ``params``, in soft mode weights too.
@@ -95,8 +106,12 @@ def conductor_weights(
         ValueError: shapes, devices, or a number out of its range.
         TypeError: dtypes.
     """
-    resolve("conductor_weights", backend)
     _check(h, params, tau, min_prob, alpha, mode)
+    if resolve("conductor_weights", backend, h, *params.tensors) == "cpp":
+        if mode == "sample":
+            check_key(seed, step, offset)
+        key = (seed, step, offset) if mode == "sample" else (0, 0, 0)
+        return _by_cpp(h, params, (tau, min_prob, alpha, mode == "soft", *key))
     probs = action_probs(params.logits(h), tau, min_prob)
     if mode == "soft":
         actions = probs.detach().argmax(-1)
@@ -110,6 +125,12 @@ def conductor_weights(
     log = torch.where(possible, torch.where(possible, probs, 1.0).log(), float("-inf"))
     entropy = -torch.where(possible, probs * torch.where(possible, log, 0.0), 0.0).sum(-1)
     return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)
+
+
+def _by_cpp(h: Tensor, params: ConductorParams, choice: cpp_conductor.Choice) -> ConductorSample:
+    mean, rstd = (params.mean, params.rstd) if params.hidden_weight is None else (None, None)
+    x = h if params.hidden_weight is None else params.features(h)
+    return ConductorSample(*cpp_conductor.conductor_weights(x, mean, rstd, params.weight, params.bias, choice))
 
 
 def action_probs(logits: Tensor, tau: float, min_prob: float) -> Tensor:

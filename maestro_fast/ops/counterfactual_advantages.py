@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.group_advantages import checked_inputs
+from maestro_fast.ops.group_advantages import as_matrices, check_inputs
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
 from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
@@ -40,7 +41,7 @@ def counterfactual_advantages(
         groups, kl, beta: as in ``group_advantages``.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
             scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
-        backend: None or "torch".
+        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute.
 
     Returns:
         [B, A], float32 (float64 for float64 rewards). Entry [j, a] is advantage j of ``group_advantages`` with row j of
@@ -48,29 +49,31 @@ def counterfactual_advantages(
         response without a live weight, even if it is neither as things are, and the other way round. Singletons and
         abstained rewards follow the profile, so ``renormalize`` rescales the weights of each action too.
 
-    The reference forms [N, G, G, A] scores for N groups of at most G responses.
+    The PyTorch reference forms [N, G, G, A] scores for N groups of at most G responses; C++ takes O(B * A * K).
 
     Raises:
         ValueError: as ``group_advantages``; action_weights of a wrong shape or device; a profile that compares scores
             beyond the group.
         TypeError: dtypes.
     """
-    resolve("counterfactual_advantages", backend)
     prof = resolve_profile(profile)
-    rewards_BK, weights_BK = checked_inputs(rewards, weights, kl, beta, prof)
-    _check(rewards_BK, action_weights, prof)
+    check_inputs(rewards, weights, kl, beta, prof)
+    _check(rewards, action_weights, prof)
+    if resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl) == "cpp":
+        return cpp_advantages.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
+    rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, action_weights.to(rewards_BK.dtype), grouping, kl, beta, prof)
 
 
-def _check(rewards_BK: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
-    K = rewards_BK.shape[1]
+def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
+    K = rewards.shape[1] if rewards.ndim == 2 else 1
     if not action_weights.is_floating_point():
         raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")
     if action_weights.ndim != 2 or action_weights.shape[0] == 0 or action_weights.shape[1] != K:
         raise ValueError(f"action_weights: shape {tuple(action_weights.shape)}, expected [A, {K}] with A >= 1")
-    if action_weights.device != rewards_BK.device:
-        raise ValueError(f"action_weights: on {action_weights.device}, expected {rewards_BK.device} as rewards")
+    if action_weights.device != rewards.device:
+        raise ValueError(f"action_weights: on {action_weights.device}, expected {rewards.device} as rewards")
     for name, scope in (("score_center", profile.score_center), ("score_scale", profile.score_scale)):
         if scope in ("batch", "tokens"):
             raise ValueError(f"profile: its {name} is {scope!r}, expected one that compares scores within the group")

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
 from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
-from maestro_fast.ops.tensors import is_integer, readable
+from maestro_fast.ops.tensors import is_integer, readable, wide
 
 
 class GroupAdvantages(NamedTuple):
@@ -66,41 +67,39 @@ def group_advantages(
             no other takes. A response counts as often as it has tokens in that scope alone: one of length 0 is live in
             its group, and has an advantage, which no token carries.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``.
-        backend: None or "torch".
+        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute.
 
     Raises:
         ValueError: shapes, devices, unknown names, a KL given to a profile whose KL is in the loss; lengths
             missing, not wanted, or (where the host can look at them) not finite or negative.
         TypeError: dtypes.
     """
-    resolve("group_advantages", backend)
     prof = resolve_profile(profile)
     if groups is None:
         raise TypeError("groups: missing, expected an int, a [B] sequence of ids or Groups")
-    rewards_BK, weights_BK = checked_inputs(rewards, weights, kl, beta, prof)
+    check_inputs(rewards, weights, kl, beta, prof)
     _check_lengths(lengths, rewards, prof)
+    if resolve("group_advantages", backend, rewards, weights, kl, lengths) == "cpp":
+        return GroupAdvantages(*cpp_advantages.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+    rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
 
 
-def checked_inputs(
+def check_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
-) -> tuple[Tensor, Tensor]:
-    """Rewards and weights as [B, K] of one dtype, or an error that names the argument."""
+) -> None:
+    """Raises an error that names the argument. Every microsecond here counts: the C++ kernel takes ten."""
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}, expected [B, K] with K >= 1 or [B]")
-    wide = rewards if rewards.dtype == torch.float64 else rewards.float()
-    rewards_BK = wide[:, None] if rewards.ndim == 1 else wide
-    if weights is None:
-        weights = torch.ones_like(rewards_BK)
-    if not weights.is_floating_point():
-        raise TypeError(f"weights: dtype {weights.dtype}, expected a floating dtype")
-    if weights.shape not in (rewards_BK.shape, rewards_BK.shape[1:]):
-        raise ValueError(
-            f"weights: shape {tuple(weights.shape)}, expected {tuple(rewards_BK.shape)} or ({rewards_BK.shape[1]},)"
-        )
+    if weights is not None:
+        if not weights.is_floating_point():
+            raise TypeError(f"weights: dtype {weights.dtype}, expected a floating dtype")
+        whole = rewards.shape if rewards.ndim == 2 else (rewards.shape[0], 1)
+        if weights.shape != whole and weights.shape != whole[1:]:
+            raise ValueError(f"weights: shape {tuple(weights.shape)}, expected {tuple(whole)} or ({whole[1]},)")
     if kl is not None and kl.shape != rewards.shape[:1]:
         raise ValueError(f"kl: shape {tuple(kl.shape)}, expected ({rewards.shape[0]},)")
     if kl is not None and profile.kl_in == "loss":
@@ -110,6 +109,13 @@ def checked_inputs(
     for name, tensor in (("weights", weights), ("kl", kl)):
         if tensor is not None and tensor.device != rewards.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {rewards.device} as rewards")
+
+
+def as_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards and weights as [B, K] of one dtype, float32 or float64."""
+    rewards_BK = wide(rewards)[:, None] if rewards.ndim == 1 else wide(rewards)
+    if weights is None:
+        return rewards_BK, torch.ones_like(rewards_BK)
     return rewards_BK, weights.to(rewards_BK.dtype).expand_as(rewards_BK)
 
 

@@ -17,7 +17,10 @@ class Groups:
         index_NG: int64 [N, G_max], the responses of each group in ascending order, padded with B.
         slot_B: int64 [B], where response b stands in ``index_NG.flatten()``.
         sizes_N: int64 [N], responses per group.
+        order_B: int64 [B], the responses group by group.
+        offsets_N1: int64 [N + 1], where each group begins in ``order_B``, and B.
         batch: B.
+        size: G if the groups are consecutive and all of G responses, else 0.
 
     All reductions over a group run over the padded [N, G_max] layout: a gather and a masked reduction. This is
     deterministic on every device, which a scatter with floating-point atomics is not.
@@ -26,7 +29,10 @@ class Groups:
     index_NG: Tensor
     slot_B: Tensor
     sizes_N: Tensor
+    order_B: Tensor
+    offsets_N1: Tensor
     batch: int
+    size: int
     _on_device: dict[torch.device, Groups] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -58,7 +64,13 @@ class Groups:
             return self
         if device not in self._on_device:
             self._on_device[device] = Groups(
-                self.index_NG.to(device), self.slot_B.to(device), self.sizes_N.to(device), self.batch
+                self.index_NG.to(device),
+                self.slot_B.to(device),
+                self.sizes_N.to(device),
+                self.order_B.to(device),
+                self.offsets_N1.to(device),
+                self.batch,
+                self.size,
             )
         return self._on_device[device]
 
@@ -87,7 +99,9 @@ def _equal_groups(size: int, batch: int) -> Groups:
     if batch % size:
         raise ValueError(f"groups: {batch} responses do not divide into groups of {size}")
     slot_B = torch.arange(batch)
-    return Groups(slot_B.view(-1, size), slot_B, torch.full((batch // size,), size), batch)
+    count = batch // size
+    offsets_N1 = torch.arange(count + 1) * size
+    return Groups(slot_B.view(-1, size), slot_B, torch.full((count,), size), slot_B, offsets_N1, batch, size)
 
 
 def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -118,7 +132,10 @@ def _ragged_groups(ids: Tensor, batch: int) -> Groups:
     slot_B = compact_B * width + rank_B
     index = torch.full((sizes_N.numel() * width,), batch, dtype=torch.int64)
     index[slot_B] = torch.arange(batch)
-    return Groups(index.view(-1, width) if batch else index.view(0, 0), slot_B, sizes_N, batch)
+    index_NG = index.view(-1, width) if batch else index.view(0, 0)
+    offsets_N1 = torch.cat([starts_N, torch.tensor([batch])])
+    consecutive = bool((sizes_N == width).all()) and torch.equal(order, torch.arange(batch))
+    return Groups(index_NG, slot_B, sizes_N, order, offsets_N1, batch, width if consecutive else 0)
 
 
 GroupsLike = int | Groups | Sequence[int] | Tensor

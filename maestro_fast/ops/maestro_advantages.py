@@ -46,12 +46,12 @@ def maestro_advantages(
             (``prompt_lengths`` int [B] for its prompt modes).
         tau, min_prob, alpha, mode, seed, step, offset: as in ``conductor_weights``.
         kl, beta, lengths, profile: as in ``group_advantages``.
-        backend: None or "torch".
+        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute. Pooling and
+            the first layer of an MLP head are PyTorch's in either.
 
     Raises:
         ValueError, TypeError: as the ops it is made of, and unless exactly one of ``h`` and ``hidden`` is given.
     """
-    resolve("maestro_advantages", backend)
     if (h is None) == (hidden is None):
         raise ValueError("h, hidden: expected exactly one of them")
     if rewards.ndim != 2 or rewards.shape[1] != conductor.num_rewards:
@@ -62,8 +62,20 @@ def maestro_advantages(
     if h.shape[:1] != rewards.shape[:1]:
         name = "h" if hidden is None else "cu_seqlens"
         raise ValueError(f"{name}: {len(h)} contexts, expected {len(rewards)} as rewards")
+    chosen = resolve("maestro_advantages", backend, rewards, h, *conductor.tensors, kl, lengths)
     sample = conductor_weights(
-        h, conductor, tau=tau, min_prob=min_prob, alpha=alpha, mode=mode, seed=seed, step=step, offset=offset
+        h,
+        conductor,
+        tau=tau,
+        min_prob=min_prob,
+        alpha=alpha,
+        mode=mode,
+        seed=seed,
+        step=step,
+        offset=offset,
+        backend=chosen,
     )
-    advantages = group_advantages(rewards, sample.weights, groups, kl=kl, beta=beta, lengths=lengths, profile=profile)
+    advantages = group_advantages(
+        rewards, sample.weights, groups, kl=kl, beta=beta, lengths=lengths, profile=profile, backend=chosen
+    )
     return sample, advantages

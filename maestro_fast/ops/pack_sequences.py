@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maestro_fast import _C
 
-_INT64_MAX = torch.iinfo(torch.int64).max
+INT64_MAX = torch.iinfo(torch.int64).max
 
 
 def pack_sequences(lengths: Sequence[int] | Tensor, max_tokens: int) -> list[list[int]]:
@@ -36,10 +36,15 @@ def pack_sequences(lengths: Sequence[int] | Tensor, max_tokens: int) -> list[lis
     """
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
         raise TypeError(f"max_tokens: got {type(max_tokens).__name__}, expected an int")
-    if max_tokens > _INT64_MAX:
-        raise ValueError(f"max_tokens: got {max_tokens}, expected at most {_INT64_MAX}")
-    lengths_n = _checked_tensor(lengths) if isinstance(lengths, Tensor) else _checked_ints(lengths)
+    if max_tokens > INT64_MAX:
+        raise ValueError(f"max_tokens: got {max_tokens}, expected at most {INT64_MAX}")
+    lengths_n = lengths_as_int64(lengths)
     return _C.pack_sequences(lengths_n.data_ptr(), lengths_n.numel(), max_tokens)
+
+
+def lengths_as_int64(lengths: Sequence[int] | Tensor) -> Tensor:
+    """int64 [n], contiguous, on the CPU."""
+    return _checked_tensor(lengths) if isinstance(lengths, Tensor) else _checked_ints(lengths)
 
 
 def _checked_tensor(lengths: Tensor) -> Tensor:
@@ -61,4 +66,4 @@ def _checked_ints(lengths: Sequence[int]) -> Tensor:
     except TypeError as error:
         raise TypeError(f"lengths: {error}, expected ints") from error
     except OverflowError as error:
-        raise ValueError("lengths: got an int beyond int64, expected 0 to max_tokens") from error
+        raise ValueError("lengths: got an int beyond int64") from error

@@ -45,10 +45,15 @@ def uniform(seed: int, step: int, offset: int, count: int, device: torch.device)
     Raises:
         ValueError: a number that does not fit.
     """
-    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")
+    check_key(seed, step, offset)
     index = torch.arange(offset, offset + count, device=device)
     zero = torch.zeros_like(index)
     words = philox_4x32((index & _WORD, index >> 32, zero + step, zero), (seed & _WORD, seed >> 32))
     return (words[0] >> 8).float() * 2.0**-24
+
+
+def check_key(seed: int, step: int, offset: int) -> None:
+    """Raises ValueError for a number that does not fit."""
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")

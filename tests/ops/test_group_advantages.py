@@ -488,7 +488,7 @@ def test_forms_of_groups_weights_and_rewards_agree() -> None:
         yield from (group_advantages(rewards_BK, weights_K, g) for g in (ids, torch.tensor(ids), Groups.of(ids, 12)))
         yield group_advantages(rewards_BK, weights_K.expand(12, 2), 4)
         yield group_advantages(rewards_BK.T.contiguous().T, weights_K, 4)
-        yield group_advantages(rewards_BK, weights_K.to(torch.bfloat16), 4, profile=AdvantageProfile(), backend="torch")
+        yield group_advantages(rewards_BK, weights_K.to(torch.bfloat16), 4, profile=AdvantageProfile())
 
     for result in variants():
         assert all(torch.equal(ours, wanted) for ours, wanted in zip(result, expected, strict=True))

@@ -115,7 +115,7 @@ def test_capacity_may_be_as_large_as_int64() -> None:
         ([1, 2], True, TypeError, r"max_tokens: got bool, expected an int"),
         ([1, -2], 8, ValueError, r"lengths\[1\]: got -2, expected 0 to max_tokens = 8"),
         ([1, 2, 9], 8, ValueError, r"lengths\[2\]: got 9, expected 0 to max_tokens = 8"),
-        ([1, 2**63], 8, ValueError, r"lengths: got an int beyond int64, expected 0 to max_tokens"),
+        ([1, 2**63], 8, ValueError, r"lengths: got an int beyond int64"),
         ([1, 2.0], 8, TypeError, r"lengths: 'float' .*, expected ints"),
         ("12", 8, TypeError, r"lengths: got str, expected a sequence of ints or a tensor"),
         ({1, 2}, 8, TypeError, r"lengths: got set, expected a sequence of ints or a tensor"),

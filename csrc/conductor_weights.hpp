@@ -1,0 +1,35 @@
+// The Conductor's forward with a linear head; formula and meaning: maestro_fast/ops.
+#pragma once
+
+#include <cstdint>
+
+namespace maestro_fast {
+
+struct ConductorHead {
+  const float *mean, *rstd;    // [d], or null: h is standardised as it is
+  const float *weight, *bias;  // [K, d], [K]
+  std::int64_t size, actions;  // d, K
+};
+
+struct ConductorChoice {
+  double tau, min_prob, alpha;
+  bool soft;
+  std::uint64_t seed;
+  std::uint32_t step;
+  std::uint64_t offset;
+};
+
+struct ConductorOutputs {
+  float* weights;         // [B, K]
+  std::int64_t* actions;  // [B]
+  float *log_probs, *entropy, *probs;  // [B], [B], [B, K]
+};
+
+// h [B, d] float32, or bfloat16. What a response gets depends on its own row and index, not on the rest of the batch.
+void conductor_weights(const void* h, bool bfloat16, std::int64_t batch, const ConductorHead& head,
+                       const ConductorChoice& choice, const ConductorOutputs& out, int threads);
+
+// Philox4x32-10, first word, as a multiple of 2^-24 in [0, 1).
+float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index);
+
+}  // namespace maestro_fast

@@ -1,0 +1,52 @@
+// Group-relative advantages; the formula, the profiles and the meaning of every output: maestro_fast/ops.
+#pragma once
+
+#include <cstdint>
+
+namespace maestro_fast {
+
+enum class Scope : int { none, group, batch, leave_one_out, tokens };
+
+struct AdvantageProfile {
+  Scope reward_center, reward_scale, score_center, score_scale;
+  double reward_eps, score_eps;
+  int ddof;
+  bool raw_singleton;    // a group of one keeps its value
+  bool renormalize;      // live weights are scaled up to the row's sum
+  bool eps_in_variance;  // score / sqrt(std^2 + eps)
+
+  bool rewards_as_they_are() const { return reward_center == Scope::none && reward_scale == Scope::none; }
+  bool rewards_over(Scope scope) const { return reward_center == scope || reward_scale == scope; }
+  bool scores_over(Scope scope) const { return score_center == scope || score_scale == scope; }
+};
+
+// N groups of B responses. Consecutive groups of `size`, or with size 0: group g is order[offsets[g] .. offsets[g + 1]].
+struct Partition {
+  std::int64_t groups, batch, size;
+  const std::int64_t* offsets;
+  const std::int64_t* order;
+
+  std::int64_t begin(std::int64_t group) const { return size ? group * size : offsets[group]; }
+};
+
+struct AdvantageInputs {
+  const void* rewards;  // [B, K] float32, or bfloat16
+  bool bfloat16;
+  std::int64_t rewards_per_row;  // K
+  const float* weights;          // [B, K], [K], or null for ones
+  bool weights_per_row;
+  const float* kl;  // [B] or null
+  double beta;
+  const float* lengths;  // [B], for the scope tokens
+};
+
+struct AdvantageOutputs {
+  float *advantages, *scores, *normalized, *mean, *std;  // [B], normalized [B, K]
+  bool* degenerate;                                      // [B]
+};
+
+// Writes every element of the outputs. The same bits for any number of threads.
+void group_advantages(const AdvantageInputs& in, const Partition& groups, const AdvantageProfile& profile,
+                      const AdvantageOutputs& out, int threads);
+
+}  // namespace maestro_fast
