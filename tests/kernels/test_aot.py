@@ -1,0 +1,56 @@
+"""Every kernel compiles for the GPUs that we name, without one, and no register is spilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.ops import PROFILES, Groups
+from tests.kernels.helpers import INTERPRETED
+
+if not INTERPRETED:
+    from tests.kernels.aot import compiled, recorded
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of the compiler")
+ARCHITECTURES = [80, 90, 100]  # A100, H100 and H200, B200
+
+
+def group_advantages() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.group_advantages import group_advantages as launch
+
+    for name, batch, size in [("maestro", 4096, 16), ("gdpo", 512, 8), ("gdpo", 4096, 16), ("verl_gdpo", 4096, 256)]:
+        rewards_BK, profile = torch.zeros(batch, 8), PROFILES[name]
+        kl = torch.zeros(batch) if profile.kl_in == "score" else None
+        lengths = torch.zeros(batch, dtype=torch.int64) if profile.needs_lengths else None
+        index_NG = Groups.of(size, batch).index_NG
+        yield lambda r=rewards_BK, i=index_NG, p=profile, k=kl, n=lengths: launch(
+            r, r, i, profile=p, kl=k, beta=0.5, lengths=n
+        )
+
+
+def pool_hidden() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import pool_hidden as launch
+
+    start_B, length_B = torch.arange(64) * 16, torch.full((64,), 16)
+    for dtype in (torch.bfloat16, torch.float32):
+        flat = torch.zeros(1024, 4096, dtype=dtype)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=True)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=True, longest=256)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=False)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", [group_advantages, pool_hidden], ids=lambda op: op.__name__)
+def test_compiles_without_spills(op: Callable[[], Iterator[Callable[[], Any]]], arch: int) -> None:
+    spilled = []
+    for launcher in op():
+        for launch in recorded(launcher):
+            needs = compiled(launch, arch)
+            line = f"sm_{arch} {launch.name} grid {launch.grid} {launch.options}: {needs}"
+            print(line)
+            if needs.spills or needs.stack:
+                spilled.append(line)
+    assert not spilled, "\n".join(spilled)
