@@ -70,12 +70,10 @@ def recorded(launcher: Callable[[], Any]) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread: registers and bytes of stack; per program: bytes of shared memory; spills: loads and stores of
-    them."""
+    """Per thread: registers, and bytes of stack, which is what spilled; per program: bytes of shared memory."""
 
     registers: int
     stack: int
-    spills: int
     shared: int
 
 
@@ -105,10 +103,9 @@ def compiled(launch: Launch, arch: int) -> Resources:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("--dump-resource-usage", path)
-        code = _cuobjdump("-sass", path)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return Resources(int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code)), kernel.metadata.shared)
+    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared)
 
 
 def _cuobjdump(option: str, path: Path) -> str:
