@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.ops import PROFILES, ConductorParams, Groups
+from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
 from tests.kernels.helpers import INTERPRETED
 
 if not INTERPRETED:
@@ -88,7 +88,26 @@ def maestro_advantages() -> Iterator[Callable[[], Any]]:
         )
 
 
-OPS = [group_advantages, pool_hidden, conductor_weights, maestro_advantages]
+def policy_loss() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.policy_loss import policy_loss as launch
+
+    cu_seqlens, advantages = torch.arange(0, 131073, 256), torch.zeros(512)
+    x, mask = torch.zeros(131072), torch.ones(131072, dtype=torch.bool)
+    everything = {"old_logprobs": x, "ref_logprobs": x, "sampling_logprobs": x, "entropies": x, "token_mask": mask}
+    for config, given in (
+        (PolicyLossConfig("grpo"), {"old_logprobs": x}),
+        (PolicyLossConfig("bnpo", kl_coef=0.1, clip_max=2.0), {"ref_logprobs": x, "token_mask": mask}),
+        (
+            PolicyLossConfig(
+                "bnpo", ratio="sequence", kl_coef=0.1, entropy_coef=0.1, sampler_correction="token_truncate"
+            ),
+            everything,
+        ),
+    ):
+        yield lambda c=config, g=given: launch(x, advantages, cu_seqlens, config=c, **g)
+
+
+OPS = [group_advantages, pool_hidden, conductor_weights, maestro_advantages, policy_loss]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
