@@ -5,6 +5,7 @@ Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V 
 
 from maestro_fast.ops.backend import SERVED_BY
 from maestro_fast.ops.conductor_weights import ConductorParams, ConductorSample, conductor_weights
+from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages
@@ -27,6 +28,7 @@ __all__ = [
     "PolicyLossConfig",
     "TokenLogprobs",
     "conductor_weights",
+    "counterfactual_advantages",
     "group_advantages",
     "maestro_advantages",
     "pack_sequences",

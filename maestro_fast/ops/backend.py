@@ -9,6 +9,7 @@ Backend = Literal["torch", "cpp", "triton"]
 # Every op has the PyTorch reference. A backend is listed here once it exists and agrees with the reference.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "group_advantages": ("torch",),
+    "counterfactual_advantages": ("torch",),
     "maestro_advantages": ("torch",),
     "conductor_weights": ("torch",),
     "pool_hidden": ("torch",),

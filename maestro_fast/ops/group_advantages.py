@@ -77,15 +77,16 @@ def group_advantages(
     prof = resolve_profile(profile)
     if groups is None:
         raise TypeError("groups: missing, expected an int, a [B] sequence of ids or Groups")
-    rewards_BK, weights_BK = _check(rewards, weights, kl, beta, prof)
+    rewards_BK, weights_BK = checked_inputs(rewards, weights, kl, beta, prof)
     _check_lengths(lengths, rewards, prof)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
 
 
-def _check(
+def checked_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
 ) -> tuple[Tensor, Tensor]:
+    """Rewards and weights as [B, K] of one dtype, or an error that names the argument."""
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):

@@ -1,0 +1,109 @@
+"""What a response's advantage would have been under other reward weights.
+
+    s_j(a)   = sum_k w_k(a) r'_jk - beta * KL_j                      score of response j under the weights of action a
+    cf[j, a] = (s_j(a) - mean) / (std + eps)                         over the group with s_j replaced by s_j(a)
+
+r' are the rewards normalised as in ``group_advantages``, which weights do not touch. The other responses keep their
+scores, but response j moves the mean and the deviation that it is compared with: each of the B * A entries has moments
+of its own. That is what makes cf[j, a] the advantage of j, had its action been a, and not a first-order guess at it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.group_advantages import checked_inputs
+from maestro_fast.ops.groups import Groups, GroupsLike
+from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
+from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+
+
+def counterfactual_advantages(
+    rewards: Tensor,
+    weights: Tensor | None,
+    action_weights: Tensor,
+    groups: GroupsLike,
+    *,
+    kl: Tensor | None = None,
+    beta: float = 0.0,
+    profile: str | AdvantageProfile = "maestro",
+    backend: Backend | None = None,
+) -> Tensor:
+    """Advantages of B responses, each under A alternative weight vectors, all else unchanged.
+
+    Args:
+        rewards: [B, K] or [B]; NaN where a reward abstained.
+        weights: [B, K], [K], or None for weights of 1: those that the other responses keep. Differentiable.
+        action_weights: [A, K], the weights of each action. Differentiable.
+        groups, kl, beta: as in ``group_advantages``.
+        profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
+            scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
+        backend: None or "torch".
+
+    Returns:
+        [B, A], float32 (float64 for float64 rewards). Entry [j, a] is advantage j of ``group_advantages`` with row j of
+        the weights replaced by ``action_weights[a]``, to rounding: 0 where that leaves the group degenerate or the
+        response without a live weight, even if it is neither as things are, and the other way round. Singletons and
+        abstained rewards follow the profile, so ``renormalize`` rescales the weights of each action too.
+
+    The reference forms [N, G, G, A] scores for N groups of at most G responses.
+
+    Raises:
+        ValueError: as ``group_advantages``; action_weights of a wrong shape or device; a profile that compares scores
+            beyond the group.
+        TypeError: dtypes.
+    """
+    resolve("counterfactual_advantages", backend)
+    prof = resolve_profile(profile)
+    rewards_BK, weights_BK = checked_inputs(rewards, weights, kl, beta, prof)
+    _check(rewards_BK, action_weights, prof)
+    grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
+    return _reference(rewards_BK, weights_BK, action_weights.to(rewards_BK.dtype), grouping, kl, beta, prof)
+
+
+def _check(rewards_BK: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
+    K = rewards_BK.shape[1]
+    if not action_weights.is_floating_point():
+        raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")
+    if action_weights.ndim != 2 or action_weights.shape[0] == 0 or action_weights.shape[1] != K:
+        raise ValueError(f"action_weights: shape {tuple(action_weights.shape)}, expected [A, {K}] with A >= 1")
+    if action_weights.device != rewards_BK.device:
+        raise ValueError(f"action_weights: on {action_weights.device}, expected {rewards_BK.device} as rewards")
+    for name, scope in (("score_center", profile.score_center), ("score_scale", profile.score_scale)):
+        if scope in ("batch", "tokens"):
+            raise ValueError(f"profile: its {name} is {scope!r}, expected one that compares scores within the group")
+
+
+def _reference(
+    rewards_BK: Tensor,
+    weights_BK: Tensor,
+    action_weights_AK: Tensor,
+    groups: Groups,
+    kl: Tensor | None,
+    beta: float,
+    profile: AdvantageProfile,
+) -> Tensor:
+    B, A = rewards_BK.shape[0], action_weights_AK.shape[0]
+    if B == 0:
+        return rewards_BK.new_zeros(0, A)
+    live_BK = ~rewards_BK.isnan()
+    rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
+    normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
+    # one more action, the last: the weights as they are
+    weights_BAK = torch.cat([action_weights_AK.expand(B, -1, -1), weights_BK[:, None]], 1)
+    weights_BAK, live_BA = live_weights(weights_BAK, live_BK[:, None].expand_as(weights_BAK), profile)
+    raw_BA = torch.where(live_BA, sum_over_rewards(weights_BAK * normalized_BK[:, None]), 0.0)
+    scores_BA = raw_BA if kl is None else torch.where(live_BA, raw_BA - beta * kl.to(raw_BA.dtype)[:, None], 0.0)
+
+    members = Members(_replaced(groups.gather(live_BA, False)), profile.singleton)
+    raw_NGGA, scores_NGGA = _replaced(groups.gather(raw_BA, 0.0)), _replaced(groups.gather(scores_BA, 0.0))
+    advantages_NGGA = standardise_scores(raw_NGGA, scores_NGGA, members, profile).advantages_NG
+    return groups.scatter(advantages_NGGA.diagonal(dim1=1, dim2=2).transpose(1, 2))
+
+
+def _replaced(x_NGA: Tensor) -> Tensor:
+    """[N, G, A + 1] -> [N, G, G, A]: column j holds the group as it is (the last action), but for j under action a."""
+    own_GG = torch.eye(x_NGA.shape[1], dtype=torch.bool, device=x_NGA.device)
+    return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
