@@ -33,7 +33,7 @@ _LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)  # bits between the launches: li
 
 
 @triton.jit
-def _normalized(
+def normalized(
     reward_NG,
     live_NG,
     k,
@@ -94,9 +94,45 @@ def _weighed(
     weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
     present_NG = reward_NG == reward_NG
     reward_NG = tl.where(present_NG, reward_NG, 0.0)
-    out_NG = _normalized(reward_NG, present_NG, k, moments_ptr, eps, CENTER, SCALE, DDOF, RAW)
+    out_NG = normalized(reward_NG, present_NG, k, moments_ptr, eps, CENTER, SCALE, DDOF, RAW)
     tl.store(normalized_ptr + rows_NG * K + k, out_NG, mask=inside_NG)
     return tl.where(present_NG, weight_NG, 0.0) * factor_NG * out_NG
+
+
+@triton.jit
+def live_factors(
+    rows_NG,
+    inside_NG,
+    rewards_ptr,
+    weights_ptr,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Which responses count, and by what the weights of their live rewards are scaled up."""
+    # These loads depend on nothing, so all are in flight at once, and fill L1 for the second
+    # loop.
+    whole_NG = tl.zeros(rows_NG.shape, tl.float32)
+    rest_NG = tl.zeros(rows_NG.shape, tl.float32)
+    present_NG = tl.zeros(rows_NG.shape, tl.int32)
+    for k in tl.static_range(K):
+        reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
+        present_NG += (reward_NG == reward_NG).to(tl.int32)
+        if RENORMALIZE:
+            weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
+            whole_NG += weight_NG
+            rest_NG += tl.where(reward_NG == reward_NG, weight_NG, 0.0)
+    live_NG = present_NG > 0
+    factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
+    if RENORMALIZE:
+        partial_NG = present_NG < K
+        live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))  # all weight on abstained rewards: nothing to scale up
+        ratio_NG = tl.div_rn(whole_NG, tl.where(rest_NG == 0.0, 1.0, rest_NG))
+        factor_NG = tl.where(partial_NG & live_NG, ratio_NG, 1.0)
+    return live_NG, factor_NG
 
 
 @triton.jit
@@ -138,26 +174,18 @@ def advantage_tile(
     A scope is what the profile says, "batch" and "tokens" meaning that this tile is the batch; or it is "split": the
     batch is larger. Rewards find their moments in memory then, scores are finished by ``_finish``.
     """
-    # Which rewards are there. These loads depend on nothing, so all are in flight at once, and fill L1 for the second
-    # loop.
-    whole_NG = tl.zeros(rows_NG.shape, tl.float32)
-    rest_NG = tl.zeros(rows_NG.shape, tl.float32)
-    present_NG = tl.zeros(rows_NG.shape, tl.int32)
-    for k in tl.static_range(K):
-        reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
-        present_NG += (reward_NG == reward_NG).to(tl.int32)
-        if RENORMALIZE:
-            weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
-            whole_NG += weight_NG
-            rest_NG += tl.where(reward_NG == reward_NG, weight_NG, 0.0)
-    live_NG = present_NG > 0
-    factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
-    if RENORMALIZE:
-        partial_NG = present_NG < K
-        live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))  # all weight on abstained rewards: nothing to scale up
-        ratio_NG = tl.div_rn(whole_NG, tl.where(rest_NG == 0.0, 1.0, rest_NG))
-        factor_NG = tl.where(partial_NG & live_NG, ratio_NG, 1.0)
-
+    live_NG, factor_NG = live_factors(
+        rows_NG,
+        inside_NG,
+        rewards_ptr,
+        weights_ptr,
+        stride_rb,
+        stride_rk,
+        stride_wb,
+        stride_wk,
+        K,
+        RENORMALIZE,
+    )
     raw_NG = tl.zeros(rows_NG.shape, tl.float32)
     for k in tl.static_range(K):
         raw_NG += _weighed(

@@ -88,6 +88,16 @@ def maestro_advantages() -> Iterator[Callable[[], Any]]:
         )
 
 
+def counterfactual_advantages() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.counterfactual_advantages import counterfactual_advantages as launch
+
+    for size, actions in ((8, 8), (64, 5), (1024, 8)):
+        rewards_BK, index_NG = torch.zeros(1024, 8), Groups.of(size, 1024).index_NG
+        yield lambda r=rewards_BK, i=index_NG, a=actions: launch(
+            r, r, torch.zeros(a, 8), i, profile=PROFILES["maestro"]
+        )
+
+
 def policy_loss() -> Iterator[Callable[[], Any]]:
     from maestro_fast.kernels.policy_loss import policy_loss as launch
 
@@ -107,7 +117,28 @@ def policy_loss() -> Iterator[Callable[[], Any]]:
         yield lambda c=config, g=given: launch(x, advantages, cu_seqlens, config=c, **g)
 
 
-OPS = [group_advantages, pool_hidden, conductor_weights, maestro_advantages, policy_loss]
+def conductor_update() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels import conductor_update as kernel
+
+    actions, advantages = torch.zeros(2560, dtype=torch.int64), torch.zeros(2560)
+    for dtype, units in ((torch.float32, None), (torch.bfloat16, 256)):
+        params, h = head(4096, 8, units), torch.zeros(2560, 4096, dtype=dtype)
+        moments = {name: kernel.Moments(x, x) for name, x in vars(params).items() if x is not None}
+        options = {"tau": 1.0, "min_prob": 0.05, "entropy_coef": 0.3, "adamw": kernel.AdamW(1, 1e-3)}
+        yield lambda h=h, p=params, m=moments, o=options: kernel.conductor_update(
+            h, actions, advantages, p, m, kernel.activations(h, p), live=actions.bool(), **o
+        )
+
+
+OPS = [
+    group_advantages,
+    counterfactual_advantages,
+    pool_hidden,
+    conductor_weights,
+    maestro_advantages,
+    policy_loss,
+    conductor_update,
+]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
