@@ -1,0 +1,219 @@
+"""What a response's advantage would have been under other reward weights.
+
+    s_j(a)   = sum_k w_k(a) r'_jk - beta * KL_j              score of response j under the weights of action a
+    cf[j, a] = (s_j(a) - mean) / (std + eps)                 over the group with s_j replaced by s_j(a)
+
+With n' others, their maximum t, mean t + m and squares M around it, and D = (s_j(a) - t) - m:
+
+    s_j(a) - mean = D n' / (n' + 1)          leave_one_out: D
+    std^2         = (M + D^2 n' / (n' + 1)) / (n' + 1 - ddof)
+
+so one [G, G] tile of the others' scores serves all actions. M is summed around its own mean and D subtracts t first:
+nothing cancels, and D and M are exactly 0 where all scores are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maestro_fast.kernels.group_advantages import divisor, live_factors, normalized, reward_moments, switches
+
+_ROWS = 16  # responses j of one program
+_LARGEST = 1024  # responses of a group
+
+
+@triton.jit(do_not_specialize=["B"])
+def _counterfactuals(
+    index_ptr,
+    rewards_ptr,
+    weights_ptr,
+    action_weights_ptr,
+    kl_ptr,
+    moments_ptr,
+    out_ptr,
+    G,
+    B,
+    A,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    beta,
+    reward_eps,
+    score_eps,
+    K: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    REWARD_CENTER: tl.constexpr,
+    REWARD_SCALE: tl.constexpr,
+    SCORE_CENTER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    RAW: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IN_VARIANCE: tl.constexpr,
+    BJ: tl.constexpr,
+    BG: tl.constexpr,
+    BA: tl.constexpr,
+):
+    """One program: the actions of BJ responses of a group, whose scores [1, BG] every one of its programs forms."""
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BG)
+    j = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    a = tl.arange(0, BA)
+    rows_1G = tl.load(index_ptr + n * G + g, mask=g < G, other=B)[None, :]
+    inside_1G = rows_1G < B
+    rows_J = tl.load(index_ptr + n * G + j, mask=j < G, other=B)
+    inside_J = rows_J < B
+    live_1G, factor_1G = live_factors(
+        rows_1G,
+        inside_1G,
+        rewards_ptr,
+        weights_ptr,
+        stride_rb,
+        stride_rk,
+        stride_wb,
+        stride_wk,
+        K,
+        RENORMALIZE,
+    )
+
+    whole_JA = tl.zeros([BJ, BA], tl.float32)
+    rest_JA = tl.zeros([BJ, BA], tl.float32)
+    present_J = tl.zeros([BJ], tl.int32)
+    for k in tl.static_range(K):
+        reward_J = tl.load(rewards_ptr + rows_J * stride_rb + k * stride_rk, mask=inside_J, other=float("nan"))
+        action_JA = tl.load(action_weights_ptr + a * K + k, mask=a < A, other=0.0)[None, :] + tl.zeros_like(whole_JA)
+        present_J += (reward_J == reward_J).to(tl.int32)
+        whole_JA += action_JA
+        rest_JA += tl.where((reward_J == reward_J)[:, None], action_JA, 0.0)
+    own_live_JA = (present_J[:, None] + tl.zeros([BJ, BA], tl.int32)) > 0
+    own_factor_JA = tl.full([BJ, BA], 1.0, tl.float32)
+    if RENORMALIZE:
+        partial_JA = (present_J[:, None] + tl.zeros([BJ, BA], tl.int32)) < K
+        own_live_JA = own_live_JA & ~(partial_JA & (rest_JA == 0.0))
+        ratio_JA = tl.div_rn(whole_JA, tl.where(rest_JA == 0.0, 1.0, rest_JA))
+        own_factor_JA = tl.where(partial_JA & own_live_JA, ratio_JA, 1.0)
+
+    own_JG = g[None, :] == j[:, None]
+    raw_1G = tl.zeros([1, BG], tl.float32)
+    own_raw_JA = tl.zeros([BJ, BA], tl.float32)
+    for k in tl.static_range(K):
+        reward_1G = tl.load(rewards_ptr + rows_1G * stride_rb + k * stride_rk, mask=inside_1G, other=float("nan"))
+        weight_1G = tl.load(weights_ptr + rows_1G * stride_wb + k * stride_wk, mask=inside_1G, other=0.0)
+        action_A = tl.load(action_weights_ptr + a * K + k, mask=a < A, other=0.0)
+        present_1G = reward_1G == reward_1G
+        reward_1G = tl.where(present_1G, reward_1G, 0.0)
+        out_1G = normalized(reward_1G, present_1G, k, moments_ptr, reward_eps, REWARD_CENTER, REWARD_SCALE, DDOF, RAW)
+        raw_1G += tl.where(present_1G, weight_1G, 0.0) * factor_1G * out_1G
+        own_out_J = tl.sum(tl.where(own_JG, out_1G, 0.0), 1)  # picks one: exact; 0 where the reward abstained
+        own_raw_JA += action_A[None, :] * own_factor_JA * own_out_J[:, None]
+    raw_1G = tl.where(live_1G, raw_1G, 0.0)
+    score_1G = raw_1G
+    own_JA = own_raw_JA
+    if HAS_KL:
+        kl_1G = tl.load(kl_ptr + rows_1G, mask=inside_1G, other=0.0).to(tl.float32)
+        score_1G = tl.where(live_1G, raw_1G - beta * kl_1G, 0.0)
+        kl_J = tl.load(kl_ptr + rows_J, mask=inside_J, other=0.0).to(tl.float32)
+        own_JA = own_raw_JA - beta * kl_J[:, None]
+
+    others_JG = live_1G & (g[None, :] != j[:, None])
+    count_J = tl.sum(others_JG.to(tl.float32), 1)
+    top_J = tl.max(tl.where(others_JG, score_1G, float("-inf")), 1)
+    top_J = tl.where(top_J == float("-inf"), 0.0, top_J)
+    shifted_JG = tl.where(others_JG, score_1G - top_J[:, None], 0.0)
+    mean_J = tl.div_rn(tl.sum(shifted_JG, 1), tl.maximum(count_J, 1.0))
+    off_JG = tl.where(others_JG, shifted_JG - mean_J[:, None], 0.0)
+    squares_J = tl.sum(off_JG * off_JG, 1)
+    # Spread is judged before the KL.
+    high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
+    low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
+    flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
+
+    delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]
+    alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
+    shrink_J = tl.div_rn(count_J, count_J + 1.0)
+    if SCORE_CENTER == "none":
+        out_JA = own_JA
+    elif SCORE_CENTER == "leave_one_out":
+        out_JA = delta_JA
+    else:
+        out_JA = delta_JA * shrink_J[:, None]
+    out_JA = tl.where(alone_JA, own_JA if RAW or SCORE_CENTER == "none" else 0.0, out_JA)
+    if SCORE_SCALE != "none":
+        all_JA = squares_J[:, None] + delta_JA * delta_JA * shrink_J[:, None]
+        freedom_J = tl.maximum(count_J + 1.0 - DDOF, 1.0)
+        std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA)))
+        std_JA = tl.where(alone_JA, 1.0 if RAW else 0.0, std_JA)
+        out_JA = tl.div_rn(out_JA, divisor(std_JA, score_eps, IN_VARIANCE))
+    if RAW:
+        out_JA = tl.where(own_live_JA & (alone_JA | ~flat_JA), out_JA, 0.0)
+    else:
+        out_JA = tl.where(own_live_JA & ~flat_JA, out_JA, 0.0)
+    mask_JA = inside_J[:, None] & (a < A)[None, :]
+    tl.store(out_ptr + rows_J[:, None] * A + a[None, :], out_JA, mask=mask_JA)
+
+
+def counterfactual_advantages(
+    rewards_BK: Tensor,
+    weights_BK: Tensor,
+    action_weights_AK: Tensor,
+    index_NG: Tensor,
+    *,
+    profile: Any,
+    kl: Tensor | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """Launches what ``ops.counterfactual_advantages`` has checked: one launch, two with rewards over the batch.
+
+    Args:
+        rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
+        action_weights_AK: float32 [A, K], contiguous.
+        index_NG: int64 [N, G_max] of ``ops.Groups``.
+        profile: an ``ops.AdvantageProfile`` whose scores are compared within groups.
+        kl: [B], contiguous.
+
+    Raises:
+        ValueError: a group of more than 1,024.
+    """
+    (batch, rewards), actions = rewards_BK.shape, action_weights_AK.shape[0]
+    number, size = index_NG.shape
+    if size > _LARGEST:
+        raise ValueError(f"groups: one of {size} responses, expected at most {_LARGEST} with backend='triton'")
+    out = torch.empty(batch, actions, device=rewards_BK.device, dtype=torch.float32)
+    if batch == 0:
+        return out
+    width = triton.next_power_of_2(size)
+    rows = min(width, _ROWS)
+    _counterfactuals[(number, triton.cdiv(size, rows))](
+        index_NG,
+        rewards_BK,
+        weights_BK,
+        action_weights_AK,
+        rewards_BK if kl is None else kl,
+        reward_moments(rewards_BK, profile, False),
+        out,
+        size,
+        batch,
+        actions,
+        rewards_BK.stride(0),
+        rewards_BK.stride(1),
+        weights_BK.stride(0),
+        weights_BK.stride(1),
+        beta,
+        profile.reward_eps,
+        profile.score_eps,
+        K=rewards,
+        HAS_KL=kl is not None,
+        **switches(profile, False),
+        BJ=rows,
+        BG=width,
+        BA=triton.next_power_of_2(actions),
+        num_warps=min(8, max(1, rows * width // 256)),
+        enable_fp_fusion=False,
+    )
+    return out

@@ -1,0 +1,608 @@
+"""Group-relative advantages from K rewards and their weights.
+
+    r'_k = (r_k - mean_k) / (std_k + eps)      per reward, over the profile's scopes
+    s    = sum_k w_k r'_k  -  beta * KL        the score of a response
+    A    = (s - mean) / (std + eps)            over the profile's scopes
+
+One launch where every scope is a group, or where one program holds the batch (``_WHOLE`` elements). A larger batch
+under a profile with a batch or token scope takes a second launch for the scores and, before both, one for rewards
+that are themselves normalised over the batch: no program waits for another, so there are no counters and no atomics,
+and every sum has one order. Programs of the second launch all repeat the same reduction over the B scores, which are
+in L2.
+
+Rewards are added in the order of K, like everywhere in this package, and nothing is contracted into an FMA: equal
+rows get equal scores. There is no backward kernel: autograd goes through the reference of ``ops/group_advantages.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maestro_fast.kernels.moments import centred, deviation, scope_sum, spread
+
+_TILE = 64  # responses of one program: a warp reduces without shared memory, and 4,096 responses fill 64 SMs
+_WHOLE = 2048  # the largest batch that one program holds in registers
+_MOST = 8192  # the largest group
+_SCAN = 1024  # responses per step of the reductions over a batch
+_LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)  # bits between the launches: live; the advantage is 0
+
+
+@triton.jit
+def normalized(
+    reward_NG,
+    live_NG,
+    k,
+    moments_ptr,
+    eps,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Reward k [BN, BG] over the profile's scopes; 0 where not live, and without another live one in its scope."""
+    if CENTER == "none" and SCALE == "none":
+        return reward_NG
+    else:
+        counted_NG = live_NG.to(tl.float32)
+        zero_NG = tl.zeros_like(reward_NG)
+        if CENTER == "split":
+            top, mean = tl.load(moments_ptr + 4 * k), tl.load(moments_ptr + 4 * k + 1)
+            out_NG = tl.where(live_NG, reward_NG - top, 0.0) - mean
+        else:
+            out_NG, _ = centred(reward_NG, live_NG, counted_NG, CENTER, RAW)
+        if SCALE == "split":
+            out_NG = tl.div_rn(out_NG, tl.load(moments_ptr + 4 * k + 2) + eps + zero_NG)
+        elif SCALE != "none":
+            out_NG = tl.div_rn(out_NG, deviation(reward_NG, live_NG, counted_NG, SCALE, DDOF, RAW) + eps)
+        SCOPE: tl.constexpr = CENTER if SCALE == "none" else SCALE
+        if SCOPE == "split":
+            out_NG = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero_NG) < 2.0, 0.0, out_NG)
+        elif SCOPE == "batch" or not RAW:
+            out_NG = tl.where((scope_sum(counted_NG, SCOPE) + zero_NG) < 2.0, 0.0, out_NG)
+        return tl.where(live_NG, out_NG, 0.0)
+
+
+@triton.jit
+def _weighed(
+    k,
+    rows_NG,
+    inside_NG,
+    live_NG,
+    factor_NG,
+    rewards_ptr,
+    weights_ptr,
+    normalized_ptr,
+    moments_ptr,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    eps,
+    K: tl.constexpr,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Stores the normalised reward k, and returns what it adds to the scores."""
+    reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
+    weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
+    present_NG = reward_NG == reward_NG
+    reward_NG = tl.where(present_NG, reward_NG, 0.0)
+    out_NG = normalized(reward_NG, present_NG, k, moments_ptr, eps, CENTER, SCALE, DDOF, RAW)
+    tl.store(normalized_ptr + rows_NG * K + k, out_NG, mask=inside_NG)
+    return tl.where(present_NG, weight_NG, 0.0) * factor_NG * out_NG
+
+
+@triton.jit
+def live_factors(
+    rows_NG,
+    inside_NG,
+    rewards_ptr,
+    weights_ptr,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Which responses count, and by what the weights of their live rewards are scaled up."""
+    # These loads depend on nothing, so all are in flight at once, and fill L1 for the second
+    # loop.
+    whole_NG = tl.zeros(rows_NG.shape, tl.float32)
+    rest_NG = tl.zeros(rows_NG.shape, tl.float32)
+    present_NG = tl.zeros(rows_NG.shape, tl.int32)
+    for k in tl.static_range(K):
+        reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
+        present_NG += (reward_NG == reward_NG).to(tl.int32)
+        if RENORMALIZE:
+            weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
+            whole_NG += weight_NG
+            rest_NG += tl.where(reward_NG == reward_NG, weight_NG, 0.0)
+    live_NG = present_NG > 0
+    factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
+    if RENORMALIZE:
+        partial_NG = present_NG < K
+        live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))  # all weight on abstained rewards: nothing to scale up
+        ratio_NG = tl.div_rn(whole_NG, tl.where(rest_NG == 0.0, 1.0, rest_NG))
+        factor_NG = tl.where(partial_NG & live_NG, ratio_NG, 1.0)
+    return live_NG, factor_NG
+
+
+@triton.jit
+def advantage_tile(
+    rows_NG,
+    inside_NG,
+    rewards_ptr,
+    weights_ptr,
+    kl_ptr,
+    lengths_ptr,
+    moments_ptr,
+    advantages_ptr,
+    scores_ptr,
+    normalized_ptr,
+    mean_ptr,
+    std_ptr,
+    degenerate_ptr,
+    state_ptr,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    beta,
+    reward_eps,
+    score_eps,
+    K: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    REWARD_CENTER: tl.constexpr,
+    REWARD_SCALE: tl.constexpr,
+    SCORE_CENTER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    RAW: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IN_VARIANCE: tl.constexpr,
+):
+    """The advantages of BN groups: rows [BN, BG] are responses, ``inside`` those that exist.
+
+    A scope is what the profile says, "batch" and "tokens" meaning that this tile is the batch; or it is "split": the
+    batch is larger. Rewards find their moments in memory then, scores are finished by ``_finish``.
+    """
+    live_NG, factor_NG = live_factors(
+        rows_NG,
+        inside_NG,
+        rewards_ptr,
+        weights_ptr,
+        stride_rb,
+        stride_rk,
+        stride_wb,
+        stride_wk,
+        K,
+        RENORMALIZE,
+    )
+    raw_NG = tl.zeros(rows_NG.shape, tl.float32)
+    for k in tl.static_range(K):
+        raw_NG += _weighed(
+            k,
+            rows_NG,
+            inside_NG,
+            live_NG,
+            factor_NG,
+            rewards_ptr,
+            weights_ptr,
+            normalized_ptr,
+            moments_ptr,
+            stride_rb,
+            stride_rk,
+            stride_wb,
+            stride_wk,
+            reward_eps,
+            K,
+            REWARD_CENTER,
+            REWARD_SCALE,
+            DDOF,
+            RAW,
+        )
+    raw_NG = tl.where(live_NG, raw_NG, 0.0)
+    flat_NG = tl.where(spread(raw_NG, live_NG), 0, 1) + tl.zeros(rows_NG.shape, tl.int32)
+    zero_NG = flat_NG
+    if RAW:
+        zero_NG = tl.where(tl.sum(live_NG.to(tl.int32), 1)[:, None] == 1, 0, flat_NG)
+    score_NG = raw_NG
+    if HAS_KL:
+        kl_NG = tl.load(kl_ptr + rows_NG, mask=inside_NG, other=0.0).to(tl.float32)
+        score_NG = tl.where(live_NG, raw_NG - beta * kl_NG, 0.0)
+    tl.store(scores_ptr + rows_NG, score_NG, mask=inside_NG)
+    tl.store(degenerate_ptr + rows_NG, flat_NG != 0, mask=inside_NG)
+
+    counted_NG = live_NG.to(tl.float32)
+    tokens_NG = counted_NG
+    if SCORE_CENTER == "tokens" or SCORE_SCALE == "tokens":
+        tokens_NG = tl.load(lengths_ptr + rows_NG, mask=inside_NG, other=0).to(tl.float32) * counted_NG
+    out_NG = score_NG
+    if SCORE_CENTER != "split":
+        members_NG = tokens_NG if SCORE_CENTER == "tokens" else counted_NG
+        out_NG, mean_NG = centred(score_NG, live_NG, members_NG, SCORE_CENTER, RAW)
+        tl.store(mean_ptr + rows_NG, mean_NG, mask=inside_NG)
+    if SCORE_SCALE != "split":
+        SPREAD: tl.constexpr = "group" if SCORE_SCALE == "none" else SCORE_SCALE
+        members_NG = tokens_NG if SCORE_SCALE == "tokens" else counted_NG
+        std_NG = deviation(score_NG, live_NG, members_NG, SPREAD, DDOF, RAW)
+        tl.store(std_ptr + rows_NG, std_NG, mask=inside_NG)
+    if SCORE_CENTER == "split" or SCORE_SCALE == "split":
+        state_NG = tl.where(live_NG, _LIVE, 0) + tl.where(zero_NG != 0, _ZERO, 0)
+        tl.store(state_ptr + rows_NG, state_NG.to(tl.int8), mask=inside_NG)
+    else:
+        if SCORE_SCALE != "none":
+            out_NG = tl.div_rn(out_NG, divisor(std_NG, score_eps, IN_VARIANCE))
+        out_NG = tl.where(live_NG & (zero_NG == 0), out_NG, 0.0)
+    tl.store(advantages_ptr + rows_NG, out_NG, mask=inside_NG)  # split: the centred score, if it is known here
+
+
+@triton.jit
+def divisor(std, eps, IN_VARIANCE: tl.constexpr):
+    if IN_VARIANCE:
+        return tl.sqrt_rn(std * std + eps)
+    else:
+        return std + eps
+
+
+@triton.jit
+def tile_rows(index_ptr, N, G, B, BN: tl.constexpr, BG: tl.constexpr):
+    """The responses [BN, BG] of this program's groups, int64, and which of them exist. index [N, G] is padded with
+    B."""
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    g = tl.arange(0, BG)
+    rows_NG = tl.load(index_ptr + n[:, None] * G + g[None, :], mask=(n < N)[:, None] & (g < G)[None, :], other=B)
+    return rows_NG, rows_NG < B
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def _groups(
+    index_ptr,
+    rewards_ptr,
+    weights_ptr,
+    kl_ptr,
+    lengths_ptr,
+    moments_ptr,
+    advantages_ptr,
+    scores_ptr,
+    normalized_ptr,
+    mean_ptr,
+    std_ptr,
+    degenerate_ptr,
+    state_ptr,
+    N,
+    G,
+    B,
+    stride_rb,
+    stride_rk,
+    stride_wb,
+    stride_wk,
+    beta,
+    reward_eps,
+    score_eps,
+    K: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    REWARD_CENTER: tl.constexpr,
+    REWARD_SCALE: tl.constexpr,
+    SCORE_CENTER: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    RAW: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IN_VARIANCE: tl.constexpr,
+    BN: tl.constexpr,
+    BG: tl.constexpr,
+):
+    rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
+    advantage_tile(
+        rows_NG,
+        inside_NG,
+        rewards_ptr,
+        weights_ptr,
+        kl_ptr,
+        lengths_ptr,
+        moments_ptr,
+        advantages_ptr,
+        scores_ptr,
+        normalized_ptr,
+        mean_ptr,
+        std_ptr,
+        degenerate_ptr,
+        state_ptr,
+        stride_rb,
+        stride_rk,
+        stride_wb,
+        stride_wk,
+        beta,
+        reward_eps,
+        score_eps,
+        K,
+        HAS_KL,
+        REWARD_CENTER,
+        REWARD_SCALE,
+        SCORE_CENTER,
+        SCORE_SCALE,
+        DDOF,
+        RAW,
+        RENORMALIZE,
+        IN_VARIANCE,
+    )
+
+
+@triton.jit
+def _element(b, values_ptr, state_ptr, lengths_ptr, B, stride, KIND: tl.constexpr):
+    """Value, whether it is live and how often it counts, of elements b. KIND: reward (NaN: not live), score, tokens."""
+    inside = b < B
+    if KIND == "reward":
+        value = tl.load(values_ptr + b.to(tl.int64) * stride, mask=inside, other=float("nan"))
+        live = value == value
+    else:
+        value = tl.load(values_ptr + b.to(tl.int64) * stride, mask=inside, other=0.0)
+        live = (tl.load(state_ptr + b, mask=inside, other=0) & _LIVE) != 0
+    counted = tl.where(live, 1.0, 0.0)
+    if KIND == "tokens":
+        counted = counted * tl.load(lengths_ptr + b, mask=inside, other=0).to(tl.float32)
+    return value, live, counted
+
+
+@triton.jit
+def _batch_moments(
+    values_ptr, state_ptr, lengths_ptr, B, stride, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Maximum, mean of what it leaves, standard deviation and count of B elements, in one fixed order."""
+    lane = tl.arange(0, BLOCK)
+    top_L = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, B, BLOCK):
+        value_L, live_L, _ = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+        top_L = tl.maximum(top_L, tl.where(live_L, value_L, float("-inf")))
+    top = tl.max(top_L, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total_L = tl.zeros([BLOCK], tl.float32)
+    count_L = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B, BLOCK):
+        value_L, live_L, counted_L = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+        total_L += tl.where(live_L, value_L - top, 0.0) * counted_L
+        count_L += counted_L
+    count = tl.sum(count_L, 0)
+    mean = tl.div_rn(tl.sum(total_L, 0), tl.maximum(count, 1.0))
+    squares_L = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B, BLOCK):
+        value_L, live_L, counted_L = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+        off_L = tl.where(live_L, value_L - top - mean, 0.0)
+        squares_L += off_L * off_L * counted_L
+    std = tl.sqrt_rn(tl.div_rn(tl.sum(squares_L, 0), tl.maximum(count - DDOF, 1.0)))
+    return top, mean, std, count
+
+
+@triton.jit(do_not_specialize=["B"])
+def _reward_moments(rewards_ptr, moments_ptr, B, stride_rb, stride_rk, DDOF: tl.constexpr, BLOCK: tl.constexpr):
+    """moments [K, 4] of each reward over the batch: maximum, mean below it, standard deviation, live elements."""
+    k = tl.program_id(0)
+    values_ptr = rewards_ptr + k * stride_rk
+    top, mean, std, count = _batch_moments(values_ptr, values_ptr, values_ptr, B, stride_rb, "reward", DDOF, BLOCK)
+    tl.store(moments_ptr + 4 * k, top)
+    tl.store(moments_ptr + 4 * k + 1, mean)
+    tl.store(moments_ptr + 4 * k + 2, std)
+    tl.store(moments_ptr + 4 * k + 3, count)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _finish(
+    scores_ptr,
+    state_ptr,
+    lengths_ptr,
+    advantages_ptr,
+    mean_ptr,
+    std_ptr,
+    B,
+    score_eps,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    DDOF: tl.constexpr,
+    IN_VARIANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a batch or token scope adds to the first launch's scores. Every program reduces the whole batch."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < B
+    state = tl.load(state_ptr + b, mask=inside, other=0)
+    live = (state & _LIVE) != 0
+    if CENTER == "batch" or CENTER == "tokens":
+        KIND: tl.constexpr = "tokens" if CENTER == "tokens" else "score"
+        top, mean, std, _ = _batch_moments(scores_ptr, state_ptr, lengths_ptr, B, 1, KIND, DDOF, BLOCK)
+        out = tl.where(live, tl.load(scores_ptr + b, mask=inside, other=0.0) - top, 0.0) - mean
+        tl.store(mean_ptr + b, tl.zeros([BLOCK], tl.float32) + (mean + top), mask=inside)
+    else:
+        out = tl.load(advantages_ptr + b, mask=inside, other=0.0)
+    if SCALE == "batch" or SCALE == "tokens":
+        if SCALE != CENTER:
+            OTHER: tl.constexpr = "tokens" if SCALE == "tokens" else "score"
+            _, _, std, _ = _batch_moments(scores_ptr, state_ptr, lengths_ptr, B, 1, OTHER, DDOF, BLOCK)
+        std_L = tl.zeros([BLOCK], tl.float32) + std
+        tl.store(std_ptr + b, std_L, mask=inside)
+    else:
+        std_L = tl.load(std_ptr + b, mask=inside, other=0.0)
+    if SCALE != "none":
+        out = tl.div_rn(out, divisor(std_L, score_eps, IN_VARIANCE))
+    tl.store(advantages_ptr + b, tl.where(live & ((state & _ZERO) == 0), out, 0.0), mask=inside)
+
+
+class Outputs(NamedTuple):
+    """Tensors of an ``ops.GroupAdvantages``, in its order."""
+
+    advantages: Tensor
+    scores: Tensor
+    normalized_rewards: Tensor
+    mean: Tensor
+    std: Tensor
+    degenerate: Tensor
+
+    @staticmethod
+    def empty(rewards_BK: Tensor) -> Outputs:
+        batch, rewards = rewards_BK.shape
+        floats = torch.empty(4 + rewards, batch, device=rewards_BK.device, dtype=torch.float32)  # one allocation
+        degenerate = torch.empty(batch, device=rewards_BK.device, dtype=torch.bool)
+        return Outputs(floats[0], floats[1], floats[4:].view(batch, rewards), floats[2], floats[3], degenerate)
+
+
+class Tiles(NamedTuple):
+    """How groups are dealt to programs.
+
+    Attributes:
+        groups, width: BN groups of BG slots per program, powers of 2.
+        programs: of the launch.
+        whole: one program holds the batch.
+    """
+
+    groups: int
+    width: int
+    programs: int
+    whole: bool
+
+    @staticmethod
+    def of(index_NG: Tensor, wide: bool, smallest: int = _TILE) -> Tiles:
+        """``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch."""
+        number, size = index_NG.shape
+        width = triton.next_power_of_2(size)
+        if width > _MOST:
+            raise ValueError(f"groups: one of {size} responses, expected at most {_MOST} with backend='triton'")
+        whole = triton.next_power_of_2(number) * width <= (_WHOLE if wide else smallest)
+        groups = triton.next_power_of_2(number) if whole else max(1, smallest // width)
+        return Tiles(groups, width, triton.cdiv(number, groups), whole)
+
+    @property
+    def warps(self) -> int:
+        return min(8, max(1, self.groups * self.width // 32))
+
+
+def is_wide(profile: Any) -> bool:
+    """Whether some scope of an ``ops.AdvantageProfile`` crosses groups."""
+    scopes = (profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale)
+    return not {"batch", "tokens"}.isdisjoint(scopes)
+
+
+def switches(profile: Any, whole: bool) -> dict[str, Any]:
+    """The compile-time arguments of ``advantage_tile`` under an ``ops.AdvantageProfile``."""
+    names = ("reward_center", "reward_scale", "score_center", "score_scale")
+    scopes = {name.upper(): getattr(profile, name) for name in names}
+    if not whole:
+        scopes = {name: "split" if scope in ("batch", "tokens") else scope for name, scope in scopes.items()}
+    return scopes | {
+        "DDOF": profile.ddof,
+        "RAW": profile.singleton == "raw",
+        "RENORMALIZE": profile.missing == "renormalize",
+        "IN_VARIANCE": profile.score_eps_in == "variance",
+    }
+
+
+def reward_moments(rewards_BK: Tensor, profile: Any, whole: bool) -> Tensor:
+    """[K, 4] for ``advantage_tile``, where a reward's scope is a batch larger than a tile; else anything."""
+    if whole or "batch" not in (profile.reward_center, profile.reward_scale):
+        return rewards_BK
+    moments_K4 = torch.empty(rewards_BK.shape[1], 4, device=rewards_BK.device, dtype=torch.float32)
+    _reward_moments[(rewards_BK.shape[1],)](
+        rewards_BK,
+        moments_K4,
+        rewards_BK.shape[0],
+        rewards_BK.stride(0),
+        rewards_BK.stride(1),
+        DDOF=profile.ddof,
+        BLOCK=_SCAN,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return moments_K4
+
+
+def scratch(out: Outputs, profile: Any, whole: bool) -> Tensor:
+    """int8 [B] that carries what ``finish`` has to know; anything where there is nothing to finish."""
+    if whole or not is_wide(profile):
+        return out.degenerate
+    return torch.empty_like(out.degenerate, dtype=torch.int8)
+
+
+def finish(out: Outputs, state_B: Tensor, lengths: Tensor | None, profile: Any, whole: bool) -> None:
+    """The launch that a batch or token scope of the score needs, where one tile did not hold the batch."""
+    if whole or {"batch", "tokens"}.isdisjoint((profile.score_center, profile.score_scale)):
+        return
+    batch = out.advantages.shape[0]
+    _finish[(triton.cdiv(batch, _SCAN),)](
+        out.scores,
+        state_B,
+        state_B if lengths is None else lengths,
+        out.advantages,
+        out.mean,
+        out.std,
+        batch,
+        profile.score_eps,
+        CENTER=profile.score_center,
+        SCALE=profile.score_scale,
+        DDOF=profile.ddof,
+        IN_VARIANCE=profile.score_eps_in == "variance",
+        BLOCK=_SCAN,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+
+
+def group_advantages(
+    rewards_BK: Tensor,
+    weights_BK: Tensor,
+    index_NG: Tensor,
+    *,
+    profile: Any,
+    kl: Tensor | None = None,
+    beta: float = 0.0,
+    lengths: Tensor | None = None,
+) -> Outputs:
+    """Launches what ``ops.group_advantages`` has checked.
+
+    Args:
+        rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
+        index_NG: int64 [N, G_max] of ``ops.Groups``.
+        profile: an ``ops.AdvantageProfile``; what crosses groups costs a second launch for more than 2,048 slots.
+        kl, lengths: [B], contiguous, any dtype that converts to float32.
+    """
+    out = Outputs.empty(rewards_BK)
+    batch, rewards = rewards_BK.shape
+    if batch == 0:
+        return out
+    tiles = Tiles.of(index_NG, is_wide(profile))
+    state_B = scratch(out, profile, tiles.whole)
+    _groups[(tiles.programs,)](
+        index_NG,
+        rewards_BK,
+        weights_BK,
+        rewards_BK if kl is None else kl,
+        rewards_BK if lengths is None else lengths,
+        reward_moments(rewards_BK, profile, tiles.whole),
+        *out,
+        state_B,
+        index_NG.shape[0],
+        index_NG.shape[1],
+        batch,
+        rewards_BK.stride(0),
+        rewards_BK.stride(1),
+        weights_BK.stride(0),
+        weights_BK.stride(1),
+        beta,
+        profile.reward_eps,
+        profile.score_eps,
+        K=rewards,
+        HAS_KL=kl is not None,
+        **switches(profile, tiles.whole),
+        BN=tiles.groups,
+        BG=tiles.width,
+        num_warps=tiles.warps,
+        enable_fp_fusion=False,
+    )
+    finish(out, state_B, lengths, profile, tiles.whole)
+    return out

@@ -1,0 +1,84 @@
+"""Device functions: means and deviations of a tile [BN, BG], BN groups of at most BG members each.
+
+    shifted = x - max      mean = sum(shifted) / n      std = sqrt(sum((shifted - mean)^2) / (n - ddof))
+
+The maximum goes first, so that identical values give exactly 0. ``SCOPE`` is "group" (each row of the tile), or
+"batch" or "tokens" (the whole tile, which then has to hold the whole batch). Divisions and roots are rounded to
+nearest, as on the host: the default ones of a GPU are not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scope_sum(x_NG, SCOPE: tl.constexpr):
+    if SCOPE == "batch" or SCOPE == "tokens":
+        return tl.sum(tl.sum(x_NG, 1), 0)
+    else:
+        return tl.sum(x_NG, 1)[:, None]
+
+
+@triton.jit
+def scope_max(x_NG, SCOPE: tl.constexpr):
+    if SCOPE == "batch" or SCOPE == "tokens":
+        return tl.max(tl.max(x_NG, 1), 0)
+    else:
+        return tl.max(x_NG, 1)[:, None]
+
+
+@triton.jit
+def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
+    """x minus the scope's live maximum, 0 where not live, and that maximum."""
+    top = scope_max(tl.where(live_NG, x_NG, float("-inf")), SCOPE)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(live_NG, x_NG - top, 0.0), top
+
+
+@triton.jit
+def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
+    """x minus its scope's mean, and that mean, both [BN, BG].
+
+    counted: how often each element counts, 0 where not live: 1, or its tokens in the scope "tokens".
+    RAW: a group with one live element has mean 0.
+    """
+    if SCOPE == "none":
+        return x_NG, x_NG * 0.0
+    else:
+        shifted_NG, top = scope_shifted(x_NG, live_NG, SCOPE)
+        total, count = scope_sum(shifted_NG * counted_NG, SCOPE), scope_sum(counted_NG, SCOPE)
+        zero_NG = tl.zeros_like(x_NG)
+        if SCOPE == "leave_one_out":
+            mean_NG = tl.div_rn(total - shifted_NG, tl.maximum(count - counted_NG, 1.0))
+        else:
+            mean_NG = tl.div_rn(total, tl.maximum(count, 1.0)) + zero_NG
+        out_NG, outer_NG = shifted_NG - mean_NG, mean_NG + top
+        if RAW and (SCOPE == "group" or SCOPE == "leave_one_out"):
+            alone_NG = (count + zero_NG) == 1.0
+            out_NG, outer_NG = tl.where(alone_NG, x_NG, out_NG), tl.where(alone_NG, 0.0, outer_NG)
+        return out_NG, outer_NG
+
+
+@triton.jit
+def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr, RAW: tl.constexpr):
+    """Standard deviation over the scope, [BN, BG]; 0 for fewer than two live elements. RAW: 1 for a group of one."""
+    shifted_NG, _ = scope_shifted(x_NG, live_NG, SCOPE)
+    count = scope_sum(counted_NG, SCOPE)
+    mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))
+    off_NG = shifted_NG - mean
+    squares = scope_sum(tl.where(live_NG, off_NG * off_NG, 0.0) * counted_NG, SCOPE)
+    zero_NG = tl.zeros_like(x_NG)
+    std_NG = tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count - DDOF, 1.0)) + zero_NG)
+    if RAW and SCOPE == "group":
+        std_NG = tl.where((count + zero_NG) == 1.0, 1.0, std_NG)
+    return std_NG
+
+
+@triton.jit
+def spread(x_NG, live_NG):
+    """int1 [BN, 1]: the live elements of a group are not all the same. One live element or none have no spread."""
+    top_N = tl.max(tl.where(live_NG, x_NG, float("-inf")), 1)
+    low_N = tl.min(tl.where(live_NG, x_NG, float("inf")), 1)
+    return (top_N > low_N)[:, None]

@@ -1,0 +1,35 @@
+"""The kernels run natively under ``-m gpu``, and in Triton's interpreter where TRITON_INTERPRET=1 is set from the
+start.
+
+The interpreter cannot be switched on in a running process (Triton decides when it is imported), so
+``test_interpreter.py`` starts one process for each of the other files, and this one marks their tests as ``gpu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.helpers import INTERPRETED
+
+HERE = Path(__file__).resolve().parent
+HOST_ONLY = {"test_interpreter.py", "test_aot.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE and not INTERPRETED and item.path.name not in HOST_ONLY:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, or the largest integer, so that an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

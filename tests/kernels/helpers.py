@@ -1,0 +1,42 @@
+"""What the tests of several kernels share."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# In the interpreter bfloat16 arithmetic is silently wrong (Triton issue 11584).
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def on_device(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(DEVICE) for x in tensors]
+
+
+def assert_close(ours: Tensor, truth: Tensor, plain: Tensor | None = None, *, epsilon: float, what: str = "") -> None:
+    """Error of ours <= error of the plain op in the same dtype + epsilon * max(1, largest truth), all against float64.
+
+    Everything that is not a float has to be equal.
+    """
+    ours = ours.detach().cpu()
+    assert ours.shape == truth.shape, (what, ours.shape, truth.shape)
+    if not truth.is_floating_point():
+        assert torch.equal(ours, truth), (what, ours, truth)
+        return
+    if truth.numel() == 0:
+        return
+    same = ours.double() == truth  # infinities
+    error = torch.where(same, 0.0, (ours.double() - truth).abs())
+    finite = truth[truth.isfinite()]
+    allowed = epsilon * max(1.0, finite.abs().max().item() if finite.numel() else 1.0)
+    if plain is not None:
+        allowed += torch.where(plain.double() == truth, 0.0, (plain.double() - truth).abs()).max().item()
+    if bool((error <= allowed).all()):  # False for NaN
+        return
+    worst = int(torch.where(error.isnan(), float("inf"), error).argmax())
+    got, expected = ours.flatten()[worst].item(), truth.flatten()[worst].item()
+    raise AssertionError(f"{what} element {worst}: {got!r}, truth {expected!r}, allowed error {allowed:.3g}")

@@ -1,0 +1,155 @@
+"""Every kernel compiles for the GPUs that we name, without one, and no register is spilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
+from tests.kernels.helpers import INTERPRETED
+
+if not INTERPRETED:
+    from tests.kernels.aot import compiled, recorded
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of the compiler")
+ARCHITECTURES = [80, 90, 100]  # A100, H100 and H200, B200
+
+
+def group_advantages() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.group_advantages import group_advantages as launch
+
+    for name, batch, size in [("maestro", 4096, 16), ("gdpo", 512, 8), ("gdpo", 4096, 16), ("verl_gdpo", 4096, 256)]:
+        rewards_BK, profile = torch.zeros(batch, 8), PROFILES[name]
+        kl = torch.zeros(batch) if profile.kl_in == "score" else None
+        lengths = torch.zeros(batch, dtype=torch.int64) if profile.needs_lengths else None
+        index_NG = Groups.of(size, batch).index_NG
+        yield lambda r=rewards_BK, i=index_NG, p=profile, k=kl, n=lengths: launch(
+            r, r, i, profile=p, kl=k, beta=0.5, lengths=n
+        )
+
+
+def pool_hidden() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import pool_hidden as launch
+
+    start_B, length_B = torch.arange(64) * 16, torch.full((64,), 16)
+    for dtype in (torch.bfloat16, torch.float32):
+        flat = torch.zeros(1024, 4096, dtype=dtype)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=True)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=True, longest=256)
+        yield lambda x=flat: launch(x, start_B, length_B, mean=False)
+
+
+def head(size: int, rewards: int, units: int | None) -> ConductorParams:
+    last = torch.zeros(rewards, size if units is None else units)
+    first = (None, None) if units is None else (torch.zeros(units, size), torch.zeros(units))
+    return ConductorParams(torch.zeros(size), torch.ones(size), last, torch.zeros(rewards), *first)
+
+
+def conductor_weights() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.conductor_weights import Draw
+    from maestro_fast.kernels.conductor_weights import conductor_weights as launch
+
+    draw = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3, seed=2**40)
+    for dtype, units, soft in (
+        (torch.bfloat16, None, False),
+        (torch.float32, None, True),
+        (torch.bfloat16, 256, False),
+    ):
+        h = torch.zeros(512, 4096, dtype=dtype)
+        yield lambda h=h, u=units, s=soft: launch(h, head(4096, 8, u), draw, soft=s)
+
+
+def maestro_advantages() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.conductor_weights import Draw
+    from maestro_fast.kernels.maestro_advantages import maestro_advantages as launch
+
+    draw, bounds = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
+    for source, units, size, name in (
+        ("context", None, 8, "maestro"),
+        ("context", None, 128, "gdpo"),
+        ("last", 256, 16, "maestro"),
+        ("mean", None, 16, "maestro"),
+        ("mean", 256, 16, "maestro"),
+    ):
+        yield lambda o=source, u=units, g=size, p=name: launch(
+            torch.zeros(512, 8),
+            head(4096, 8, u),
+            draw,
+            Groups.of(g, 512).index_NG,
+            torch.zeros(512, 4096, dtype=torch.bfloat16),
+            soft=False,
+            source=o,
+            start_B=bounds[:-1],
+            length_B=bounds.diff(),
+            profile=PROFILES[p],
+        )
+
+
+def counterfactual_advantages() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.counterfactual_advantages import counterfactual_advantages as launch
+
+    for size, actions in ((8, 8), (64, 5), (1024, 8)):
+        rewards_BK, index_NG = torch.zeros(1024, 8), Groups.of(size, 1024).index_NG
+        yield lambda r=rewards_BK, i=index_NG, a=actions: launch(
+            r, r, torch.zeros(a, 8), i, profile=PROFILES["maestro"]
+        )
+
+
+def policy_loss() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.policy_loss import policy_loss as launch
+
+    cu_seqlens, advantages = torch.arange(0, 131073, 256), torch.zeros(512)
+    x, mask = torch.zeros(131072), torch.ones(131072, dtype=torch.bool)
+    everything = {"old_logprobs": x, "ref_logprobs": x, "sampling_logprobs": x, "entropies": x, "token_mask": mask}
+    for config, given in (
+        (PolicyLossConfig("grpo"), {"old_logprobs": x}),
+        (PolicyLossConfig("bnpo", kl_coef=0.1, clip_max=2.0), {"ref_logprobs": x, "token_mask": mask}),
+        (
+            PolicyLossConfig(
+                "bnpo", ratio="sequence", kl_coef=0.1, entropy_coef=0.1, sampler_correction="token_truncate"
+            ),
+            everything,
+        ),
+    ):
+        yield lambda c=config, g=given: launch(x, advantages, cu_seqlens, config=c, **g)
+
+
+def conductor_update() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels import conductor_update as kernel
+
+    actions, advantages = torch.zeros(2560, dtype=torch.int64), torch.zeros(2560)
+    for dtype, units in ((torch.float32, None), (torch.bfloat16, 256)):
+        params, h = head(4096, 8, units), torch.zeros(2560, 4096, dtype=dtype)
+        moments = {name: kernel.Moments(x, x) for name, x in vars(params).items() if x is not None}
+        options = {"tau": 1.0, "min_prob": 0.05, "entropy_coef": 0.3, "adamw": kernel.AdamW(1, 1e-3)}
+        yield lambda h=h, p=params, m=moments, o=options: kernel.conductor_update(
+            h, actions, advantages, p, m, kernel.activations(h, p), live=actions.bool(), **o
+        )
+
+
+OPS = [
+    group_advantages,
+    counterfactual_advantages,
+    pool_hidden,
+    conductor_weights,
+    maestro_advantages,
+    policy_loss,
+    conductor_update,
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_compiles_without_spills(op: Callable[[], Iterator[Callable[[], Any]]], arch: int) -> None:
+    spilled = []
+    for launcher in op():
+        for launch in recorded(launcher):
+            needs = compiled(launch, arch)
+            line = f"sm_{arch} {launch.name} grid {launch.grid} {launch.options}: {needs}"
+            print(line)
+            if needs.stack:
+                spilled.append(line)
+    assert not spilled, "\n".join(spilled)

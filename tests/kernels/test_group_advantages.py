@@ -1,0 +1,150 @@
+"""Advantages of the kernel against the reference in float64, in and out of one tile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_fast.kernels import group_advantages as kernel
+from maestro_fast.ops import PROFILES, AdvantageProfile, Groups
+from maestro_fast.ops.group_advantages import group_advantages as reference
+from tests.kernels.helpers import DEVICE, assert_close, on_device
+
+EPSILON = 2e-6  # times the largest truth; two normalisations and a sum over at most 8 rewards, in float32
+RAGGED = [3, 1, 1, 0, 3, 3, 3, 7, 1, 1, 1, 3, 3, 5, 5, 0, 2, 2, 2, 2]
+CUSTOM = {
+    "rewards over the batch": AdvantageProfile("batch", "batch", "group", "none", ddof=0),
+    "leave one out": AdvantageProfile("leave_one_out", "group", "leave_one_out", "group", singleton="raw"),
+    "centre alone": AdvantageProfile("batch", "none", "none", "batch", missing="zero"),
+    "nothing": AdvantageProfile("none", "none", "none", "none"),
+    "crossed": AdvantageProfile("group", "batch", "batch", "tokens", score_eps_in="variance"),
+}
+
+
+@pytest.fixture(params=["one tile", "several tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small tiles take a batch of 20 through the launches of a batch of thousands."""
+    if request.param == "several tiles":
+        for name, value in (("_WHOLE", 1), ("_SCAN", 16)):
+            monkeypatch.setattr(kernel, name, value)
+        monkeypatch.setattr(kernel.Tiles.of, "__defaults__", (16,))
+    return str(request.param)
+
+
+def inputs(batch: int, rewards: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rewards, weights, kl, lengths; a sixth of the rewards missing, two responses without any."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards_BK = torch.randn(batch, rewards, generator=generator) * 3 + 1
+    rewards_BK[torch.rand(batch, rewards, generator=generator) < 1 / 6] = float("nan")
+    rewards_BK[batch // 2 :: 7] = float("nan")
+    weights_BK = torch.rand(batch, rewards, generator=generator)
+    return (
+        rewards_BK,
+        weights_BK,
+        torch.rand(batch, generator=generator),
+        torch.randint(0, 50, (batch,), generator=generator),
+    )
+
+
+def launched(
+    rewards_BK: Tensor, weights_BK: Tensor, groups: Any, profile: AdvantageProfile, kl: Tensor | None, lengths: Tensor
+) -> kernel.Outputs:
+    index_NG = Groups.of(groups, rewards_BK.shape[0]).index_NG
+    rewards_BK, weights_BK, index_NG, kl, counts = on_device(
+        rewards_BK, weights_BK, index_NG, kl, lengths if profile.needs_lengths else None
+    )
+    return kernel.group_advantages(
+        rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=0.0 if kl is None else 0.1, lengths=counts
+    )
+
+
+def check(
+    rewards_BK: Tensor, weights_BK: Tensor, groups: Any, profile: AdvantageProfile, kl: Tensor, lengths: Tensor
+) -> None:
+    used_kl = kl if profile.kl_in == "score" else None
+    ours = launched(rewards_BK, weights_BK, groups, profile, used_kl, lengths)
+    again = launched(rewards_BK, weights_BK, groups, profile, used_kl, lengths)
+    options: dict[str, Any] = {"profile": profile, "lengths": lengths if profile.needs_lengths else None}
+    if used_kl is not None:
+        options |= {"kl": used_kl.double(), "beta": 0.1}
+    truth = reference(rewards_BK.double(), weights_BK.double(), groups, **options)
+    plain = reference(rewards_BK, weights_BK, groups, **options)
+    for name, x, same, expected, simple in zip(truth._fields, ours, again, truth, plain, strict=True):
+        assert_close(x, expected, simple, epsilon=EPSILON, what=name)
+        assert torch.equal(x, same), f"{name} differs between two runs"
+
+
+@pytest.mark.parametrize("name", [*PROFILES, *CUSTOM])
+@pytest.mark.parametrize("groups", [4, RAGGED], ids=["equal", "ragged"])
+def test_every_profile(name: str, groups: Any, tiles: str) -> None:
+    profile = PROFILES[name] if name in PROFILES else CUSTOM[name]
+    check(*inputs(20, 3)[:2], groups, profile, *inputs(20, 3)[2:])
+
+
+@pytest.mark.parametrize("rewards", [1, 8])
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("name", ["maestro", "gdpo"])
+def test_sizes_of_groups_and_numbers_of_rewards(name: str, size: int, rewards: int) -> None:
+    batch = max(2 * size, 6 * (size == 1))
+    rewards_BK, weights_BK, kl, lengths = inputs(batch, rewards, seed=size)
+    check(rewards_BK, weights_BK, size, PROFILES[name], kl, lengths)
+
+
+@pytest.mark.parametrize("name", ["maestro", "gdpo", "rloo", "grpo_batch", "verl_grpo"])
+def test_identical_rewards_give_exactly_zero(name: str, tiles: str) -> None:
+    profile = replace(PROFILES[name], kl_in="loss")
+    rewards_BK = torch.tensor([0.1, 1 / 3, 1e4 + 0.1]).expand(21, 3)
+    weights_BK = torch.tensor([0.7, 1.9, 0.31]).expand(21, 3)
+    out = launched(rewards_BK, weights_BK, 7, profile, None, torch.ones(21))
+    assert torch.equal(out.advantages.cpu(), torch.zeros(21))
+    assert out.degenerate.all()
+
+
+def test_strides_and_one_set_of_weights_for_all() -> None:
+    rewards_BK, _, kl, lengths = inputs(20, 3)
+    check(rewards_BK.T.contiguous().T, torch.rand(3).expand(20, 3), 5, PROFILES["maestro"], kl, lengths)
+
+
+def test_an_empty_batch() -> None:
+    out = kernel.group_advantages(
+        torch.zeros(0, 2, device=DEVICE),
+        torch.zeros(0, 2, device=DEVICE),
+        Groups.of(4, 0).to(torch.device(DEVICE)).index_NG,
+        profile=PROFILES["maestro"],
+    )
+    assert [tuple(x.shape) for x in out] == [(0,), (0,), (0, 2), (0,), (0,), (0,)]
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for scopes of groups, and for a batch that fits a tile."""
+    launches: list[str] = []
+    for name in ("_groups", "_finish", "_reward_moments"):
+        real = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, Counted(name, real, launches))
+    rewards_BK, weights_BK, _, lengths = inputs(80, 2)
+    for name, expected in (("maestro", 1), ("gdpo", 1), ("verl_gdpo", 1)):
+        launched(rewards_BK, weights_BK, 4, PROFILES[name], None, lengths)
+        assert len(launches) == expected, (name, launches)
+        launches.clear()
+    monkeypatch.setattr(kernel, "_WHOLE", 1)
+    monkeypatch.setattr(kernel, "_SCAN", 64)
+    monkeypatch.setattr(kernel.Tiles.of, "__defaults__", (16,))
+    for profile, expected in ((PROFILES["grpo"], 1), (PROFILES["gdpo"], 2), (CUSTOM["crossed"], 3)):
+        launched(rewards_BK, weights_BK, 4, profile, None, lengths)
+        assert len(launches) == expected, (profile, launches)
+        launches.clear()
+
+
+class Counted:
+    """A kernel that takes note of its launches."""
+
+    def __init__(self, name: str, kernel: Any, launches: list[str]) -> None:
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches.append(self.name)
+        return self.kernel[grid]

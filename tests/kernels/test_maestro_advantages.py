@@ -1,0 +1,154 @@
+"""The fused adaptive step against the ops that it is made of, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_fast.kernels import conductor_weights, group_advantages, pool_hidden
+from maestro_fast.kernels import maestro_advantages as kernel
+from maestro_fast.kernels.conductor_weights import Draw
+from maestro_fast.ops import PROFILES, Groups
+from maestro_fast.ops.maestro_advantages import maestro_advantages as reference
+from tests.kernels.helpers import DEVICE, DTYPES, assert_close, on_device
+from tests.kernels.test_conductor_weights import head, moved
+from tests.kernels.test_group_advantages import RAGGED, Counted, inputs
+
+EPSILON = 4e-6  # that of the Conductor's forward, through two normalisations
+SETTINGS = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
+SIZE = 72
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in (
+        (pool_hidden, "_CHUNK", 8),
+        (pool_hidden, "_COLUMNS", 128),
+        (conductor_weights, "_SPLIT", 64),
+        (kernel, "_INNER", 64),
+        (kernel, "_HIDDEN", 16),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def hidden_states(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Packed [T, d] and the lengths [B], among them an empty sequence and one of three chunks."""
+    generator = torch.Generator().manual_seed(batch)
+    length_B = torch.randint(1, 12, (batch,), generator=generator)
+    length_B[0], length_B[batch // 2] = 19, 0
+    flat = torch.randn(int(length_B.sum()), SIZE, generator=generator) * 2 + 0.5
+    return flat.to(dtype), length_B
+
+
+def check(
+    source: str, units: int | None, groups: Any, *, name: str = "maestro", soft: bool = False, **options: Any
+) -> None:
+    batch = 20 if groups == RAGGED else 2 * groups if groups > 4 else 5 * groups
+    rewards_BK, _, kl, lengths = inputs(batch, options.get("rewards", 3))
+    profile = PROFILES[name]
+    params = head(SIZE, rewards_BK.shape[1], units)
+    flat, length_B = hidden_states(batch, options.get("dtype", torch.float32))
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length_B.cumsum(0)])
+    x = flat[:batch] if source == "context" else flat
+    kl_used = kl if profile.kl_in == "score" else None
+    counts = lengths if profile.needs_lengths else None
+    arguments = on_device(rewards_BK, Groups.of(groups, batch).index_NG, x, bounds[:-1], length_B, kl_used, counts)
+    ours, again = (launched(arguments, params, profile, source, soft) for _ in range(2))
+
+    def expected(dtype: torch.dtype) -> list[Tensor]:
+        more: dict[str, Any] = {} if kl_used is None else {"kl": kl.to(dtype), "beta": 0.1}
+        where: dict[str, Any] = (
+            {"h": x.to(dtype)}
+            if source == "context"
+            else {"hidden": flat.to(dtype), "cu_seqlens": bounds, "pool": source}
+        )
+        mode = "soft" if soft else "sample"
+        sample, out = reference(
+            rewards_BK.to(dtype),
+            moved(params, dtype=dtype),
+            groups,
+            **where,
+            **more,
+            **SETTINGS,
+            mode=mode,
+            profile=profile,
+            lengths=counts,
+        )
+        return [*sample, *out]
+
+    names = [*ours[0]._fields, *ours[1]._fields]
+    results = zip(names, [*ours[0], *ours[1]], [*again[0], *again[1]], strict=True)
+    truths = zip(expected(torch.float64), expected(torch.float32), strict=True)
+    for (what, mine, same), (truth, plain) in zip(results, truths, strict=True):
+        assert_close(mine, truth, plain, epsilon=EPSILON, what=what)
+        assert torch.equal(mine, same), f"{what} differs between two runs"
+
+
+def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: str, soft: bool) -> Any:
+    rewards_BK, index_NG, x, start_B, length_B, kl, lengths = arguments
+    assert rewards_BK is not None and index_NG is not None and x is not None
+    return kernel.maestro_advantages(
+        rewards_BK,
+        moved(params, device=DEVICE),
+        Draw.of(rewards_BK.shape[1], **SETTINGS),
+        index_NG,
+        x,
+        soft=soft,
+        source=source,
+        start_B=None if source == "context" else start_B,
+        length_B=None if source == "context" else length_B,
+        profile=profile,
+        kl=kl,
+        beta=0.0 if kl is None else 0.1,
+        lengths=lengths,
+    )
+
+
+@pytest.mark.parametrize("units", [None, 24])
+@pytest.mark.parametrize("source", ["context", "last", "mean"])
+@pytest.mark.parametrize("groups", [4, RAGGED], ids=["equal", "ragged"])
+def test_sources_and_heads(source: str, units: int | None, groups: Any) -> None:
+    check(source, units, groups)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 33])
+def test_sizes_of_groups(groups: int) -> None:
+    check("context", None, groups)
+    check("last", 24, groups, soft=True)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gdpo", "verl_gdpo", "rloo"])
+def test_profiles(name: str) -> None:
+    check("context", None, RAGGED, name=name)
+
+
+@pytest.mark.parametrize("rewards", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_rewards_and_dtypes(rewards: int, dtype: torch.dtype) -> None:
+    check("mean", None, 5, rewards=rewards, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("source", "units", "expected"),
+    [("context", None, 1), ("last", None, 1), ("last", 24, 2), ("mean", None, 2), ("mean", 24, 3)],
+)
+def test_launches(source: str, units: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[str] = []
+    for module, name in (
+        (pool_hidden, "_sums"),
+        (conductor_weights, "_hidden"),
+        (kernel, "_groups"),
+        (group_advantages, "_finish"),
+        (group_advantages, "_reward_moments"),
+    ):
+        monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launches))
+    check(source, units, 4)
+    assert len(launches) == 2 * expected, launches  # check runs it twice
+
+
+def test_a_group_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="groups: one of 129 responses, expected at most 128"):
+        check("context", None, 129)

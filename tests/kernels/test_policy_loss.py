@@ -1,0 +1,165 @@
+"""Loss, gradients and metrics of the kernel against the reference and its autograd, in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_fast.kernels import policy_loss as kernel
+from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops.policy_loss import policy_loss as reference
+from tests.kernels.helpers import DEVICE, DTYPES, assert_close
+
+EPSILON = 1e-6
+LENGTHS = [13, 1, 40, 0, 7]
+TOKENS = sum(LENGTHS)
+CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0)
+MODES = ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_TOKENS", 16)
+
+
+def tensors(tokens: int = TOKENS, batch: int = len(LENGTHS)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    logprobs = -torch.rand(tokens, generator=generator) * 3
+    old = logprobs + 0.3 * normal(tokens)
+    mask = torch.rand(tokens, generator=generator) < 0.75
+    return {
+        "logprobs": logprobs,
+        "advantages": normal(batch),
+        "old_logprobs": old,
+        "ref_logprobs": logprobs + 0.3 * normal(tokens),
+        "sampling_logprobs": old + 0.2 * normal(tokens),
+        "entropies": torch.rand(tokens, generator=generator) * 2,
+        "token_mask": mask,
+    }
+
+
+def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor = CU_SEQLENS) -> kernel.Loss:
+    def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+        wide = {
+            name: x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in given.items()
+        }
+        leaves = [wide[name].requires_grad_() for name in ("logprobs", "entropies") if name in wide]
+        loss, metrics = reference(cu_seqlens=cu_seqlens, config=config, **wide)
+        zero = sum(leaf.sum() * 0 for leaf in leaves)
+        grads = torch.autograd.grad(loss + zero, leaves)
+        out = {"loss": loss.detach(), **metrics, "d_logprobs": grads[0]}
+        return out | ({"d_entropies": grads[1]} if config.entropy_coef > 0 else {})
+
+    def ours() -> tuple[kernel.Loss, dict[str, Tensor]]:
+        there = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in given.items()}
+        out = kernel.policy_loss(cu_seqlens=cu_seqlens.to(DEVICE), config=config, **there)
+        named = {"loss": out.loss, **out.metrics, "d_logprobs": out.d_logprobs}
+        return out, named | ({} if out.d_entropies is None else {"d_entropies": out.d_entropies})
+
+    (out, mine), (_, again) = ours(), ours()
+    truth, plain = expected(torch.float64), expected(torch.float32)
+    assert mine.keys() == truth.keys()
+    for name in truth:
+        assert_close(mine[name], truth[name], plain[name], epsilon=EPSILON, what=name)
+        assert torch.equal(mine[name], again[name]), f"{name} differs between two runs"
+    return out
+
+
+def make(normalization: str, **options: Any) -> PolicyLossConfig:
+    return PolicyLossConfig(normalization, max_completion_length=50, **options)  # type: ignore[arg-type]
+
+
+def chosen(*names: str) -> dict[str, Any]:
+    return {name: x for name, x in tensors().items() if name in ("logprobs", "advantages", *names)}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalizer", [None, 137.0, torch.tensor(137)], ids=["default", "number", "tensor"])
+@pytest.mark.parametrize("normalization", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_normalizations(normalization: str, normalizer: Any, masked: bool) -> None:
+    if normalization == "dapo" and normalizer is None:
+        return  # the op asks for it
+    given = chosen("old_logprobs", "token_mask" if masked else "")
+    compare(make(normalization, clip_high=0.28), given | {"normalizer": normalizer})
+
+
+@pytest.mark.parametrize(("ratio", "objective", "mode"), list(product(["token", "sequence"], ["clip", "cispo"], MODES)))
+def test_ratios_objectives_and_sampler_corrections(ratio: str, objective: str, mode: str) -> None:
+    config = make("grpo", ratio=ratio, objective=objective, clip_max=1.3, sampler_correction=mode, sampler_cap=1.2)
+    given = chosen("old_logprobs", "sampling_logprobs", "token_mask")
+    given["sampling_logprobs"][::5] = float("nan")
+    compare(config, given)
+
+
+@pytest.mark.parametrize("clip_max", [None, 1.1, 4.0])
+@pytest.mark.parametrize("given_old", [False, True])
+def test_two_sided_clip_and_on_policy(clip_max: float | None, given_old: bool) -> None:
+    given = chosen("old_logprobs") if given_old else chosen()
+    compare(make("bnpo", clip_max=clip_max), given)
+    compare(make("bnpo", clip_max=clip_max, ratio="sequence"), given)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.04])
+def test_kl(coefficient: float) -> None:
+    compare(make("grpo", kl_coef=coefficient), chosen("old_logprobs", "ref_logprobs", "token_mask"))
+
+
+def test_a_small_kl_does_not_cancel() -> None:
+    """k3 of 1e-4 is 5e-9, of which exp(x) - 1 - x in float32 has no digit."""
+    given = chosen("ref_logprobs")
+    given["logprobs"] = torch.full((TOKENS,), -0.5)
+    given["ref_logprobs"] = given["logprobs"] + 2.0**-13
+    out = compare(make("grpo", kl_coef=0.04), given)
+    expected = torch.tensor(2.0**-13, dtype=torch.float64)
+    torch.testing.assert_close(out.metrics["kl"].cpu().double(), torch.expm1(expected) - expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalizer", [None, 99.0, torch.tensor(99.0)], ids=["default", "number", "tensor"])
+def test_entropy_bonus(normalizer: Any, masked: bool) -> None:
+    given = chosen("old_logprobs", "entropies", "token_mask" if masked else "")
+    compare(make("bnpo", entropy_coef=0.01), given | {"entropy_normalizer": normalizer})
+
+
+def test_all_masked_and_what_masked_tokens_hold() -> None:
+    given = chosen("old_logprobs", "ref_logprobs", "sampling_logprobs", "token_mask")
+    for name in ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs"):
+        given[name][~given["token_mask"]] = float("inf")
+    config = make("bnpo", kl_coef=0.1, sampler_correction="token_truncate")
+    out = compare(config, given)
+    assert (out.d_logprobs.cpu()[~given["token_mask"]] == 0).all()
+    compare(config, given | {"token_mask": torch.zeros(TOKENS)})
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 7], [0, 0], []], ids=str)
+def test_few_tokens(lengths: list[int]) -> None:
+    made = tensors(sum(lengths), len(lengths))
+    given = {name: made[name] for name in ("logprobs", "advantages", "old_logprobs")}
+    compare(make("grpo"), given, torch.tensor([0, *lengths]).cumsum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype: torch.dtype) -> None:
+    given = chosen("old_logprobs", "ref_logprobs")
+    given = {name: x.to(dtype) if name != "advantages" else x for name, x in given.items()}
+    compare(make("grpo", kl_coef=0.04), given, CU_SEQLENS.int())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_launches(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.kernels.test_group_advantages import Counted
+
+    launches: list[str] = []
+    for name in ("_sequences", "_reduce"):
+        monkeypatch.setattr(kernel, name, Counted(name, getattr(kernel, name), launches))
+    compare(make("bnpo"), chosen("old_logprobs", "token_mask" if masked else ""))
+    assert launches == ["_sequences", "_reduce"] * 2
