@@ -27,7 +27,7 @@ from torch import Tensor
 
 _TOKENS = 1024  # of one step
 _PARTS = tl.constexpr(8)  # loss, entropy, clipped low, clipped high, ratio, kl, sampler ratio, live tokens
-_METRICS = {"clip_low": 2, "clip_high": 3, "ratio": 4, "kl": 5, "sampler_ratio": 6}
+METRICS = {"clip_low": 2, "clip_high": 3, "ratio": 4, "kl": 5, "sampler_ratio": 6}
 
 
 @triton.jit
@@ -285,12 +285,19 @@ def _reduce(
 
 
 class Loss(NamedTuple):
-    """Scalar loss, 0-dim metrics, and the loss's gradients [T]; all float32."""
+    """float32: the loss at 0 and the metrics at ``METRICS`` of ``values``, and the loss's gradients [T]."""
 
-    loss: Tensor
-    metrics: dict[str, Tensor]
+    values: Tensor
     d_logprobs: Tensor
     d_entropies: Tensor | None
+
+    @property
+    def loss(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        return {name: self.values[place] for name, place in METRICS.items()}
 
 
 def _default_divisor(config: Any, batch: int, tokens: int, masked: bool) -> float | None:
@@ -392,6 +399,4 @@ def policy_loss(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    names = [name for name in _METRICS if name not in ("kl", "sampler_ratio")]
-    names += ["kl"] * (ref_logprobs is not None) + ["sampler_ratio"] * (sampling_logprobs is not None)
-    return Loss(out[0], {name: out[_METRICS[name]] for name in names}, d_logprobs, d_entropies)
+    return Loss(out, d_logprobs, d_entropies)

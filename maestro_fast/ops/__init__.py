@@ -5,7 +5,8 @@ Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V 
 
 from maestro_fast.ops.backend import SERVED_BY
 from maestro_fast.ops.balance_sequences import balance_sequences
-from maestro_fast.ops.conductor_weights import ConductorParams, ConductorSample, conductor_weights
+from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weights
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups

@@ -6,23 +6,26 @@ from typing import Literal
 
 from torch import Tensor
 
-from maestro_fast.ops import cpp
+from maestro_fast.ops import cpp, gpu
 
 Backend = Literal["torch", "cpp", "triton"]
 
 # Every op has the PyTorch reference. A backend is listed here once it exists and agrees with the reference; the first
 # that can take the tensors at hand serves them.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
-    "group_advantages": ("cpp", "torch"),
-    "counterfactual_advantages": ("cpp", "torch"),
-    "maestro_advantages": ("cpp", "torch"),
-    "conductor_weights": ("cpp", "torch"),
-    "pool_hidden": ("torch",),
+    "group_advantages": ("cpp", "triton", "torch"),
+    "counterfactual_advantages": ("cpp", "triton", "torch"),
+    "maestro_advantages": ("cpp", "triton", "torch"),
+    "conductor_weights": ("cpp", "triton", "torch"),
+    "pool_hidden": ("triton", "torch"),
     "token_logprobs": ("torch",),
-    "policy_loss": ("torch",),
+    "policy_loss": ("triton", "torch"),
     "pack_sequences": ("cpp",),
     "balance_sequences": ("cpp",),
 }
+
+
+_DIFFERENTIABLE = ("policy_loss",)  # by Triton: its kernel gives the gradient with the loss
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:
@@ -33,15 +36,17 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
     """
     served = SERVED_BY[op]
     if backend is None:
-        return next(candidate for candidate in served if _obstacle(candidate, tensors) is None)
+        return next(candidate for candidate in served if _obstacle(op, candidate, tensors, False) is None)
     if backend not in served:
         raise ValueError(f"backend: {backend!r} does not serve {op}, expected one of {', '.join(served)}")
-    reason = _obstacle(backend, tensors)
+    reason = _obstacle(op, backend, tensors, True)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {op} here: {reason}")
     return backend
 
 
-def _obstacle(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _obstacle(op: str, backend: Backend, tensors: tuple[Tensor | None, ...], chosen: bool) -> str | None:
     """Why a backend cannot take these tensors, or None; PyTorch takes all."""
+    if backend == "triton":
+        return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE)
     return cpp.obstacle(tensors) if backend == "cpp" else None

@@ -8,58 +8,18 @@ The head is linear, d -> K, or d -> H -> GELU (erf) -> K. Log-probs and entropy 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maestro_fast.ops import cpp_conductor
+from maestro_fast.ops import cpp_conductor, gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.conductor_params import ConductorParams, check_params
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.ops.tensors import without_autocast
 
 WeightMode = Literal["sample", "soft"]
-
-
-@dataclass(frozen=True)
-class ConductorParams:
-    """Parameters of the head, float32 (float64 for a reference).
-
-    Attributes:
-        mean, rstd: [d], standardisation of h, frozen between updates.
-        weight, bias: [K, d] or [K, H] and [K], the last layer; zeros mean equal weights.
-        hidden_weight, hidden_bias: [H, d] and [H] of an MLP head, or None for a linear one.
-    """
-
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor
-    hidden_weight: Tensor | None = None
-    hidden_bias: Tensor | None = None
-
-    @property
-    def num_rewards(self) -> int:
-        return self.weight.shape[0]
-
-    def logits(self, h: Tensor) -> Tensor:
-        """z [B, K] of contexts [B, d]."""
-        with without_autocast(h):
-            return functional.linear(self.features(h), self.weight, self.bias)
-
-    def features(self, h: Tensor) -> Tensor:
-        """What the last layer is applied to: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
-        x = (h.to(self.weight.dtype) - self.mean) * self.rstd
-        if self.hidden_weight is None:
-            return x
-        with without_autocast(h):
-            return functional.gelu(functional.linear(x, self.hidden_weight, self.hidden_bias))
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
 
 
 class ConductorSample(NamedTuple):
@@ -96,8 +56,9 @@ def conductor_weights(
         mode: "sample" draws an action per response; "soft" takes the probabilities as weights.
         seed, step, offset: key of the draws; ``offset`` is the global index of the first response, so that a batch
             that is split over processes draws what it would have drawn whole.
-        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute. C++ does the
-            whole of a linear head, and the last layer of an MLP, whose first is PyTorch's.
+        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
+            or a gradient to compute. C++ does the whole of a linear head, and the last layer of an MLP, whose first
+            is PyTorch's.
 
     Returns:
         ``ConductorSample``; log_probs, entropy and probs are differentiable in ``params``, in soft mode weights too.
@@ -106,12 +67,16 @@ def conductor_weights(
         ValueError: shapes, devices, or a number out of its range.
         TypeError: dtypes.
     """
-    _check(h, params, tau, min_prob, alpha, mode)
-    if resolve("conductor_weights", backend, h, *params.tensors) == "cpp":
+    check_choice(h, params, tau, min_prob, alpha, mode)
+    chosen = resolve("conductor_weights", backend, h, *params.tensors)
+    if chosen != "torch":
         if mode == "sample":
             check_key(seed, step, offset)
         key = (seed, step, offset) if mode == "sample" else (0, 0, 0)
-        return _by_cpp(h, params, (tau, min_prob, alpha, mode == "soft", *key))
+        choice = (tau, min_prob, alpha, mode == "soft", *key)
+        if chosen == "triton":
+            return ConductorSample(*gpu_advantages.conductor_weights(h, params, choice))
+        return _by_cpp(h, params, choice)
     probs = action_probs(params.logits(h), tau, min_prob)
     if mode == "soft":
         actions = probs.detach().argmax(-1)
@@ -148,10 +113,10 @@ def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     return actions
 
 
-def _check(h: Tensor, params: ConductorParams, tau: float, min_prob: float, alpha: float, mode: str) -> None:
+def check_choice(h: Tensor, params: ConductorParams, tau: float, min_prob: float, alpha: float, mode: str) -> None:
     if not h.is_floating_point():
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
-    _check_params(h, params)
+    check_params(h, params)
     if not tau > 0:
         raise ValueError(f"tau: {tau}, expected a positive number")
     if not 0 <= min_prob < 1 / params.num_rewards:
@@ -160,30 +125,3 @@ def _check(h: Tensor, params: ConductorParams, tau: float, min_prob: float, alph
         raise ValueError(f"alpha: {alpha}, expected 0 < alpha <= 1")
     if mode not in ("sample", "soft"):
         raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
-
-
-def _check_params(h: Tensor, params: ConductorParams) -> None:
-    if h.ndim != 2 or h.shape[1:] != params.mean.shape:
-        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
-    if (params.hidden_weight is None) != (params.hidden_bias is None):
-        raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
-    size, actions = h.shape[1], params.weight.shape[0]
-    inner = size if params.hidden_weight is None else params.hidden_weight.shape[0]
-    expected = {
-        "rstd": (size,),
-        "weight": (actions, inner),
-        "bias": (actions,),
-        "hidden_weight": (inner, size),
-        "hidden_bias": (inner,),
-    }
-    for item in fields(params):
-        tensor = getattr(params, item.name)
-        if tensor is None:
-            continue
-        shape = expected.get(item.name, (size,))
-        if tensor.shape != shape:
-            raise ValueError(f"params.{item.name}: shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != params.weight.dtype or not tensor.is_floating_point():
-            raise TypeError(f"params.{item.name}: dtype {tensor.dtype}, expected one floating dtype for all")
-        if tensor.device != h.device:
-            raise ValueError(f"params.{item.name}: on {tensor.device}, expected {h.device} as h")

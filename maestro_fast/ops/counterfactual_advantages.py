@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages
+from maestro_fast.ops import cpp_advantages, gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.group_advantages import as_matrices, check_inputs
 from maestro_fast.ops.groups import Groups, GroupsLike
@@ -41,7 +41,9 @@ def counterfactual_advantages(
         groups, kl, beta: as in ``group_advantages``.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
             scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
-        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute.
+        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
+            or a gradient to compute.
+            Triton serves groups of at most 1,024.
 
     Returns:
         [B, A], float32 (float64 for float64 rewards). Entry [j, a] is advantage j of ``group_advantages`` with row j of
@@ -59,8 +61,12 @@ def counterfactual_advantages(
     prof = resolve_profile(profile)
     check_inputs(rewards, weights, kl, beta, prof)
     _check(rewards, action_weights, prof)
-    if resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl) == "cpp":
-        return cpp_advantages.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
+    chosen = resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl)
+    if chosen != "torch":
+        arguments = rewards, weights, action_weights, groups, kl, beta, prof
+        if chosen == "cpp":
+            return cpp_advantages.counterfactual_advantages(*arguments)
+        return gpu_advantages.counterfactual_advantages(*arguments)
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, action_weights.to(rewards_BK.dtype), grouping, kl, beta, prof)

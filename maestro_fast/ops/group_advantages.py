@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages
+from maestro_fast.ops import cpp_advantages, gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
@@ -67,7 +67,8 @@ def group_advantages(
             no other takes. A response counts as often as it has tokens in that scope alone: one of length 0 is live in
             its group, and has an advantage, which no token carries.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``.
-        backend: "cpp", "torch", or None: C++ on the CPU unless there is float64 or a gradient to compute.
+        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
+            or a gradient to compute.
 
     Raises:
         ValueError: shapes, devices, unknown names, a KL given to a profile whose KL is in the loss; lengths
@@ -78,9 +79,11 @@ def group_advantages(
     if groups is None:
         raise TypeError("groups: missing, expected an int, a [B] sequence of ids or Groups")
     check_inputs(rewards, weights, kl, beta, prof)
-    _check_lengths(lengths, rewards, prof)
-    if resolve("group_advantages", backend, rewards, weights, kl, lengths) == "cpp":
-        return GroupAdvantages(*cpp_advantages.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+    check_lengths(lengths, rewards, prof)
+    chosen = resolve("group_advantages", backend, rewards, weights, kl, lengths)
+    if chosen != "torch":
+        by = cpp_advantages if chosen == "cpp" else gpu_advantages
+        return GroupAdvantages(*by.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
@@ -119,7 +122,7 @@ def as_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor
     return rewards_BK, weights.to(rewards_BK.dtype).expand_as(rewards_BK)
 
 
-def _check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
+def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
     if lengths is None:
         if profile.needs_lengths:
             raise ValueError(f"lengths: missing, expected ({rewards.shape[0]},) with a profile of scope 'tokens'")

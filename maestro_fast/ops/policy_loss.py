@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import gpu_policy_loss
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.tensors import is_integer, readable, wide
@@ -72,13 +73,13 @@ def policy_loss(
         normalizer: the divisor of the whole optimiser step, see the module.
         entropy_normalizer: what the summed entropies are divided by; the live tokens given if None.
         config: variant and coefficients.
-        backend: None or "torch".
+        backend: "triton", "torch", or None: Triton on a CUDA device unless there is float64. Triton's gradient comes
+            with the loss; it cannot be differentiated again.
 
     Raises:
         ValueError: shapes, devices, or an input that ``config`` needs is missing.
         TypeError: dtypes.
     """
-    resolve("policy_loss", backend)
     tokenwise = {
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
@@ -87,6 +88,9 @@ def policy_loss(
         "token_mask": token_mask,
     }
     _check(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
+    if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
+        divisors = normalizer, entropy_normalizer
+        return PolicyLoss(*gpu_policy_loss.policy_loss(logprobs, advantages, cu_seqlens, tokenwise, divisors, config))
     segments = _Segments.of(cu_seqlens, logprobs.shape[0], token_mask)
     live_T = segments.live_T
     advantages_T = wide(advantages)[segments.sequence_T]

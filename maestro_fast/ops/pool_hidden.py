@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.tensors import is_integer, readable, wide
 
@@ -36,7 +37,7 @@ def pool_hidden(
         cu_seqlens: int [B + 1], sequence b is ``hidden[cu_seqlens[b]:cu_seqlens[b + 1]]``.
         mode: see the module.
         prompt_lengths: int [B], required by the prompt modes; the prompt comes first in each sequence.
-        backend: None or "torch".
+        backend: "triton", "torch", or None: Triton on a CUDA device, unless there is float64 or a gradient to compute.
 
     Returns:
         [B, d], float32 (float64 for float64 input). An empty sequence pools to 0. Differentiable.
@@ -45,15 +46,11 @@ def pool_hidden(
         ValueError: shapes, or not exactly one description of the layout, or an unknown mode.
         TypeError: dtypes.
     """
-    resolve("pool_hidden", backend)
-    bounds, start_B, length_B, flat = _layout(hidden, mask, lengths, cu_seqlens)
-    if mode not in get_args(PoolMode):
-        raise ValueError(f"mode: {mode!r}, expected one of {get_args(PoolMode)}")
-    if mode.startswith("prompt"):
-        if prompt_lengths is None:
-            raise ValueError(f"prompt_lengths: missing, expected int [B] with mode={mode!r}")
-        _check_lengths("prompt_lengths", prompt_lengths, start_B.shape[0], None)
-        length_B = torch.minimum(prompt_lengths.to(length_B), length_B)
+    chosen = resolve("pool_hidden", backend, hidden)
+    bounds, start_B, length_B, flat = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+    if chosen == "triton":
+        longest = None if hidden.ndim == 2 else hidden.shape[1]
+        return gpu_advantages.pool_hidden(flat, start_B, length_B, mode.endswith("mean"), longest)
     if flat.shape[0] == 0:  # all sequences are empty: one row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
@@ -66,6 +63,26 @@ def pool_hidden(
 
 # Segment bounds [B + 1], first token [B] and tokens [B] of each sequence, and the flattened states [*, d].
 Layout = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def segments(
+    hidden: Tensor,
+    mode: str,
+    prompt_lengths: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    """What ``pool_hidden`` pools in this mode, checked."""
+    bounds, start_B, length_B, flat = _layout(hidden, mask, lengths, cu_seqlens)
+    if mode not in get_args(PoolMode):
+        raise ValueError(f"mode: {mode!r}, expected one of {get_args(PoolMode)}")
+    if mode.startswith("prompt"):
+        if prompt_lengths is None:
+            raise ValueError(f"prompt_lengths: missing, expected int [B] with mode={mode!r}")
+        _check_lengths("prompt_lengths", prompt_lengths, start_B.shape[0], None)
+        length_B = torch.minimum(prompt_lengths.to(length_B), length_B)
+    return bounds, start_B, length_B, flat
 
 
 def _layout(hidden: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Layout:

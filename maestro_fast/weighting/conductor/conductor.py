@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.conductor_weights import ConductorParams, conductor_weights
+from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_weights import conductor_weights
 from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.conductor.config import ConductorConfig
 from maestro_fast.weighting.conductor.objective import WEAKNESS, reinforce

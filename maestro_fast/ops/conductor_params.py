@@ -1,0 +1,76 @@
+"""Parameters of the Conductor's head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+from torch.nn import functional
+
+from maestro_fast.ops.tensors import without_autocast
+
+
+@dataclass(frozen=True)
+class ConductorParams:
+    """Parameters of the head, float32 (float64 for a reference).
+
+    Attributes:
+        mean, rstd: [d], standardisation of h, frozen between updates.
+        weight, bias: [K, d] or [K, H] and [K], the last layer; zeros mean equal weights.
+        hidden_weight, hidden_bias: [H, d] and [H] of an MLP head, or None for a linear one.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    hidden_weight: Tensor | None = None
+    hidden_bias: Tensor | None = None
+
+    @property
+    def num_rewards(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """z [B, K] of contexts [B, d]."""
+        with without_autocast(h):
+            return functional.linear(self.features(h), self.weight, self.bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        """What the last layer is applied to: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
+        x = (h.to(self.weight.dtype) - self.mean) * self.rstd
+        if self.hidden_weight is None:
+            return x
+        with without_autocast(h):
+            return functional.gelu(functional.linear(x, self.hidden_weight, self.hidden_bias))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
+
+
+def check_params(h: Tensor, params: ConductorParams) -> None:
+    if h.ndim != 2 or h.shape[1:] != params.mean.shape:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
+    if (params.hidden_weight is None) != (params.hidden_bias is None):
+        raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
+    size, actions = h.shape[1], params.weight.shape[0]
+    inner = size if params.hidden_weight is None else params.hidden_weight.shape[0]
+    expected = {
+        "rstd": (size,),
+        "weight": (actions, inner),
+        "bias": (actions,),
+        "hidden_weight": (inner, size),
+        "hidden_bias": (inner,),
+    }
+    for item in fields(params):
+        tensor = getattr(params, item.name)
+        if tensor is None:
+            continue
+        shape = expected.get(item.name, (size,))
+        if tensor.shape != shape:
+            raise ValueError(f"params.{item.name}: shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != params.weight.dtype or not tensor.is_floating_point():
+            raise TypeError(f"params.{item.name}: dtype {tensor.dtype}, expected one floating dtype for all")
+        if tensor.device != h.device:
+            raise ValueError(f"params.{item.name}: on {tensor.device}, expected {h.device} as h")
