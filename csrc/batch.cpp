@@ -3,6 +3,17 @@
 #include <cstring>
 
 namespace maestro_fast {
+namespace {
+
+// A bfloat16 is the upper half of a float32.
+float widened(std::uint16_t half) {
+  const std::uint32_t bits = std::uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace
 
 Batch::Batch(const AdvantageInputs& in, const Partition& groups, const AdvantageProfile& profile,
              const AdvantageOutputs& out, bool keep)
@@ -50,11 +61,14 @@ Chunk Batch::prepared(std::int64_t c, const Workspace& work, bool with_inputs) c
 }
 
 void Batch::place_inputs(Chunk& chunk, std::int64_t row, float* gathered) const {
-  const bool as_they_lie = in_order() && !in.bfloat16;
-  chunk.rewards = as_they_lie ? static_cast<const float*>(in.rewards) + row * K : gathered;
-  for (std::int64_t r = 0; !as_they_lie && r < chunk.rows; ++r) {
-    const std::int64_t from = source(row + r) * K;
-    for (std::int64_t k = 0; k < K; ++k) gathered[r * K + k] = reward(from + k);
+  if (in.bfloat16) {
+    for (std::int64_t r = 0; r < chunk.rows; ++r) {
+      const auto* from = static_cast<const std::uint16_t*>(in.rewards) + source(row + r) * K;
+      for (std::int64_t k = 0; k < K; ++k) gathered[r * K + k] = widened(from[k]);
+    }
+    chunk.rewards = gathered;
+  } else {
+    chunk.rewards = rows_of(static_cast<const float*>(in.rewards), K, row, chunk.rows, gathered);
   }
   chunk.weights = in.weights == nullptr ? ones_.data() : in.weights;
   if (in.weights_per_row) {
@@ -84,21 +98,14 @@ const float* Batch::rows_of(const float* values, std::int64_t width, std::int64_
   return to;
 }
 
-float Batch::reward(std::int64_t i) const {
-  if (!in.bfloat16) return static_cast<const float*>(in.rewards)[i];
-  // A bfloat16 is the upper half of a float32.
-  const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(in.rewards)[i]} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // Of whole columns, in the order of the groups. Not made fast: no named profile scales a reward over the batch.
 void Batch::measure_columns() {
   for (std::int64_t k = 0; k < K; ++k) {
     Moments all;
     for (std::int64_t position = 0; position < groups.batch; ++position) {
-      const float value = reward(source(position) * K + k);
+      const std::int64_t i = source(position) * K + k;
+      const float value = in.bfloat16 ? widened(static_cast<const std::uint16_t*>(in.rewards)[i])
+                                      : static_cast<const float*>(in.rewards)[i];
       if (value == value) all.add({1.0, value, 0.0, value, true});
     }
     const Center center(all, profile.ddof);

@@ -76,7 +76,6 @@ class Batch {
   void place_inputs(Chunk& chunk, std::int64_t row, float* gathered) const;
   void place_outputs(Chunk& chunk, std::int64_t row, const Workspace& work) const;
   const float* rows_of(const float* values, std::int64_t width, std::int64_t row, std::int64_t count, float* to) const;
-  float reward(std::int64_t i) const;
   void measure_columns();
 
   std::vector<float> ones_;

@@ -10,155 +10,8 @@
 namespace maestro_fast {
 namespace {
 
-constexpr std::int64_t kProductsPerThread = 1 << 21;
-constexpr std::int64_t kLanes = 8;  // of a Float8
-constexpr std::int64_t kWide = 4;   // actions whose logits are formed together
-
-std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
-
-// weight * rstd as [K rounded up, d rounded up], zeros in the padding. The mean is not folded into the bias: where a
-// channel's mean is far larger than its spread, as in the massive channels of language models, float32 would cancel.
-std::vector<float> folded(const ConductorHead& head) {
-  const std::int64_t stride = rounded_up(head.size, kLanes);
-  std::vector<float> weight(static_cast<std::size_t>(rounded_up(head.actions, kWide) * stride), 0.0f);
-  for (std::int64_t k = 0; k < head.actions; ++k) {
-    float* to = weight.data() + k * stride;
-    const float* from = head.weight + k * head.size;
-    for (std::int64_t i = 0; i < head.size; ++i) to[i] = head.rstd == nullptr ? from[i] : from[i] * head.rstd[i];
-  }
-  return weight;
-}
-
-struct Problem {
-  const void* h;
-  bool bfloat16;
-  const ConductorHead& head;
-  const float* weight;  // folded
-  std::int64_t stride;
-};
-
-MAESTRO_INLINE void centre_row(const Problem& p, std::int64_t row, float* to) {
-  const std::int64_t d = p.head.size;
-  if (p.bfloat16) {
-    const auto* from = static_cast<const std::uint16_t*>(p.h) + row * d;
-    for (std::int64_t i = 0; i < d; ++i) {
-      const std::uint32_t bits = std::uint32_t{from[i]} << 16;
-      std::memcpy(to + i, &bits, sizeof bits);
-    }
-  } else {
-    std::memcpy(to, static_cast<const float*>(p.h) + row * d, static_cast<std::size_t>(d) * sizeof(float));
-  }
-  if (p.head.mean == nullptr) return;
-  for (std::int64_t i = 0; i < d; ++i) to[i] -= p.head.mean[i];
-}
-
-// Logits of kRows rows for four actions. Every logit has the same order of additions, however many rows there are.
-template <int kRows>
-MAESTRO_INLINE void logits_of(const float* x, const float* weight, std::int64_t stride, double* logits,
-                              std::int64_t width) {
-  Float8 total[kRows][kWide] = {};
-  for (std::int64_t i = 0; i < stride; i += kLanes) {
-    Float8 value[kRows];
-    for (int r = 0; r < kRows; ++r) value[r] = load8(x + r * stride + i);
-    for (int k = 0; k < kWide; ++k) {
-      const Float8 w = load8(weight + k * stride + i);
-      for (int r = 0; r < kRows; ++r) total[r][k] += value[r] * w;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int k = 0; k < kWide; ++k) logits[r * width + k] = sum(total[r][k]);
-  }
-}
-
-template <int kRows>
-MAESTRO_INLINE void logits_of_rows(const Problem& p, std::int64_t row, float* x, double* logits) {
-  const std::int64_t width = rounded_up(p.head.actions, kWide);
-  for (int r = 0; r < kRows; ++r) centre_row(p, row + r, x + r * p.stride);
-  for (std::int64_t k = 0; k < width; k += kWide) {
-    logits_of<kRows>(x, p.weight + k * p.stride, p.stride, logits + k, width);
-  }
-}
-
-// p = (1 - K m) softmax(z / tau) + m in place; the padding becomes 0.
-MAESTRO_INLINE void probabilities(double* z, const ConductorHead& head, const ConductorChoice& choice) {
-  const std::int64_t K = head.actions, width = rounded_up(K, kWide);
-  double top = -std::numeric_limits<double>::infinity();
-  for (std::int64_t k = 0; k < K; ++k) {
-    z[k] = (z[k] + head.bias[k]) / choice.tau;
-    top = std::max(top, z[k]);
-  }
-  for (std::int64_t k = K; k < width; ++k) z[k] = -std::numeric_limits<double>::infinity();
-  Double4 total = splat(0.0);
-  for (std::int64_t k = 0; k < width; k += 4) {
-    const Double4 e = exp4(load4(z + k) - top);
-    store4(z + k, e);
-    total += e;
-  }
-  const double scale = (1.0 - static_cast<double>(K) * choice.min_prob) / sum(total);
-  for (std::int64_t k = 0; k < K; ++k) z[k] = z[k] * scale + choice.min_prob;
-}
-
-// In float32, from the left, as every backend does it: an action is a function of the probabilities as they are returned.
-MAESTRO_INLINE std::int64_t drawn(const float* probs, std::int64_t K, float u) {
-  float total = 0;
-  std::int64_t action = 0;
-  for (std::int64_t k = 0; k + 1 < K; ++k) {
-    total += probs[k];
-    action += u >= total ? 1 : 0;
-  }
-  return action;
-}
-
-// Overwrites p by its logarithms.
-MAESTRO_INLINE void choose(double* p, const ConductorHead& head, const ConductorChoice& choice,
-                           const ConductorOutputs& out, std::int64_t row) {
-  const std::int64_t K = head.actions, width = rounded_up(K, kWide);
-  float *probs = out.probs + row * K, *weights = out.weights + row * K;
-  for (std::int64_t k = 0; k < K; ++k) probs[k] = static_cast<float>(p[k]);
-  std::int64_t action;
-  if (choice.soft) {
-    action = std::max_element(probs, probs + K) - probs;
-    std::copy_n(probs, K, weights);
-  } else {
-    action = drawn(probs, K, uniform(choice.seed, choice.step, choice.offset + static_cast<std::uint64_t>(row)));
-    const double equal = (1.0 - choice.alpha) / static_cast<double>(K);
-    std::fill_n(weights, K, static_cast<float>(equal));
-    weights[action] = static_cast<float>(equal + choice.alpha);
-  }
-  Double4 information = splat(0.0);
-  for (std::int64_t k = 0; k < width; k += 4) {
-    const Double4 value = load4(p + k), log = log4(value);
-    information += value > 0.0 ? value * log : splat(0.0);
-    store4(p + k, log);
-  }
-  out.actions[row] = action;
-  out.log_probs[row] = static_cast<float>(p[action]);
-  out.entropy[row] = static_cast<float>(-sum(information));
-}
-
-MAESTRO_CLONES
-void conduct_rows(const Problem& p, const ConductorChoice& choice, const ConductorOutputs& out, std::int64_t first,
-                  std::int64_t last) {
-  const std::int64_t width = rounded_up(p.head.actions, kWide);
-  std::vector<float> x(static_cast<std::size_t>(2 * p.stride), 0.0f);
-  std::vector<double> logits(static_cast<std::size_t>(2 * width));
-  for (std::int64_t row = first; row < last; row += 2) {
-    const bool pair = row + 1 < last;
-    if (pair) {
-      logits_of_rows<2>(p, row, x.data(), logits.data());
-    } else {
-      logits_of_rows<1>(p, row, x.data(), logits.data());
-    }
-    for (std::int64_t r = 0; r < (pair ? 2 : 1); ++r) {
-      probabilities(logits.data() + r * width, p.head, choice);
-      choose(logits.data() + r * width, p.head, choice, out, row + r);
-    }
-  }
-}
-
-}  // namespace
-
-float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index) {
+// Philox4x32-10 (Salmon et al., SC 2011): the first word, as a multiple of 2^-24 in [0, 1).
+MAESTRO_INLINE float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index) {
   std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32), c2 = step, c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -173,10 +26,199 @@ float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index) {
   return static_cast<float>(c0 >> 8) * 0x1p-24f;
 }
 
+constexpr std::int64_t kProductsPerThread = 1 << 21;
+constexpr std::int64_t kLanes = 8;  // of a Float8
+constexpr std::int64_t kWide = 4;   // actions whose logits are formed together
+constexpr std::int64_t kSlice = 512, kBlock = 16;  // channels and rows
+
+std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
+
+// weight * rstd as [slices, K rounded up, kSlice], zeros in the padding: what is read together lies together, and not a
+// power of two apart, where it would compete for the same lines of the cache. The mean is not folded into the bias:
+// where a channel's mean is far larger than its spread, as in the massive channels of language models, float32 would
+// cancel.
+std::vector<float> folded(const ConductorHead& head) {
+  const std::int64_t width = rounded_up(head.actions, kWide);
+  std::vector<float> weight(static_cast<std::size_t>(width * rounded_up(head.size, kSlice)), 0.0f);
+  for (std::int64_t first = 0; first < head.size; first += kSlice) {
+    const std::int64_t count = std::min(kSlice, head.size - first);
+    for (std::int64_t k = 0; k < head.actions; ++k) {
+      float* to = weight.data() + first * width + k * kSlice;
+      const float* from = head.weight + k * head.size + first;
+      for (std::int64_t i = 0; i < count; ++i) to[i] = head.rstd == nullptr ? from[i] : from[i] * head.rstd[first + i];
+    }
+  }
+  return weight;
+}
+
+struct Problem {
+  const void* h;
+  bool bfloat16;
+  const ConductorHead& head;
+  const float* weight;  // folded
+};
+
+// h - mean of `count` channels, zeros up to a whole vector.
+MAESTRO_INLINE void centre(const Problem& p, std::int64_t row, std::int64_t first, std::int64_t count, float* to) {
+  const std::int64_t from = row * p.head.size + first;
+  if (p.bfloat16) {
+    const auto* half = static_cast<const std::uint16_t*>(p.h) + from;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::uint32_t bits = std::uint32_t{half[i]} << 16;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+  } else {
+    std::memcpy(to, static_cast<const float*>(p.h) + from, static_cast<std::size_t>(count) * sizeof(float));
+  }
+  if (p.head.mean != nullptr) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] -= p.head.mean[first + i];
+  }
+  for (std::int64_t i = count; i % kLanes != 0; ++i) to[i] = 0;
+}
+
+// Adds `count` channels of kRows rows to the products with four actions; `total` [kRows, width].
+template <int kRows>
+MAESTRO_INLINE void add_products(const float* x, const float* weight, std::int64_t count, float* total,
+                                 std::int64_t width) {
+  Float8 sums[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < kWide; ++k) sums[r][k] = load8(total + (r * width + k) * kLanes);
+  }
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    Float8 value[kRows];
+    for (int r = 0; r < kRows; ++r) value[r] = load8(x + r * kSlice + i);
+    for (int k = 0; k < kWide; ++k) {
+      const Float8 w = load8(weight + k * kSlice + i);
+      for (int r = 0; r < kRows; ++r) sums[r][k] += value[r] * w;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < kWide; ++k) store8(total + (r * width + k) * kLanes, sums[r][k]);
+  }
+}
+
+// The memory of one thread.
+struct Workspace {
+  explicit Workspace(std::int64_t width)
+      : totals(static_cast<std::size_t>(kBlock * width * kLanes)),
+        probs(static_cast<std::size_t>(kBlock * width)),
+        logs(static_cast<std::size_t>(kBlock * width)) {}
+  std::vector<float> totals;  // [kBlock, width, kLanes], each lane's share of a logit
+  std::vector<double> probs, logs;  // [kBlock, width]; probs holds the logits before
+};
+
+// Slice by slice, so that the weights of a slice stay in the first cache for all rows of the block. Every logit has the
+// same order of additions, whatever rows it shares a block with.
+MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int64_t rows, std::int64_t width,
+                                    Workspace& work) {
+  alignas(32) float x[2 * kSlice];
+  std::fill(work.totals.begin(), work.totals.end(), 0.0f);
+  for (std::int64_t first = 0; first < p.head.size; first += kSlice) {
+    const std::int64_t count = std::min(kSlice, p.head.size - first);
+    for (std::int64_t r = 0; r < rows; r += 2) {
+      const bool pair = r + 1 < rows;
+      centre(p, row + r, first, count, x);
+      if (pair) centre(p, row + r + 1, first, count, x + kSlice);
+      for (std::int64_t k = 0; k < width; k += kWide) {
+        const float* weight = p.weight + first * width + k * kSlice;
+        float* total = work.totals.data() + (r * width + k) * kLanes;
+        if (pair) {
+          add_products<2>(x, weight, count, total, width);
+        } else {
+          add_products<1>(x, weight, count, total, width);
+        }
+      }
+    }
+  }
+  for (std::int64_t i = 0; i < rows * width; ++i) {
+    work.probs[static_cast<std::size_t>(i)] = sum(load8(work.totals.data() + i * kLanes));
+  }
+}
+
+// p = (1 - K m) softmax(z / tau) + m in place and its logarithm, 0 and -inf in the padding. In sweeps over the block:
+// one row after the other would wait for the exponential of each before its logarithm.
+MAESTRO_INLINE void probabilities(const ConductorHead& head, const ConductorChoice& choice, std::int64_t rows,
+                                  std::int64_t width, Workspace& work) {
+  const std::int64_t K = head.actions;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double* z = work.probs.data() + r * width;
+    double top = -std::numeric_limits<double>::infinity();
+    for (std::int64_t k = 0; k < K; ++k) {
+      z[k] = (z[k] + head.bias[k]) / choice.tau;
+      top = std::max(top, z[k]);
+    }
+    for (std::int64_t k = 0; k < K; ++k) z[k] -= top;
+    for (std::int64_t k = K; k < width; ++k) z[k] = -std::numeric_limits<double>::infinity();
+  }
+  double *p = work.probs.data(), *logs = work.logs.data();
+  for (std::int64_t i = 0; i < rows * width; i += 4) store4(p + i, exp4(load4(p + i)));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double* row = p + r * width;
+    Double4 total = splat(0.0);
+    for (std::int64_t k = 0; k < width; k += 4) total += load4(row + k);
+    const double scale = (1.0 - static_cast<double>(K) * choice.min_prob) / sum(total);
+    for (std::int64_t k = 0; k < K; ++k) row[k] = row[k] * scale + choice.min_prob;
+  }
+  for (std::int64_t i = 0; i < rows * width; i += 4) store4(logs + i, log4(load4(p + i)));
+}
+
+// In float32, from the left, as every backend does it: an action is a function of the probabilities as they are returned.
+MAESTRO_INLINE std::int64_t drawn(const float* probs, std::int64_t K, float u) {
+  float total = 0;
+  std::int64_t action = 0;
+  for (std::int64_t k = 0; k + 1 < K; ++k) {
+    total += probs[k];
+    action += u >= total ? 1 : 0;
+  }
+  return action;
+}
+
+MAESTRO_INLINE void choose(const double* p, const double* logs, const ConductorHead& head,
+                           const ConductorChoice& choice, const ConductorOutputs& out, std::int64_t row) {
+  const std::int64_t K = head.actions;
+  float *probs = out.probs + row * K, *weights = out.weights + row * K;
+  for (std::int64_t k = 0; k < K; ++k) probs[k] = static_cast<float>(p[k]);
+  std::int64_t action;
+  if (choice.soft) {
+    action = std::max_element(probs, probs + K) - probs;
+    std::copy_n(probs, K, weights);
+  } else {
+    action = drawn(probs, K, uniform(choice.seed, choice.step, choice.offset + static_cast<std::uint64_t>(row)));
+    const double equal = (1.0 - choice.alpha) / static_cast<double>(K);
+    std::fill_n(weights, K, static_cast<float>(equal));
+    weights[action] = static_cast<float>(equal + choice.alpha);
+  }
+  Double4 information = splat(0.0);
+  for (std::int64_t k = 0; k < K; k += 4) {
+    const Double4 value = load4(p + k);
+    information += value > 0.0 ? value * load4(logs + k) : splat(0.0);
+  }
+  out.actions[row] = action;
+  out.log_probs[row] = static_cast<float>(logs[action]);
+  out.entropy[row] = static_cast<float>(-sum(information));
+}
+
+MAESTRO_CLONES
+void conduct_rows(const Problem& p, const ConductorChoice& choice, const ConductorOutputs& out, std::int64_t first,
+                  std::int64_t last) {
+  const std::int64_t width = rounded_up(p.head.actions, kWide);
+  Workspace work(width);
+  for (std::int64_t row = first; row < last; row += kBlock) {
+    const std::int64_t rows = std::min(kBlock, last - row);
+    logits_of_block(p, row, rows, width, work);
+    probabilities(p.head, choice, rows, width, work);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      choose(work.probs.data() + r * width, work.logs.data() + r * width, p.head, choice, out, row + r);
+    }
+  }
+}
+
+}  // namespace
+
 void conductor_weights(const void* h, bool bfloat16, std::int64_t batch, const ConductorHead& head,
                        const ConductorChoice& choice, const ConductorOutputs& out, int threads) {
   const std::vector<float> weight = folded(head);
-  const Problem problem{h, bfloat16, head, weight.data(), rounded_up(head.size, kLanes)};
+  const Problem problem{h, bfloat16, head, weight.data()};
   const int useful = useful_threads(threads, batch * head.size * head.actions, kProductsPerThread);
 #pragma omp parallel for num_threads(useful) if (useful > 1) schedule(static)
   for (int part = 0; part < useful; ++part) {

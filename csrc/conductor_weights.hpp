@@ -29,7 +29,4 @@ struct ConductorOutputs {
 void conductor_weights(const void* h, bool bfloat16, std::int64_t batch, const ConductorHead& head,
                        const ConductorChoice& choice, const ConductorOutputs& out, int threads);
 
-// Philox4x32-10, first word, as a multiple of 2^-24 in [0, 1).
-float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index);
-
 }  // namespace maestro_fast

@@ -76,6 +76,8 @@ MAESTRO_INLINE Float8 load8(const float* from) {
   return x;
 }
 
+MAESTRO_INLINE void store8(float* to, Float8 x) { std::memcpy(to, &x, sizeof x); }
+
 MAESTRO_INLINE double sum(Float8 x) {
   return sum(Double4{x[0], x[1], x[2], x[3]}) + sum(Double4{x[4], x[5], x[6], x[7]});
 }
