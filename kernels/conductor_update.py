@@ -565,7 +565,7 @@ def activations(h: Tensor, params: Any) -> Activations:
         number,
         units,
         splits,
-        HT=_COLUMNS,
+        HT=_ACTIVATION_INNER,
         **shared,
     )
     return Activations(logits, u)

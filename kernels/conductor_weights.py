@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maestro_fast.kernels.allocation import empty_floats
+
 _ROWS = 16  # responses of one program, the least that tl.dot takes
 _INNER = 128  # elements of d per step of a linear head
 _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 32, 32, 64  # tile of the first layer of an MLP
@@ -371,9 +373,9 @@ class Sample(NamedTuple):
 
     @staticmethod
     def empty(batch: int, rewards: int, device: torch.device) -> Sample:
-        weights_BK, probs_BK = torch.empty(2, batch, rewards, device=device, dtype=torch.float32)
-        log_B, entropy_B = torch.empty(2, batch, device=device, dtype=torch.float32)
-        return Sample(weights_BK, torch.empty(batch, device=device, dtype=torch.int64), log_B, entropy_B, probs_BK)
+        table, one = (batch, rewards), (batch,)
+        weights, log_probs, entropy, probs = empty_floats(device, table, one, one, table)
+        return Sample(weights, torch.empty(batch, device=device, dtype=torch.int64), log_probs, entropy, probs)
 
 
 class Draw(NamedTuple):

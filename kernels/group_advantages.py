@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maestro_fast.kernels.allocation import empty_floats
 from maestro_fast.kernels.moments import centred, deviation, scope_sum, spread
 
 _TILE = 64  # responses of one program: a warp reduces without shared memory, and 4,096 responses fill 64 SMs
@@ -448,9 +449,12 @@ class Outputs(NamedTuple):
     @staticmethod
     def empty(rewards_BK: Tensor) -> Outputs:
         batch, rewards = rewards_BK.shape
-        floats = torch.empty(4 + rewards, batch, device=rewards_BK.device, dtype=torch.float32)  # one allocation
+        one = (batch,)
+        advantages, scores, normalized, mean, std = empty_floats(
+            rewards_BK.device, one, one, (batch, rewards), one, one
+        )
         degenerate = torch.empty(batch, device=rewards_BK.device, dtype=torch.bool)
-        return Outputs(floats[0], floats[1], floats[4:].view(batch, rewards), floats[2], floats[3], degenerate)
+        return Outputs(advantages, scores, normalized, mean, std, degenerate)
 
 
 class Tiles(NamedTuple):
@@ -542,7 +546,7 @@ def finish(out: Outputs, state_B: Tensor, lengths: Tensor | None, profile: Any, 
         out.mean,
         out.std,
         batch,
-        profile.score_eps,
+        float(profile.score_eps),
         CENTER=profile.score_center,
         SCALE=profile.score_scale,
         DDOF=profile.ddof,
@@ -593,9 +597,9 @@ def group_advantages(
         rewards_BK.stride(1),
         weights_BK.stride(0),
         weights_BK.stride(1),
-        beta,
-        profile.reward_eps,
-        profile.score_eps,
+        float(beta),
+        float(profile.reward_eps),
+        float(profile.score_eps),
         K=rewards,
         HAS_KL=kl is not None,
         **switches(profile, tiles.whole),

@@ -44,9 +44,9 @@ from maestro_fast.kernels.group_advantages import (
 )
 
 _ROWS = 16  # responses of one program, the least that tl.dot takes
-_INNER = 128  # elements of d per step of a linear head
+_INNER = 128  # elements of d per step of a linear head, and half as many for groups of more than 32
 _HIDDEN = 64  # units per step of an MLP's second layer
-LARGEST_GROUP = 128  # a program holds [responses, _INNER] of its group
+LARGEST_GROUP = 64  # a program holds [responses, _INNER] of its group
 
 
 @triton.jit(do_not_specialize=["N", "B", "splits", "seed", "step", "offset"])
@@ -283,9 +283,9 @@ def maestro_advantages(
         rewards_BK.stride(0),
         rewards_BK.stride(1),
         *draw,
-        beta,
-        profile.reward_eps,
-        profile.score_eps,
+        float(beta),
+        float(profile.reward_eps),
+        float(profile.score_eps),
         K=rewards,
         KP=padded(rewards),
         SOFT=soft,
@@ -296,9 +296,9 @@ def maestro_advantages(
         **switches(profile, False),
         BN=groups,
         BG=width,
-        BD=_INNER,
+        BD=_INNER if groups * width <= 32 else _INNER // 2,
         HT=_HIDDEN,
-        num_warps=4 if groups * width <= 64 else 8,
+        num_warps=4,
         num_stages=3,
         enable_fp_fusion=False,
     )

@@ -204,10 +204,8 @@ def _sequences(
             high = tl.where((ratio > 1.0 + clip_high) & (a_L > 0), 1.0, 0.0)
             one, other = capped * a_L, clipped * a_L
             loss = -tl.minimum(one, other) * weight
-            # Each term moves with the ratio as long as it is the ratio; of equal terms each counts half.
-            one_moves, other_moves = tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0)
-            moves = tl.where(one < other, one_moves, other_moves)
-            moves = tl.where(one == other, 0.5 * (one_moves + other_moves), moves)
+            # Each term moves with the ratio as long as it is the ratio; equal terms both do, or neither.
+            moves = tl.where(one <= other, tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0))
             slope = -moves * a_L * ratio * (mean_weight if SEQUENCE else weight)
         if HAS_REF:
             kl_gap = tl.load(ref_ptr + token, mask=live, other=0.0).to(tl.float32) - logprob

@@ -92,6 +92,13 @@ def test_identical_rewards_give_exactly_zero(name: str) -> None:
     assert torch.equal(out.cpu(), torch.zeros(14, 1))
 
 
+def test_a_kl_does_not_hide_that_a_group_is_flat() -> None:
+    rewards_BK, weights_K = torch.tensor([0.1, 1.0]).expand(10, 2), torch.tensor([0.7, 0.3])
+    kl = torch.rand(10, generator=torch.Generator().manual_seed(0)) - 0.5
+    arguments = (rewards_BK, weights_K.expand(10, 2), weights_K[None], 5, PROFILES["dr_grpo"])
+    assert torch.equal(launched(*arguments, kl).cpu(), torch.zeros(10, 1))
+
+
 def test_a_group_that_does_not_fit() -> None:
     rewards_BK, weights_BK, _, _ = inputs(1025, 1)
     with pytest.raises(ValueError, match="groups: one of 1025 responses, expected at most 1024"):

@@ -104,6 +104,22 @@ def test_identical_rewards_give_exactly_zero(name: str, tiles: str) -> None:
     assert out.degenerate.all()
 
 
+@pytest.mark.parametrize("name", ["maestro", "gdpo", "grpo_batch", "verl_gdpo"])
+def test_a_flat_group_among_others(name: str, tiles: str) -> None:
+    """Its advantages are 0 even where a KL spreads its scores, or where the batch's mean is not its own."""
+    rewards_BK, weights_BK, kl, lengths = inputs(20, 3)
+    rewards_BK[8:12], weights_BK[8:12] = torch.tensor([0.1, 2.0, -0.3]), torch.tensor([0.7, 0.2, 0.4])
+    check(rewards_BK, weights_BK, 4, PROFILES[name], kl, lengths)
+    out = launched(rewards_BK, weights_BK, 4, replace(PROFILES[name], kl_in="score"), kl, lengths)
+    assert torch.equal(out.advantages.cpu()[8:12], torch.zeros(4))
+    assert out.degenerate.cpu()[8:12].all() and out.scores.cpu()[8:12].unique().numel() == 4
+
+
+def test_all_weight_on_rewards_that_abstained() -> None:
+    rewards_BK, _, kl, lengths = inputs(20, 3)
+    check(rewards_BK, torch.eye(3).repeat(7, 1)[:20], 5, PROFILES["maestro"], kl, lengths)
+
+
 def test_strides_and_one_set_of_weights_for_all() -> None:
     rewards_BK, _, kl, lengths = inputs(20, 3)
     check(rewards_BK.T.contiguous().T, torch.rand(3).expand(20, 3), 5, PROFILES["maestro"], kl, lengths)

@@ -150,5 +150,5 @@ def test_launches(source: str, units: int | None, expected: int, monkeypatch: py
 
 
 def test_a_group_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="groups: one of 129 responses, expected at most 128"):
-        check("context", None, 129)
+    with pytest.raises(ValueError, match="groups: one of 65 responses, expected at most 64"):
+        check("context", None, 65)
