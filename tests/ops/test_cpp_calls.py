@@ -146,7 +146,8 @@ def test_cpu_tensors_are_served_by_cpp_unless_it_cannot() -> None:
         ({"rewards": rewards_BK.double()}, "backend: 'cpp' cannot serve group_advantages here: got float64"),
         ({"weights": torch.ones(K, requires_grad=True)}, "a gradient is wanted"),
         ({"rewards": torch.ones(B, K, device="meta"), "weights": None}, "got a tensor on meta, expected the CPU"),
-        ({"backend": "triton"}, "backend: 'triton' does not serve group_advantages, expected one of cpp, torch"),
+        ({"backend": "triton"}, "'triton' cannot serve group_advantages here: got a tensor on cpu, expected a CUDA"),
+        ({"backend": "numpy"}, "backend: 'numpy' does not serve group_advantages, expected one of cpp, triton, torch"),
     ],
 )
 def test_an_explicit_backend_is_obeyed_or_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -178,7 +178,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(
     monkeypatch.setattr(checkpoint, "_publish", spy)
     run(raw)
 
-    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last is final/
     assert [path.name for path in Path(raw["run_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
