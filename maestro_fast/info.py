@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -10,7 +9,7 @@ from importlib import metadata
 import torch
 
 from maestro_fast import __version__
-from maestro_fast.ops import SERVED_BY
+from maestro_fast.ops import SERVED_BY, gpu
 from maestro_fast.reporting import Table
 from maestro_fast.training.attention import attention_choice, attention_paths, default_device
 
@@ -67,11 +66,10 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _backend_reasons() -> list[tuple[str, str]]:
-    rows = [("triton", "no op has a Triton kernel in this version")]
-    if importlib.util.find_spec("triton") is None:
-        rows = [("triton", "triton is not installed; no op has a Triton kernel in this version")]
+    here = gpu.obstacle((), chosen=False) or ("" if torch.cuda.is_available() else "there is no CUDA device")
+    kernels = "serves CUDA tensors without float64; gradients by policy_loss alone; never run on a GPU by us"
     return [
-        *rows,
+        ("triton", f"{kernels}; here: {here or 'it can'}"),
         ("cpp", "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"),
     ]
 

@@ -51,8 +51,8 @@ def maestro_advantages(
         kl, beta, lengths, profile: as in ``group_advantages``.
         backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
             or a gradient to compute. With C++, pooling and the first layer of an MLP head are PyTorch's; Triton takes
-            one launch for a linear head on contexts or last states, two for an MLP head or a mean, and the launches
-            of the single ops for groups of more than 128.
+            one launch for a linear head on contexts or last states, two for an MLP head or a mean, three for an MLP
+            head on means, and the launches of the single ops for groups of more than 64.
 
     Raises:
         ValueError, TypeError: as the ops it is made of, and unless exactly one of ``h`` and ``hidden`` is given.

@@ -62,7 +62,9 @@ def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor 
     def ours() -> tuple[kernel.Loss, dict[str, Tensor]]:
         there = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in given.items()}
         out = kernel.policy_loss(cu_seqlens=cu_seqlens.to(DEVICE), config=config, **there)
-        named = {"loss": out.loss, **out.metrics, "d_logprobs": out.d_logprobs}
+        needs = {"kl": "ref_logprobs", "sampler_ratio": "sampling_logprobs"}
+        metrics = {name: x for name, x in out.metrics.items() if name not in needs or needs[name] in given}
+        named = {"loss": out.loss, **metrics, "d_logprobs": out.d_logprobs}
         return out, named | ({} if out.d_entropies is None else {"d_entropies": out.d_entropies})
 
     (out, mine), (_, again) = ours(), ours()
