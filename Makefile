@@ -19,7 +19,7 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 	@$(call in_environment,report) && "$$python" -m maestro_fast quickstart $(ARGS)
 
 test: ## Set up, then run the tests
-	@$(call in_environment,dev) && "$$python" -m pytest -q $(ARGS)
+	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
