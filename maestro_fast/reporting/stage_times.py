@@ -26,8 +26,10 @@ _COLOURS = {  # in the order of the data flow
     "advantages": "#F0E442",
     "train": "#009E73",
     "conductor_update": "#D55E00",
+    "evaluate": "#8C6D9E",
+    "save": "#7A4B2A",
 }
-_MORE = ("#8C6D9E", "#7A4B2A", "#5E7F3A", "#B08BB5")
+_MORE = ("#5E7F3A", "#B08BB5")
 _OUTSIDE = "outside the stages"
 
 

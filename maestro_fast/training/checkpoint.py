@@ -1,7 +1,8 @@
 """Checkpoints that are there whole or not at all, and the weight policy's part of them.
 
 A checkpoint is written to ``.saving`` in the run directory, flushed to the disk, and renamed. Whatever kills the run,
-the last ``checkpoint-*`` is complete; older ones are deleted only after that.
+the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is replaced waits under
+``.old-<name>`` until its successor stands: if that never did, ``recover`` puts it back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from maestro_fast.weighting import WeightPolicy
 
 WEIGHTS_FILE = "weight_policy.safetensors"
 STAGING = ".saving"
+_REPLACED = ".old-"
 
 
 @contextlib.contextmanager
@@ -29,6 +31,7 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
     folder = run_dir / STAGING
 
     def clear() -> None:
+        recover(run_dir)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
@@ -36,6 +39,16 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
     yield folder
     accelerator.wait_for_everyone()
     _once_per_disk(accelerator, lambda: _publish(folder, run_dir))
+
+
+def recover(run_dir: Path) -> None:
+    """Puts back what a run that was killed between two renames had moved away."""
+    for old in run_dir.glob(f"{_REPLACED}*"):
+        target = run_dir / old.name.removeprefix(_REPLACED)
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
 
 
 def _once_per_disk(accelerator: Accelerator, action: Callable[[], None]) -> None:
@@ -55,11 +68,11 @@ def _publish(folder: Path, run_dir: Path) -> None:
         _flush(path)
     for new in sorted(folder.iterdir()):
         target = run_dir / new.name
-        old = folder / f"old-{new.name}"
         if target.exists():
-            target.rename(old)
+            target.rename(run_dir / f"{_REPLACED}{new.name}")
         new.rename(target)
     _flush(run_dir)
+    recover(run_dir)
     shutil.rmtree(folder)
 
 

@@ -47,8 +47,9 @@ class PromptDataset(Dataset[Row]):
         """
         if not rows:
             raise ValueError("data.path: holds no rows, expected at least one prompt")
-        if family_column is not None and family_column not in rows[0]:
-            raise ValueError(f"data.family_column: no column {family_column!r}, columns are {', '.join(rows[0])}")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if family_column is not None and family_column not in columns:
+            raise ValueError(f"data.family_column: no column {family_column!r}, columns are {', '.join(columns)}")
         for i, row in enumerate(rows):
             if prompt_column not in row:
                 raise ValueError(
@@ -56,6 +57,7 @@ class PromptDataset(Dataset[Row]):
                 )
             _check_prompt(row[prompt_column], i)
         self.rows = list(rows)
+        self._columns = [name for name in columns if name != prompt_column]
         self.prompt_column = prompt_column
         self.family_column = family_column or "family"
 
@@ -66,10 +68,9 @@ class PromptDataset(Dataset[Row]):
         return self.rows[index]
 
     def prompts(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
-        """``Prompts`` of some rows, tokenised."""
+        """``Prompts`` of some rows, tokenised. A column that a row leaves out is None there."""
         texts: list[Text] = [row[self.prompt_column] for row in rows]
-        names = [name for name in rows[0] if name != self.prompt_column]
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = {name: [row.get(name) for row in rows] for name in self._columns}
         return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, self._families(rows))
 
     @property
@@ -80,11 +81,15 @@ class PromptDataset(Dataset[Row]):
     def _families(self, rows: Sequence[Row]) -> list[str]:
         return [str(row.get(self.family_column) or "") for row in rows]
 
-    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> int:
         """
+        Returns:
+            Tokens of the longest prompt.
+
         Raises:
             ValueError: a prompt has no tokens, or more than ``limit``.
         """
+        longest = 0
         for i, row in enumerate(self.rows):
             tokens = len(encode_prompt(tokenizer, row[self.prompt_column]))
             if tokens == 0:
@@ -93,6 +98,8 @@ class PromptDataset(Dataset[Row]):
                 raise ValueError(
                     f"data.max_prompt_tokens: the prompt of row {i} has {tokens} tokens, expected at most {limit}"
                 )
+            longest = max(longest, tokens)
+        return longest
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:

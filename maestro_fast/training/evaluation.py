@@ -17,6 +17,7 @@ def evaluate_rewards(
     """Means over ``samples`` responses to each prompt of ``dataset``, sampled as in training.
 
     The random draws are the same at every call with as many processes, so that two evaluations differ by the policy.
+    The names are the same at every call too, see ``evaluation_names``: NaN where a reward abstained from everything.
 
     Args:
         prefix: of every name: "eval" gives eval_rewards/<name>/mean, eval_rewards/<name>/abstained,
@@ -59,10 +60,30 @@ def _reward_metrics(rewards_NSK: Tensor, names: tuple[str, ...], families: list[
     for k, name in enumerate(names):
         column = rewards_NSK[..., k]
         metrics[f"rewards/{name}/abstained"] = column.isnan().float().mean().item()
-        if (mean := column.nanmean().item()) == mean:
-            metrics[f"rewards/{name}/mean"] = mean
+        metrics[f"rewards/{name}/mean"] = column.nanmean().item()
         for family in sorted(set(families) - {""}):
             rows = [i for i, own in enumerate(families) if own == family]
-            if (mean := column[rows].nanmean().item()) == mean:
-                metrics[f"families/{family}/rewards/{name}"] = mean
+            metrics[f"families/{family}/rewards/{name}"] = column[rows].nanmean().item()
     return metrics
+
+
+def evaluation_names(reward_names: tuple[str, ...], dataset: PromptDataset) -> list[str]:
+    """Names of what ``evaluate_rewards`` returns, without the prefix."""
+    families = sorted(set(dataset.families) - {""})
+    names = ["completions/mean_length", "completions/clipped_ratio"]
+    for name in reward_names:
+        names += [f"rewards/{name}/abstained", f"rewards/{name}/mean"]
+        names += [f"families/{family}/rewards/{name}" for family in families]
+    return names
+
+
+def check_best_metric(metric: str | None, reward_names: tuple[str, ...], dataset: PromptDataset | None) -> None:
+    """
+    Raises:
+        ValueError: the ``metric`` that is to tell the best checkpoint is none of an evaluation on ``dataset``.
+    """
+    if metric is None or dataset is None:
+        return
+    names = evaluation_names(reward_names, dataset)
+    if metric.removeprefix("eval_") not in names:
+        raise ValueError(f"trainer.metric_for_best_model: {metric!r}, expected one of {', '.join(names)}")

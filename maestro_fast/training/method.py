@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,6 +13,8 @@ from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.head import causal_lm, head_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,23 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
         )
     head_of(model)
     return plan
+
+
+def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingConfig) -> None:
+    """Warns where the longest response, in tokens, reaches past the positions that a model with RoPE was trained on.
+
+    Raises:
+        ValueError: it does, and the model has no further positions.
+    """
+    language_model = causal_lm(model)
+    config = language_model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or longest_prompt + sampling.max_new_tokens <= positions:
+        return
+    complaint = (
+        f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest prompt of {longest_prompt} tokens, "
+        f"expected at most {positions} together, the positions of {type(language_model).__name__}"
+    )
+    if getattr(config, "rope_parameters", None) is None:  # learned, or a table of that length
+        raise ValueError(complaint)
+    logger.warning(complaint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,14 @@ from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
+
+LOSS_METRICS = {  # by the names of ``ops.policy_loss``
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "ratio": "ratio/mean",
+    "kl": "kl",
+    "sampler_ratio": "sampling/importance_sampling_ratio/mean",
+}
 
 
 def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
@@ -61,17 +69,32 @@ def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
     return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])
 
 
-def policy_metrics(rollouts: Rollouts, outputs: PolicyOutputs | None) -> dict[str, float]:
-    """Entropy of the policy, and how far its log-probs lie from the sampler's."""
-    metrics: dict[str, float] = {}
+def policy_metrics(
+    rollouts: Rollouts, outputs: PolicyOutputs | None, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Entropy of the policy, and how far its log-probs lie from the sampler's, over the tokens of all processes.
+
+    Nothing where no process has a token. ``gather`` concatenates a tensor of every process.
+    """
     if outputs is None:
-        return metrics
-    if outputs.entropies_C is not None:
-        metrics["entropy"] = outputs.entropies_C.mean().item()
-    if rollouts.sampling_logprobs_C is not None:
-        gap = (outputs.logprobs_C.cpu() - rollouts.sampling_logprobs_C).abs()
-        metrics["sampling/logprob_gap_mean"] = gap.mean().item()
-        metrics["sampling/logprob_gap_max"] = gap.max().item()
+        return {}
+    logprobs_C = outputs.logprobs_C
+    sums = torch.zeros(1, 4, dtype=torch.float64)  # tokens, their entropies, their gaps; and the widest gap
+    if logprobs_C.numel():
+        sums[0, 0] = logprobs_C.numel()
+        if outputs.entropies_C is not None:
+            sums[0, 1] = outputs.entropies_C.sum(dtype=torch.float64)
+        if rollouts.sampling_logprobs_C is not None:
+            gap = (logprobs_C.cpu() - rollouts.sampling_logprobs_C).abs()
+            sums[0, 2], sums[0, 3] = gap.sum(dtype=torch.float64), gap.max()
+    each = gather(sums.to(logprobs_C.device)).cpu()
+    tokens, entropy, gap_sum, _ = each.sum(0).tolist()
+    metrics: dict[str, float] = {}
+    if tokens and outputs.entropies_C is not None:
+        metrics["entropy"] = entropy / tokens
+    if tokens and rollouts.sampling_logprobs_C is not None:
+        metrics["sampling/logprob_gap_mean"] = gap_sum / tokens
+        metrics["sampling/logprob_gap_max"] = each[:, 3].max().item()
     return metrics
 
 
@@ -99,7 +122,15 @@ class MetricMeans:
         means._counts = {name: int(count) for name, (_, count) in state.items()}
         return means
 
+    def join(self, others: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+        """Adds what had these states: the same batches on other processes."""
+        for state in others:
+            for name, (total, count) in state.items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(total)
+                self._counts[name] = self._counts.get(name, 0) + int(count)
+
     def pop(self) -> dict[str, float]:
+        """The means; starts anew."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
         self._counts.clear()

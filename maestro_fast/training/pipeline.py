@@ -129,7 +129,9 @@ class Pipeline:
         with clock.stage("conductor_update"):
             self.weights.observe(Outcome(context, weights, advantages))
         record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
-        metrics = batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs)
+        metrics = (
+            batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs, self._gather)
+        )
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
@@ -272,9 +274,9 @@ class Pipeline:
         return StepRecord(
             step=step,
             reward_names=self.rewards.names,
-            families=self._gather_objects(prompts.families),
-            prompts=self._gather_objects(prompts.texts),
-            completions=self._gather_objects(rollouts.completions),
+            families=self.gather_objects(prompts.families),
+            prompts=self.gather_objects(prompts.texts),
+            completions=self.gather_objects(rollouts.completions),
             rewards_BK=rewards_BK.cpu(),
             weights_BK=weights.weights_BK.cpu(),
             expected_weights_BK=weights.expected_BK.cpu(),
@@ -290,5 +292,6 @@ class Pipeline:
         gathered = self._gather(own.to(self.accelerator.device)).cpu()
         return gathered.view(self.accelerator.num_processes, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
 
-    def _gather_objects(self, values: list[Any]) -> list[Any]:
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other."""
         return list(gather_object(values)) if self.accelerator.num_processes > 1 else values

@@ -22,6 +22,11 @@ class GroupSampler(Sampler[int]):
         self.size, self.block, self.repeat, self.seed = size, block, repeat, seed
         self.epoch = 0
 
+    @property
+    def blocks(self) -> int:
+        """Generation batches in an epoch."""
+        return self.size // self.block
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
@@ -33,4 +38,4 @@ class GroupSampler(Sampler[int]):
                 yield from order[start : start + self.block]
 
     def __len__(self) -> int:
-        return self.size // self.block * self.block * self.repeat
+        return self.blocks * self.block * self.repeat

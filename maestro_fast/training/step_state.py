@@ -31,12 +31,26 @@ class StepState:
         micro_batches: of the generation batch that the policy is being updated with; empty between batches.
         means: figures since the last log line.
         loss: sum of the losses since the last log line, which was of ``logged_step``.
+        sizes: that decided on ``micro_batches``, by the names of a config.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     means: MetricMeans = field(default_factory=MetricMeans)
     loss: float = 0.0
     logged_step: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def check_sizes(self, expected: dict[str, int]) -> None:
+        """
+        Raises:
+            ValueError: responses are left, and they were divided by other sizes.
+        """
+        for name, size in expected.items() if self.micro_batches else ():
+            if self.sizes.get(name) != size:
+                raise ValueError(
+                    f"{name}: {size}, but the checkpoint holds responses that had still to be trained on, made with "
+                    f"{self.sizes.get(name)}, expected the same"
+                )
 
 
 def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -> None:
@@ -49,6 +63,7 @@ def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -
         "means": state.means.state(),
         "loss": state.loss,
         "logged_step": state.logged_step,
+        "sizes": state.sizes,
     }
     save_file(tensors, _file(folder, rank, processes), metadata={"numbers": json.dumps(numbers)})
 
@@ -63,7 +78,8 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
     if file.is_file():
         tensors, numbers = _read(file)
         batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
-        return StepState(batches, MetricMeans.of(numbers["means"]), numbers["loss"], numbers["logged_step"])
+        means = MetricMeans.of(numbers["means"])
+        return StepState(batches, means, numbers["loss"], numbers["logged_step"], numbers["sizes"])
     others = sorted(folder.glob("step_state_*.safetensors"))
     if not others:
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")

@@ -11,8 +11,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
@@ -22,13 +20,16 @@ from maestro_fast.ops import policy_loss
 from maestro_fast.ops.profiles import resolve_profile
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
+from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import MicroBatch
+from maestro_fast.training.bounds import Bounds
 from maestro_fast.training.data import PromptDataset
-from maestro_fast.training.evaluation import evaluate_rewards
+from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.exact_checkpoints import ExactCheckpoints
 from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
 from maestro_fast.training.head import check_head, head_of
 from maestro_fast.training.method import Method, checked_plan
+from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans
 from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
@@ -38,13 +39,6 @@ from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy
 
 logger = logging.getLogger(__name__)
-_METRIC_NAMES = {
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
-    "ratio": "ratio/mean",
-    "kl": "kl",
-    "sampler_ratio": "sampling/importance_sampling_ratio/mean",
-}
 
 
 class MaestroTrainer(ExactCheckpoints):
@@ -86,8 +80,10 @@ class MaestroTrainer(ExactCheckpoints):
             timing_observers: called with seconds by stage after every generation batch, on the main process.
 
         Raises:
-            ValueError: numbers that do not divide, or a model that cannot be served; before training starts.
+            ValueError: numbers that do not divide, arguments or a model that cannot be served; before training starts.
         """
+        check_arguments(args)
+        check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
         self.method = method or Method()
         self._plan = checked_plan(self.method, model, dataset, args.world_size)
         args.per_device_train_batch_size = self._plan.prompts
@@ -109,7 +105,7 @@ class MaestroTrainer(ExactCheckpoints):
         self.clock = StageClock(self.args.device)
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
         self._install_progress()
-        self.add_callback(_Bounds(self))
+        self.add_callback(Bounds(self))
         self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, generator, frozen)
 
     def _build_pipeline(
@@ -156,9 +152,10 @@ class MaestroTrainer(ExactCheckpoints):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
         del train_dataset
-        return GroupSampler(
+        self._sampler = GroupSampler(
             len(self.pipeline.dataset), self.method.batch.prompts_per_batch, self._plan.micro_steps, self.method.seed
         )
+        return self._sampler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; the first of a generation batch samples it."""
@@ -174,6 +171,7 @@ class MaestroTrainer(ExactCheckpoints):
 
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
+        self._remember()
         with self._saved_if_it_fails(model):
             sampled = self.pipeline.sample(model, rows, step // self._plan.updates, step)
             if self.pipeline.scoring.source == "training":
@@ -222,12 +220,16 @@ class MaestroTrainer(ExactCheckpoints):
             entropy_normalizer=inputs.entropy_normalizer,
             config=config,
         )
-        self._means.add({_METRIC_NAMES[name]: value.item() for name, value in metrics.items()})
+        self._means.add({LOSS_METRICS[name]: value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of our figures since the last log line."""
-        super().log({**logs, **self._means.pop()}, start_time)
+        """Adds to a line of training the means of our figures since the last one, over all processes."""
+        means = MetricMeans()
+        if "loss" in logs or "train_loss" in logs:
+            means.join(self.pipeline.gather_objects([self._means.state()]))
+            self._means = MetricMeans()
+        super().log({**logs, **means.pop()}, start_time)
 
     def emit_timings(self) -> None:
         """Hands the seconds by stage of the generation batch that just ended to the observers."""
@@ -255,7 +257,8 @@ class MaestroTrainer(ExactCheckpoints):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        with self.clock.stage("evaluate"):
+        self._remember()
+        with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.pipeline,
                 self.model_wrapped,
@@ -267,20 +270,3 @@ class MaestroTrainer(ExactCheckpoints):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class _Bounds(TrainerCallback):
-    """Tells the trainer when training begins and when a generation batch is done with."""
-
-    def __init__(self, trainer: MaestroTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.clock.lap()
-        self._trainer.restore_step()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._trainer.method.batch.updates_per_batch == 0:
-            self._trainer.emit_timings()

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, read_config
-from maestro_fast.training.run import prepare_run_dir, training_arguments
+from maestro_fast.training.arguments import training_arguments
 
 MINIMAL = "run_dir: out\nmodel: {path: m}\ndata: {path: p.jsonl}\nrewards: [format]\n"
 
@@ -81,6 +82,10 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 4}, r"^trainer\.gradient_accumulation_steps: is set by batch\.micro_batch"),
         ({"output_dir": "x"}, r"^trainer\.output_dir: is set by run_dir"),
         ({"lr_scheduler_type": "none_such"}, r"^trainer: "),
+        ({"save_only_model": True}, r"^trainer\.save_only_model: True is not supported: .*optimiser"),
+        ({"ignore_data_skip": True}, r"^trainer\.ignore_data_skip: True is not supported"),
+        ({"auto_find_batch_size": True}, r"^trainer\.auto_find_batch_size: .*batch\.micro_batch"),
+        ({"push_to_hub": True}, r"^trainer\.push_to_hub: True is not supported"),
     ],
 )
 def test_trainer_settings_are_checked(config_file: Path, values: dict[str, Any], complaint: str) -> None:
@@ -90,18 +95,9 @@ def test_trainer_settings_are_checked(config_file: Path, values: dict[str, Any],
         training_arguments(config)
 
 
-def test_an_unwritable_run_directory_is_refused(tmp_path: Path, config_file: Path) -> None:
-    (tmp_path / "file").write_text("")
-    config = parse_config({**read_config(config_file), "run_dir": str(tmp_path / "file" / "run")})
+def test_one_process_takes_one_gpu(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(read_config(config_file))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
 
-    with pytest.raises(SettingsError, match=r"^run_dir: cannot write to .*file/run: Not a directory"):
-        prepare_run_dir(config, resume=False)
-
-
-def test_a_used_run_directory_is_refused(tmp_path: Path, config_file: Path) -> None:
-    config = parse_config({**read_config(config_file), "run_dir": str(tmp_path)})
-
-    with pytest.raises(SettingsError, match=r"^run_dir: .* holds a run already"):
-        prepare_run_dir(config, resume=False)
-    with pytest.raises(SettingsError, match=r"^run_dir: .* holds no checkpoint to resume from"):
-        prepare_run_dir(config, resume=True)
+    with pytest.raises(SettingsError, match=r"sees 2 GPUs, .* torchrun --nproc_per_node=2, .* CUDA_VISIBLE_DEVICES"):
+        training_arguments(config)

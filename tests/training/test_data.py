@@ -87,8 +87,27 @@ def test_a_named_family_column_has_to_exist() -> None:
 def test_prompt_lengths_are_checked() -> None:
     dataset = PromptDataset([{"prompt": "red"}, {"prompt": "the quick brown fox"}])
 
-    dataset.check_lengths(tiny_tokenizer(), None)
+    assert dataset.check_lengths(tiny_tokenizer(), None) == max(
+        len(encode_prompt(tiny_tokenizer(), row["prompt"])) for row in dataset.rows
+    )
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens: the prompt of row 1 has \d+ tokens"):
         dataset.check_lengths(tiny_tokenizer(), 3)
     with pytest.raises(ValueError, match=r"data\.path: the prompt of row 0 has no tokens"):
         PromptDataset([{"prompt": ""}]).check_lengths(tiny_tokenizer(), None)
+
+
+def test_a_column_that_some_rows_leave_out_is_none_there() -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "reference": "x"}, {"prompt": "c", "note": "n"}]
+    dataset = PromptDataset(rows)
+
+    assert dataset.prompts(rows, tiny_tokenizer()).columns == {
+        "reference": [None, "x", None],
+        "note": [None, None, "n"],
+    }
+    assert dataset.prompts(rows[:1], tiny_tokenizer()).columns == {"reference": [None], "note": [None]}
+    assert PromptDataset([*rows, {"prompt": "d", "kind": "fact"}], family_column="kind").families == [
+        "",
+        "",
+        "",
+        "fact",
+    ]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from maestro_fast.reporting import read_jsonl
+from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.evaluation import _chunks
+from maestro_fast.training.evaluation import _chunks, evaluation_names
 from tests.training.test_trainer import parameters, run
 
 HELD_OUT = [
@@ -58,10 +61,14 @@ def test_rewards_are_those_of_the_held_out_prompts(raw: dict[str, Any], tmp_path
 def test_training_does_not_notice_it(raw: dict[str, Any]) -> None:
     without = {key: value for key, value in copy.deepcopy(raw).items() if key != "evaluation"}
     without["run_dir"] += "-without"
-    raw["trainer"] |= {"eval_steps": 1}
-    evaluated, plain = run(raw)[0], run(without)[0]
+    without["trainer"] |= {"logging_steps": 3}  # an evaluation stands between two log lines
+    raw["trainer"] |= {"logging_steps": 3, "eval_steps": 1}
+    evaluated, plain = recorded_train(raw), recorded_train(without)
+    ours, theirs = ([*read_jsonl(Path(config["run_dir"]) / "metrics.jsonl")] for config in (raw, without))
 
     assert len(evaluations(evaluated)) == 3
+    assert [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in ours[2:]] == theirs
+    assert all(key.startswith("eval_") or key in ("step", "epoch") for line in ours[:2] for key in line)
     for name, value in parameters(evaluated).items():
         assert torch.equal(parameters(plain)[name], value), name
 
@@ -101,3 +108,24 @@ def test_bad_settings_are_named(raw: dict[str, Any], changes: dict[str, Any], co
     with pytest.raises((SettingsError, ValueError, FileNotFoundError), match=complaint):
         run({**raw, **changes})
     assert not (Path(raw["run_dir"]) / "config.yaml").exists()
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_at_once(raw: dict[str, Any]) -> None:
+    raw["trainer"] |= {"metric_for_best_model": "rewards/brevty/mean"}
+    with pytest.raises(
+        ValueError, match=r"^trainer\.metric_for_best_model: 'rewards/brevty/mean', expected one of .*brevity/mean"
+    ):
+        run(raw)
+    assert not (Path(raw["run_dir"]) / "config.yaml").exists()
+
+
+def test_names_do_not_depend_on_what_abstained(raw: dict[str, Any], tmp_path: Path) -> None:
+    source = "def none(completions, **columns):\n    return [None] * len(completions)\n"
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    raw |= {"rewards": ["format", f"{tmp_path}/own.py:none"], "weights": "equal"}
+    trainer, _ = run(raw)
+    metrics = trainer.evaluate()
+
+    assert math.isnan(metrics["eval_rewards/none/mean"]) and metrics["eval_rewards/none/abstained"] == 1.0
+    names = evaluation_names(("format", "none"), trainer.eval_dataset)
+    assert sorted(metrics) == sorted(f"eval_{name}" for name in names)

@@ -178,17 +178,22 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(
     monkeypatch.setattr(checkpoint, "_publish", spy)
     run(raw)
 
-    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last is final/
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last publishes final/
     assert [path.name for path in Path(raw["run_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_the_best_checkpoint_is_named_where_it_lies(make_raw: Callable[..., dict[str, Any]]) -> None:
     raw = make_raw("run", trainer={"metric_for_best_model": "eval_rewards/brevity/mean", "save_total_limit": 1})
     raw["evaluation"] = {"data": raw["data"]}
-    raw["trainer"] |= {"load_best_model_at_end": True, "greater_is_better": True}
+    raw["trainer"] |= {"load_best_model_at_end": True, "greater_is_better": False, "learning_rate": 0.01}
     trainer, _ = run(raw)
-    best = trainer.state.best_model_checkpoint
+    best, final = trainer.state.best_model_checkpoint, Path(raw["run_dir"]) / "final"
 
+    assert trainer.state.best_global_step < trainer.state.global_step, "the last is the best: this shows nothing"
+    for name in ("model.safetensors", "weight_policy.safetensors"):
+        ours, theirs = load_file(final / name), load_file(Path(str(best)) / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
     assert best is not None and Path(best).parent == Path(raw["run_dir"]) and Path(best).is_dir()
     saved = json.loads((Path(best) / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == best

@@ -1,0 +1,87 @@
+"""transformers.TrainingArguments of a run: our defaults, what other sections set, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from maestro_fast.settings import SettingsError
+from maestro_fast.training.config import TrainConfig
+
+# transformers' own defaults suit supervised training; these suit policy gradients and a run directory of ours
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # a NaN loss has to show
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+_DERIVED = {
+    "output_dir": "run_dir",
+    "per_device_train_batch_size": "batch.micro_batch and batch.prompts_per_batch",
+    "gradient_accumulation_steps": "batch.micro_batch and batch.updates_per_batch",
+    "seed": "seed",
+}
+_REFUSED = {
+    "save_only_model": "a run could not go on from such a checkpoint, which lacks the optimiser",
+    "ignore_data_skip": "a resumed run would train on the first prompts of the epoch again",
+    "auto_find_batch_size": "sizes follow from batch.*, lower batch.micro_batch where memory is short",
+    "push_to_hub": "it uploads checkpoints that are not whole yet, upload the folder final/ after the run",
+}
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """``TrainingArguments`` of a config.
+
+    Raises:
+        SettingsError: an unknown field, one that follows from another section, or one that cannot be served.
+    """
+    known = {item.name: item.type for item in fields(TrainingArguments)}
+    for name in config.trainer:
+        if name in _DERIVED:
+            raise SettingsError(f"trainer.{name}: is set by {_DERIVED[name]}")
+        if name not in known:
+            raise SettingsError(f"trainer.{name}: transformers.TrainingArguments has no such field")
+    given = {name: _number(value, str(known[name])) for name, value in config.trainer.items()}
+    values = {**_TRAINER_DEFAULTS, **given, "output_dir": config.run_dir, "seed": config.seed}
+    if config.evaluation is not None:
+        values = {"eval_strategy": "steps", "eval_steps": values["save_steps"], **values}
+    elif str(values.get("eval_strategy", "no")) != "no":
+        raise SettingsError("trainer.eval_strategy: there are no prompts for it, expected a section evaluation")
+    try:
+        args = TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"trainer: {error}") from error
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        SettingsError: one that cannot be served, or one process with several GPUs.
+    """
+    for name, reason in _REFUSED.items():
+        if getattr(args, name):
+            raise SettingsError(f"trainer.{name}: {getattr(args, name)} is not supported: {reason}")
+    if args.n_gpu > 1:
+        raise SettingsError(
+            f"trainer: one process sees {args.n_gpu} GPUs, expected one each: start the run with "
+            f"torchrun --nproc_per_node={args.n_gpu}, or name one GPU in CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _number(value: Any, field_type: str) -> Any:
+    """YAML 1.1 reads 1e-5 as text; a field for a float takes it as the number that was meant."""
+    if not isinstance(value, str) or "float" not in field_type:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

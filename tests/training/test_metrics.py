@@ -1,0 +1,60 @@
+"""Figures of a batch over all processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_fast.records import PolicyOutputs, Prompts, Rollouts
+from maestro_fast.training.metrics import MetricMeans, policy_metrics
+
+
+def share(lengths: list[int], seed: int) -> tuple[Rollouts, PolicyOutputs]:
+    """Of one process."""
+    random = torch.Generator().manual_seed(seed)
+    ids = [[7] * length for length in lengths]
+    ours, theirs, entropies = (torch.rand(sum(lengths), generator=random) for _ in range(3))
+    rollouts = Rollouts(
+        Prompts(["p"] * len(ids), [[1]] * len(ids)), ids, [""] * len(ids), torch.zeros(len(ids)).bool(), theirs
+    )
+    return rollouts, PolicyOutputs(ours, entropies, None)
+
+
+def on_all(shares: list[tuple[Rollouts, PolicyOutputs]]) -> list[dict[str, float]]:
+    """The metrics that each process gets."""
+    rows: list[Tensor] = []
+    for each in shares:
+        policy_metrics(*each, gather=lambda row: rows.append(row) or row)
+    return [policy_metrics(*each, gather=lambda row: torch.cat(rows)) for each in shares]
+
+
+@pytest.mark.parametrize("lengths", [[[3, 2], [4, 1]], [[3, 2], [0, 0]]], ids=["tokens", "one without any"])
+def test_every_process_gets_the_figures_of_all_tokens(lengths: list[list[int]]) -> None:
+    shares = [share(each, seed) for seed, each in enumerate(lengths)]
+    entropies = torch.cat([outputs.entropies_C for _, outputs in shares if outputs.entropies_C is not None]).double()
+    gaps = torch.cat([(o.logprobs_C - r.sampling_logprobs_C).abs() for r, o in shares]).double()
+    expected = {
+        "entropy": entropies.mean().item(),
+        "sampling/logprob_gap_mean": gaps.mean().item(),
+        "sampling/logprob_gap_max": gaps.max().item(),
+    }
+
+    for metrics in on_all(shares):
+        assert metrics == pytest.approx(expected, rel=1e-12)
+
+
+def test_nothing_is_said_of_no_tokens() -> None:
+    assert on_all([share([0, 0], 0), share([0], 1)]) == [{}, {}]
+
+
+def test_means_join_those_of_other_processes() -> None:
+    """A process that counted one figure twice as often has twice its say."""
+    each = [MetricMeans() for _ in range(2)]
+    each[0].add({"kl": 1.0, "own": 5.0})
+    each[1].add({"kl": 2.0})
+    each[1].add({"kl": 6.0})
+    joint = MetricMeans()
+    joint.join([means.state() for means in each])
+
+    assert joint.pop() == {"kl": 3.0, "own": 5.0}
