@@ -33,9 +33,9 @@ from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
-from maestro_fast.training.scoring import choose_scoring
+from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
 from maestro_fast.training.timing import StageClock
-from maestro_fast.weighting import WeightPolicy
+from maestro_fast.weighting import WeightPolicy, check_profile
 
 logger = logging.getLogger(__name__)
 _METRIC_NAMES = {
@@ -94,7 +94,8 @@ class MaestroTrainer(ExactCheckpoints):
         args.gradient_accumulation_steps = self._plan.accumulation
         args.remove_unused_columns = False
         args.dataloader_pin_memory = False
-        frozen = frozen_copy(model) if self.method.loss.kl_coef > 0 else None
+        self._needs_reference = self.method.loss.kl_coef > 0 or reads_reference(weights)
+        frozen = frozen_copy(model) if self._needs_reference else None
         super().__init__(
             model=model,
             args=args,
@@ -125,6 +126,7 @@ class MaestroTrainer(ExactCheckpoints):
         head = head_of(model)
         check_head(model, head)
         method, profile = self.method, resolve_profile(self.method.profile)
+        check_profile(weights, profile)
         scoring = choose_scoring(model, self._plan, rewards, weights, method.loss, profile)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         return Pipeline(
@@ -140,7 +142,7 @@ class MaestroTrainer(ExactCheckpoints):
             head=head,
             layout=choose_layout(model),
             scoring=scoring,
-            reference=reference_policy(model, frozen, self.accelerator) if method.loss.kl_coef > 0 else None,
+            reference=reference_policy(model, frozen, self.accelerator) if self._needs_reference else None,
             accelerator=self.accelerator,
             clock=self.clock,
             seed=method.seed,
@@ -207,8 +209,10 @@ class MaestroTrainer(ExactCheckpoints):
             "grad" if config.entropy_coef > 0 else "none" if judged else "value",
         )
         if not judged:
+            mode = context_mode(pipeline.weights) or "last"
+            outputs = policy_outputs(hidden, inputs.sequences, current, entropies, mode)
             with self._saved_if_it_fails(model):
-                (inputs,) = self._judge(model, inputs, policy_outputs(hidden, inputs.sequences, current, entropies))
+                (inputs,) = self._judge(model, inputs, outputs)
         logprobs = inputs.logprobs
         loss, metrics = policy_loss(
             current,

@@ -3,7 +3,7 @@
 from maestro_fast.weighting.build import POLICIES, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
 from maestro_fast.weighting.equal import Equal
-from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, WeightPolicy, Weights, check_profile
 from maestro_fast.weighting.random import Random
 from maestro_fast.weighting.static import Static
 
@@ -11,6 +11,7 @@ __all__ = [
     "POLICIES",
     "Conductor",
     "ConductorConfig",
+    "ContextKind",
     "Equal",
     "Outcome",
     "Random",
@@ -19,4 +20,5 @@ __all__ = [
     "WeightPolicy",
     "Weights",
     "build_weight_policy",
+    "check_profile",
 ]
