@@ -26,7 +26,7 @@ from maestro_fast.training.reference import Reference
 from maestro_fast.training.scoring import Scoring, context_mode, reads_reference
 from maestro_fast.training.text_scorer import text_scorer
 from maestro_fast.training.timing import StageClock
-from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Pipeline:
     dataset: PromptDataset
     rewards: RewardSet
     weights: WeightPolicy
+    anchor: RewardSet | None
     generator: Generator
     sampling: SamplingConfig
     plan: BatchPlan
@@ -115,7 +116,9 @@ class Pipeline:
         with clock.stage("reference"):
             ref_logprobs_C = self._reference_logprobs(sampled.sequences)
         with clock.stage("rewards"):
-            rewards_BK = self.gather(self.rewards_of(model, rollouts, outputs).to(self.accelerator.device))
+            batch = self.reward_batch(model, rollouts, outputs, sampled.number)
+            rewards_BK = self.gather(self.rewards(batch).to(self.accelerator.device))
+            utilities_B = None if self.anchor is None else self._utilities(self.anchor, batch)
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
             context = WeightContext(
@@ -124,13 +127,14 @@ class Pipeline:
                 sampled.number,
                 rewards_BK,
                 self._contexts(rollouts, outputs),
+                utilities_B,
             )
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
-            advantages = self._advantages(rollouts, rewards_BK, weights, kl_B)
+            advantages = self._advantages(rollouts, context, weights, kl_B)
         with clock.stage("conductor_update"):
             self.weights.observe(Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score))
-        record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
+        record = self._record(sampled.step, rollouts, context, weights, advantages)
         metrics = batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs)
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
@@ -140,11 +144,10 @@ class Pipeline:
         return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
 
     def _advantages(
-        self, rollouts: Rollouts, rewards_BK: Tensor, weights: Weights, kl_B: Tensor | None
+        self, rollouts: Rollouts, context: WeightContext, weights: Weights, kl_B: Tensor | None
     ) -> GroupAdvantages:
         return group_advantages(
-            rewards_BK,
-            weights.weights_BK,
+            *scored(context, weights),
             self.sampling.group_size,
             kl=kl_B,
             beta=self.kl_in_score,
@@ -202,25 +205,32 @@ class Pipeline:
             return None
         return self.gather(outputs.context_Bd)
 
-    def rewards_of(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
-        """float32 [B, K] of this process's responses."""
+    def _utilities(self, anchor: RewardSet, batch: RewardBatch) -> Tensor:
+        """float32 [B] of all processes."""
+        return self.gather(anchor(batch)[:, 0].to(self.accelerator.device))
+
+    def reward_batch(
+        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
+    ) -> RewardBatch:
+        """What the rewards read of this process's responses."""
         entropies = logprobs = None
         if self.rewards.needs_entropy:
             assert outputs is not None and outputs.entropies_C is not None
             entropies = response_means(outputs.entropies_C, rollouts).cpu()
             logprobs = response_means(outputs.logprobs_C, rollouts).cpu()
         prompts = rollouts.prompts
-        batch = RewardBatch(
+        needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
+        return RewardBatch(
             prompts.texts,
             rollouts.completions,
             rollouts.completion_ids,
             prompts.columns,
             entropies,
-            text_scorer(self, model) if self.rewards.needs_policy else None,
+            text_scorer(self, model) if needs_policy else None,
             self.accelerator.device,
             logprobs,
+            number,
         )
-        return self.rewards(batch)
 
     def _kl(self, rollouts: Rollouts, outputs: PolicyOutputs | None, ref_logprobs_C: Tensor | None) -> Tensor | None:
         """Per response, the token mean of log pi - log pi_ref; None unless it belongs into the score."""
@@ -256,7 +266,7 @@ class Pipeline:
         )
 
     def _record(
-        self, step: int, rollouts: Rollouts, rewards_BK: Tensor, weights: Weights, advantages: GroupAdvantages
+        self, step: int, rollouts: Rollouts, context: WeightContext, weights: Weights, advantages: GroupAdvantages
     ) -> StepRecord:
         device = self.accelerator.device
         prompts = rollouts.prompts
@@ -266,7 +276,7 @@ class Pipeline:
             families=self._gather_objects(prompts.families),
             prompts=self._gather_objects(prompts.texts),
             completions=self._gather_objects(rollouts.completions),
-            rewards_BK=rewards_BK.cpu(),
+            rewards_BK=context.rewards_BK.cpu(),
             weights_BK=weights.weights_BK.cpu(),
             expected_weights_BK=weights.expected_BK.cpu(),
             advantages_B=advantages.advantages.cpu(),
@@ -274,6 +284,7 @@ class Pipeline:
             degenerate_B=advantages.degenerate.cpu(),
             lengths_B=self._lengths(rollouts).cpu(),
             truncated_B=self.gather(rollouts.truncated_B.to(device)).cpu(),
+            utilities_B=None if context.utilities_B is None else context.utilities_B.cpu(),
         )
 
     def gather_rows(self, own: Tensor, count: int) -> Tensor:

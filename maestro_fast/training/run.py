@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.records import StepRecord
-from maestro_fast.rewards import build_rewards
+from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.attention import attention_choice, use_attention
 from maestro_fast.training.checkpoint import staged
@@ -176,6 +176,7 @@ def train(
     dataset = load_prompts(config.data)
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
+    anchor = None if config.anchor is None else build_anchor(config.anchor)
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     run_dir = prepare_run_dir(config, resume=resume)
     set_seed(config.seed)  # fresh adapters are drawn here
@@ -193,6 +194,7 @@ def train(
         args,
         config.method,
         evaluation=evaluation,
+        anchor=anchor,
         observers=observers,
         timing_observers=timing_observers,
         callbacks=list(callbacks),

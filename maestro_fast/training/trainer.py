@@ -65,6 +65,7 @@ class MaestroTrainer(ExactCheckpoints):
         args: TrainingArguments,
         method: Method | None = None,
         *,
+        anchor: RewardSet | None = None,
         evaluation: PromptDataset | None = None,
         generator: Generator | None = None,
         observers: Sequence[Callable[[StepRecord], None]] = (),
@@ -80,6 +81,7 @@ class MaestroTrainer(ExactCheckpoints):
             rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
             args: of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
             method: sampling, batch, loss, profile.
+            anchor: the utility that a weight policy learns from, of ``build_anchor``.
             evaluation: held-out prompts, for ``args.eval_strategy``.
             generator: None: transformers' own.
             observers: called with the record of every generation batch, on the main process.
@@ -111,7 +113,7 @@ class MaestroTrainer(ExactCheckpoints):
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
         self._install_progress()
         self.add_callback(_Bounds(self))
-        self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, generator, frozen)
+        self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
 
     def _build_pipeline(
         self,
@@ -120,6 +122,7 @@ class MaestroTrainer(ExactCheckpoints):
         dataset: PromptDataset,
         rewards: RewardSet,
         weights: WeightPolicy,
+        anchor: RewardSet | None,
         generator: Generator | None,
         frozen: nn.Module | None,
     ) -> Pipeline:
@@ -134,6 +137,7 @@ class MaestroTrainer(ExactCheckpoints):
             dataset=dataset,
             rewards=rewards,
             weights=weights,
+            anchor=anchor,
             generator=generator or TransformersGenerator(tokenizer, method.sampling, synced_gpus=self.is_fsdp_enabled),
             sampling=method.sampling,
             plan=self._plan,
@@ -288,3 +292,4 @@ class _Bounds(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self._trainer.method.batch.updates_per_batch == 0:
             self._trainer.emit_timings()
+        control.should_training_stop |= self._trainer.pipeline.weights.should_stop

@@ -40,11 +40,18 @@ class WeightContext:
 
 @dataclass(frozen=True)
 class Weights:
-    """float32 [B, K] weights that are used, their expectation over the policy's own sampling, and the drawn actions."""
+    """What a policy gives.
+
+    Attributes:
+        weights_BK: float32 [B, K], used; expected_BK: their expectation over the policy's own sampling.
+        actions_B: the drawn actions, if it draws any.
+        direct_B: bool [B], responses that are scored by their utility and not by their rewards; None: none is.
+    """
 
     weights_BK: Tensor
     expected_BK: Tensor
     actions_B: Tensor | None = None
+    direct_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,11 @@ class WeightPolicy(Protocol):
     needs_columns: tuple[str, ...]
     needs_group_scores: bool
 
+    @property
+    def should_stop(self) -> bool:
+        """True once it wants training to stop."""
+        ...
+
     def weights(self, context: WeightContext) -> Weights: ...
 
     def observe(self, outcome: Outcome) -> None:
@@ -100,6 +112,7 @@ class WithoutContext:
     context_kind: ContextKind = "response"
     needs_columns: tuple[str, ...] = ()
     needs_group_scores = False
+    should_stop = False
 
 
 class Stateless(WithoutContext):

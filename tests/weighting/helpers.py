@@ -23,7 +23,8 @@ def context(
     if isinstance(rewards_BK, int):
         rewards_BK = normal(rewards_BK, k, seed=1000 + step)
     names = tuple(f"r{i}" for i in range(rewards_BK.shape[1])) if rewards_BK.shape[1] != K else NAMES
-    return WeightContext(names, group_size, step, rewards_BK, h)
+    utilities_B = normal(len(rewards_BK), seed=2000 + step)
+    return WeightContext(names, group_size, step, rewards_BK, h, utilities_B)
 
 
 def given_advantages(advantages_B: Tensor, degenerate_B: Tensor | None = None) -> GroupAdvantages:

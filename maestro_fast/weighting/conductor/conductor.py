@@ -35,6 +35,7 @@ class Conductor:
     name = "conductor"
     needs_context = True
     needs_columns: tuple[str, ...] = ()
+    should_stop = False
 
     def __init__(self, config: ConductorConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config

@@ -80,14 +80,20 @@ def test_one_action_per_group() -> None:
     assert len(drawn) > 3
 
 
-def test_all_actions_learns_from_counterfactual_advantages() -> None:
+@pytest.mark.parametrize("objective", ["advantage", "first_order"])
+def test_all_actions_learns_from_counterfactual_advantages(objective: str) -> None:
     """At equal weights d/dz_k of sum_a p(a) cf[j, a] is (1 - K m)(cf[j, k] - mean_a cf[j, a]) / K."""
-    policy = conductor(estimator="all_actions", entropy_coef=0.0, standardise="layer_norm")
-    context = at(0)
+    policy = conductor(estimator="all_actions", entropy_coef=0.0, standardise="layer_norm", objective=objective)
+    context = at(0, utilities=True)
     weights = real(policy, context)
     every_AK = 0.7 / K + 0.3 * torch.eye(K)
     cf_BK = counterfactual_advantages(context.rewards_BK, weights.weights_BK, every_AK, G)
     pull_BK = 0.85 * (cf_BK - cf_BK.mean(1, keepdim=True)) / K
+    if objective == "first_order":
+        assert context.utilities_B is not None
+        u_NG = context.utilities_B[G:].view(2, G)
+        z_NG = (u_NG - u_NG.mean(1, keepdim=True)) / (u_NG.std(1, keepdim=True) + 1e-4)
+        pull_BK = pull_BK[G:] * z_NG.view(-1, 1)
     assert policy.bias.grad is not None
     torch.testing.assert_close(-policy.bias.grad, pull_BK.mean(0), rtol=1e-4, atol=1e-7)
 
