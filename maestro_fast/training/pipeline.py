@@ -23,9 +23,10 @@ from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.metrics import batch_metrics, policy_metrics, response_means
 from maestro_fast.training.prompt_contexts import PromptContexts
 from maestro_fast.training.reference import Reference
-from maestro_fast.training.scoring import Scoring, context_mode, reads_reference
+from maestro_fast.training.scoring import Scoring, context_mode
 from maestro_fast.training.text_scorer import text_scorer
 from maestro_fast.training.timing import StageClock
+from maestro_fast.training.weighing import weight_context
 from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
 
 
@@ -118,17 +119,10 @@ class Pipeline:
         with clock.stage("rewards"):
             batch = self.reward_batch(model, rollouts, outputs, sampled.number)
             rewards_BK = self.gather(self.rewards(batch).to(self.accelerator.device))
-            utilities_B = None if self.anchor is None else self._utilities(self.anchor, batch)
+            utilities_B = None if self.anchor is None else self.gather(self.anchor(batch)[:, 0].to(rewards_BK.device))
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
-            context = WeightContext(
-                self.rewards.names,
-                self.sampling.group_size,
-                sampled.number,
-                rewards_BK,
-                self._contexts(rollouts, outputs),
-                utilities_B,
-            )
+            context = weight_context(self, sampled, rewards_BK, outputs, utilities_B)
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
             advantages = self._advantages(rollouts, context, weights, kl_B)
@@ -195,20 +189,6 @@ class Pipeline:
         with self.reference() as (model, head):
             return self.forward(model, sequences, head).logprobs_C
 
-    def _contexts(self, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor | None:
-        """[B, d] of all processes, as the weight policy reads them."""
-        if reads_reference(self.weights):
-            assert self.reference is not None
-            with self.reference() as (model, _):
-                return self.gather(self.prompt_contexts(self, model, rollouts.prompts.token_ids))
-        if outputs is None or outputs.context_Bd is None:
-            return None
-        return self.gather(outputs.context_Bd)
-
-    def _utilities(self, anchor: RewardSet, batch: RewardBatch) -> Tensor:
-        """float32 [B] of all processes."""
-        return self.gather(anchor(batch)[:, 0].to(self.accelerator.device))
-
     def reward_batch(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
     ) -> RewardBatch:
@@ -273,9 +253,9 @@ class Pipeline:
         return StepRecord(
             step=step,
             reward_names=self.rewards.names,
-            families=self._gather_objects(prompts.families),
-            prompts=self._gather_objects(prompts.texts),
-            completions=self._gather_objects(rollouts.completions),
+            families=self.gather_objects(prompts.families),
+            prompts=self.gather_objects(prompts.texts),
+            completions=self.gather_objects(rollouts.completions),
             rewards_BK=context.rewards_BK.cpu(),
             weights_BK=weights.weights_BK.cpu(),
             expected_weights_BK=weights.expected_BK.cpu(),
@@ -292,5 +272,5 @@ class Pipeline:
         gathered = self.gather(own.to(self.accelerator.device)).cpu()
         return gathered.view(self.accelerator.num_processes, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
 
-    def _gather_objects(self, values: list[Any]) -> list[Any]:
+    def gather_objects(self, values: list[Any]) -> list[Any]:
         return list(gather_object(values)) if self.accelerator.num_processes > 1 else values

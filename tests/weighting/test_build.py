@@ -27,6 +27,13 @@ ENTRIES: dict[str, Any] = {
     "equal": "equal",
     "static": {"policy": "static", "values": dict.fromkeys(NAMES, 0.5)},
     "random": "random",
+    "schedule": {"policy": "schedule", "points": [{"step": 0, "values": dict.fromkeys(NAMES, 0.5)}]},
+    "callable": {"policy": "callable", "function": lambda context: torch.ones(3)},
+    "router": {"policy": "router", "column": "kind", "routes": {"x": dict.fromkeys(NAMES, 0.5)}},
+    "saw": "saw",
+    "dvao": "dvao",
+    "weakest_first": "weakest_first",
+    "exp3": "exp3",
     "conductor": {"policy": "conductor", "period": 2},
     "anchored": {"policy": "anchored", "steps": 2},
 }
@@ -142,7 +149,19 @@ def test_state_round_trip(name: str) -> None:
     assert torch.equal(fresh.weights(at).weights_BK, policy.weights(at).weights_BK)
 
 
-@pytest.mark.parametrize("name", ["equal", "static", "random"])
+@pytest.mark.parametrize("name", ["equal", "static", "random", "schedule", "callable", "router", "dvao"])
 def test_a_policy_without_state_refuses_one(name: str) -> None:
     with pytest.raises(ValueError, match=r"^state: holds \['bias', "):
         build(name).load_state_dict(build("conductor").state_dict())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_runs_with_one_seed_are_bitwise_equal(name: str) -> None:
+    one, other = build(name), build(name)
+    for step in range(4):
+        torch.manual_seed(step)  # what the rest of the program draws does not matter
+        at, advantages_B = context(8, normal(8, D, seed=step), step=step), normal(8, seed=50 + step)
+        ours, theirs = (play(policy, at, advantages_B) for policy in (one, other))
+        assert torch.equal(ours.weights_BK, theirs.weights_BK) and torch.equal(ours.expected_BK, theirs.expected_BK)
+    assert one.metrics() == other.metrics()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
