@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,7 @@ class RewardBatch:
         device: where this process trains its policy; None outside training.
         mean_logprobs_B: float32 [B] on the CPU, mean log-prob of the response's tokens under the policy in nats, at the
             sampling temperature; there where mean_entropies_B is.
+        step: number of the generation batch, from 0, negative in evaluations; None outside training.
     """
 
     prompts: list[Text]
@@ -113,6 +114,26 @@ class RewardBatch:
     score_texts: Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]] | None = None
     device: torch.device | None = None
     mean_logprobs_B: Tensor | None = None
+    step: int | None = None
+
+    def select(self, rows: Sequence[int]) -> RewardBatch:
+        """Some of its rows, in that order."""
+
+        def each(values: list[Any]) -> list[Any]:
+            return [values[row] for row in rows]
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[list(rows)]
+
+        return replace(
+            self,
+            prompts=each(self.prompts),
+            completions=each(self.completions),
+            completion_ids=each(self.completion_ids),
+            columns={name: each(values) for name, values in self.columns.items()},
+            mean_entropies_B=some(self.mean_entropies_B),
+            mean_logprobs_B=some(self.mean_logprobs_B),
+        )
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -129,6 +150,7 @@ class StepRecord:
         rewards_BK: NaN where a reward abstained.
         weights_BK: the weights that were used; expected_weights_BK: their expectation over the policy's own sampling.
         advantages_B, scores_B, degenerate_B, lengths_B (tokens), truncated_B.
+        utilities_B: known utilities, NaN where none is known; None without an anchor.
     """
 
     step: int
@@ -144,6 +166,7 @@ class StepRecord:
     degenerate_B: Tensor
     lengths_B: Tensor
     truncated_B: Tensor
+    utilities_B: Tensor | None = None
 
 
 def cumulative(lengths_B: Tensor) -> Tensor:

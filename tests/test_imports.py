@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"kernels", "_C"},
     {"ops"},
-    {"records", "settings"},
+    {"records", "settings", "functions"},
     {"rewards", "weighting"},
     {"generation"},
     {"training"},

@@ -6,8 +6,11 @@
       - {name: rich, function: "my_rewards.py:richness", scale: 2}
       - trl.rewards:think_format_reward
 
-The first two are of built-in kinds, the others functions with the signature of TRL's reward functions. What
-is not name, kind or function is an option: an argument of the kind, or a constant keyword argument of the
+      - {name: style, function: "my_rewards.py:style", gate: {on: format, threshold: 1}, where: {family: [poem, essay]}}
+
+The first two are of built-in kinds, the others functions with the signature of TRL's reward functions. Any entry may
+have a ``where`` (``Where``: for some prompts only) and a ``gate`` (``Gate``: where another reward, an entry of its own,
+reaches a threshold). What is none of these is an option: an argument of the kind, or a constant keyword argument of the
 function.
 """
 
@@ -21,11 +24,15 @@ from typing import Any
 from maestro_fast.rewards.entropy import EntropyReward
 from maestro_fast.rewards.format import FormatReward
 from maestro_fast.rewards.function import FunctionReward, load_function
+from maestro_fast.rewards.gate import Gate
+from maestro_fast.rewards.labelled import Labelled, LabelsConfig
 from maestro_fast.rewards.length import LengthReward
 from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
 from maestro_fast.rewards.preference import PreferenceReward
 from maestro_fast.rewards.reward import Reward, RewardSet
+from maestro_fast.rewards.where import Where
+from maestro_fast.settings import build
 
 Kind = EntropyReward | FormatReward | LengthReward | NoverReward | PerplexityReward | PreferenceReward
 
@@ -48,12 +55,16 @@ class RewardSpec:
         kind: a key of ``KINDS``; by default the name, where that is one.
         function: instead of a kind, what ``load_function`` reads.
         options: arguments of the kind, or constant keyword arguments of the function.
+        where: the mask of ``Where``.
+        gate: the arguments of ``Gate``, ``on`` an entry for a reward.
     """
 
     name: str
     kind: str | None = None
     function: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    where: str | dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
 
 
 RewardEntry = str | Mapping[str, Any] | RewardSpec | Reward | Callable[..., Any]
@@ -82,7 +93,7 @@ def _build(entry: RewardEntry, where: str, base_dir: str | Path) -> Reward:
     if isinstance(entry, Mapping):
         entry = _spec(entry, where)
     if isinstance(entry, RewardSpec):
-        return _build_spec(entry, where, base_dir)
+        return _conditional(_build_spec(entry, where, base_dir), entry, where, base_dir)
     if isinstance(entry, type):
         raise TypeError(f"{where}: got the class {entry.__name__}, expected an instance of it")
     if isinstance(entry, Reward):
@@ -92,14 +103,56 @@ def _build(entry: RewardEntry, where: str, base_dir: str | Path) -> Reward:
     raise TypeError(f"{where}: got {type(entry).__name__}, expected a name, a mapping, a function or a Reward")
 
 
+def _conditional(reward: Reward, spec: RewardSpec, where: str, base_dir: str | Path) -> Reward:
+    """The reward behind its gate and its mask; the mask is looked at first."""
+    label = f"{where} {spec.name!r}"
+    if spec.gate is not None:
+        options = dict(spec.gate) if isinstance(spec.gate, Mapping) else {}
+        known = {"on", "threshold", "closed"}
+        if not {"on", "threshold"} <= options.keys() <= known:
+            raise ValueError(f"{label}.gate: got {spec.gate!r}, expected on, threshold and perhaps closed")
+        on, inner = _build(options.pop("on"), f"{label}.gate.on", base_dir), reward
+        for name, value in options.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise TypeError(f"{label}.gate.{name}: got {value!r}, expected a number")
+        reward = _named(f"{label}.gate", lambda: Gate(inner, on=on, **options))
+    if spec.where is not None:
+        mask, masked = spec.where, reward
+        reward = _named(label, lambda: Where(masked, mask))
+    return reward
+
+
+def build_anchor(entry: RewardEntry, *, base_dir: str | Path = ".") -> RewardSet:
+    """The utility of responses, for a weight policy to learn from: a reward of its own, which is no reward of the run.
+
+    Args:
+        entry: as in ``build_rewards``; a mapping may have the options of ``LabelsConfig`` under ``labels``. It returns
+            None, for all responses to a prompt, where the utility is not known.
+
+    Raises:
+        ValueError, TypeError: as ``build_rewards``; a utility that reads the policy's entropy.
+    """
+    labels = None
+    if isinstance(entry, Mapping):
+        entry = dict(entry)
+        labels = entry.pop("labels", None)
+    reward = _build(entry, "anchor", base_dir)
+    if reward.needs_entropy:
+        raise ValueError(f"anchor {reward.name!r}: reads the policy's entropy, expected a utility that does not")
+    if labels is not None:
+        reward = Labelled(reward, build(LabelsConfig, labels, "anchor.labels"))
+    return RewardSet([reward])
+
+
 def _spec(entry: Mapping[str, Any], where: str) -> RewardSpec:
     options = dict(entry)
     kind, function = options.pop("kind", None), options.pop("function", None)
+    mask, conditions = options.pop("where", None), options.pop("gate", None)
     default = kind if function is None else str(function).rpartition(":")[2]
     name = options.pop("name", default)
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: name is {name!r}, expected a non-empty string")
-    return RewardSpec(name, kind, function, options)
+    return RewardSpec(name, kind, function, options, mask, conditions)
 
 
 def _build_spec(spec: RewardSpec, where: str, base_dir: str | Path) -> Reward:

@@ -40,6 +40,7 @@ class Bounds(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stepped = True
+        control.should_training_stop |= self._trainer.pipeline.weights.should_stop
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -79,6 +79,7 @@ class TrainConfig:
         run_dir: where everything goes that the run produces; must not hold another run.
         rewards: entries for ``rewards.build_rewards``.
         weights: entry for ``weighting.build_weight_policy``.
+        anchor: entry for ``rewards.build_anchor``, the utility that some weight policies learn from; it is no reward.
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
         evaluation: rewards on held-out prompts, during training.
@@ -90,6 +91,7 @@ class TrainConfig:
     data: DataConfig
     rewards: list[Any]
     weights: Any = "equal"
+    anchor: Any = None
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -32,7 +32,8 @@ def evaluate_rewards(
         # training counts its batches from 0: the draws are of negative ones
         sampled = Sampled(pipeline.generate(model, prompts, -1 - i), -1 - i, 0)
         outputs = pipeline.outputs_for_rewards(model, sampled)
-        rewards.append(pipeline.rewards_of(model, sampled.rollouts, outputs).view(len(rows), samples, -1))
+        batch = pipeline.reward_batch(model, sampled.rollouts, outputs, sampled.number)
+        rewards.append(pipeline.rewards(batch).view(len(rows), samples, -1))
         lengths.append(sampled.rollouts.completion_lengths_B.view(len(rows), samples).float())
         truncated.append(sampled.rollouts.truncated_B.view(len(rows), samples).float())
     count = len(dataset)

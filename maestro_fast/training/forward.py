@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.ops import pool_hidden, token_logprobs
+from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.ops.token_logprobs import EntropyMode
 from maestro_fast.records import PolicyOutputs, cumulative
 from maestro_fast.training.attention import Layout, layout_of
@@ -154,11 +155,29 @@ def completion_logprobs(
     return out.logprobs, out.entropies
 
 
-def policy_outputs(hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None) -> PolicyOutputs:
+def policy_outputs(
+    hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
+) -> PolicyOutputs:
     """What a forward that is differentiated tells besides, without its graph."""
-    bounds = cumulative(torch.tensor(sequences.lengths)).to(hidden.device)
-    context = pool_hidden(hidden.detach(), cu_seqlens=bounds, mode="last")
+    context = contexts(hidden.detach(), sequences, context_mode)
     return PolicyOutputs(logprobs.detach(), None if entropies is None else entropies.detach(), context)
+
+
+def contexts(hidden: Tensor, sequences: Sequences, mode: PoolMode) -> Tensor:
+    """[B, d] from packed states [T, d]."""
+    bounds = cumulative(torch.tensor(sequences.lengths)).to(hidden.device)
+    prompts = torch.tensor([len(ids) for ids in sequences.prompt_ids], device=hidden.device)
+    return pool_hidden(hidden, cu_seqlens=bounds, mode=mode, prompt_lengths=prompts)
+
+
+@torch.no_grad()
+def prompt_mean(model: nn.Module, prompt_ids: list[int], layout: Layout) -> Tensor:
+    """float32 [d] on the CPU, the mean last hidden state of one prompt, which is alone in its forward.
+
+    So its bits depend on nothing else: not on the batch that a prompt is first met in, nor on a resumed run.
+    """
+    with _evaluating(model):
+        return last_hidden(model, Sequences([prompt_ids], [[]]), layout).float().mean(0).cpu()
 
 
 @torch.no_grad()
@@ -171,7 +190,7 @@ def score(
     micro_batch: int,
     temperature: float,
     entropy: bool = False,
-    context: bool = False,
+    context: PoolMode | None = None,
 ) -> PolicyOutputs:
     """One forward over all responses, ``micro_batch`` at a time, longest first so that little is padded.
 
@@ -179,12 +198,12 @@ def score(
 
     Args:
         entropy: whether to return entropies.
-        context: whether to return the terminal hidden state of each response.
+        context: which hidden state of each response to return; None: none.
     """
     order = sorted(range(len(sequences)), key=lambda i: -sequences.lengths[i])
     logprobs: list[Tensor] = [torch.empty(0)] * len(order)
     entropies: list[Tensor] = [torch.empty(0)] * len(order)
-    contexts: list[Tensor] = [torch.empty(0)] * len(order)
+    pooled: list[Tensor] = [torch.empty(0)] * len(order)
     with _evaluating(model):
         for start in range(0, len(order), micro_batch):
             members = order[start : start + micro_batch]
@@ -197,14 +216,13 @@ def score(
             if ent is not None:
                 for i, value in zip(members, ent.split(sizes), strict=True):
                     entropies[i] = value
-            if context:
-                bounds = cumulative(torch.tensor(part.lengths)).to(hidden.device)
-                for i, row in zip(members, pool_hidden(hidden, cu_seqlens=bounds, mode="last"), strict=True):
-                    contexts[i] = row
+            if context is not None:
+                for i, row in zip(members, contexts(hidden, part, context), strict=True):
+                    pooled[i] = row
     return PolicyOutputs(
         torch.cat(logprobs),
         torch.cat(entropies) if entropy else None,
-        torch.stack(contexts) if context else None,
+        torch.stack(pooled) if context is not None else None,
     )
 
 

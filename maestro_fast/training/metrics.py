@@ -34,6 +34,11 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": record.truncated_B.float().mean().item(),
     }
+    if record.utilities_B is not None:
+        known = record.utilities_B[~record.utilities_B.isnan()]
+        metrics["anchor/labelled"] = known.numel() / record.utilities_B.numel()
+        if known.numel():
+            metrics["anchor/utility"] = known.mean().item()
     for k, name in enumerate(record.reward_names):
         column = record.rewards_BK[:, k]
         live = column[~column.isnan()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig, group_advantages
-from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text
+from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
-from maestro_fast.training.data import PromptDataset, Row, encode_prompt
+from maestro_fast.training.data import PromptDataset, Row
 from maestro_fast.training.forward import Layout, Sequences, score
 from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.metrics import batch_metrics, policy_metrics, response_means
+from maestro_fast.training.prompt_contexts import PromptContexts
 from maestro_fast.training.reference import Reference
-from maestro_fast.training.scoring import Scoring
+from maestro_fast.training.scoring import Scoring, context_mode
+from maestro_fast.training.text_scorer import text_scorer
 from maestro_fast.training.timing import StageClock
-from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.training.weighing import weight_context
+from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Pipeline:
     dataset: PromptDataset
     rewards: RewardSet
     weights: WeightPolicy
+    anchor: RewardSet | None
     generator: Generator
     sampling: SamplingConfig
     plan: BatchPlan
@@ -74,6 +78,7 @@ class Pipeline:
     accelerator: Accelerator
     clock: StageClock
     seed: int
+    prompt_contexts: PromptContexts = field(default_factory=PromptContexts)
 
     @property
     def kl_in_score(self) -> float:
@@ -100,11 +105,11 @@ class Pipeline:
         if self.scoring.source != "scoring":
             return None
         with self.clock.stage("score"):
-            return self._forward(model, sampled.sequences, entropy=True, context=self.weights.needs_context)
+            return self.forward(model, sampled.sequences, entropy=True, context=context_mode(self.weights))
 
     def outputs_for_rewards(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
         """A forward for the rewards alone, outside training, if one of them reads it."""
-        return self._forward(model, sampled.sequences, entropy=True) if self.rewards.needs_entropy else None
+        return self.forward(model, sampled.sequences, entropy=True) if self.rewards.needs_entropy else None
 
     def judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> Judged:
         """Rewards, weights and advantages over all processes, and this process's micro-batches."""
@@ -112,25 +117,20 @@ class Pipeline:
         with clock.stage("reference"):
             ref_logprobs_C = self._reference_logprobs(sampled.sequences)
         with clock.stage("rewards"):
-            rewards_BK = self._gather(self.rewards_of(model, rollouts, outputs).to(self.accelerator.device))
+            batch = self.reward_batch(model, rollouts, outputs, sampled.number)
+            rewards_BK = self.gather(self.rewards(batch).to(self.accelerator.device))
+            utilities_B = None if self.anchor is None else self.gather(self.anchor(batch)[:, 0].to(rewards_BK.device))
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
-            context_Bd = None if outputs is None else outputs.context_Bd
-            context = WeightContext(
-                self.rewards.names,
-                self.sampling.group_size,
-                sampled.number,
-                rewards_BK,
-                None if context_Bd is None else self._gather(context_Bd),
-            )
+            context = weight_context(self, sampled, rewards_BK, outputs, utilities_B)
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
-            advantages = self._advantages(rollouts, rewards_BK, weights, kl_B)
+            advantages = self._advantages(rollouts, context, weights, kl_B)
         with clock.stage("conductor_update"):
-            self.weights.observe(Outcome(context, weights, advantages))
-        record = self._record(sampled.step, rollouts, rewards_BK, weights, advantages)
+            self.weights.observe(Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score))
+        record = self._record(sampled.step, rollouts, context, weights, advantages)
         metrics = (
-            batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs, self._gather)
+            batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs, self.gather)
         )
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
@@ -140,11 +140,10 @@ class Pipeline:
         return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
 
     def _advantages(
-        self, rollouts: Rollouts, rewards_BK: Tensor, weights: Weights, kl_B: Tensor | None
+        self, rollouts: Rollouts, context: WeightContext, weights: Weights, kl_B: Tensor | None
     ) -> GroupAdvantages:
         return group_advantages(
-            rewards_BK,
-            weights.weights_BK,
+            *scored(context, weights),
             self.sampling.group_size,
             kl=kl_B,
             beta=self.kl_in_score,
@@ -160,21 +159,21 @@ class Pipeline:
         """Differs between batches and processes, and does not depend on what ran before: a resumed run repeats it."""
         return ((self.seed * 1_000_003 + number) * 65_537 + self._rank) % 2**63
 
-    def _gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor.contiguous())
         return gathered
 
     def _lengths(self, rollouts: Rollouts) -> Tensor:
         """int64 [B], tokens of the completions of all processes."""
-        return self._gather(rollouts.completion_lengths_B.to(self.accelerator.device))
+        return self.gather(rollouts.completion_lengths_B.to(self.accelerator.device))
 
-    def _forward(
+    def forward(
         self,
         model: nn.Module,
         sequences: Sequences,
         head: LanguageHead | None = None,
         temperature: float | None = None,
-        **wanted: bool,
+        **wanted: Any,
     ) -> PolicyOutputs:
         return score(
             model,
@@ -187,58 +186,40 @@ class Pipeline:
         )
 
     def _reference_logprobs(self, sequences: Sequences) -> Tensor | None:
-        if self.reference is None:
+        if self.reference is None or self.loss.kl_coef == 0:
             return None
         with self.reference() as (model, head):
-            return self._forward(model, sequences, head).logprobs_C
+            return self.forward(model, sequences, head).logprobs_C
 
-    def rewards_of(self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor:
-        """float32 [B, K] of this process's responses."""
+    def reward_batch(
+        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
+    ) -> RewardBatch:
+        """What the rewards read of this process's responses."""
         entropies = logprobs = None
         if self.rewards.needs_entropy:
             assert outputs is not None and outputs.entropies_C is not None
             entropies = response_means(outputs.entropies_C, rollouts).cpu()
             logprobs = response_means(outputs.logprobs_C, rollouts).cpu()
         prompts = rollouts.prompts
-        batch = RewardBatch(
+        needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
+        return RewardBatch(
             prompts.texts,
             rollouts.completions,
             rollouts.completion_ids,
             prompts.columns,
             entropies,
-            self._text_scorer(model) if self.rewards.needs_policy else None,
+            text_scorer(self, model) if needs_policy else None,
             self.accelerator.device,
             logprobs,
+            number,
         )
-        return self.rewards(batch)
-
-    def _text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
-        def score_texts(prompts: Sequence[Text], prefixes: Sequence[str], texts: Sequence[str]) -> list[Tensor]:
-            def encode(text: str) -> list[int]:
-                return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-            contexts = [
-                encode_prompt(self.tokenizer, prompt) + encode(prefix)
-                for prompt, prefix in zip(prompts, prefixes, strict=True)
-            ]
-            # sharded models need the same number of forwards on every process: short of the longest list, one token
-            rows = int(self._gather(torch.tensor([len(contexts)], device=self.accelerator.device)).max())
-            if not rows:
-                return []
-            padding = [[0]] * (rows - len(contexts))
-            sequences = Sequences(contexts + padding, [encode(text) for text in texts] + padding)
-            out = self._forward(model, sequences, temperature=1.0)
-            parts = out.logprobs_C.cpu().split([len(ids) for ids in sequences.completion_ids])
-            return list(parts[: len(contexts)])
-
-        return score_texts
 
     def _kl(self, rollouts: Rollouts, outputs: PolicyOutputs | None, ref_logprobs_C: Tensor | None) -> Tensor | None:
         """Per response, the token mean of log pi - log pi_ref; None unless it belongs into the score."""
         if self.kl_in_score == 0.0 or ref_logprobs_C is None:
             return None
         assert outputs is not None
-        return self._gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
+        return self.gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
 
     def _sampling_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         """Those of the sampler, if the loss corrects for them."""
@@ -261,13 +242,13 @@ class Pipeline:
             order = list(range(plan.responses))
         lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
         local = lengths.view(plan.updates, -1).sum(1).to(self.accelerator.device)
-        tokens_per_update = self._gather(local).view(-1, plan.updates).mean(0).tolist()
+        tokens_per_update = self.gather(local).view(-1, plan.updates).mean(0).tolist()
         return split_micro_batches(
             plan, sequences, advantages.advantages[own], logprobs, tokens_per_update, self.loss, order
         )
 
     def _record(
-        self, step: int, rollouts: Rollouts, rewards_BK: Tensor, weights: Weights, advantages: GroupAdvantages
+        self, step: int, rollouts: Rollouts, context: WeightContext, weights: Weights, advantages: GroupAdvantages
     ) -> StepRecord:
         device = self.accelerator.device
         prompts = rollouts.prompts
@@ -277,19 +258,20 @@ class Pipeline:
             families=self.gather_objects(prompts.families),
             prompts=self.gather_objects(prompts.texts),
             completions=self.gather_objects(rollouts.completions),
-            rewards_BK=rewards_BK.cpu(),
+            rewards_BK=context.rewards_BK.cpu(),
             weights_BK=weights.weights_BK.cpu(),
             expected_weights_BK=weights.expected_BK.cpu(),
             advantages_B=advantages.advantages.cpu(),
             scores_B=advantages.scores.cpu(),
             degenerate_B=advantages.degenerate.cpu(),
             lengths_B=self._lengths(rollouts).cpu(),
-            truncated_B=self._gather(rollouts.truncated_B.to(device)).cpu(),
+            truncated_B=self.gather(rollouts.truncated_B.to(device)).cpu(),
+            utilities_B=None if context.utilities_B is None else context.utilities_B.cpu(),
         )
 
     def gather_rows(self, own: Tensor, count: int) -> Tensor:
         """The first ``count`` rows, on the CPU, of a tensor whose rows are dealt to the processes in turn."""
-        gathered = self._gather(own.to(self.accelerator.device)).cpu()
+        gathered = self.gather(own.to(self.accelerator.device)).cpu()
         return gathered.view(self.accelerator.num_processes, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
 
     def gather_objects(self, values: list[Any]) -> list[Any]:

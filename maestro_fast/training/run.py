@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from maestro_fast.records import StepRecord
-from maestro_fast.rewards import build_rewards
+from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import training_arguments
 from maestro_fast.training.attention import attention_choice, use_attention
@@ -102,6 +102,7 @@ def train(
     dataset = load_prompts(config.data)
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
+    anchor = None if config.anchor is None else build_anchor(config.anchor)
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
     with run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
@@ -118,6 +119,7 @@ def train(
             args,
             config.method,
             evaluation=evaluation,
+            anchor=anchor,
             observers=observers,
             timing_observers=timing_observers,
             callbacks=list(callbacks),

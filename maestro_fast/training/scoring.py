@@ -15,6 +15,7 @@ from typing import Literal
 from torch import nn
 
 from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.ops.profiles import AdvantageProfile
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan
@@ -43,7 +44,7 @@ def choose_scoring(
     readers = [
         reader
         for reader, reads in (
-            ("the weight policy", weights.needs_context),
+            ("the weight policy", context_mode(weights) is not None),
             ("an entropy reward", rewards.needs_entropy),
             ("the KL in the score", loss.kl_coef > 0 and profile.kl_in == "score"),
         )
@@ -63,6 +64,17 @@ def choose_scoring(
     if has_dropout(model):
         return Scoring("scoring", f"an extra forward for {named}: the model's dropout would disturb the training one")
     return Scoring("training", f"{named} read the training forward: one micro-batch, one update")
+
+
+def context_mode(weights: WeightPolicy) -> PoolMode | None:
+    """Which hidden state of the policy's own forward a weight policy reads, if any."""
+    if not weights.needs_context or weights.context_kind == "reference_prompt_mean":
+        return None
+    return "last" if weights.context_kind == "response" else weights.context_kind
+
+
+def reads_reference(weights: WeightPolicy) -> bool:
+    return weights.needs_context and weights.context_kind == "reference_prompt_mean"
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -34,9 +34,9 @@ from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
-from maestro_fast.training.scoring import choose_scoring
+from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
 from maestro_fast.training.timing import StageClock
-from maestro_fast.weighting import WeightPolicy
+from maestro_fast.weighting import WeightPolicy, check_profile
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class MaestroTrainer(ExactCheckpoints):
         args: TrainingArguments,
         method: Method | None = None,
         *,
+        anchor: RewardSet | None = None,
         evaluation: PromptDataset | None = None,
         generator: Generator | None = None,
         observers: Sequence[Callable[[StepRecord], None]] = (),
@@ -74,6 +75,7 @@ class MaestroTrainer(ExactCheckpoints):
             rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
             args: of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
             method: sampling, batch, loss, profile.
+            anchor: the utility that a weight policy learns from, of ``build_anchor``.
             evaluation: held-out prompts, for ``args.eval_strategy``.
             generator: None: transformers' own.
             observers: called with the record of every generation batch, on the main process.
@@ -90,7 +92,8 @@ class MaestroTrainer(ExactCheckpoints):
         args.gradient_accumulation_steps = self._plan.accumulation
         args.remove_unused_columns = False
         args.dataloader_pin_memory = False
-        frozen = frozen_copy(model) if self.method.loss.kl_coef > 0 else None
+        self._needs_reference = self.method.loss.kl_coef > 0 or reads_reference(weights)
+        frozen = frozen_copy(model) if self._needs_reference else None
         super().__init__(
             model=model,
             args=args,
@@ -106,7 +109,7 @@ class MaestroTrainer(ExactCheckpoints):
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
         self._install_progress()
         self.add_callback(Bounds(self))
-        self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, generator, frozen)
+        self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
 
     def _build_pipeline(
         self,
@@ -115,12 +118,14 @@ class MaestroTrainer(ExactCheckpoints):
         dataset: PromptDataset,
         rewards: RewardSet,
         weights: WeightPolicy,
+        anchor: RewardSet | None,
         generator: Generator | None,
         frozen: nn.Module | None,
     ) -> Pipeline:
         head = head_of(model)
         check_head(model, head)
         method, profile = self.method, resolve_profile(self.method.profile)
+        check_profile(weights, profile)
         scoring = choose_scoring(model, self._plan, rewards, weights, method.loss, profile)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         return Pipeline(
@@ -128,6 +133,7 @@ class MaestroTrainer(ExactCheckpoints):
             dataset=dataset,
             rewards=rewards,
             weights=weights,
+            anchor=anchor,
             generator=generator or TransformersGenerator(tokenizer, method.sampling, synced_gpus=self.is_fsdp_enabled),
             sampling=method.sampling,
             plan=self._plan,
@@ -136,7 +142,7 @@ class MaestroTrainer(ExactCheckpoints):
             head=head,
             layout=choose_layout(model),
             scoring=scoring,
-            reference=reference_policy(model, frozen, self.accelerator) if method.loss.kl_coef > 0 else None,
+            reference=reference_policy(model, frozen, self.accelerator) if self._needs_reference else None,
             accelerator=self.accelerator,
             clock=self.clock,
             seed=method.seed,
@@ -205,8 +211,10 @@ class MaestroTrainer(ExactCheckpoints):
             "grad" if config.entropy_coef > 0 else "none" if judged else "value",
         )
         if not judged:
+            mode = context_mode(pipeline.weights) or "last"
+            outputs = policy_outputs(hidden, inputs.sequences, current, entropies, mode)
             with self._saved_if_it_fails(model):
-                (inputs,) = self._judge(model, inputs, policy_outputs(hidden, inputs.sequences, current, entropies))
+                (inputs,) = self._judge(model, inputs, outputs)
         logprobs = inputs.logprobs
         loss, metrics = policy_loss(
             current,

@@ -1,22 +1,46 @@
 """Weight policies: who decides how much each reward counts."""
 
+from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
 from maestro_fast.weighting.build import POLICIES, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
+from maestro_fast.weighting.dvao import Dvao
 from maestro_fast.weighting.equal import Equal
-from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting.exp3 import Exp3
+from maestro_fast.weighting.function import FunctionPolicy
+from maestro_fast.weighting.guard import GuardConfig, Guarded
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, WeightPolicy, Weights, check_profile
 from maestro_fast.weighting.random import Random
+from maestro_fast.weighting.router import Router
+from maestro_fast.weighting.saw import Saw
+from maestro_fast.weighting.schedule import Schedule
 from maestro_fast.weighting.static import Static
+from maestro_fast.weighting.utilities import scored
+from maestro_fast.weighting.weakest_first import WeakestFirst
 
 __all__ = [
     "POLICIES",
+    "Anchored",
+    "AnchoredConfig",
     "Conductor",
     "ConductorConfig",
+    "ContextKind",
+    "Dvao",
     "Equal",
+    "Exp3",
+    "FunctionPolicy",
+    "GuardConfig",
+    "Guarded",
     "Outcome",
     "Random",
+    "Router",
+    "Saw",
+    "Schedule",
     "Static",
+    "WeakestFirst",
     "WeightContext",
     "WeightPolicy",
     "Weights",
     "build_weight_policy",
+    "check_profile",
+    "scored",
 ]

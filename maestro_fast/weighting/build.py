@@ -6,17 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from maestro_fast.settings import SettingsError, build
+from maestro_fast.weighting.anchored import AnchoredConfig
 from maestro_fast.weighting.conductor import ConductorConfig
+from maestro_fast.weighting.dvao import DvaoConfig
 from maestro_fast.weighting.equal import EqualConfig
+from maestro_fast.weighting.exp3 import Exp3Config
+from maestro_fast.weighting.function import CallableConfig
+from maestro_fast.weighting.guard import guarded
 from maestro_fast.weighting.policy import WeightPolicy
 from maestro_fast.weighting.random import RandomConfig
+from maestro_fast.weighting.router import RouterConfig
+from maestro_fast.weighting.saw import SawConfig
+from maestro_fast.weighting.schedule import ScheduleConfig
 from maestro_fast.weighting.static import StaticConfig
+from maestro_fast.weighting.weakest_first import WeakestFirstConfig
 
 POLICIES = {
     "equal": EqualConfig,
     "static": StaticConfig,
     "random": RandomConfig,
+    "schedule": ScheduleConfig,
+    "callable": CallableConfig,
+    "router": RouterConfig,
+    "saw": SawConfig,
+    "dvao": DvaoConfig,
+    "weakest_first": WeakestFirstConfig,
+    "exp3": Exp3Config,
     "conductor": ConductorConfig,
+    "anchored": AnchoredConfig,
 }
 
 
@@ -26,7 +43,8 @@ def build_weight_policy(
     """A weight policy by name.
 
     Args:
-        entry: a name of ``POLICIES``, or a mapping with that name under ``policy`` and the policy's options.
+        entry: a name of ``POLICIES``, or a mapping with that name under ``policy`` and the policy's options; any
+            policy may have the options of ``GuardConfig`` under ``guard``.
         reward_names: K names; a policy that refers to rewards does so by these.
         context_size: d, width of the hidden states.
         path: dotted name of ``entry``, for messages.
@@ -40,6 +58,7 @@ def build_weight_policy(
     name = options.pop("policy", "equal")
     if not isinstance(name, str) or name not in POLICIES:
         raise SettingsError(f"{path}.policy: {name!r}, expected one of {', '.join(POLICIES)}")
+    guard: Any = options.pop("guard", None)
     config: Any = build(POLICIES[name], options, path)
     try:
         policy: WeightPolicy = config.build(reward_names, context_size)
@@ -47,4 +66,4 @@ def build_weight_policy(
         raise
     except ValueError as error:
         raise SettingsError(f"{path}.{error}") from error
-    return policy
+    return guarded(policy, guard, reward_names, f"{path}.guard")

@@ -109,9 +109,9 @@ def test_one_row_is_what_transformers_calls_flattened(path: Layout) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_scoring_in_micro_batches_gives_the_same_on_every_path(kernels: PlainKernels, path: Layout) -> None:
     model = with_attention(tiny_model(), path)
-    out = score(model, SEQUENCES, head_of(model), layout=path, micro_batch=4, temperature=1.0, context=True)
+    out = score(model, SEQUENCES, head_of(model), layout=path, micro_batch=4, temperature=1.0, context="last")
     expected = score(
-        tiny_model(), SEQUENCES, head_of(tiny_model()), layout="padded", micro_batch=1, temperature=1.0, context=True
+        tiny_model(), SEQUENCES, head_of(tiny_model()), layout="padded", micro_batch=1, temperature=1.0, context="last"
     )
 
     torch.testing.assert_close(out.logprobs_C, expected.logprobs_C, rtol=0, atol=1e-5)

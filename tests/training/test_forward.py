@@ -50,7 +50,7 @@ def truth(model: PreTrainedModel, sequences: Sequences, temperature: float = 1.0
 def test_scores_equal_the_models_own(layout: Layout, family: str, tied: bool) -> None:
     model = tiny_model(family, tied=tied)
     out = score(
-        model, SEQUENCES, head_of(model), layout=layout, micro_batch=2, temperature=0.7, entropy=True, context=True
+        model, SEQUENCES, head_of(model), layout=layout, micro_batch=2, temperature=0.7, entropy=True, context="last"
     )
     with torch.no_grad():
         logprobs, entropies = truth(model, SEQUENCES, 0.7)

@@ -23,7 +23,9 @@ def context(
     if isinstance(rewards_BK, int):
         rewards_BK = normal(rewards_BK, k, seed=1000 + step)
     names = tuple(f"r{i}" for i in range(rewards_BK.shape[1])) if rewards_BK.shape[1] != K else NAMES
-    return WeightContext(names, group_size, step, rewards_BK, h)
+    utilities_B = normal(len(rewards_BK), seed=2000 + step)
+    columns = {"kind": ["x"] * len(rewards_BK)}
+    return WeightContext(names, group_size, step, rewards_BK, h, utilities_B, columns)
 
 
 def given_advantages(advantages_B: Tensor, degenerate_B: Tensor | None = None) -> GroupAdvantages:

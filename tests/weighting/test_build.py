@@ -27,7 +27,15 @@ ENTRIES: dict[str, Any] = {
     "equal": "equal",
     "static": {"policy": "static", "values": dict.fromkeys(NAMES, 0.5)},
     "random": "random",
+    "schedule": {"policy": "schedule", "points": [{"step": 0, "values": dict.fromkeys(NAMES, 0.5)}]},
+    "callable": {"policy": "callable", "function": lambda context: torch.ones(3)},
+    "router": {"policy": "router", "column": "kind", "routes": {"x": dict.fromkeys(NAMES, 0.5)}},
+    "saw": "saw",
+    "dvao": "dvao",
+    "weakest_first": "weakest_first",
+    "exp3": "exp3",
     "conductor": {"policy": "conductor", "period": 2},
+    "anchored": {"policy": "anchored", "steps": 2},
 }
 
 
@@ -57,7 +65,7 @@ def test_the_entry_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("best", "weights.policy: 'best', expected one of equal, static, random, conductor"),
+        ("best", "weights.policy: 'best', expected one of equal, static, random, "),
         ({"policy": "best", "alpha": 1}, "weights.policy: 'best', expected one of equal, "),
         ({"policy": ["equal"]}, "weights.policy: ['equal'], expected one of equal, "),
         ({"policy": None}, "weights.policy: None, expected one of equal, "),
@@ -69,7 +77,7 @@ def test_the_entry_is_not_changed() -> None:
         ({"policy": "random", "seeds": 1}, "weights.seeds: unknown setting, expected one of seed"),
         ({"policy": "random", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
         ({"policy": "random", "seed": 2**64}, "weights.seed: 18446744073709551616, expected"),
-        ({"policy": "conductor", "lr": 1}, "weights.lr: unknown setting, expected one of alpha, context, "),
+        ({"policy": "conductor", "lr": 1}, "weights.lr: unknown setting, expected one of alpha, capacity, "),
         ({"policy": "conductor", "alpha": 0}, "weights.alpha: 0.0, expected 0 < alpha <= 1"),
         ({"policy": "conductor", "alpha": 1.1}, "weights.alpha: 1.1, expected 0 < alpha <= 1"),
         ({"policy": "conductor", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
@@ -80,7 +88,10 @@ def test_the_entry_is_not_changed() -> None:
         ({"policy": "conductor", "period": 2.5}, "weights.period: got float 2.5, expected int"),
         ({"policy": "conductor", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
         ({"policy": "conductor", "mode": "hard"}, "weights.mode: got str 'hard', expected one of sample, soft"),
-        ({"policy": "conductor", "context": "h"}, "weights.context: got str 'h', expected one of response, shuffled"),
+        (
+            {"policy": "conductor", "context": "h"},
+            "weights.context: got str 'h', expected one of response, prompt_last",
+        ),
         ({"policy": "conductor", "learning_rate": -1}, "weights.learning_rate: -1.0, expected a number >= 0"),
         ({"policy": "conductor", "weight_decay": -1}, "weights.weight_decay: -1.0, expected a number >= 0"),
         ({"policy": "conductor", "entropy_coef": float("nan")}, "weights.entropy_coef: nan, expected a number >= 0"),
@@ -105,7 +116,7 @@ def test_every_policy_is_tested_here() -> None:
 def test_satisfies_the_protocol(name: str) -> None:
     policy = build(name)
     assert policy.name == name
-    assert policy.needs_context is (name == "conductor")
+    assert policy.needs_context is (name in ("conductor", "anchored"))
     methods = [key for key, value in vars(WeightPolicy).items() if inspect.isfunction(value) and key[0] != "_"]
     assert {"weights", "observe", "metrics", "state_dict", "load_state_dict"} == set(methods)
     for method in methods:
@@ -138,7 +149,19 @@ def test_state_round_trip(name: str) -> None:
     assert torch.equal(fresh.weights(at).weights_BK, policy.weights(at).weights_BK)
 
 
-@pytest.mark.parametrize("name", ["equal", "static", "random"])
+@pytest.mark.parametrize("name", ["equal", "static", "random", "schedule", "callable", "router", "dvao"])
 def test_a_policy_without_state_refuses_one(name: str) -> None:
     with pytest.raises(ValueError, match=r"^state: holds \['bias', "):
         build(name).load_state_dict(build("conductor").state_dict())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_runs_with_one_seed_are_bitwise_equal(name: str) -> None:
+    one, other = build(name), build(name)
+    for step in range(4):
+        torch.manual_seed(step)  # what the rest of the program draws does not matter
+        at, advantages_B = context(8, normal(8, D, seed=step), step=step), normal(8, seed=50 + step)
+        ours, theirs = (play(policy, at, advantages_B) for policy in (one, other))
+        assert torch.equal(ours.weights_BK, theirs.weights_BK) and torch.equal(ours.expected_BK, theirs.expected_BK)
+    assert one.metrics() == other.metrics()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())

@@ -6,68 +6,86 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from maestro_fast.functions import load_function
 from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_weights import conductor_weights
+from maestro_fast.ops.conductor_weights import action_probs, conductor_weights
 from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.ops.profiles import AdvantageProfile
+from maestro_fast.weighting.conductor.buffer import Buffer
 from maestro_fast.weighting.conductor.config import ConductorConfig
-from maestro_fast.weighting.conductor.objective import WEAKNESS, reinforce
+from maestro_fast.weighting.conductor.contexts import group_mean, policy_contexts
+from maestro_fast.weighting.conductor.estimators import WEAKNESS, all_actions, pathwise, reinforce
+from maestro_fast.weighting.conductor.head import Head
+from maestro_fast.weighting.conductor.meta_rewards import meta_batch
+from maestro_fast.weighting.conductor.state import check_state, load_moments, moments
 from maestro_fast.weighting.conductor.statistics import RunningStatistics
-from maestro_fast.weighting.policy import Outcome, WeightContext, Weights
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights
 
 logger = logging.getLogger(__name__)
+MAX_RATIO = 2.0  # importance ratios beyond it would let one old response rule an update
 
 
 class Conductor:
-    """A linear head on the terminal hidden state, trained with REINFORCE every ``period`` batches.
+    """Learns its head from a buffer of past batches, every ``period`` batches.
 
     It runs on the CPU: a head of d x K costs microseconds there, and every process holds the same bits.
     """
 
     name = "conductor"
     needs_context = True
+    needs_columns: tuple[str, ...] = ()
+    should_stop = False
 
     def __init__(self, config: ConductorConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config
         self.reward_names = reward_names
-        self.weight = torch.zeros(len(reward_names), context_size, requires_grad=True)
-        self.bias = torch.zeros(len(reward_names), requires_grad=True)
+        self.context_kind: ContextKind = "response" if config.context == "shuffled" else config.context
+        self.needs_group_scores = config.needs_group_scores
+        self.head = Head(context_size, len(reward_names), config.hidden, config.seed)
         self.statistics = RunningStatistics(context_size)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.weight], "weight_decay": config.weight_decay},
-                {"params": [self.bias], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-        )
-        self._buffer: list[tuple[Tensor, Tensor, Tensor]] = []  # (h, actions, advantages) of each batch
+        self.buffer = Buffer(config.period, config.capacity, config.staleness)
+        self._optimizer = torch.optim.AdamW(self.head.groups(config.weight_decay), lr=config.learning_rate)
+        hook = config.meta_reward
+        self._meta_reward = load_function(hook, field="meta_reward") if isinstance(hook, str) else hook
         self._metrics: dict[str, float] = {}
         self._warned = False
 
     @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.head.bias
+
+    @property
     def params(self) -> ConductorParams:
-        mean, rstd = self.statistics.standardisation()
-        return ConductorParams(mean, rstd, self.weight, self.bias)
+        if self.config.standardise == "layer_norm":  # contexts come normalised
+            size = self.statistics.mean.numel()
+            return self.head.params(torch.zeros(size), torch.ones(size))
+        return self.head.params(*self.statistics.standardisation())
 
     def weights(self, context: WeightContext) -> Weights:
-        h = self._context(context)
+        config, h = self.config, self._context(context)
+        per_group = config.mode == "group"
         sample = conductor_weights(
-            h,
+            group_mean(h, context.group_size) if per_group else h,
             self.params,
-            tau=self.config.tau,
-            min_prob=self.config.min_prob,
-            alpha=self.config.alpha,
-            mode=self.config.mode,
-            seed=self.config.seed,
+            tau=config.tau,
+            min_prob=config.min_prob,
+            alpha=config.alpha,
+            mode="soft" if config.mode == "soft" else "sample",
+            seed=config.seed,
             step=context.step,
         )
         self._metrics = {"conductor/entropy": sample.entropy.mean().item()}
+        used, expected, actions = sample.weights.detach(), self.expected(sample.probs), sample.actions
+        if per_group:
+            used, expected, actions = (x.repeat_interleave(context.group_size, 0) for x in (used, expected, actions))
         device = context.rewards_BK.device
-        return Weights(
-            sample.weights.detach().to(device),
-            self.expected(sample.probs).to(device),
-            sample.actions.to(device),
-        )
+        return Weights(used.to(device), expected.to(device), actions.to(device))
 
     def expected(self, probs_BK: Tensor) -> Tensor:
         """Expected weights [B, K] under probabilities [B, K]."""
@@ -77,75 +95,91 @@ class Conductor:
         return (1.0 - self.config.alpha) / len(self.reward_names) + self.config.alpha * probs_BK
 
     def _context(self, context: WeightContext) -> Tensor:
-        if context.context_Bd is None:
-            raise ValueError("context_Bd: missing, the Conductor reads the hidden state of each response")
-        expected = (context.rewards_BK.shape[0], self.weight.shape[1])
-        if context.context_Bd.shape != expected:
-            raise ValueError(f"context_Bd: shape {tuple(context.context_Bd.shape)}, expected {expected}")
-        h = context.context_Bd.detach().float().cpu()
-        if self.config.context == "response":
-            return h
-        generator = torch.Generator().manual_seed((self.config.seed + context.step) % 2**63)
-        order = torch.randperm(h.shape[0], generator=generator)
-        shuffled = torch.empty_like(h)
-        shuffled[order] = h[order.roll(1)]  # one random cycle: a plain permutation may leave a response its own state
-        return shuffled
+        h = policy_contexts(context, self.config.context, self.statistics.mean.numel(), self.config.seed)
+        return functional.layer_norm(h, h.shape[-1:]) if self.config.standardise == "layer_norm" else h
+
+    def probs(self, h_Bd: Tensor) -> Tensor:
+        """p [B, K] of contexts as they are read, before standardisation; differentiable."""
+        return action_probs(self.params.logits(h_Bd), self.config.tau, self.config.min_prob)
 
     def observe(self, outcome: Outcome) -> None:
-        advantages = outcome.advantages
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
-        if self.config.learning_rate == 0:
+        config, step = self.config, outcome.context.step
+        if config.learning_rate == 0 or (config.freeze_at is not None and step >= config.freeze_at):
             return
-        assert outcome.weights.actions_B is not None
-        live = ~advantages.degenerate.cpu()  # a group without spread says nothing about any action
-        self._buffer.append(
-            (
-                self._context(outcome.context)[live],
-                outcome.weights.actions_B.cpu()[live],
-                advantages.advantages.float().cpu()[live],
-            )
-        )
-        if len(self._buffer) >= self.config.period:  # more, if a state was loaded that a longer period had filled
-            self._update()
+        h = self._context(outcome.context)
+        if config.mode == "group":
+            h = group_mean(h, outcome.context.group_size).repeat_interleave(outcome.context.group_size, 0)
+        self.buffer.add(step, meta_batch(config, outcome, h, self.probs(h).detach(), self._meta_reward))
+        if self.buffer.due:
+            self._update(step, outcome.profile)
 
-    def _update(self) -> None:
-        h, actions, advantages = (torch.cat(parts) for parts in zip(*self._buffer, strict=True))
-        self._buffer.clear()
-        if h.shape[0] == 0:
+    def _update(self, step: int, profile: str | AdvantageProfile) -> None:
+        batches = [batch for batch in self.buffer.take(step) if batch["h"].shape[0]]
+        if not batches:
             return
-        if not self._warned:
+        if self.config.objective == "advantage" and not self._warned:
             logger.warning(WEAKNESS)
             self._warned = True
-        self.statistics.update(h)
-        config = self.config
-        objective = reinforce(
-            self.params.logits(h), actions, advantages, config.tau, config.min_prob, config.entropy_coef
-        )
+        new = [batch["h"] for batch in batches if "used" not in batch]
+        self.statistics.update(torch.cat(new or [batches[0]["h"][:0]]))
+        objective = self._objective(batches, profile)
         self._optimizer.zero_grad()
         (-objective).backward()
-        assert self.weight.grad is not None and self.bias.grad is not None
-        norm = torch.linalg.vector_norm(torch.cat([self.weight.grad.flatten(), self.bias.grad]))
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in self.head.named().values()]))  # type: ignore[union-attr]
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(step)
         self._optimizer.step()
+        for batch in batches:
+            batch["used"] = torch.tensor(True)
         self._metrics |= {"conductor/objective": objective.item(), "conductor/grad_norm": norm.item()}
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return config.learning_rate * (1.0 if config.half_life is None else 2.0 ** (-step / config.half_life))
+
+    def _objective(self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile) -> Tensor:
+        """J over these batches, each response counting once."""
+        config = self.config
+        if config.estimator == "pathwise":
+            parts = [self._pathwise(batch, profile) * batch["h"].shape[0] for batch in batches]
+            return torch.stack(parts).sum() / sum(batch["h"].shape[0] for batch in batches)
+        names = [name for name in batches[0] if name not in ("step", "used")]
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in names}
+        logits = self.params.logits(joined["h"])
+        shared = (config.tau, config.min_prob, config.entropy_coef)
+        if config.estimator == "all_actions":
+            return all_actions(logits, joined["meta"], *shared)
+        ratios = None
+        if config.capacity is not None:
+            now = action_probs(logits.detach(), config.tau, config.min_prob).gather(1, joined["actions"][:, None])[:, 0]
+            ratios = (now / joined["drawn_probs"]).clamp(max=MAX_RATIO)
+        return reinforce(logits, joined["actions"], joined["meta"], *shared, ratios)
+
+    def _pathwise(self, batch: dict[str, Tensor], profile: str | AdvantageProfile) -> Tensor:
+        return pathwise(
+            self.params.logits(batch["h"]),
+            batch["meta"],
+            batch["rewards"],
+            int(batch["group_size"]),
+            self.config.tau,
+            self.config.min_prob,
+            self.config.entropy_coef,
+            profile=profile,
+            kl_B=batch.get("kl_penalty"),
+            beta=float("kl_penalty" in batch),
+        )
 
     def metrics(self) -> dict[str, float]:
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {
-            "weight": self.weight.detach().clone(),
-            "bias": self.bias.detach().clone(),
-            "statistics.count": self.statistics.count.clone(),
-            "statistics.mean": self.statistics.mean.clone(),
-            "statistics.m2": self.statistics.m2.clone(),
+        return {
+            **{name: tensor.detach().clone() for name, tensor in self.head.named().items()},
+            **self.statistics.state_dict("statistics."),
+            **moments(self._optimizer, self.head.named()),
+            **self.buffer.state_dict(),
         }
-        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{key}"] = value.detach().clone()
-        for i, batch in enumerate(self._buffer):
-            for key, value in zip(("h", "actions", "advantages"), batch, strict=True):
-                state[f"buffer.{i}.{key}"] = value.clone()
-        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a ``state_dict``.
@@ -153,40 +187,12 @@ class Conductor:
         Raises:
             ValueError: a tensor that is missing or has another shape; nothing has been changed then.
         """
-        self._check(state)
-        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+        check_state(state, self.head.named(), self.statistics.mean.numel())
+        for name, parameter in self.head.named().items():
             parameter.data.copy_(state[name])
-            prefix = f"optimizer.{name}."
-            moments = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            self._optimizer.state.pop(parameter, None)
-            if moments:
-                self._optimizer.state[parameter] = {key: value.clone() for key, value in moments.items()}
-        for name in ("count", "mean", "m2"):
-            setattr(self.statistics, name, state[f"statistics.{name}"].clone())
-        batches = len({key.split(".")[1] for key in state if key.startswith("buffer.")})
-        self._buffer = [
-            (state[f"buffer.{i}.h"], state[f"buffer.{i}.actions"], state[f"buffer.{i}.advantages"])
-            for i in range(batches)
-        ]
-
-    def _check(self, state: dict[str, Tensor]) -> None:
-        actions, size = self.weight.shape
-        expected: dict[str, tuple[int, ...]] = {
-            "weight": (actions, size),
-            "bias": (actions,),
-            "statistics.count": (),
-            "statistics.mean": (size,),
-            "statistics.m2": (size,),
-        }
-        for name in (name for name in state if name.startswith(("optimizer.weight.exp", "optimizer.bias.exp"))):
-            expected[name] = expected[name.split(".")[1]]
-        for name in (name for name in state if name.startswith("buffer.")):
-            batch = state[name].shape[:1]
-            expected[name] = (*batch, size) if name.endswith(".h") else (*batch,)
-        for name, shape in expected.items():
-            if name not in state or state[name].shape != shape:
-                came = f"shape {tuple(state[name].shape)}" if name in state else "missing"
-                raise ValueError(f"state.{name}: {came}, expected shape {shape}")
+        load_moments(self._optimizer, self.head.named(), state)
+        self.statistics.load_state_dict(state, "statistics.")
+        self.buffer.load_state_dict(state)
 
 
 def self_flattery(outcome: Outcome) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,10 @@ class RunningStatistics:
             return torch.zeros_like(self.mean, dtype=torch.float32), torch.ones_like(self.mean, dtype=torch.float32)
         variance = self.m2 / self.count
         return self.mean.float(), (variance + eps).rsqrt().float()
+
+    def state_dict(self, prefix: str) -> dict[str, Tensor]:
+        return {prefix + name: getattr(self, name).clone() for name in ("count", "mean", "m2")}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        for name in ("count", "mean", "m2"):
+            setattr(self, name, state[prefix + name].clone())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import group_advantages
-from maestro_fast.weighting.conductor.objective import reinforce
+from maestro_fast.weighting.conductor.estimators import reinforce
 from tests.weighting.helpers import normal
 
 TAU, FLOOR = 0.7, 0.08

@@ -1,0 +1,71 @@
+"""A user's own functions, by name: "package.module:attribute" or "path/to/file.py:attribute"."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(target: str, *, field: str = "function", base_dir: str | Path = ".") -> Callable[..., Any]:
+    """The function that ``target`` names.
+
+    Args:
+        target: "package.module:attribute" or "path/to/file.py:attribute". A file is run once per process,
+            under a module name of its own; its folder is not put on the import path.
+        field: the configuration field that holds ``target``; every error begins with it.
+        base_dir: where relative file paths start.
+
+    Raises:
+        ValueError: not of either form, no such file, module or attribute.
+        TypeError: not a string, or the attribute is not callable.
+        Exception: whatever the module raises while it is run, with a note that names the field.
+    """
+    if not isinstance(target, str):
+        raise TypeError(f"{field}: got {target!r}, expected 'package.module:attribute' or 'path/to/file.py:attribute'")
+    source, _, attribute = target.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(f"{field}: {target!r}, expected 'package.module:attribute' or 'path/to/file.py:attribute'")
+    try:
+        module = _load_file(source, field, base_dir) if source.endswith(".py") else _load_module(source, field)
+    except Exception as error:
+        error.add_note(f"while loading {field}: {target!r}")
+        raise
+    if not hasattr(module, attribute):
+        public = sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_"))
+        raise ValueError(f"{field}: {source} has no {attribute!r}; its callables are {', '.join(public) or 'none'}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise TypeError(f"{field}: {target!r} is a {type(function).__name__}, expected a callable")
+    return function  # type: ignore[no-any-return]
+
+
+def _load_module(source: str, field: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what is missing is something that it imports
+        raise ValueError(f"{field}: there is no module {error.name!r}") from error
+
+
+def _load_file(source: str, field: str, base_dir: str | Path) -> ModuleType:
+    path = (Path(base_dir) / Path(source).expanduser()).resolve()
+    if not path.is_file():
+        raise ValueError(f"{field}: there is no file {path}")
+    name = f"maestro_fast_user_{sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # a .py file always has a loader
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

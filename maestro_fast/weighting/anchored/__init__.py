@@ -1,0 +1,6 @@
+"""The anchored Conductor: weights learnt from known utilities."""
+
+from maestro_fast.weighting.anchored.anchored import Anchored
+from maestro_fast.weighting.anchored.config import AnchoredConfig
+
+__all__ = ["Anchored", "AnchoredConfig"]

@@ -1,0 +1,193 @@
+"""The guard: watches the utility of labelled groups that the weight policy does not see, and steps in when it falls.
+
+Proxies that are optimised for long enough come apart from what they stand for: weighted rewards rise while utility
+falls. Over the batches that had held-back labels, with windows of ``window`` of them,
+
+    u_best - u_now > margin * sqrt(var(u_best) / window + var(u_now) / window)      and      s_now > s_best
+
+where u is the batch mean of held-back utility, s that of the weighted rewards, each reward in units of its standard
+deviation during the first window, "now" the last window, and "best" the one of all that ended before it in which u was
+highest. The margin is wide because the best of many windows is high by chance, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from maestro_fast.ops.philox import uniform
+from maestro_fast.settings import SettingsError, build
+from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting.utilities import labelled_groups, without_utilities
+
+logger = logging.getLogger(__name__)
+_STREAM = 0x6775617264  # keeps the draws apart from those of a policy with the same seed
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Options of ``guard``, beside the options of any weight policy.
+
+    Attributes:
+        action: "freeze" the policy's weights as they are, hand over to "static" ones, or "stop" training.
+        values: of the static weights, by reward name; empty: equal ones.
+        held_back: share of the labelled groups that is watched, and neither learnt nor trained from as labels.
+        window: batches with held-back labels in an average; warmup: such batches before the guard may step in.
+        margin: how many standard errors utility must have fallen.
+        seed: of the choice of groups.
+    """
+
+    action: Literal["freeze", "static", "stop"] = "freeze"
+    values: dict[str, float] = field(default_factory=dict)
+    held_back: float = 0.2
+    window: int = 15
+    warmup: int = 20
+    margin: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_back <= 1:
+            raise ValueError(f"held_back: {self.held_back}, expected 0 < held_back <= 1")
+        if self.window < 2:
+            raise ValueError(f"window: {self.window}, expected at least 2")
+        if not self.margin >= 0:
+            raise ValueError(f"margin: {self.margin}, expected a number >= 0")
+        if self.values and self.action != "static":
+            raise ValueError(f"values: given with action {self.action!r}, expected them with 'static' only")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed}, expected 0 <= seed < 2**63")
+
+
+class Guarded:
+    """A weight policy under guard; it goes by the policy's name."""
+
+    def __init__(self, policy: WeightPolicy, config: GuardConfig, reward_names: tuple[str, ...]) -> None:
+        for name in config.values:
+            if name not in reward_names:
+                raise ValueError(f"values.{name}: there is no such reward, expected one of {', '.join(reward_names)}")
+        if config.values and set(config.values) != set(reward_names):
+            missing = next(name for name in reward_names if name not in config.values)
+            raise ValueError(f"values.{missing}: missing, every reward needs a weight")
+        self.policy, self.config = policy, config
+        self.name, self.needs_context, self.context_kind = policy.name, policy.needs_context, policy.context_kind
+        self.needs_columns, self.needs_group_scores = policy.needs_columns, policy.needs_group_scores
+        self.static = torch.tensor([config.values.get(name, 1 / len(reward_names)) for name in reward_names])
+        self.tripped = False
+        self._statistics = RunningStatistics(len(reward_names))
+        self._history: list[tuple[float, float]] = []  # utility and score of each batch with held-back labels
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def should_stop(self) -> bool:
+        return self.tripped and self.config.action == "stop"
+
+    def weights(self, context: WeightContext) -> Weights:
+        found = self.policy.weights(self._hidden(context))
+        if self.tripped and self.config.action == "static":
+            weights_BK = self.static.to(context.rewards_BK).expand_as(context.rewards_BK)
+            return Weights(weights_BK, weights_BK)
+        return found
+
+    def observe(self, outcome: Outcome) -> None:
+        context = outcome.context
+        if not self.tripped:
+            self.policy.observe(
+                Outcome(
+                    self._hidden(context),
+                    outcome.weights,
+                    outcome.advantages,
+                    outcome.profile,
+                    outcome.kl_B,
+                    outcome.beta,
+                )
+            )
+        watched_N = self._watched(context)
+        if watched_N.any():
+            self._note(context, outcome.weights, watched_N)
+        self._metrics["guard/tripped"] = float(self.tripped)
+
+    def _watched(self, context: WeightContext) -> Tensor:
+        """bool [N] on the CPU: labelled groups that are held back."""
+        labelled_N = labelled_groups(context)
+        key = self.config.seed ^ _STREAM
+        return labelled_N & (uniform(key, context.step, 0, len(labelled_N), labelled_N.device) < self.config.held_back)
+
+    def _hidden(self, context: WeightContext) -> WeightContext:
+        return without_utilities(context, self._watched(context))
+
+    def _note(self, context: WeightContext, weights: Weights, watched_N: Tensor) -> None:
+        assert context.utilities_B is not None
+        utility = context.utilities_B.float().cpu().view(-1, context.group_size)[watched_N].mean().item()
+        rewards_BK = context.rewards_BK.float().cpu()
+        whole = rewards_BK[~rewards_BK.isnan().any(1)]
+        if len(self._history) < self.config.window:
+            self._statistics.update(whole)
+        mean, rstd = self._statistics.standardisation()
+        units_BK = torch.where(rewards_BK.isnan(), 0.0, (rewards_BK - mean) * rstd)
+        score = (weights.expected_BK.float().cpu() * units_BK).sum(1).mean().item()
+        self._history.append((utility, score))
+        self._metrics |= {"guard/utility": utility, "guard/score": score}
+        if not self.tripped and (reason := verdict(self._history, self.config)):
+            self.tripped = True
+            logger.warning("guard: %s; action: %s", reason, self.config.action)
+
+    def metrics(self) -> dict[str, float]:
+        return self.policy.metrics() | self._metrics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            **{f"policy.{name}": tensor for name, tensor in self.policy.state_dict().items()},
+            **self._statistics.state_dict("guard.statistics."),
+            "guard.history": torch.tensor(self._history, dtype=torch.float64).view(-1, 2),
+            "guard.tripped": torch.tensor(self.tripped),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """
+        Raises:
+            ValueError: a state that was saved without a guard, or what the policy refuses.
+        """
+        if "guard.history" not in state:
+            raise ValueError("state.guard.history: missing, this state was saved without a guard")
+        own = {name.removeprefix("policy."): tensor for name, tensor in state.items() if name.startswith("policy.")}
+        self.policy.load_state_dict(own)
+        self._statistics.load_state_dict(state, "guard.statistics.")
+        self._history = [(u, s) for u, s in state["guard.history"].tolist()]
+        self.tripped = bool(state["guard.tripped"])
+
+
+def verdict(history: list[tuple[float, float]], config: GuardConfig) -> str:
+    """Why to step in, in words; "" while there is no reason to. ``history``: utility and score, batch by batch."""
+    window = config.window
+    if len(history) < max(2 * window, config.warmup):
+        return ""
+    table = torch.tensor(history, dtype=torch.float64)
+    windows = table.unfold(0, window, 1)  # [windows, 2, window]
+    mean, variance = windows.mean(-1), windows.var(-1)
+    best = int(mean[:-window, 0].argmax())
+    fallen = (mean[best, 0] - mean[-1, 0]).item()
+    error = math.sqrt(((variance[best, 0] + variance[-1, 0]) / window).item())
+    if fallen <= config.margin * error or mean[-1, 1] <= mean[best, 1]:
+        return ""
+    return (
+        f"held-back utility fell from {mean[best, 0]:.4g} to {mean[-1, 0]:.4g}, {fallen / max(error, 1e-300):.1f} "
+        f"standard errors, while the weighted rewards rose from {mean[best, 1]:.4g} to {mean[-1, 1]:.4g}"
+    )
+
+
+def guarded(policy: WeightPolicy, options: Mapping[str, Any] | None, names: tuple[str, ...], path: str) -> WeightPolicy:
+    """``policy`` under the guard that ``options`` describe, or as it is without options."""
+    if options is None:
+        return policy
+    config = build(GuardConfig, options, path)
+    try:
+        return Guarded(policy, config, names)
+    except ValueError as error:
+        raise SettingsError(f"{path}.{error}") from error

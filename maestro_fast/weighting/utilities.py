@@ -1,0 +1,63 @@
+"""Known utilities of responses, compared within their groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.weighting.policy import WeightContext, Weights
+
+
+def labelled_groups(context: WeightContext) -> Tensor:
+    """bool [N] on the CPU: groups whose responses all have a known utility, and not all the same one.
+
+    Raises:
+        ValueError: there is no anchor, or utilities of a wrong shape.
+    """
+    utilities_NG = _utilities(context)
+    spread_N = utilities_NG.amax(1) > utilities_NG.amin(1)  # False where one is NaN
+    return spread_N & utilities_NG.isfinite().all(1)
+
+
+def standardised_utilities(context: WeightContext) -> Tensor:
+    """z(U): float32 [B] on the CPU, (U - mean) / (sample std + 1e-4) within each labelled group, NaN elsewhere."""
+    labelled_B = labelled_groups(context).repeat_interleave(context.group_size)
+    utilities_B = torch.where(labelled_B, _utilities(context).flatten(), 0.0)
+    z_B = group_advantages(utilities_B, None, context.group_size, profile="grpo").advantages
+    return torch.where(labelled_B, z_B, float("nan"))
+
+
+def _utilities(context: WeightContext) -> Tensor:
+    if context.utilities_B is None:
+        raise ValueError("utilities_B: missing, this weight policy needs an anchor (section anchor of the config)")
+    if context.utilities_B.shape != context.rewards_BK.shape[:1]:
+        raise ValueError(
+            f"utilities_B: shape {tuple(context.utilities_B.shape)}, expected ({context.rewards_BK.shape[0]},)"
+        )
+    return context.utilities_B.detach().float().cpu().view(-1, context.group_size)
+
+
+def without_utilities(context: WeightContext, hidden_N: Tensor) -> WeightContext:
+    """The same context, some groups' utilities unknown."""
+    assert context.utilities_B is not None
+    hidden_B = hidden_N.repeat_interleave(context.group_size).to(context.utilities_B.device)
+    return replace(context, utilities_B=torch.where(hidden_B, float("nan"), context.utilities_B))
+
+
+def scored(context: WeightContext, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Rewards and weights as ``group_advantages`` takes them.
+
+    [B, K] both; with ``weights.direct_B`` [B, K + 1]: the utility is one reward more, which has all the weight in the
+    groups that are scored by it and none elsewhere, so that it is normalised as any reward of the profile.
+    """
+    if weights.direct_B is None:
+        return context.rewards_BK, weights.weights_BK
+    assert context.utilities_B is not None
+    direct_B1 = weights.direct_B[:, None]
+    utilities_B1 = context.utilities_B.to(context.rewards_BK)[:, None]
+    rewards = torch.cat([context.rewards_BK, torch.where(direct_B1, utilities_B1, float("nan"))], 1)
+    own = torch.where(direct_B1, 0.0, weights.weights_BK)
+    return rewards, torch.cat([own, direct_B1.to(own.dtype)], 1)

@@ -1,0 +1,161 @@
+"""Gates, masks and labels: rewards on some rows of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.ops import group_advantages
+from maestro_fast.records import RewardBatch
+from maestro_fast.rewards import FunctionReward, LabelsConfig, Where, build_anchor, build_rewards, gate
+from tests.rewards.conftest import MakeBatch
+
+seen: list[list[str]] = []
+
+
+def length(completions: list[str], **columns: Any) -> list[float]:
+    seen.append(list(completions))
+    return [float(len(text)) for text in completions]
+
+
+async def slow_length(completions: list[str], **columns: Any) -> list[float]:
+    return length(completions)
+
+
+def good(completions: list[str], **columns: Any) -> list[float | None]:
+    return [None if "?" in text else float(text.count("!")) for text in completions]
+
+
+async def slow_good(completions: list[str], **columns: Any) -> list[float | None]:
+    return good(completions)
+
+
+TEXTS = ["a!", "bb", "ccc!!", "dd?"]
+NAN = float("nan")
+
+
+def values(reward: Any, batch: RewardBatch) -> list[float]:
+    seen.clear()
+    return build_rewards([reward])(batch)[:, 0].tolist()
+
+
+@pytest.mark.parametrize("inner", [length, slow_length])
+@pytest.mark.parametrize("on", [good, slow_good])
+@pytest.mark.parametrize("closed", [None, -1.0])
+def test_a_gate(make_batch: MakeBatch, inner: Any, on: Any, closed: float | None) -> None:
+    gated = gate(FunctionReward(inner), on=FunctionReward(on), threshold=1, closed=closed)
+    found = values(gated, make_batch(TEXTS))
+    shut = NAN if closed is None else closed
+    assert found == pytest.approx([2.0, shut, 5.0, shut], nan_ok=True)
+    assert seen == [["a!", "ccc!!"]]  # nothing is computed for the others
+    assert gated.name == inner.__name__
+
+
+def test_a_gate_that_none_passes_calls_nothing(make_batch: MakeBatch) -> None:
+    gated = gate(FunctionReward(length), on=FunctionReward(good), threshold=9)
+    assert values(gated, make_batch(TEXTS)) == pytest.approx([NAN] * 4, nan_ok=True) and seen == []
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        ("reference", [True, False, True, False]),
+        ({"family": "poem"}, [True, True, False, False]),
+        ({"family": ["poem", "essay"], "hard": True}, [False, True, True, False]),
+    ],
+)
+def test_a_mask(make_batch: MakeBatch, mask: Any, kept: list[bool]) -> None:
+    columns = {
+        "reference": ["x", "", "y", None],
+        "family": ["poem", "poem", "essay", "code"],
+        "hard": [False, True, True, True],
+    }
+    found = values(Where(FunctionReward(length), mask), make_batch(TEXTS, columns=columns))
+    assert [value == value for value in found] == kept
+    assert seen == [[text for text, keep in zip(TEXTS, kept, strict=True) if keep]]
+
+
+def test_they_compose_and_abstentions_reach_the_advantages(make_batch: MakeBatch) -> None:
+    entry = {
+        "function": f"{__name__}:length",
+        "gate": {"on": f"{__name__}:good", "threshold": 1},
+        "where": {"family": "poem"},
+    }
+    batch = make_batch(TEXTS, columns={"family": ["poem", "poem", "essay", "poem"]})
+    rewards_BK = build_rewards([entry, good])(batch)
+    torch.testing.assert_close(
+        rewards_BK, torch.tensor([[2.0, 1.0], [NAN, 0.0], [NAN, 2.0], [NAN, NAN]]), equal_nan=True
+    )
+    advantages = group_advantages(rewards_BK, torch.tensor([0.5, 0.5]), 4)
+    assert advantages.advantages[3] == 0.0 and advantages.advantages.isfinite().all()
+
+
+def test_what_they_need_is_what_their_parts_need(make_batch: MakeBatch) -> None:
+    (reward,) = build_rewards([{"kind": "format", "gate": {"on": "entropy", "threshold": 1}, "where": "x"}]).rewards
+    assert reward.needs_entropy and not reward.needs_policy and reward.name == "format"
+    batch = make_batch(TEXTS, columns={"x": [1, 0, 1, 1]}, mean_entropies_B=torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    found = batch.select([2, 0])
+    assert found.completions == ["ccc!!", "a!"] and found.columns == {"x": [1, 1]}
+    assert found.mean_entropies_B is not None and found.mean_entropies_B.tolist() == [2.0, 0.0]
+
+
+def test_labels_come_early_and_then_by_share() -> None:
+    labels = LabelsConfig(share=0.25, early=10, over=80)
+    assert labels.chance(9) == 1.0 and labels.chance(10) == pytest.approx((20 - 10) / 70)
+    chosen = sum(labels.chosen(step, f"prompt {i}") for step in range(80) for i in range(50))
+    assert chosen / 4000 == pytest.approx(0.25, abs=0.02)
+    assert LabelsConfig(share=0.25).chance(0) == 0.25
+    assert LabelsConfig(share=0.05, early=10, over=80).chance(50) == 0.0
+    picks = [labels.chosen(20, f"prompt {i}") for i in range(200)]
+    assert picks != [labels.chosen(21, f"prompt {i}") for i in range(200)]
+    assert picks != [LabelsConfig(share=0.25, early=10, over=80, seed=1).chosen(20, f"prompt {i}") for i in range(200)]
+
+
+def test_an_anchor_labels_whole_groups(make_batch: MakeBatch) -> None:
+    anchor = build_anchor({"function": f"{__name__}:length", "labels": {"share": 0.5, "seed": 3}})
+    prompts = [f"prompt {i // 2}" for i in range(40)]
+    found_B = anchor(make_batch(["word"] * 40, prompts=prompts, step=7))[:, 0]
+    labelled = found_B.isfinite().view(20, 2)
+    assert torch.equal(labelled[:, 0], labelled[:, 1]) and 4 < labelled[:, 0].sum() < 16
+    with pytest.raises(ValueError, match=r"^batch\.step: missing"):
+        anchor(make_batch(["word"]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"kind": "format", "gate": {"on": "length"}}, r"rewards\[0\] 'format'.gate: got .* expected on, threshold"),
+        ({"kind": "format", "gate": "length"}, r"rewards\[0\] 'format'.gate: got 'length', expected on"),
+        ({"kind": "format", "gate": {"on": "taste", "threshold": 1}}, r"rewards\[0\] 'format'.gate.on 'taste': kind"),
+        ({"kind": "format", "gate": {"on": "entropy", "threshold": "x"}}, r"rewards\[0\] 'format'.gate.threshold: got"),
+        ({"kind": "format", "where": {}}, r"rewards\[0\] 'format': where: \{\}, expected a column"),
+    ],
+)
+def test_errors_name_the_entry(entry: Any, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{words}"):
+        build_rewards([entry])
+
+
+def test_a_missing_column_is_named(make_batch: MakeBatch) -> None:
+    with pytest.raises(ValueError, match=r"^where: no column 'x', the columns are none"):
+        values(Where(FunctionReward(length), "x"), make_batch(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"share": 0}, "share: 0"),
+        ({"early": -1}, "early: -1"),
+        ({"early": 5, "over": 5}, "over: 5, expected more than"),
+    ],
+)
+def test_labels_are_checked(options: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        LabelsConfig(**options)
+
+
+def test_an_anchor_that_reads_entropies_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^anchor 'entropy': reads the policy's entropy"):
+        build_anchor("entropy")

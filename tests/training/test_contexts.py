@@ -1,0 +1,82 @@
+"""Which hidden states reach a weight policy: of the response, of the prompt, of the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.settings import SettingsError
+from maestro_fast.training import parse_config, train
+from maestro_fast.training.forward import Sequences, last_hidden
+from maestro_fast.weighting import Conductor, WeightContext
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("kind", "micro_batch", "kl_coef"),
+    [
+        ("response", 8, 0.0),
+        ("prompt_last", 8, 0.0),
+        ("prompt_mean", 8, 0.0),
+        ("prompt_mean", 16, 0.0),  # one micro-batch: the training forward itself
+        ("reference_prompt_mean", 8, 0.0),
+        ("reference_prompt_mean", 16, 0.1),
+    ],
+)
+def test_the_conductor_reads_what_it_asked_for(
+    raw_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    micro_batch: int,
+    kl_coef: float,
+) -> None:
+    seen: list[WeightContext] = []
+    weights = Conductor.weights
+
+    def spy(policy: Conductor, context: WeightContext) -> Any:
+        seen.append(context)
+        return weights(policy, context)
+
+    monkeypatch.setattr(Conductor, "weights", spy)
+    raw_config["weights"] |= {"context": kind}
+    raw_config["loss"] = {"kl_coef": kl_coef}
+    raw_config["batch"]["micro_batch"] = micro_batch
+    (tmp_path / "mine.py").write_text("def f(completion_ids, **k): return [float(sum(i) % 5) for i in completion_ids]")
+    raw_config["rewards"] = [f"{tmp_path}/mine.py:f", "format"]  # neither asks for a forward
+    records: list[Any] = []
+    trainer = train(parse_config(raw_config), raw_config, observers=[records.append])
+    reference = tiny_model()  # the checkpoint as it was
+    first, second = seen[0].context_Bd, seen[1].context_Bd
+    assert first is not None and second is not None and first.shape == second.shape == (16, 32)
+    for context, record in zip((first, second), records, strict=True):
+        prompts = [list(trainer.pipeline.tokenizer(text)["input_ids"]) for text in record.prompts]
+        states = [last_hidden(reference, Sequences([ids], [[]]), "padded").detach() for ids in prompts]
+        pooled = torch.stack([state[-1] if kind == "prompt_last" else state.mean(0) for state in states])
+        close = torch.allclose(context, pooled, rtol=1e-4, atol=1e-4)
+        # the reference stays what it was; the policy has moved by the second batch
+        assert close == (kind == "reference_prompt_mean" or (kind != "response" and context is first))
+    if kind == "reference_prompt_mean" and kl_coef == 0:
+        assert trainer.pipeline.scoring.source == "none"
+
+
+def test_a_profile_that_compares_over_the_batch_is_refused(raw_config: dict[str, Any]) -> None:
+    raw_config["weights"] |= {"estimator": "all_actions"}
+    raw_config["advantages"] = {"profile": "gdpo"}
+    with pytest.raises((SettingsError, ValueError), match=r"^advantages\.profile: compares scores over batch"):
+        train(parse_config(raw_config), raw_config)
+
+
+def test_columns_reach_the_policy_in_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = {name: dict.fromkeys(("format", "brevity", "entropy"), v) for name, v in (("fact", 1.0), ("opening", 2.0))}
+    records: list[Any] = []
+    raw = raw_config | {"weights": {"policy": "router", "column": "family", "routes": rows}}
+    train(parse_config(raw), raw, observers=[records.append])
+    for record in records:
+        assert record.weights_BK[:, 0].tolist() == [1.0 if family == "fact" else 2.0 for family in record.families]
+    raw = raw | {"run_dir": str(tmp_path / "other"), "weights": raw["weights"] | {"column": "kind"}}
+    with pytest.raises(ValueError, match=r"^weights: policy 'router' reads the column 'kind', the data has family"):
+        train(parse_config(raw), raw)
