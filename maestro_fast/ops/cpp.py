@@ -10,9 +10,27 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from maestro_fast import _C
+
 CPU = torch.device("cpu")
 library = torch.library.Library("maestro_fast", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NEEDED = ("AdvantageProfile", "Partition", "group_advantages", "counterfactual_advantages", "conductor_weights")
+
+
+def check_build(module: object) -> None:
+    """
+    Raises:
+        ImportError: the compiled module lacks something, so it is older than this code.
+    """
+    missing = [name for name in _NEEDED if not hasattr(module, name)]
+    if missing:
+        raise ImportError(
+            f"maestro_fast._C has no {', '.join(missing)}: it is older than the Python code, rebuild it: pip install"
+        )
+
+
+check_build(_C)
 
 
 def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -24,6 +24,7 @@ from maestro_fast.quickstart.reward_model import HeldOut, make_reward_model
 from maestro_fast.reporting import FamilySpread, Table, family_spread, format_table, read_jsonl
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
+from maestro_fast.training.run_dir import locked
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 
@@ -48,14 +49,14 @@ def quickstart(
 
     Raises:
         FileExistsError: ``out`` is not empty, without ``resume``.
+        SettingsError: another quickstart, or the control run of one, still works in ``out``.
     """
     began = time.monotonic()
     if out.exists() and any(out.iterdir()) and not resume:
         raise FileExistsError(f"--out: {out} is not empty, expected a new directory, or --resume")
     disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "--out") as lock, _one_thread():
         print(f"1/4  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
         loss = _made(out / "model", lambda folder: make_checkpoint(EXAMPLE / "prompts.jsonl", folder, epochs=epochs))
         print(f"     {loss:.2f} nats a token at the end")
@@ -64,16 +65,24 @@ def quickstart(
             *_made(out / "reward_model", lambda folder: make_reward_model(EXAMPLE, folder, epochs=reward_epochs))
         )
         print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
-        with _control_run(out, limit) as control:
+        with _control_run(out, limit, lock) as control:
             print("3/4  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
             if not (out / "conductor" / "final").exists():
                 recorded_train(_config(out, "conductor", {}, limit), resume=_to_resume(out / "conductor"))
             print("4/4  Control, begun beside it: the same with the states shuffled between responses", flush=True)
             _wait(control, out / "shuffled.log")
+        _conclude(out / "conductor", out / "shuffled", judged, time.monotonic() - began)
+    return out / "conductor"
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
-    _conclude(out / "conductor", out / "shuffled", judged, time.monotonic() - began)
-    return out / "conductor"
 
 
 def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
@@ -96,19 +105,29 @@ def _to_resume(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _control_run(out: Path, limit: int | None) -> Iterator[subprocess.Popen[bytes] | None]:
-    """The control in a process of its own, ended with this one whatever happens; None if it is finished already."""
+def _control_run(out: Path, limit: int | None, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
+    """The control in a process of its own, ended with this one whatever happens; None if it is finished already.
+
+    It holds the ``lock`` on ``out`` too, so that no other quickstart begins there before it has ended.
+    """
     if (out / "shuffled" / "final").exists():
         yield None
         return
     changes = {"weights.context": "shuffled", "trainer.disable_tqdm": True}
     config = out / "shuffled.yaml"
     config.write_text(yaml.safe_dump(_config(out, "shuffled", changes, limit), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "maestro_fast", "train", str(config)]
+    command = [sys.executable, "-m", "maestro_fast.quickstart.control", str(config)]
     if _to_resume(out / "shuffled"):
         command.append("--resume")
     with (out / "shuffled.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # closes with this process: see control.py
+            stdout=log,
+            stderr=log,
+            pass_fds=(lock,),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         try:
             yield process
         finally:

@@ -1,4 +1,4 @@
-"""Two processes give what one gives on the same responses."""
+"""Two processes give what one gives on the same responses, and go on as one does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int) -> None:
+def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int, *more: str) -> None:
     out.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -27,7 +28,7 @@ def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int) -> N
     command.append(str(Path(__file__).with_name("two_processes.py")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(checkpoint), str(out), str(micro_batches)],
+        [*command, str(checkpoint), str(out), str(micro_batches), *more],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -45,6 +46,12 @@ def test_two_processes_equal_one(tmp_path: Path, checkpoint: Callable[..., Path]
     whole = torch.load(tmp_path / "1" / "rank0.pt", weights_only=True)
     ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
+    # figures of tokens and of responses; the loss's are means over micro-batches, of which there are twice as many
+    assert whole["logs"][0].keys() == ranks[0]["logs"][0].keys() >= {"entropy", "sampling/logprob_gap_max"}
+    for ours, theirs in zip(ranks[0]["logs"], whole["logs"], strict=True):
+        for name in ("entropy", "sampling/logprob_gap_mean", "sampling/logprob_gap_max", "reward", "ratio/mean"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    assert ranks[0]["logs"] == ranks[1]["logs"]
     for ours, theirs in zip(one, two, strict=True):
         assert torch.equal(ours["rewards_BK"], theirs["rewards_BK"])
         assert torch.equal(ours["lengths_B"], theirs["lengths_B"])
@@ -55,3 +62,24 @@ def test_two_processes_equal_one(tmp_path: Path, checkpoint: Callable[..., Path]
     for name, value in ranks[0]["conductor"].items():
         assert torch.equal(value, ranks[1]["conductor"][name]), name
         torch.testing.assert_close(value, whole["conductor"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_processes_resume_in_their_second_epoch_and_load_the_best(
+    tmp_path: Path, checkpoint: Callable[..., Path]
+) -> None:
+    launch(2, checkpoint(), tmp_path / "out", 2, "resume")
+    ranks = [torch.load(tmp_path / "out" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    best = ranks[0]["whole"]["best"]
+
+    for epoch in (slice(0, 4), slice(4, 8)):
+        seen = {prompt for rank in ranks for batch in rank["whole"]["prompts"][epoch] for prompt in batch}
+        assert len(seen) == 16
+    for rank in ranks:
+        whole, resumed = rank["whole"], rank["resumed"]
+        assert whole["prompts"][:4] != whole["prompts"][4:], "both epochs have one order: this shows nothing"
+        assert resumed["prompts"] == whole["prompts"][5:]
+        assert Path(whole["best"]).name == "checkpoint-1" and whole["best"] == best and Path(best).is_dir()
+        for name, value in load_file(Path(best) / "model.safetensors").items():
+            assert torch.equal(whole["policy"][name], value), name
+        for name, value in ranks[0]["whole"]["last"].items():
+            assert torch.equal(resumed["last"][name], value), name

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from maestro_fast.training import timing
+from maestro_fast.training import parse_config, timing, train
 from maestro_fast.training.timing import StageClock
 
 
@@ -42,3 +44,16 @@ def test_a_stage_that_fails_has_taken_its_time(clock: tuple[StageClock, list[flo
     assert watch.lap() == {"rewards": 3.0, "train": 1.0, "total": 4.0}
     passed.append(5.0)
     assert watch.lap() == {"total": 5.0}
+
+
+def test_saving_and_evaluation_count_to_the_batch_before_them(raw_config: dict[str, Any]) -> None:
+    raw_config["evaluation"] = {"data": raw_config["data"]}
+    raw_config["batch"] = {"prompts_per_batch": 4, "micro_batch": 4, "updates_per_batch": 2}
+    raw_config["trainer"] |= {"max_steps": 3, "save_steps": 2, "eval_steps": 2}
+    lines: list[dict[str, float]] = []
+    train(parse_config(raw_config), raw_config, timing_observers=[lines.append])
+
+    assert [line["step"] for line in lines] == [2, 3]
+    for line in lines:  # transformers evaluates and saves after the last step too
+        assert {"generate", "train", "evaluate", "save"} < line.keys()
+        assert sum(line.values()) - line["step"] - line["total"] <= line["total"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import PolicyLossConfig
@@ -30,7 +30,8 @@ class FixedGenerator:
             length = 2 + (3 * number + i % GROUP) % 7
             completions.append([20 + (7 * number + 5 * (i % GROUP) + 3 * t) % 200 for t in range(length)])
         texts = [" ".join(map(str, ids)) for ids in completions]
-        return Rollouts(prompts, completions, list(texts), torch.zeros(len(texts), dtype=torch.bool))
+        logprobs = torch.tensor([-float(token % 6) for ids in completions for token in ids])
+        return Rollouts(prompts, completions, list(texts), torch.zeros(len(texts), dtype=torch.bool), logprobs)
 
 
 def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
@@ -41,26 +42,42 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float]:
     return [-float(len(ids)) for ids in completion_ids]
 
 
-def main(checkpoint: str, out: Path, micro_batches: int) -> None:
+class Killed(BaseException):
+    """Not an Exception: nothing may tidy up after it."""
+
+
+class KillAt(TrainerCallback):
+    """Dies in a step, before its checkpoint is written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def build(
+    checkpoint: str, run_dir: Path, micro_batches: int, records: list[StepRecord], **changes: Any
+) -> MaestroTrainer:
     """``micro_batches`` per update and process; with one, hidden states come from the training forward."""
     rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
+    settings: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", **changes}
     args = TrainingArguments(
-        output_dir=str(out / "run"),
-        max_steps=3,
+        output_dir=str(run_dir),
         learning_rate=0.05,
         optim="sgd",
         lr_scheduler_type="constant",
+        logging_steps=1,
         report_to="none",
-        save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         seed=0,
+        **settings,
     )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
     rewards = build_rewards([parity, brevity])
-    records: list[StepRecord] = []
-    trainer = MaestroTrainer(
-        model,
+    return MaestroTrainer(
+        AutoModelForCausalLM.from_pretrained(checkpoint),
         AutoTokenizer.from_pretrained(checkpoint),
         PromptDataset(rows),
         rewards,
@@ -71,18 +88,84 @@ def main(checkpoint: str, out: Path, micro_batches: int) -> None:
             BatchConfig(prompts_per_batch=4, micro_batch=4 * GROUP // args.world_size // micro_batches),
             PolicyLossConfig(kl_coef=0.05),
         ),
+        evaluation=PromptDataset(rows[:4]) if settings.get("eval_strategy") else None,
         generator=FixedGenerator(),
         observers=[records.append],
     )
+
+
+def policy(trainer: MaestroTrainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def compare(checkpoint: str, out: Path, micro_batches: int) -> None:
+    """Three steps; what came of them."""
+    records: list[StepRecord] = []
+    trainer = build(checkpoint, out / "run", micro_batches, records)
     assert trainer.pipeline.scoring.source == ("training" if micro_batches == 1 else "scoring")
     trainer.train()
-    state = {name: value.detach() for name, value in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
-    conductor = trainer.pipeline.weights.state_dict()
-    torch.save({"conductor": conductor, "policy": state}, out / f"rank{trainer.args.process_index}.pt")
+    figures = [line for line in trainer.state.log_history if "loss" in line]
+    state = {"conductor": trainer.pipeline.weights.state_dict(), "policy": policy(trainer), "logs": figures}
+    torch.save(state, out / f"rank{trainer.args.process_index}.pt")
     if trainer.is_world_process_zero():
         keys = ("weights_BK", "advantages_B", "rewards_BK", "lengths_B")
         torch.save([{key: getattr(record, key) for key in keys} for record in records], out / "records.pt")
 
 
+def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
+    """Two epochs of four steps; the same killed in the second epoch's second step and resumed."""
+    settings = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/brevity/mean",  # always the same: the first is the best
+    }
+    results: dict[str, Any] = {}
+    for name, changes, killed_at in (("whole", evaluated, 0), ("killed", {}, 6), ("resumed", {}, 0)):
+        run_dir = out / ("whole" if name == "whole" else "killed")
+        trainer = build(checkpoint, run_dir, micro_batches, [], **settings, **changes)
+        prompts: list[list[str]] = []
+        note_prompts(trainer, prompts)
+        trainer.add_callback(KillAt(killed_at))
+        last: dict[str, torch.Tensor] = {}
+        trainer.add_callback(Last(trainer, last))
+        try:
+            trainer.train(resume_from_checkpoint=name == "resumed" or None)
+        except Killed:
+            continue
+        results[name] = {
+            "prompts": prompts,
+            "best": trainer.state.best_model_checkpoint,
+            "policy": policy(trainer),
+            "last": last,
+        }
+    torch.save(results, out / f"rank{trainer.args.process_index}.pt")
+
+
+def note_prompts(trainer: MaestroTrainer, prompts: list[list[str]]) -> None:
+    """Those of this process, batch by batch."""
+    next_batch = trainer._next_batch
+
+    def noting(model: Any, rows: Any) -> Any:
+        prompts.append([row["prompt"] for row in rows])
+        return next_batch(model, rows)
+
+    trainer._next_batch = noting  # type: ignore[method-assign]
+
+
+class Last(TrainerCallback):
+    """Keeps the policy of the last step, before the best one is loaded."""
+
+    def __init__(self, trainer: MaestroTrainer, last: dict[str, torch.Tensor]) -> None:
+        self.trainer, self.last = trainer, last
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            self.last.update(policy(self.trainer))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    scenario = resume if sys.argv[4:] == ["resume"] else compare
+    scenario(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
