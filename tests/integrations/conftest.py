@@ -76,3 +76,12 @@ def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
 def brevity(completion_ids: list[list[int]], **columns: object) -> list[float]:
     """Spread even where all responses are truncated: the distinct tokens."""
     return [-float(len(set(ids))) - 0.25 * (ids[0] % 3) for ids in completion_ids]
+
+
+def steady(completion_ids: list[list[int]], prompts: list[str], **columns: object) -> list[float]:
+    """The same for all responses to a prompt, and no short binary fraction, so that a mean of them is rounded."""
+    return [0.1 + 0.1 * int(prompt.split()[-1]) for prompt in prompts]
+
+
+def abstaining(completion_ids: list[list[int]], **columns: object) -> list[float | None]:
+    return [None if ids[0] % 2 else 0.3 * (ids[0] % 7) for ids in completion_ids]

@@ -93,10 +93,10 @@ _IN_LOSS = (
         _is_set("top_entropy_quantile", 1.0),
     ),
     Refusal(
-        "use_bias_correction_kl",
+        "beta with use_bias_correction_kl",
         _LOSS,
         "ops.policy_loss has the plain k3 estimator",
-        _is_set("use_bias_correction_kl", False),
+        lambda trainer, _policy: trainer.beta != 0 and trainer.args.use_bias_correction_kl,
     ),
     Refusal(
         "use_adaptive_entropy",
