@@ -27,9 +27,9 @@ TRL_OLDEST_VENV ?= .venv-trl-oldest
 TRL_OLDEST = trl==0.29.0 transformers==5.10.4 requests
 
 test-trl-oldest: ## Set up an environment with the oldest supported TRL, then run the tests of the TRL trainer in it
-	@$(call in_environment,dev) && { [ -d "$(TRL_OLDEST_VENV)" ] || "$$python" -m venv "$(TRL_OLDEST_VENV)"; } && \
+	@{ [ -d "$(TRL_OLDEST_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(TRL_OLDEST_VENV)"; } && \
 	export VIRTUAL_ENV="$$(realpath "$(TRL_OLDEST_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
-	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet $(TORCH); } && \
+	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
 	"$$python" -m pip install --quiet $(TRL_OLDEST) && \
 	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
 

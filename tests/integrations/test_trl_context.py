@@ -86,10 +86,13 @@ def expected_states(model: Any, prompt_ids: Any, completion_ids: Any) -> Tensor:
 def test_the_terminal_states(settings: Make, ingredients: Make, free: bool, masked: bool) -> None:
     args = settings(mask_truncated_completions=masked, **(FREE if free else {}))
     trainer = Keeping(args=args, weights=Spy(), **ingredients())
+    with torch.no_grad():  # some responses end early
+        trainer.model.get_output_embeddings().weight[trainer.processing_class.eos_token_id] *= 20
     one_batch(trainer)
     truncated = [ids[-1] != trainer.processing_class.eos_token_id for ids in trainer.completion_ids]
 
-    assert any(truncated)
+    assert any(truncated) and not all(truncated)
+    assert len({len(ids) for ids in trainer.completion_ids}) > 2
     assert len({len(ids) for ids in trainer.prompt_ids}) == 2
     (seen,) = trainer.weight_policy.seen
     expected = expected_states(trainer.model, trainer.prompt_ids, trainer.completion_ids)

@@ -117,7 +117,7 @@ _IN_LOSS = (
         lambda trainer, _policy: getattr(trainer, "aux_loss_enabled", False),
     ),
     Refusal(
-        "use_liger_kernel where TRL has Liger's loss (before 1.0 or so)",
+        "use_liger_kernel, where that is Liger's loss (old versions)",
         _LOSS,
         "each replaces TRL's loss, and only one can",
         lambda trainer, _policy: trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"),
