@@ -10,16 +10,28 @@ export PYTHON
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test test-trl-oldest lint bench clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
 
 quickstart: ## Set up, then train a small model with adaptive reward weights
 	@$(call in_environment,report) && "$$python" -m maestro_fast quickstart $(ARGS)
 
 test: ## Set up, then run the tests
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+
+# The newest TRL is in the environment of `make test`; the oldest has one of its own, which is made once and reused.
+# That TRL imports requests without asking for it.
+TRL_OLDEST_VENV ?= .venv-trl-oldest
+TRL_OLDEST = trl==0.29.0 transformers==5.10.4 requests
+
+test-trl-oldest: ## Set up an environment with the oldest supported TRL, then run the tests of the TRL trainer in it
+	@{ [ -d "$(TRL_OLDEST_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(TRL_OLDEST_VENV)"; } && \
+	export VIRTUAL_ENV="$$(realpath "$(TRL_OLDEST_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
+	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
+	"$$python" -m pip install --quiet $(TRL_OLDEST) && \
+	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
 
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy

@@ -23,7 +23,7 @@ from maestro_fast.training.head import LanguageHead, backbone_of, causal_lm
 from maestro_fast.training.rows import rows_of
 
 logger = logging.getLogger(__name__)
-__all__ = ["Layout", "Sequences", "choose_layout", "completion_logprobs", "last_hidden", "score"]
+__all__ = ["Layout", "Sequences", "choose_layout", "completion_logprobs", "last_hidden", "score", "terminal_states"]
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,25 @@ def score(
         torch.cat(entropies) if entropy else None,
         torch.stack(pooled) if context is not None else None,
     )
+
+
+@torch.no_grad()
+def terminal_states(model: nn.Module, sequences: Sequences, layout: Layout, micro_batch: int) -> Tensor:
+    """float32 [B, d], the last hidden state of each response, by one forward that computes no log-probs.
+
+    As in ``score``, the number of model calls depends on B alone, and the longest come first.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -sequences.lengths[i])
+    states: list[Tensor] = [torch.empty(0)] * len(order)
+    with _evaluating(model):
+        for start in range(0, len(order), micro_batch):
+            members = order[start : start + micro_batch]
+            part = sequences.select(members)
+            hidden = last_hidden(model, part, layout)
+            bounds = cumulative(torch.tensor(part.lengths)).to(hidden.device)
+            for i, row in zip(members, pool_hidden(hidden, cu_seqlens=bounds, mode="last"), strict=True):
+                states[i] = row
+    return torch.stack(states)
 
 
 @contextlib.contextmanager

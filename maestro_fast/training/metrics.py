@@ -47,18 +47,27 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
             metrics[f"rewards/{name}/mean"] = live.mean().item()
             metrics[f"rewards/{name}/std"] = live.std(correction=0).item()
         metrics[f"weights/{name}"] = record.expected_weights_BK[:, k].mean().item()
-    return metrics | _family_metrics(record)
+    return metrics | family_metrics(
+        record.families, record.reward_names, record.rewards_BK, record.expected_weights_BK, record.lengths_B
+    )
 
 
-def _family_metrics(record: StepRecord) -> dict[str, float]:
+def family_metrics(
+    families: Sequence[str],
+    reward_names: Sequence[str],
+    rewards_BK: Tensor,
+    expected_weights_BK: Tensor,
+    lengths_B: Tensor,
+) -> dict[str, float]:
+    """Means over the responses of each family; "" is none."""
     metrics: dict[str, float] = {}
-    for family in sorted(set(record.families) - {""}):
-        rows = [i for i, name in enumerate(record.families) if name == family]
+    for family in sorted(set(families) - {""}):
+        rows = [i for i, name in enumerate(families) if name == family]
         prefix = f"families/{family}"
-        metrics[f"{prefix}/completion_length"] = record.lengths_B[rows].float().mean().item()
-        for k, name in enumerate(record.reward_names):
-            metrics[f"{prefix}/weights/{name}"] = record.expected_weights_BK[rows, k].mean().item()
-            if (mean := _live_mean(record.rewards_BK[rows, k])) is not None:
+        metrics[f"{prefix}/completion_length"] = lengths_B[rows].float().mean().item()
+        for k, name in enumerate(reward_names):
+            metrics[f"{prefix}/weights/{name}"] = expected_weights_BK[rows, k].mean().item()
+            if (mean := _live_mean(rewards_BK[rows, k])) is not None:
                 metrics[f"{prefix}/rewards/{name}"] = mean
     return metrics
 

@@ -1,0 +1,19 @@
+"""TRL's GRPOTrainer with adaptive reward weights: change the import and the class name, keep everything else.
+
+from maestro_fast.integrations.trl import MaestroGRPOTrainer
+
+trainer = MaestroGRPOTrainer(model, reward_funcs=[f, g], args=config, train_dataset=data, weights="conductor")
+"""
+
+try:
+    import trl as _trl  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError("maestro_fast.integrations.trl needs TRL: pip install 'maestro-fast[trl]'") from error
+
+from maestro_fast.integrations.trl.refuse import Refusal, refusals
+from maestro_fast.integrations.trl.trainer import MaestroGRPOMixin, MaestroGRPOTrainer
+from maestro_fast.integrations.trl.versions import NEWEST, OLDEST
+
+__all__ = ["NEWEST", "OLDEST", "MaestroGRPOMixin", "MaestroGRPOTrainer", "Refusal", "refusals"]

@@ -1,0 +1,126 @@
+"""The trainer really trains, in the configurations in which TRL's forwards differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trl import GRPOTrainer
+
+from maestro_fast.integrations.trl import MaestroGRPOTrainer
+from tests.integrations.conftest import abstaining, checkpointing_field, parity
+
+CONDUCTOR = {"policy": "conductor", "period": 1, "learning_rate": 0.1}
+FREE = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+Make = Callable[..., Any]
+
+
+def history(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights_of(trainer: Any) -> torch.Tensor:
+    return trainer.weight_policy.state_dict()["weight"]
+
+
+@pytest.mark.parametrize("context", [FREE, {}], ids=["hidden states are free", "one forward is added"])
+def test_ten_steps_with_the_conductor(settings: Make, ingredients: Make, context: dict[str, Any]) -> None:
+    trainer = MaestroGRPOTrainer(args=settings(max_steps=10, **context), weights=CONDUCTOR, **ingredients())
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+
+    assert trainer.state.global_step == 10
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert weights_of(trainer).abs().max() > 0
+    assert len(history(trainer, "weights/parity")) == (5 if context else 10)
+    assert all(
+        a + b == pytest.approx(1)
+        for a, b in zip(history(trainer, "weights/parity"), history(trainer, "weights/brevity"), strict=True)
+    )
+    for name in ("rewards/parity/mean", "conductor/entropy", "conductor/grad_norm", "families/family 1/weights/parity"):
+        assert history(trainer, name), name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL calls it by its old name
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_lora_with_gradient_checkpointing_a_reference_and_evaluation(
+    settings: Make, ingredients: Make, reentrant: bool
+) -> None:
+    peft = pytest.importorskip("peft")
+    checkpointing = checkpointing_field()
+    args = settings(
+        **{checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": reentrant}},
+        beta=0.05,
+        num_iterations=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        num_generations_eval=2,
+        **FREE,
+    )
+    parts = ingredients()
+    trainer = MaestroGRPOTrainer(
+        args=args,
+        weights=CONDUCTOR,
+        profile="maestro",
+        eval_dataset=parts["train_dataset"].select(range(4)),
+        peft_config=peft.LoraConfig(r=4, task_type="CAUSAL_LM"),
+        **parts,
+    )
+    trainer.train()
+
+    assert weights_of(trainer).abs().max() > 0
+    assert history(trainer, "eval_weights/parity") and history(trainer, "eval_reward") and history(trainer, "kl")
+    assert trainer._batches == 1, "two updates of two micro-batches come from one generation batch"
+
+
+def test_rewards_that_abstain(settings: Make, ingredients: Make) -> None:
+    parts = {**ingredients(), "reward_funcs": [abstaining, parity]}
+    trainer = MaestroGRPOTrainer(args=settings(), weights=CONDUCTOR, profile="maestro", **parts)
+    trainer.train()
+
+    assert any(0 < share < 1 for share in history(trainer, "rewards/abstaining/abstained"))
+    assert history(trainer, "rewards/parity/abstained") == [0.0, 0.0]
+    assert all(torch.tensor(history(trainer, "loss")).isfinite())
+
+
+def test_a_killed_run_goes_on_with_the_same_conductor(settings: Make, ingredients: Make) -> None:
+    def trainer(**changes: Any) -> Any:
+        args = settings(max_steps=4, save_strategy="steps", save_steps=2, **changes)
+        weights = {**CONDUCTOR, "period": 3}  # a buffer is half full when the checkpoint is written
+        return MaestroGRPOTrainer(args=args, weights=weights, **ingredients())
+
+    whole = trainer()
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=f"{again.args.output_dir}/checkpoint-2")
+
+    assert weights_of(whole).abs().max() > 0
+    assert again._batches == whole._batches == 4
+    for name, value in whole.weight_policy.state_dict().items():
+        assert torch.equal(again.weight_policy.state_dict()[name], value), name
+    for (name, ours), theirs in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_checkpoint_of_trls_own(settings: Make, ingredients: Make) -> None:
+    args = settings(save_strategy="steps", save_steps=1)
+    GRPOTrainer(args=args, **ingredients()).train()
+    folder = f"{args.output_dir}/checkpoint-1"
+
+    MaestroGRPOTrainer(args=args, weights="equal", **ingredients()).train(resume_from_checkpoint=folder)
+    with pytest.raises(ValueError, match="holds no weight_policy"):
+        MaestroGRPOTrainer(args=args, weights="conductor", **ingredients()).train(resume_from_checkpoint=folder)
+
+
+def test_two_rewards_of_one_name_are_two_rewards(settings: Make, ingredients: Make) -> None:
+    parts = {**ingredients(), "reward_funcs": [lambda completion_ids, **_: [1.0] * len(completion_ids)] * 2}
+    trainer = MaestroGRPOTrainer(args=settings(max_steps=1), weights="random", **parts)
+    trainer.train()
+
+    first, second = (history(trainer, f"weights/<lambda>{number}") for number in ("", "_2"))
+    assert first == second == [0.5]
