@@ -36,9 +36,9 @@ test-trl-oldest: ## Set up an environment with the oldest supported TRL, then ru
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
 
-bench: ## Set up, then run the benchmarks
-	@if [ ! -d bench ]; then echo "there is no bench/ here"; exit 0; fi; \
-	$(call in_environment,dev) && "$$python" -m pytest bench $(ARGS)
+bench: ## Set up, then run the CPU benchmarks: a table per op, and bench/results/cpu.json
+	@$(call in_environment,dev) && mkdir -p bench/results && \
+	"$$python" -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/cpu.json $(ARGS)
 
 clean: ## Remove what builds and checks leave behind; environments stay
 	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

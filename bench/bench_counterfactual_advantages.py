@@ -29,5 +29,6 @@ def test_counterfactual_advantages(benchmark: Any, capsys: Any, B: int, K: int, 
 
     times = race([Contender("cpp", lambda: run("cpp")), Contender("torch reference", lambda: run("torch"))], rounds=15)
     moved = 4 * (2 * B * K + K * K + B * K)
-    report(benchmark, capsys, f"{profile}, B = {B}, K = A = {K}, G = {G}", times, moved)
+    case = f"{profile}, B = {B}, K = A = {K}, G = {G}"
+    report(benchmark, capsys, "counterfactual_advantages on the CPU", case, times, moved)
     benchmark.pedantic(lambda: run("cpp"), rounds=20, iterations=2, warmup_rounds=2)

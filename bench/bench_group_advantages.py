@@ -47,5 +47,6 @@ def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: 
         ]
     )
     moved = 4 * (2 * B * K + K + 4 * B) + B
-    report(benchmark, capsys, f"{profile}, B = {B}, K = {K}, G = {G}, {abstained:.0%} abstained", times, moved)
+    case = f"{profile}, B = {B}, K = {K}, G = {G}, {abstained:.0%} abstained"
+    report(benchmark, capsys, "group_advantages on the CPU", case, times, moved)
     benchmark.pedantic(ours, rounds=50, iterations=10, warmup_rounds=3)

@@ -48,5 +48,6 @@ def test_maestro_advantages(benchmark: Any, capsys: Any, d: int, dtype: torch.dt
         ]
     )
     moved = h.numel() * h.element_size() + 4 * (K * d + 2 * d + 4 * B * K)
-    report(benchmark, capsys, f"B = {B}, d = {d}, K = {K}, {dtype}", times, moved)
+    case = f"B = {B}, d = {d}, K = {K}, {dtype}"
+    report(benchmark, capsys, "maestro_advantages on the CPU", case, times, moved)
     benchmark.pedantic(lambda: run("cpp"), rounds=20, iterations=2, warmup_rounds=2)

@@ -1,6 +1,49 @@
-"""Settings that all benchmarks share."""
+"""Settings that all benchmarks share, and what their JSON says about where they ran."""
+
+from __future__ import annotations
 
 import os
+import platform
+import subprocess
+from importlib import metadata, util
+from typing import Any
+
+import pytest
 
 # Set before torch is imported: the figures are per thread, and a second one would time the machine's other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    import torch
+
+    machine_info["packages"] = {
+        name: metadata.version(name) if util.find_spec(name) else None
+        for name in ("torch", "triton", "transformers", "trl", "numpy")
+    }
+    machine_info["threads"] = {"torch": torch.get_num_threads(), "cores": os.cpu_count(), "libc": platform.libc_ver()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        machine_info["gpu"] = {
+            "name": properties.name,
+            "architecture": f"sm_{properties.major}{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """A copy of the tree without its history cannot tell: then ``make ... COMMIT=...`` does."""
+    if given := os.environ.get("COMMIT"):
+        commit_info["id"] = given
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"

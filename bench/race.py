@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from bench.tables import emit
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -47,19 +49,24 @@ def race(contenders: list[Contender], *, rounds: int = 60) -> dict[str, Timing]:
     return {name: Timing(1e6 * median(values), 1e6 * min(values)) for name, values in seconds.items()}
 
 
-def table(title: str, times: dict[str, Timing], moved: int) -> str:
-    """The times, each also as a multiple of the first; ``moved`` is the bytes that our op has to read and write."""
-    ours = next(iter(times.values()))
-    lines = [f"\n{title}; {moved / 1e6:.2f} MB, {moved / ours.best / 1e3:.2f} GB/s at our best"]
-    lines.append(f"  {'':34}{'median us':>11}{'best us':>11}{'x ours':>9}{'best x':>9}")
-    for name, t in times.items():
-        lines.append(f"  {name:34}{t.median:11.1f}{t.best:11.1f}{t.median / ours.median:9.2f}{t.best / ours.best:9.2f}")
-    return "\n".join(lines)
+def report(benchmark: Any, capsys: Any, title: str, case: str, times: dict[str, Timing], moved: int) -> None:
+    """Prints a line of the op's table, and leaves the times with pytest-benchmark.
 
-
-def report(benchmark: Any, capsys: Any, title: str, times: dict[str, Timing], moved: int) -> None:
-    """Prints the table, and leaves it and the first contender's times with pytest-benchmark."""
+    Args:
+        title: of the table, the same for all cases of an op.
+        times: of a ``race``, ours first; the others also as a multiple of it.
+        moved: bytes that our op has to read and write.
+    """
     benchmark.extra_info["bytes"] = moved
     benchmark.extra_info["times_us"] = {name: (t.median, t.best) for name, t in times.items()}
-    with capsys.disabled():
-        print(table(title, times, moved))
+    ours, *peers = times.values()
+    header = "".join(f"{name:>24}" for name in times)
+    figures = f"{ours.median:13.1f} {ours.best:10.1f}" + "".join(
+        f"{t.median:16.1f} {t.median / ours.median:6.1f}x" for t in peers
+    )
+    emit(
+        capsys,
+        f"{title}; us: our median and best, medians of others and their multiples of ours",
+        [f"{case:50}{figures}{moved / ours.best / 1e3:9.2f}"],
+        header=[f"  {'':50}{header}{'GB/s':>9}"],
+    )

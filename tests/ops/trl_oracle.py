@@ -155,7 +155,7 @@ def trl_policy_loss(
         use_vllm=importance_sampling_ratio is not None,
         vllm_importance_sampling_correction=importance_sampling_ratio is not None,
     )
-    prompt_mask = torch.ones(mask_BT.shape[0], 1, dtype=mask_BT.dtype)
+    prompt_mask = torch.ones(mask_BT.shape[0], 1, dtype=mask_BT.dtype, device=mask_BT.device)
     inputs = {
         "prompt_ids": prompt_mask.long(),
         "prompt_mask": prompt_mask,

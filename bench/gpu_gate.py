@@ -1,0 +1,58 @@
+"""Nothing wrong is timed: every output against float64 first, on the same device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_race import DEVICE
+from maestro_fast.ops import ConductorParams
+from maestro_fast.ops.philox import uniform
+from tests.kernels.helpers import assert_close
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """The same numbers on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def head(rewards: int, size: int, units: int | None) -> ConductorParams:
+    """A Conductor's head, linear or with ``units`` hidden ones."""
+    inner = size if units is None else units
+    hidden = (None, None) if units is None else (normal(units, size, seed=5) / size**0.5, normal(units, seed=6) / 10)
+    return ConductorParams(
+        normal(size, seed=1) / 4,
+        normal(size, seed=2).abs() + 0.5,
+        normal(rewards, inner, seed=3) / inner**0.5,
+        normal(rewards, seed=4) / 10,
+        *hidden,
+    )
+
+
+def wide(value: Any) -> Any:
+    """Floating tensors, those of a head included, in float64."""
+    if isinstance(value, ConductorParams):
+        return ConductorParams(*(wide(x) for x in value.tensors))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def gate(ours: Any, plain: Any, truth: Any, *, epsilon: float, what: str) -> None:
+    """The rule of DESIGN.md section 6 for a tensor, or for each field of a named tuple."""
+    if isinstance(truth, Tensor):
+        assert_close(ours, truth.detach().cpu(), plain.detach().cpu(), epsilon=epsilon, what=what)
+        return
+    for name, one, simple, true in zip(truth._fields, ours, plain, truth, strict=True):
+        gate(one, simple, true, epsilon=epsilon, what=f"{what} {name}")
+
+
+def clear_seed(probs: Callable[[], Tensor]) -> int:
+    """A seed whose draws keep off the edges between actions, where a rounding of the [B, K] probabilities decides."""
+    cdf_BK = probs().double().cumsum(-1)[:, :-1]
+    for seed in range(1000):
+        u_B = uniform(seed, 0, 0, cdf_BK.shape[0], cdf_BK.device).double()
+        if (u_B[:, None] - cdf_BK).abs().min() > 1e-5:
+            return seed
+    raise AssertionError("no seed below 1000 keeps off the edges")
