@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from maestro_fast.reporting import plots
+from maestro_fast.reporting import diagnostic_plots, plots
 from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import TIMINGS_FILE
 from maestro_fast.reporting.stage_times import stage_times
@@ -90,6 +90,18 @@ PLOTS = (
         "From the bottom, the areas at the left stack in the order and colours of the right panel, which gives each "
         "stage's mean time.",
         _stage_times,
+    ),
+    Plot(
+        "advantage_shares",
+        "What makes the advantage",
+        "A reward whose line is near 100 % decides alone which responses are reinforced; a negative share is outvoted.",
+        lambda run: diagnostic_plots.advantage_shares(run.history),
+    ),
+    Plot(
+        "diagnostics",
+        "Diagnostics of the weights",
+        "A line outside its green range has a remedy, which the log names.",
+        lambda run: diagnostic_plots.diagnostics(run.history),
     ),
     Plot(
         "conductor",

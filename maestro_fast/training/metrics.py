@@ -47,9 +47,36 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
             metrics[f"rewards/{name}/mean"] = live.mean().item()
             metrics[f"rewards/{name}/std"] = live.std(correction=0).item()
         metrics[f"weights/{name}"] = record.expected_weights_BK[:, k].mean().item()
-    return metrics | family_metrics(
+    by_family = family_metrics(
         record.families, record.reward_names, record.rewards_BK, record.expected_weights_BK, record.lengths_B
     )
+    return metrics | by_family | _family_spread(record)
+
+
+def _family_spread(record: StepRecord) -> dict[str, float]:
+    """How far the families' mean expected weights lie apart (root of the summed variances), and a control:
+
+    the mean of the same over eight shuffles of the families among the prompts. Weights that depend on the family exceed
+    it. Of each group the first response speaks for all.
+    """
+    firsts = [i for i, text in enumerate(record.prompts) if i == 0 or text != record.prompts[i - 1]]
+    families = [record.families[i] for i in firsts]
+    known = sorted(set(families) - {""})
+    if len(known) < 2:
+        return {}
+    weights_NK = record.expected_weights_BK[firsts].double()
+    labels_N = torch.tensor([known.index(family) if family else -1 for family in families])
+
+    def spread(labels_N: Tensor) -> float:
+        means_FK = torch.stack([weights_NK[labels_N == f].mean(0) for f in range(len(known))])
+        return means_FK.var(0, correction=0).sum().sqrt().item()
+
+    generator = torch.Generator().manual_seed(record.step)
+    shuffles = [labels_N[torch.randperm(len(labels_N), generator=generator)] for _ in range(8)]
+    return {
+        "diagnostics/family_spread": spread(labels_N),
+        "diagnostics/family_spread_shuffled": sum(map(spread, shuffles)) / len(shuffles),
+    }
 
 
 def family_metrics(

@@ -28,6 +28,7 @@ from maestro_fast.training.text_scorer import text_scorer
 from maestro_fast.training.timing import StageClock
 from maestro_fast.training.weighing import weight_context
 from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
+from maestro_fast.weighting.diagnostics import Watch, diagnose
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Pipeline:
     accelerator: Accelerator
     clock: StageClock
     seed: int
+    watch: Watch
     prompt_contexts: PromptContexts = field(default_factory=PromptContexts)
 
     @property
@@ -127,11 +129,12 @@ class Pipeline:
         with clock.stage("advantages"):
             advantages = self._advantages(rollouts, context, weights, kl_B)
         with clock.stage("conductor_update"):
-            self.weights.observe(Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score))
+            outcome = Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score)
+            self.weights.observe(outcome)
         record = self._record(sampled.step, rollouts, context, weights, advantages)
-        metrics = (
-            batch_metrics(record, advantages) | self.weights.metrics() | policy_metrics(rollouts, outputs, self.gather)
-        )
+        metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
+        self.watch.see(metrics)
+        metrics |= policy_metrics(rollouts, outputs, self.gather)
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,

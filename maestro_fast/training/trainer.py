@@ -37,6 +37,7 @@ from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
 from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy, check_profile
+from maestro_fast.weighting.diagnostics import Watch, healthy_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class MaestroTrainer(ExactCheckpoints):
             accelerator=self.accelerator,
             clock=self.clock,
             seed=method.seed,
+            watch=Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {}),
         )
 
     def _install_progress(self) -> None:

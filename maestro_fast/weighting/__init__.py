@@ -9,6 +9,7 @@ from maestro_fast.weighting.exp3 import Exp3
 from maestro_fast.weighting.function import FunctionPolicy
 from maestro_fast.weighting.guard import GuardConfig, Guarded
 from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, WeightPolicy, Weights, check_profile
+from maestro_fast.weighting.pretrained import from_pretrained, save_pretrained
 from maestro_fast.weighting.random import Random
 from maestro_fast.weighting.router import Router
 from maestro_fast.weighting.saw import Saw
@@ -42,5 +43,7 @@ __all__ = [
     "Weights",
     "build_weight_policy",
     "check_profile",
+    "from_pretrained",
+    "save_pretrained",
     "scored",
 ]

@@ -96,6 +96,9 @@ def metrics_row(
     row |= {"frac_reward_zero_std": 0.1 * rng.random(), "clip_ratio/low_mean": 0.01 * rng.random()}
     row |= {"clip_ratio/high_mean": 0.02 * rng.random(), "conductor/loss": 0.2 * rng.normal()}
     row |= {"conductor/entropy": np.log(len(rewards)) - 0.3 * done, "conductor/grad_norm": rng.random()}
+    row |= {f"advantage_share/{name}": weights[:, k].mean() for k, name in enumerate(rewards)}
+    row |= {"diagnostics/self_flattery": 0.09 * done, "diagnostics/entropy": 1 - 0.2 * done}
+    row |= {"diagnostics/family_spread": 0.3 * done, "diagnostics/family_spread_shuffled": 0.1 * done}
     return row | {"conductor/self_flattery": 0.09 * done + 0.01 * rng.normal()}
 
 

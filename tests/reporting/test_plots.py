@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from maestro_fast.reporting import figure, plots
+from maestro_fast.reporting import diagnostic_plots, figure, plots
 from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import iter_jsonl
 from maestro_fast.reporting.stage_times import stage_seconds, stage_times
@@ -26,6 +26,8 @@ PLOTS: dict[str, Callable[[History], Figure]] = {
     "response_length": plots.response_length,
     "conductor": plots.conductor,
     "policy": plots.policy,
+    "advantage_shares": diagnostic_plots.advantage_shares,
+    "diagnostics": diagnostic_plots.diagnostics,
 }
 
 
@@ -211,7 +213,7 @@ def test_eight_families_and_rewards_with_long_names_fit(name: str) -> None:
     assert overlaps(PLOTS[name](long_named(30))) == []
 
 
-@pytest.mark.parametrize("name", ["advantages", "conductor", "policy"])
+@pytest.mark.parametrize("name", ["advantages", "conductor", "policy", "advantage_shares", "diagnostics"])
 def test_the_other_plots_fit(name: str, history: History) -> None:
     assert overlaps(PLOTS[name](history)) == []
 

@@ -22,6 +22,8 @@ PICTURES = {
     "advantages",
     "response_length",
     "stage_times",
+    "advantage_shares",
+    "diagnostics",
     "conductor",
     "policy",
 }

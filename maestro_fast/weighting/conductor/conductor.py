@@ -124,6 +124,7 @@ class Conductor:
         new = [batch["h"] for batch in batches if "used" not in batch]
         self.statistics.update(torch.cat(new or [batches[0]["h"][:0]]))
         objective = self._objective(batches, profile)
+        self._metrics |= self._signal(batches, profile)
         self._optimizer.zero_grad()
         (-objective).backward()
         norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in self.head.named().values()]))  # type: ignore[union-attr]
@@ -133,6 +134,20 @@ class Conductor:
         for batch in batches:
             batch["used"] = torch.tensor(True)
         self._metrics |= {"conductor/objective": objective.item(), "conductor/grad_norm": norm.item()}
+
+    def _signal(self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile) -> dict[str, float]:
+        """Signal to noise of the meta-gradient, from one gradient a batch: |mean|^2 / variance of the mean - 1.
+
+        The expectation of |mean|^2 is |signal|^2 plus that variance, so pure noise gives about 0.
+        """
+        if len(batches) < 2:
+            return {}
+        parameters = list(self.head.named().values())
+        gradients = [torch.autograd.grad(self._objective([batch], profile), parameters) for batch in batches]
+        stacked = torch.stack([torch.cat([g.flatten() for g in parts]) for parts in gradients])
+        noise = stacked.var(0).sum() / len(batches)
+        snr = stacked.mean(0).square().sum() / noise - 1 if noise > 0 else noise.new_zeros(())
+        return {"conductor/gradient_snr": max(0.0, snr.item())}
 
     def _learning_rate(self, step: int) -> float:
         config = self.config

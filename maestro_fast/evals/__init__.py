@@ -1,0 +1,1 @@
+"""Benchmarks: worlds of conflicting rewards, and the statistics to compare methods."""

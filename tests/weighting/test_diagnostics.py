@@ -1,0 +1,112 @@
+"""Diagnostics by hand, their ranges, and the warnings."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from maestro_fast.ops import group_advantages
+from maestro_fast.weighting import Outcome, WeightContext, Weights
+from maestro_fast.weighting.diagnostics import Watch, diagnose, healthy_ranges
+from tests.weighting.helpers import normal
+
+NAMES = ("a", "b")
+
+
+def outcome(
+    rewards: list[list[float]] | Tensor, weights: list[list[float]] | Tensor, g: int = 2, **more: Tensor
+) -> Outcome:
+    rewards_BK, weights_BK = torch.as_tensor(rewards), torch.as_tensor(weights)
+    context = WeightContext(NAMES, g, 0, rewards_BK)
+    advantages = group_advantages(rewards_BK, weights_BK, g)
+    return Outcome(context, Weights(weights_BK, weights_BK, **more), advantages)
+
+
+def test_by_hand() -> None:
+    """Two groups of two; standardised rewards are +-h with h = 1 / sqrt(2)."""
+    rewards = [[1.0, 0.0], [0.0, 4.0], [5.0, 9.0], [4.0, 7.0]]
+    weights = [[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]
+    found, h = diagnose(outcome(rewards, weights)), 0.5**0.5
+    # w . r' = 0.8 h, 0.6 h, h, -h
+    assert found["diagnostics/self_flattery"] == pytest.approx(0.35 * h, rel=1e-3)
+    # the best reward of the first two is the heaviest; the others have no single best one
+    assert found["diagnostics/argmax_agreement"] == 1.0
+    entropies = [-sum(p * math.log(p) for p in row) / math.log(2) for row in weights]
+    assert found["diagnostics/entropy"] == pytest.approx(sum(entropies) / 4, rel=1e-5)
+    # reward a, and b mirrors it: group means 0.55 and 0.7, within +-0.35 and +-0.2, between +-0.075
+    within, between = (0.35**2 + 0.2**2) / 2, 0.075**2
+    assert found["diagnostics/between_prompts"] == pytest.approx(between / (within + between), rel=1e-4)
+    assert found["diagnostics/pareto_inversions"] == 0.0  # one comparable pair, scored h against -h
+    # r' of a: h, -h, h, -h and of b: -h, h, h, -h
+    assert found["rewards_correlation/mean"] == pytest.approx(0.0, abs=1e-4)
+    assert found["advantage_share/a"] + found["advantage_share/b"] == pytest.approx(1.0)
+
+
+def test_shares_by_hand() -> None:
+    """Scores s = w . r' of one group: a gives +-0.9 h, b -+0.1 h, so their products with A are as 0.9 to -0.1."""
+    found = diagnose(outcome([[1.0, 0.0], [0.0, 1.0]], [[0.9, 0.1]] * 2))
+    assert found["advantage_share/a"] == pytest.approx(0.9 / 0.8, rel=1e-4)
+    assert found["advantage_share/b"] == pytest.approx(-0.1 / 0.8, rel=1e-4)
+    assert found["rewards_correlation/min"] == pytest.approx(-1.0)
+
+
+def test_a_pareto_inversion() -> None:
+    """r' is 1, 0, -1 in both: scores -2, 0 and -2, so of the three pairs first > second alone is inverted."""
+    found = diagnose(outcome([[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]], [[-1.0, -1.0], [1.0, 1.0], [1.0, 1.0]], g=3))
+    assert found["diagnostics/pareto_inversions"] == pytest.approx(1 / 3)
+
+
+def test_equal_weights_are_healthy() -> None:
+    rewards_BK = normal(64, 2, seed=0)
+    found = diagnose(outcome(rewards_BK, torch.full((64, 2), 0.5), g=8))
+    ranges = healthy_ranges(NAMES)
+    assert abs(found["diagnostics/self_flattery"]) < 1e-6
+    assert "diagnostics/argmax_agreement" not in found and "diagnostics/between_prompts" not in found  # undefined
+    for name, value in found.items():
+        if name in ranges:
+            assert ranges[name].low <= value <= ranges[name].high, name
+
+
+def test_weights_that_follow_the_response_flatter() -> None:
+    rewards_BK = normal(64, 2, seed=0)
+    best_BK = torch.nn.functional.one_hot(group_advantages(rewards_BK, None, 8).normalized_rewards.argmax(1), 2).float()
+    found = diagnose(outcome(rewards_BK, 0.35 + 0.3 * best_BK, g=8))
+    ranges = healthy_ranges(NAMES)
+    for name in ("diagnostics/self_flattery", "diagnostics/argmax_agreement"):
+        assert found[name] > ranges[name].high
+
+
+def test_directly_scored_groups_are_left_out_of_the_weights_part() -> None:
+    rewards_BK, weights_BK = normal(8, 2, seed=0), torch.full((8, 2), 0.5)
+    direct_B = torch.arange(8) < 4
+    whole = outcome(rewards_BK, weights_BK, g=4, direct_B=direct_B)
+    half = outcome(rewards_BK[4:], weights_BK[4:], g=4)
+    for name in ("advantage_share/a", "advantage_share/b"):
+        assert diagnose(whole)[name] == pytest.approx(diagnose(half)[name], rel=1e-5)
+
+
+def test_abstentions_and_single_rewards() -> None:
+    nan = float("nan")
+    found = diagnose(outcome([[nan, 1.0], [nan, 2.0]], [[0.5, 0.5]] * 2))
+    assert all(math.isfinite(value) for value in found.values())
+    assert found["advantage_share/b"] == pytest.approx(1.0)
+    context = WeightContext(("a",), 2, 0, torch.tensor([[1.0], [2.0]]))
+    weights = torch.ones(2, 1)
+    single = diagnose(Outcome(context, Weights(weights, weights), group_advantages(context.rewards_BK, weights, 2)))
+    assert single["advantage_share/a"] == pytest.approx(1.0)
+
+
+def test_the_watch_warns_once_and_names_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch(healthy_ranges(NAMES), patience=3)
+    for value in (0.2, 0.2, 0.01, 0.2, 0.2):
+        watch.see({"diagnostics/self_flattery": value})
+    assert not caplog.records
+    for _ in range(5):
+        watch.see({"diagnostics/self_flattery": 0.2})
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "anchored" in record.message and "-0.05 to 0.05" in record.message
+    assert watch.warned == {"diagnostics/self_flattery"}
