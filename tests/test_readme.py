@@ -31,6 +31,17 @@ def test_the_ops_block_runs_and_gives_gradients() -> None:
     assert loss.isfinite()
 
 
+def test_the_loop_of_ones_own_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    (loop,) = [block for block in blocks("python") if "for step in range" in block]
+    exec(loop, {})
+    first, *_, last = capsys.readouterr().out.splitlines()
+
+    def even(line: str) -> float:
+        return float(line.split("even")[1].split()[0])
+
+    assert even(last) > even(first) + 0.05
+
+
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_the_configs_are_understood(text: str) -> None:
     config = parse_config(yaml.safe_load(text))
