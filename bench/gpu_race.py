@@ -144,11 +144,13 @@ def wait() -> None:
 
 def _wall_timer(run: Callable[[], Any]) -> Callable[[], float]:
     """As many calls a round as take 2 ms, at most ``_CALLS``."""
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    calls = 1 if DRY else max(1, min(_CALLS, int(2e-3 / (time.perf_counter() - start))))
+    calls = 1
+    if not DRY:
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        calls = max(1, min(_CALLS, int(2e-3 / (time.perf_counter() - start))))
 
     def timer() -> float:
         wait()

@@ -1,0 +1,139 @@
+"""One small run of every Triton kernel, for compute-sanitizer: python bench/sanitize.py
+
+Exits with 1 where a result is not finite. Sizes do not divide by the tiles, so that every mask is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from maestro_fast import ops
+from maestro_fast.kernels import conductor_update as update_kernel
+from maestro_fast.ops import ConductorParams, PolicyLossConfig
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+B, K, D, H, G, T = 15, 3, 37, 7, 5, 61
+LONG = 600  # tokens, more than one chunk of pooling
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(DEVICE)
+
+
+def head(units: int | None) -> ConductorParams:
+    hidden = (None, None) if units is None else (normal(units, D) / 6, normal(units))
+    return ConductorParams(normal(D), normal(D).abs() + 0.5, normal(K, units or D) / 6, normal(K), *hidden)
+
+
+def bounds(tokens: int) -> Tensor:
+    """int64 [B + 1]: uneven, the second sequence empty, the last the longest."""
+    inner = torch.arange(1, B) * 4
+    inner[1] = inner[0]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), inner, torch.tensor([tokens])]).to(DEVICE)
+
+
+def advantages() -> Iterator[tuple[str, Any]]:
+    rewards, weights = normal(B, K), normal(B, K).abs()
+    rewards[1, 0] = rewards[4] = torch.nan
+    ragged = [i % 4 for i in range(B)]
+    given: dict[str, Any] = {"weights": weights, "backend": "triton"}
+    kl: dict[str, Any] = {"kl": normal(B), "beta": 0.1}  # in the score, with this profile alone
+    for profile in ("maestro", "grpo", "grpo_batch", "gdpo", "rloo", "verl_gdpo"):
+        more = kl if profile == "maestro" else {}
+        lengths = torch.arange(B).to(DEVICE) + 1 if profile == "verl_gdpo" else None
+        for groups in (G, ragged):
+            out = ops.group_advantages(rewards, groups=groups, lengths=lengths, profile=profile, **given, **more)
+            yield f"group_advantages, {profile}", out
+    for groups in (G, ragged):
+        actions = torch.eye(K).to(DEVICE)
+        out = ops.counterfactual_advantages(rewards, action_weights=actions, groups=groups, **given, **kl)
+        yield "counterfactual_advantages", out
+
+
+def conductor() -> Iterator[tuple[str, Any]]:
+    h, hidden, rewards = normal(B, D), normal(LONG, D), normal(B, K)
+    for mode in ("last", "mean"):
+        yield f"pool_hidden, {mode}", ops.pool_hidden(hidden, cu_seqlens=bounds(LONG), mode=mode, backend="triton")
+    short = bounds(T)
+    yield "pool_hidden, one chunk", ops.pool_hidden(hidden[:T], cu_seqlens=short, mode="mean", backend="triton")
+    for units in (None, H):
+        params = head(units)
+        for mode in ("sample", "soft"):
+            yield f"conductor_weights, {units}", ops.conductor_weights(h, params, mode=mode, backend="triton")
+        yield f"maestro_advantages, {units}", ops.maestro_advantages(rewards, params, G, h=h, backend="triton")
+        for pool in ("last", "mean"):
+            out = ops.maestro_advantages(
+                rewards, params, G, hidden=hidden, cu_seqlens=bounds(LONG), pool=pool, backend="triton"
+            )
+            yield f"maestro_advantages, {units}, {pool}", out
+        yield f"conductor_update, {units}", updated(h, params)
+
+
+def updated(h: Tensor, params: ConductorParams) -> list[Tensor]:
+    learned = {f.name: getattr(params, f.name) for f in fields(params) if f.name not in ("mean", "rstd")}
+    moments = {
+        name: update_kernel.Moments(torch.zeros_like(x), torch.zeros_like(x))
+        for name, x in learned.items()
+        if x is not None
+    }
+    done = update_kernel.conductor_update(
+        h,
+        torch.arange(B).to(DEVICE) % K,
+        normal(B),
+        params,
+        moments,
+        update_kernel.activations(h, params),
+        tau=1.0,
+        min_prob=0.05,
+        entropy_coef=0.3,
+        adamw=update_kernel.AdamW(1, 1e-3),
+        live=torch.arange(B).to(DEVICE) % 3 > 0,
+    )
+    return [done.objective, done.squares, *(x for x in learned.values() if x is not None)]
+
+
+def losses() -> Iterator[tuple[str, Any]]:
+    configs = [
+        PolicyLossConfig("dapo", kl_coef=0.1, entropy_coef=0.1),
+        PolicyLossConfig("grpo", ratio="sequence", sampler_correction="sequence_mask"),
+        PolicyLossConfig("bnpo", objective="cispo", clip_max=2.0, sampler_correction="token_truncate"),
+    ]
+    for config in configs:
+        now = (-normal(T).abs()).requires_grad_()
+        loss, metrics = ops.policy_loss(
+            now,
+            normal(B),
+            bounds(T),
+            old_logprobs=-normal(T).abs(),
+            ref_logprobs=-normal(T).abs(),
+            sampling_logprobs=-normal(T).abs(),
+            entropies=normal(T).abs(),
+            token_mask=torch.arange(T).to(DEVICE) % 5 > 0,
+            normalizer=float(T),
+            config=config,
+            backend="triton",
+        )
+        yield f"policy_loss, {config.normalization}", [loss, *metrics.values(), *torch.autograd.grad(loss, now)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for group in (advantages, conductor, losses):
+        for name, results in group():
+            tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+            bad = [i for i, x in enumerate(tensors) if not bool(x.isfinite().all())]
+            if not tensors or bad:
+                raise SystemExit(f"{name}: outputs {bad} of {len(tensors)} are not finite")
+            print(f"{name}: {len(tensors)} finite tensors", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The GPU benchmarks, which no CPU can time, still run: every contender once, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "bench").glob("bench_gpu_*.py"))
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device there is make gpu")
+
+
+def python(*arguments: str, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def benchmarks(**variables: str) -> str:
+    plain = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    return python("-m", "pytest", *plain, *map(str, FILES), **variables)
+
+
+def test_without_a_device_they_are_skipped() -> None:
+    assert re.search(r"^\d+ skipped in", benchmarks(TRITON_INTERPRET="0", BENCH_DRY="0"), re.MULTILINE)
+
+
+def test_a_dry_run_passes_every_gate_and_prints_every_table() -> None:
+    printed = benchmarks(TRITON_INTERPRET="1", BENCH_DRY="1")
+
+    for path in FILES:
+        op = path.stem.removeprefix("bench_gpu_")
+        assert f"{op} by Triton (dry run" in printed
+    assert "left out" not in printed  # no peer failed
+    assert " met" not in printed  # no target is judged
+
+
+def test_what_compute_sanitizer_runs_is_finite() -> None:
+    printed = python("bench/sanitize.py", TRITON_INTERPRET="1")
+
+    for path in FILES:
+        assert path.stem.removeprefix("bench_gpu_") in printed
