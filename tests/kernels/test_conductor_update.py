@@ -11,7 +11,7 @@ from torch import Tensor
 from maestro_fast.kernels import conductor_update as kernel
 from maestro_fast.kernels import conductor_weights
 from maestro_fast.ops import ConductorParams
-from maestro_fast.weighting.conductor.objective import reinforce
+from maestro_fast.weighting.conductor.estimators import reinforce
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 from tests.kernels.test_conductor_weights import head, moved
 

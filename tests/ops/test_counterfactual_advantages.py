@@ -227,7 +227,7 @@ def test_runs_on_fake_tensors() -> None:
         ({"profile": "verl_gdpo"}, ValueError, "profile: its score_center is 'tokens'"),
         ({"kl": torch.ones(4), "profile": "grpo"}, ValueError, "kl: given"),
         ({"groups": 3}, ValueError, "groups: 4 responses"),
-        ({"backend": "triton"}, ValueError, "backend: 'triton' does not serve counterfactual_advantages"),
+        ({"backend": "triton"}, ValueError, "backend: 'triton' cannot serve counterfactual_advantages here"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
