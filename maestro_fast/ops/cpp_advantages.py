@@ -11,9 +11,7 @@ from torch import Tensor
 from maestro_fast import _C
 from maestro_fast.ops.cpp import CPU, address, floats, library
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.profiles import AdvantageProfile
-
-_SCOPES = {"none": 0, "group": 1, "batch": 2, "leave_one_out": 3, "tokens": 4}  # enum class Scope
+from maestro_fast.ops.profiles import AdvantageProfile, as_numbers
 
 
 def _rewards(rewards: Tensor) -> Tensor:
@@ -33,7 +31,7 @@ def group_advantages(
     size, offsets, order = _partition(groups, rewards.shape[0])
     if torch.compiler.is_compiling():
         registered: Callable[..., tuple[Tensor, ...]] = torch.ops.maestro_fast.group_advantages
-        return registered(rewards, weights, kl, float(beta), lengths, size, offsets, order, *_fields(profile))
+        return registered(rewards, weights, kl, float(beta), lengths, size, offsets, order, *as_numbers(profile))
     return _group_advantages(rewards, weights, kl, beta, lengths, size, offsets, order, _profile(profile))
 
 
@@ -103,7 +101,7 @@ def counterfactual_advantages(
     size, offsets, order = _partition(groups, rewards.shape[0])
     if torch.compiler.is_compiling():
         registered: Callable[..., Tensor] = torch.ops.maestro_fast.counterfactual_advantages
-        return registered(rewards, weights, action_weights, kl, float(beta), size, offsets, order, *_fields(profile))
+        return registered(rewards, weights, action_weights, kl, float(beta), size, offsets, order, *as_numbers(profile))
     return _counterfactual(rewards, weights, action_weights, kl, beta, size, offsets, order, _profile(profile))
 
 
@@ -166,14 +164,6 @@ def _ragged(offsets: Tensor | None, order: Tensor | None) -> _C.Partition:
     return _C.Partition(offsets.numel() - 1, order.numel(), 0, offsets.data_ptr(), order.data_ptr())
 
 
-def _fields(profile: AdvantageProfile) -> tuple[list[int], list[float]]:
-    """A profile as an operator can take it: integers and epsilons."""
-    scopes = profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale
-    switches = profile.singleton == "raw", profile.missing == "renormalize", profile.score_eps_in == "variance"
-    integers = [*(_SCOPES[scope] for scope in scopes), profile.ddof, *(int(switch) for switch in switches)]
-    return integers, [float(profile.reward_eps), float(profile.score_eps)]
-
-
 def _native_profile(integers: list[int], epsilons: list[float]) -> _C.AdvantageProfile:
     reward_center, reward_scale, score_center, score_scale, ddof, raw, renormalize, in_variance = integers
     scopes = reward_center, reward_scale, score_center, score_scale
@@ -182,7 +172,7 @@ def _native_profile(integers: list[int], epsilons: list[float]) -> _C.AdvantageP
 
 @lru_cache(maxsize=256)
 def _profile(profile: AdvantageProfile) -> _C.AdvantageProfile:
-    return _native_profile(*_fields(profile))
+    return _native_profile(*as_numbers(profile))
 
 
 # --- registered operators ---

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import gpu_launches
 from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.gpu import floats, library
+from maestro_fast.ops.gpu import library
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.profiles import AdvantageProfile
+from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers
 
-Choice = tuple[float, float, float, bool, int, int, int]  # tau, min_prob, alpha, soft, seed, step, offset
+Choice = gpu_launches.Choice
 
 
 def group_advantages(
@@ -31,24 +31,8 @@ def group_advantages(
     arguments = rewards, weights, kl, float(beta), lengths, index_NG
     if torch.compiler.is_compiling():
         registered: Callable[..., tuple[Tensor, ...]] = torch.ops.maestro_fast.triton_group_advantages
-        return registered(*arguments, *_fields(profile))
-    return _group_advantages(*arguments, profile)
-
-
-def _group_advantages(
-    rewards: Tensor,
-    weights: Tensor | None,
-    kl: Tensor | None,
-    beta: float,
-    lengths: Tensor | None,
-    index_NG: Tensor,
-    profile: AdvantageProfile,
-) -> tuple[Tensor, ...]:
-    from maestro_fast.kernels import group_advantages as kernel
-
-    rewards_BK, weights_BK = _matrices(rewards, weights)
-    kl, lengths = (None if x is None else x.contiguous() for x in (kl, lengths))
-    return kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
+        return registered(*arguments, *as_numbers(profile))
+    return gpu_launches.group_advantages(*arguments, profile)
 
 
 def counterfactual_advantages(
@@ -69,26 +53,8 @@ def counterfactual_advantages(
     arguments = rewards, weights, action_weights, kl, float(beta), index_NG
     if torch.compiler.is_compiling():
         registered: Callable[..., Tensor] = torch.ops.maestro_fast.triton_counterfactual_advantages
-        return registered(*arguments, *_fields(profile))
-    return _counterfactual_advantages(*arguments, profile)
-
-
-def _counterfactual_advantages(
-    rewards: Tensor,
-    weights: Tensor | None,
-    action_weights: Tensor,
-    kl: Tensor | None,
-    beta: float,
-    index_NG: Tensor,
-    profile: AdvantageProfile,
-) -> Tensor:
-    from maestro_fast.kernels import counterfactual_advantages as kernel
-
-    rewards_BK, weights_BK = _matrices(rewards, weights)
-    kl = None if kl is None else kl.contiguous()
-    return kernel.counterfactual_advantages(
-        rewards_BK, weights_BK, floats(action_weights), index_NG, profile=profile, kl=kl, beta=beta
-    )
+        return registered(*arguments, *as_numbers(profile))
+    return gpu_launches.counterfactual_advantages(*arguments, profile)
 
 
 def conductor_weights(h: Tensor, params: ConductorParams, choice: Choice) -> tuple[Tensor, ...]:
@@ -96,13 +62,7 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: Choice) -> tup
     if torch.compiler.is_compiling():
         registered: Callable[..., tuple[Tensor, ...]] = torch.ops.maestro_fast.triton_conductor_weights
         return registered(h, *params.tensors, *_halved(choice))
-    return _conductor_weights(h, params, choice)
-
-
-def _conductor_weights(h: Tensor, params: ConductorParams, choice: Choice) -> tuple[Tensor, ...]:
-    from maestro_fast.kernels import conductor_weights as kernel
-
-    return kernel.conductor_weights(_rows(h), _plain(params), _draw(params.weight.shape[0], choice), soft=choice[3])
+    return gpu_launches.conductor_weights(h, params, choice)
 
 
 def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
@@ -110,13 +70,7 @@ def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, lon
     if torch.compiler.is_compiling():
         registered: Callable[..., Tensor] = torch.ops.maestro_fast.triton_pool_hidden
         return registered(flat, start_B, length_B, mean, longest)
-    return _pool_hidden(flat, start_B, length_B, mean, longest)
-
-
-def _pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
-    from maestro_fast.kernels import pool_hidden as kernel
-
-    return kernel.pool_hidden(_rows(flat), start_B, length_B, mean=mean, longest=longest)
+    return gpu_launches.pool_hidden(flat, start_B, length_B, mean, longest)
 
 
 def maestro_advantages(
@@ -145,104 +99,8 @@ def maestro_advantages(
     head, tail = (rewards, *params.tensors), (index_NG, x, source, start_B, length_B, kl, float(beta), lengths)
     if torch.compiler.is_compiling():
         registered: Callable[..., tuple[Tensor, ...]] = torch.ops.maestro_fast.triton_maestro_advantages
-        return registered(*head, *_halved(choice), *tail, *_fields(profile))
-    return _maestro_advantages(rewards, params, choice, *tail, profile)
-
-
-def _maestro_advantages(
-    rewards: Tensor,
-    params: ConductorParams,
-    choice: Choice,
-    index_NG: Tensor,
-    x: Tensor,
-    source: str,
-    start_B: Tensor | None,
-    length_B: Tensor | None,
-    kl: Tensor | None,
-    beta: float,
-    lengths: Tensor | None,
-    profile: AdvantageProfile,
-) -> tuple[Tensor, ...]:
-    from maestro_fast.kernels import maestro_advantages as kernel
-
-    kl, lengths = (None if y is None else y.contiguous() for y in (kl, lengths))
-    sample, out = kernel.maestro_advantages(
-        floats(rewards) if rewards.dtype is not torch.float32 else rewards,
-        _plain(params),
-        _draw(params.weight.shape[0], choice),
-        index_NG,
-        _rows(x),
-        soft=choice[3],
-        source=source,
-        start_B=start_B,
-        length_B=length_B,
-        profile=profile,
-        kl=kl,
-        beta=beta,
-        lengths=lengths,
-    )
-    return (*sample, *out)
-
-
-# --- arguments as the kernels take them ---
-
-
-def _matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """float32 [B, K], weights expanded: a stride of 0 costs nothing."""
-    rewards_BK = rewards.float() if rewards.ndim == 2 else rewards.float()[:, None]
-    weights = rewards_BK.new_ones(1) if weights is None else weights.float()
-    return rewards_BK, weights.expand_as(rewards_BK)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Columns contiguous, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _plain(params: ConductorParams) -> ConductorParams:
-    if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in params.tensors):
-        return params
-    return ConductorParams(*(None if x is None else floats(x) for x in params.tensors))  # type: ignore[arg-type]
-
-
-def _draw(rewards: int, choice: Choice) -> Any:
-    from maestro_fast.kernels.conductor_weights import Draw
-
-    tau, min_prob, alpha, _, seed, step, offset = choice
-    return Draw.of(rewards, tau=tau, min_prob=min_prob, alpha=alpha, seed=seed, step=step, offset=offset)
-
-
-_ORDER: tuple[Any, ...] = ("none", "group", "batch", "leave_one_out", "tokens")
-
-
-def _fields(profile: AdvantageProfile) -> tuple[list[int], list[float]]:
-    """A profile as an operator can take it: integers and epsilons."""
-    scopes = profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale
-    switches = profile.singleton == "raw", profile.missing == "renormalize", profile.score_eps_in == "variance"
-    integers = [*(_ORDER.index(scope) for scope in scopes), profile.ddof, *map(int, switches)]
-    return integers, [float(profile.reward_eps), float(profile.score_eps)]
-
-
-def _profile(integers: list[int], epsilons: list[float]) -> AdvantageProfile:
-    return _known_profile(tuple(integers), tuple(epsilons))
-
-
-@lru_cache(maxsize=256)
-def _known_profile(integers: tuple[int, ...], epsilons: tuple[float, ...]) -> AdvantageProfile:
-    *scopes, ddof, raw, renormalize, in_variance = integers
-    reward_center, reward_scale, score_center, score_scale = (_ORDER[scope] for scope in scopes)
-    return AdvantageProfile(
-        reward_center,
-        reward_scale,
-        score_center,
-        score_scale,
-        reward_eps=epsilons[0],
-        score_eps=epsilons[1],
-        ddof=ddof,
-        singleton="raw" if raw else "zero",
-        missing="renormalize" if renormalize else "zero",
-        score_eps_in="variance" if in_variance else "std",
-    )
+        return registered(*head, *_halved(choice), *tail, *as_numbers(profile))
+    return gpu_launches.maestro_advantages(rewards, params, choice, *tail, profile)
 
 
 def _halved(choice: Choice) -> tuple[float | int | bool, ...]:
@@ -306,16 +164,16 @@ def _choice(arguments: tuple[Any, ...]) -> Choice:
 _define(
     f"triton_group_advantages(Tensor rewards, Tensor? weights, {_GROUPED}, Tensor? lengths, Tensor index, {_PROFILE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda rewards, weights, kl, beta, lengths, index, integers, epsilons: _group_advantages(
-        rewards, weights, kl, beta, lengths, index, _profile(integers, epsilons)
+    lambda rewards, weights, kl, beta, lengths, index, integers, epsilons: gpu_launches.group_advantages(
+        rewards, weights, kl, beta, lengths, index, from_numbers(integers, epsilons)
     ),
     lambda rewards, *rest: _advantage_shapes(rewards),
 )
 _define(
     f"triton_counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor actions, {_GROUPED}, Tensor index,"
     f" {_PROFILE}) -> Tensor",
-    lambda rewards, weights, actions, kl, beta, index, integers, epsilons: _counterfactual_advantages(
-        rewards, weights, actions, kl, beta, index, _profile(integers, epsilons)
+    lambda rewards, weights, actions, kl, beta, index, integers, epsilons: gpu_launches.counterfactual_advantages(
+        rewards, weights, actions, kl, beta, index, from_numbers(integers, epsilons)
     ),
     lambda rewards, weights, actions, *rest: rewards.new_empty(
         (rewards.shape[0], actions.shape[0]), dtype=torch.float32
@@ -323,20 +181,20 @@ _define(
 )
 _define(
     f"triton_conductor_weights(Tensor h, {_PARAMS}, {_CHOICE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda h, *rest: _conductor_weights(h, ConductorParams(*rest[:6]), _choice(rest[6:])),
+    lambda h, *rest: gpu_launches.conductor_weights(h, ConductorParams(*rest[:6]), _choice(rest[6:])),
     lambda h, *rest: _sample_shapes(h.shape[0], rest[2]),
 )
 _define(
     "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",
-    _pool_hidden,
+    gpu_launches.pool_hidden,
     lambda flat, start, *rest: flat.new_empty((start.shape[0], flat.shape[1]), dtype=torch.float32),
 )
 _define(
     f"triton_maestro_advantages(Tensor rewards, {_PARAMS}, {_CHOICE}, Tensor index, Tensor x, str source,"
     f" Tensor? start, Tensor? length, {_GROUPED}, Tensor? lengths, {_PROFILE})"
     f" -> ({', '.join(['Tensor'] * 11)})",
-    lambda rewards, *rest: _maestro_advantages(
-        rewards, ConductorParams(*rest[:6]), _choice(rest[6:14]), *(*rest[14:-2], _profile(*rest[-2:]))
+    lambda rewards, *rest: gpu_launches.maestro_advantages(
+        rewards, ConductorParams(*rest[:6]), _choice(rest[6:14]), *(*rest[14:-2], from_numbers(*rest[-2:]))
     ),
     lambda rewards, *rest: (*_sample_shapes(rewards.shape[0], rest[2]), *_advantage_shapes(rewards)),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 Center = Literal["none", "group", "batch", "leave_one_out"]
@@ -113,3 +115,37 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
     if profile not in PROFILES:
         raise ValueError(f"profile: {profile!r}, expected one of {', '.join(PROFILES)}")
     return PROFILES[profile]
+
+
+_SCOPES: tuple[Any, ...] = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
+
+
+def as_numbers(profile: AdvantageProfile) -> tuple[list[int], list[float]]:
+    """A profile as a registered operator or C++ takes it: integers and epsilons. ``kl_in`` is the caller's business."""
+    scopes = profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale
+    switches = profile.singleton == "raw", profile.missing == "renormalize", profile.score_eps_in == "variance"
+    integers = [*(_SCOPES.index(scope) for scope in scopes), profile.ddof, *map(int, switches)]
+    return integers, [float(profile.reward_eps), float(profile.score_eps)]
+
+
+def from_numbers(integers: Sequence[int], epsilons: Sequence[float]) -> AdvantageProfile:
+    """The profile that ``as_numbers`` came from, but for ``kl_in``."""
+    return _known(tuple(integers), tuple(epsilons))
+
+
+@lru_cache(maxsize=256)
+def _known(integers: tuple[int, ...], epsilons: tuple[float, ...]) -> AdvantageProfile:
+    *scopes, ddof, raw, renormalize, in_variance = integers
+    reward_center, reward_scale, score_center, score_scale = (_SCOPES[scope] for scope in scopes)
+    return AdvantageProfile(
+        reward_center,
+        reward_scale,
+        score_center,
+        score_scale,
+        reward_eps=epsilons[0],
+        score_eps=epsilons[1],
+        ddof=ddof,
+        singleton="raw" if raw else "zero",
+        missing="renormalize" if renormalize else "zero",
+        score_eps_in="variance" if in_variance else "std",
+    )
