@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 HEALTHY = "#009E73"
 CURVES = (
     Curve("diagnostics/self_flattery", "Self-flattery", "mean w · r (group std)"),
-    Curve("diagnostics/argmax_agreement", "Heaviest reward is the best one", "share of responses"),
+    Curve("diagnostics/argmax_agreement", "Heaviest is best", "share of responses"),
     Curve("diagnostics/entropy", "Entropy of the weights", "entropy / ln K"),
-    Curve("diagnostics/between_prompts", "Weight variance between prompts", "share of variance"),
+    Curve("diagnostics/between_prompts", "Between prompts", "share of weight variance"),
     Curve("diagnostics/pareto_inversions", "Pareto inversions", "share of pairs"),
-    Curve("rewards_correlation/min", "Most opposed pair of rewards", "correlation"),
+    Curve("rewards_correlation/min", "Most opposed pair", "correlation"),
     Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise"),
-    Curve("diagnostics/family_spread", "Weights between families", "spread of weights"),
+    Curve("diagnostics/family_spread", "Between families", "spread of weights"),
     Curve("anchor/utility", "Utility where it is known", "utility (its own units)"),
     Curve("guard/utility", "Utility that the guard watches", "utility (its own units)"),
 )
