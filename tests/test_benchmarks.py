@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA d
 
 
 def python(*arguments: str, **variables: str) -> str:
+    # a child is no worker of this session: pytest-benchmark would refuse to time in one
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=900
+        [sys.executable, *arguments], cwd=ROOT, env=own | variables, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
