@@ -298,7 +298,7 @@ def maestro_advantages(
         BG=width,
         BD=_INNER if groups * width <= 32 else _INNER // 2,
         HT=_HIDDEN,
-        num_warps=4,
+        num_warps=4 if groups * width <= 32 else 8,
         num_stages=3,
         enable_fp_fusion=False,
     )
