@@ -4,25 +4,20 @@
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-Rows are worked in chunks of a fixed size that follows from the vocabulary alone, the last one padded with zeros. Every
-GEMM then has the same shape, whatever else is in the batch, so the log-probs of the same hidden states are bitwise the
-same in the scoring and in the training forward, and the on-policy ratio is exactly 1.
+The GEMMs and their chunks are those of ``ops.head_chunks``, the maths of a row is that of ``ops.head_rows``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from maestro_fast.ops.head_chunks import Chunk, Head
+from maestro_fast.ops.head_rows import EntropyMode, HeadSpec, RowStatistics, logits
 from maestro_fast.ops.tensors import readable, wide, without_autocast
-
-EntropyMode = Literal["none", "value", "grad"]
-
-# Float32 logits alive at once: 2 MiB fits a cache, 2 GiB fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**29}
 
 
 class TokenLogprobs(NamedTuple):
@@ -30,28 +25,6 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropies: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Head:
-    scale: float
-    softcap: float | None
-    temperature: float
-    ignore_index: int
-    entropy: EntropyMode
-    chunk: int
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits over T [C, V] and the softcap's output before the temperature (for its derivative)."""
-        with without_autocast(hidden):
-            x = hidden @ weight.T
-        if self.scale != 1.0:
-            x = x * self.scale
-        if bias is not None:
-            x = x + bias
-        if self.softcap is not None:
-            x = self.softcap * torch.tanh(x / self.softcap)
-        return (x / self.temperature if self.temperature != 1.0 else x), x
 
 
 def reference_token_logprobs(
@@ -66,9 +39,10 @@ def reference_token_logprobs(
     ignore_index: int = -100,
 ) -> TokenLogprobs:
     """The truth: materialises all logits, differentiates through autograd. For tests and small inputs."""
-    head = _Head(logit_scale, softcap, temperature, ignore_index, "grad", hidden.shape[0])
     live = targets != ignore_index
-    z, _ = head.logits(torch.where(live[:, None], hidden, 0.0), lm_head, bias)
+    with without_autocast(hidden):
+        x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
+    z, _ = logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
     logp_TV = z.log_softmax(-1)
     logprobs = logp_TV.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     entropies = -(logp_TV.exp() * logp_TV).sum(-1)
@@ -108,28 +82,17 @@ def token_logprobs(
         ValueError: shapes, a non-positive temperature or softcap, a target out of range (read on CPU tensors only).
         TypeError: dtypes.
     """
-    _check(hidden, lm_head, targets, bias, softcap, temperature, entropy, ignore_index)
-    head = _Head(logit_scale, softcap, temperature, ignore_index, entropy, chunk_rows(lm_head.shape[0], hidden.device))
-    logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, head)  # type: ignore[no-untyped-call]
+    spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
+    check_head_inputs(hidden, lm_head, targets, bias, spec)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logprobs, None if entropy == "none" else entropies)
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows per chunk: from the vocabulary and the kind of device alone, so that results never depend on the batch."""
-    elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
-    return min(max(elements // vocabulary // 16 * 16, 64), 4096)
-
-
-def _check(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    entropy: str,
-    ignore_index: int,
-) -> None:
+def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> None:
+    """
+    Raises:
+        ValueError, TypeError: see ``token_logprobs``.
+    """
     if hidden.ndim != 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected [T, d]")
     if lm_head.ndim != 2 or lm_head.shape[1] != hidden.shape[1]:
@@ -144,17 +107,17 @@ def _check(
         raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({lm_head.shape[0]},)")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias: dtype {bias.dtype}, expected a floating dtype")
-    if not temperature > 0:
-        raise ValueError(f"temperature: {temperature}, expected a positive number")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: {softcap}, expected a positive number or None")
-    if entropy not in ("none", "value", "grad"):
-        raise ValueError(f"entropy: {entropy!r}, expected 'none', 'value' or 'grad'")
+    if not spec.temperature > 0:
+        raise ValueError(f"temperature: {spec.temperature}, expected a positive number")
+    if spec.softcap is not None and not spec.softcap > 0:
+        raise ValueError(f"softcap: {spec.softcap}, expected a positive number or None")
+    if spec.entropy not in ("none", "value", "grad"):
+        raise ValueError(f"entropy: {spec.entropy!r}, expected 'none', 'value' or 'grad'")
     for name, tensor in (("lm_head", lm_head), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {hidden.device} as hidden")
     if readable(targets):
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= lm_head.shape[0]))
+        wrong = (targets != spec.ignore_index) & ((targets < 0) | (targets >= lm_head.shape[0]))
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise ValueError(
@@ -162,73 +125,53 @@ def _check(
             )
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    if x.shape[0] == rows:
-        return x
-    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
-
-
-def _hidden_chunk(hidden: Tensor, live: Tensor, head: _Head) -> Tensor:
-    """States of one padded chunk [C, d]; 0 in ignored rows, where NaN may stand and 0 * NaN would reach dW."""
-    return _padded(wide(torch.where(live[:, None], hidden, 0.0)), head.chunk)
-
-
-def _wide_head(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    wide_weight = wide(weight)
-    return wide_weight, None if bias is None else bias.to(wide_weight.dtype)
-
-
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, targets, *(() if bias is None else (bias,)))
-        ctx.head = head
-        wide_weight, wide_bias = _wide_head(weight, bias)
-        logprobs = wide_weight.new_zeros(hidden.shape[0])
-        entropies = wide_weight.new_zeros(hidden.shape[0] if head.entropy != "none" else 0)
-        for start in range(0, hidden.shape[0], head.chunk):
-            rows = slice(start, min(start + head.chunk, hidden.shape[0]))
-            n = rows.stop - start
-            live = targets[rows] != head.ignore_index
-            z, _ = head.logits(_hidden_chunk(hidden[rows], live, head), wide_weight, wide_bias)
-            shifted, exp, total = _exponentials(z)
-            chosen = shifted[:n].gather(1, torch.where(live, targets[rows], 0)[:, None])[:, 0]
-            logprobs[rows] = torch.where(live, chosen - total[:n].log(), 0.0)
-            if head.entropy != "none":
-                entropy = total.log() - (exp * shifted).sum(-1) / total
-                entropies[rows] = torch.where(live, entropy[:n], 0.0)
-        if head.entropy != "grad":
+        head = Head.of(weight, bias, spec)
+        tokens = hidden.shape[0]
+        logprobs, peaks, totals = wide(hidden).new_zeros(3, tokens).unbind()
+        entropies = peaks.new_zeros(tokens if spec.entropy != "none" else 0)
+        for chunk, rows in _chunks(head, hidden, targets):
+            stats = chunk.statistics(chunk.logits())
+            for whole, part in zip((logprobs, peaks, totals, entropies), stats, strict=True):
+                if part is not None:
+                    whole[rows] = part[: chunk.rows]
+        ctx.save_for_backward(hidden, weight, targets, peaks, totals, entropies, *(() if bias is None else (bias,)))
+        ctx.spec = spec
+        if spec.entropy != "grad":
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         dlogprobs, dentropies = grads
-        hidden, weight, targets, *rest = ctx.saved_tensors
+        hidden, weight, targets, peaks, totals, entropies, *rest = ctx.saved_tensors
         bias = rest[0] if rest else None
-        head: _Head = ctx.head
+        trains_entropy = ctx.spec.entropy == "grad"
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        wide_weight, wide_bias = _wide_head(weight, bias)
+        head = Head.of(weight, bias, ctx.spec)
         dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(wide_weight) if need_weight else None
-        dbias = torch.zeros_like(wide_bias) if need_bias and wide_bias is not None else None
-        for start in range(0, hidden.shape[0], head.chunk):
-            rows = slice(start, min(start + head.chunk, hidden.shape[0]))
-            n = rows.stop - start
-            wide_hidden = _hidden_chunk(hidden[rows], targets[rows] != head.ignore_index, head)
-            dentropy = dentropies[rows] if head.entropy == "grad" else None
-            dx = _dlogits(head, wide_hidden, wide_weight, wide_bias, targets[rows], dlogprobs[rows], dentropy)
+        dweight = torch.zeros_like(weight, dtype=peaks.dtype) if need_weight else None
+        dbias = torch.zeros_like(bias, dtype=peaks.dtype) if need_bias and bias is not None else None
+        for chunk, rows in _chunks(head, hidden, targets):
+            stats = RowStatistics(
+                peaks[rows],  # not read by what follows
+                head.padded(peaks[rows]),
+                head.padded(totals[rows], 1.0),
+                head.padded(entropies[rows]) if trains_entropy else None,
+            )
+            dlogits = chunk.dlogits(
+                chunk.logits(), stats, dlogprobs[rows], dentropies[rows] if trains_entropy else None
+            )
             if dbias is not None:
-                dbias += dx.sum(0)
-            if head.scale != 1.0:
-                dx *= head.scale
-            with without_autocast(hidden):
-                if dhidden is not None:
-                    dhidden[rows] = (dx @ wide_weight)[:n].to(hidden.dtype)
-                if dweight is not None:
-                    dweight.addmm_(dx.T, wide_hidden)
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
+            if dhidden is not None:
+                dhidden[rows] = chunk.dhidden(dlogits).to(hidden.dtype)
+            if dweight is not None:
+                chunk.add_dweight_(dweight, dlogits)
         return (
             dhidden,
             None if dweight is None else dweight.to(weight.dtype),
@@ -238,40 +181,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
-def _exponentials(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z - max z and its exponential [C, V], and the sum [C] of the latter.
-
-    Not log_softmax: its sums on the CPU are sequential, which costs 2e-5 in every log-prob at V = 151,936.
-    """
-    shifted = z - z.amax(-1, keepdim=True)
-    exp = shifted.exp()
-    return shifted, exp, exp.sum(-1)
-
-
-def _dlogits(
-    head: _Head,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    dlogprobs: Tensor,
-    dentropies: Tensor | None,
-) -> Tensor:
-    """dL/d(scale * h . W_v + b_v) of one padded chunk [C, V]; rows that are ignored or padding are 0."""
-    z, capped = head.logits(hidden, weight, bias)
-    live = targets != head.ignore_index
-    target = _padded(torch.where(live, targets, 0), head.chunk)
-    dlp = _padded(torch.where(live, dlogprobs, 0.0), head.chunk)[:, None]
-    shifted, exp, total = _exponentials(z)
-    p, logp = exp / total[:, None], shifted - total.log()[:, None]
-    dz = -p * dlp
-    if dentropies is not None:
-        dent = _padded(torch.where(live, dentropies, 0.0), head.chunk)[:, None]
-        entropy = -(p * logp).sum(-1, keepdim=True)
-        dz -= p * dent * (logp + entropy)
-    dz.scatter_add_(1, target[:, None], dlp)
-    if head.temperature != 1.0:
-        dz /= head.temperature
-    if head.softcap is not None:
-        dz *= 1.0 - (capped / head.softcap) ** 2
-    return dz
+def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Chunk, slice]]:
+    for start in range(0, hidden.shape[0], head.chunk):
+        rows = slice(start, min(start + head.chunk, hidden.shape[0]))
+        yield head.chunk_of(hidden, targets, rows), rows

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.ops import pool_hidden, token_logprobs
+from maestro_fast.ops.head_rows import EntropyMode
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.ops.token_logprobs import EntropyMode
 from maestro_fast.records import PolicyOutputs, cumulative
 from maestro_fast.training.attention import Layout, layout_of
 from maestro_fast.training.head import LanguageHead, backbone_of, causal_lm
