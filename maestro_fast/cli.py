@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from maestro_fast import __version__
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments.config, arguments.resume, rest)
         if arguments.command == "report":
             return _report(arguments.run_dir, arguments.compare, arguments.title)
+        if arguments.command == "conductor":
+            return _show_conductor(arguments)
         return _info()
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
         if arguments.verbose:
@@ -58,8 +61,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABEL=RUN_DIR",
         help="lay the weights of another run over this one's; up to three times",
     )
+    _add_conductor(commands)
     commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
     return parser
+
+
+def _add_conductor(commands: Any) -> None:
+    conductor = commands.add_parser("conductor", help="look into a saved Conductor", allow_abbrev=False)
+    actions = conductor.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("show", help="the weights that it gives each of some prompts", allow_abbrev=False)
+    show.add_argument("folder", type=Path, metavar="DIR", help="of save_pretrained, or a run's final/ or checkpoint")
+    show.add_argument("--on", required=True, metavar="PROMPTS", help=".jsonl or .parquet file, or a data set's name")
+    show.add_argument("--model", help="the model whose states it reads (default: what DIR or its run tells)")
+    show.add_argument("--out", type=Path, default=Path("prompt_weights.png"), help="the picture (%(default)s)")
+    show.add_argument("--rows", type=int, default=20, help="prompts in the table (%(default)s); the rest uses all")
+    show.add_argument("--limit", type=int, help="use the first so many prompts only")
+    show.add_argument("--samples", type=int, default=4, help="responses to a prompt, where it reads them (%(default)s)")
+    show.add_argument("--seed", type=int, default=0, help="of these responses (%(default)s)")
+    show.add_argument("--prompt-column", default="prompt", help="(%(default)s)")
+    show.add_argument("--family-column", help="names the task family of a prompt (family, where there is one)")
 
 
 def _quickstart(out: Path | None, resume: bool) -> int:
@@ -95,6 +115,27 @@ def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
         others[label] = Path(path)
     print(f"Report: {write_report(run_dir, title=title, compare=others)}")
     return 0
+
+
+def _show_conductor(arguments: argparse.Namespace) -> int:
+    for name, least in (("rows", 1), ("samples", 1), ("limit", 1), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: {value}, expected at least {least}")
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out: there is no directory {arguments.out.absolute().parent}")
+    from transformers.utils.logging import disable_progress_bar
+
+    from maestro_fast.reporting.prompt_weights import show_conductor
+
+    disable_progress_bar()  # of loading; what takes long has a bar of its own
+    print(show_conductor(arguments.folder, arguments.on, **_options(arguments)))
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("model", "out", "rows", "limit", "samples", "seed", "prompt_column", "family_column")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _info() -> int:

@@ -100,9 +100,27 @@ def test_report_of_a_run_that_was_left_without_one(
     assert str(page) in capsys.readouterr().out
 
 
+def test_a_conductor_is_shown(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--weights", "{policy: conductor, context: prompt_mean}"]
+    assert main(["train", str(config), *options]) == 0
+    capsys.readouterr()
+    picture, on = tmp_path / "weights.png", str(tmp_path / "prompts.jsonl")
+    show = ["conductor", "show", str(tmp_path / "run" / "final"), "--on", on, "--out", str(picture), "--rows", "3"]
+    assert main(show) == 0
+
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Weights of 3 of 4 prompts" in printed and "Name 0." in printed and str(picture) in printed
+    assert main([*show, "--family-column", "kind"]) == 2
+    assert "--on: family_column: no column 'kind'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        (["conductor", "show", "nowhere", "--on", "x.jsonl"], "DIR: nowhere holds neither"),
+        (["conductor", "show", "nowhere", "--on", "x.jsonl", "--rows", "0"], "--rows: 0, expected at least 1"),
+        (["conductor", "show", ".", "--on", "x", "--out", "no/where.png"], "--out: there is no directory"),
         (["report", "nowhere"], "nowhere/metrics.jsonl: there is no such run directory"),
         (["report", "nowhere", "--compare", "other"], "--compare: 'other', expected LABEL=RUN_DIR"),
         (["quickstart", "--resume"], "--resume: needs --out, the directory of an earlier quickstart, got None"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
+from maestro_fast.weighting.families import spread_between_families
 
 LOSS_METRICS = {  # by the names of ``ops.policy_loss``
     "clip_low": "clip_ratio/low_mean",
@@ -54,29 +55,17 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
 
 
 def _family_spread(record: StepRecord) -> dict[str, float]:
-    """How far the families' mean expected weights lie apart (root of the summed variances), and a control:
+    """How far the families' mean expected weights lie apart, and the mean of the same over eight shuffles.
 
-    the mean of the same over eight shuffles of the families among the prompts. Weights that depend on the family exceed
-    it. Of each group the first response speaks for all.
+    Of each group the first response speaks for all.
     """
     firsts = [i for i, text in enumerate(record.prompts) if i == 0 or text != record.prompts[i - 1]]
     families = [record.families[i] for i in firsts]
-    known = sorted(set(families) - {""})
-    if len(known) < 2:
+    found = spread_between_families(record.expected_weights_BK[firsts], families, shuffles=8, seed=record.step)
+    if found is None:
         return {}
-    weights_NK = record.expected_weights_BK[firsts].double()
-    labels_N = torch.tensor([known.index(family) if family else -1 for family in families])
-
-    def spread(labels_N: Tensor) -> float:
-        means_FK = torch.stack([weights_NK[labels_N == f].mean(0) for f in range(len(known))])
-        return means_FK.var(0, correction=0).sum().sqrt().item()
-
-    generator = torch.Generator().manual_seed(record.step)
-    shuffles = [labels_N[torch.randperm(len(labels_N), generator=generator)] for _ in range(8)]
-    return {
-        "diagnostics/family_spread": spread(labels_N),
-        "diagnostics/family_spread_shuffled": sum(map(spread, shuffles)) / len(shuffles),
-    }
+    spread, chance = found
+    return {"diagnostics/family_spread": spread, "diagnostics/family_spread_shuffled": chance.mean().item()}
 
 
 def family_metrics(

@@ -1,0 +1,184 @@
+"""Weights per prompt, shown: tables, a sentence on the families, a picture."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
+from maestro_fast.reporting.tables import Cell, Table, format_table
+from maestro_fast.training.data import DataConfig, load_prompts
+from maestro_fast.training.prompt_weights import PromptWeights, prompt_weights
+from maestro_fast.training.saved_conductor import load_conductor
+from maestro_fast.weighting.families import spread_between_families
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHUFFLES = 1000
+NO_FAMILY = "(no family)"
+ENTROPY = "H (nats)"  # a reward may be called entropy
+
+
+def show_conductor(
+    folder: Path,
+    prompts: str,
+    *,
+    out: Path,
+    rows: int,
+    limit: int | None = None,
+    model: str | None = None,
+    samples: int = 4,
+    seed: int = 0,
+    prompt_column: str = "prompt",
+    family_column: str | None = None,
+) -> str:
+    """Draws the picture to ``out``, and returns what there is to print.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``load_conductor``, ``load_prompts`` and ``prompt_weights``.
+    """
+    require_matplotlib()
+    saved = load_conductor(folder)
+    data = DataConfig(prompts, prompt_column=prompt_column, family_column=family_column, limit=limit)
+    try:
+        dataset = load_prompts(data)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"--on: {str(error).removeprefix('data.')}") from error
+    found = prompt_weights(saved, dataset, model=model, samples=samples, seed=seed)
+    prompt_picture(found).savefig(out, dpi=DPI)
+    width = min(shutil.get_terminal_size((100, 24)).columns, 160)
+    tables = [prompt_table(found, rows=rows, width=width), family_table(found)]
+    parts = [format_table(table, width) for table in tables if table is not None]
+    sentences = [f"{found.policy} in {saved.folder}.", *found.source, spread_sentence(found)]
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)  # for the paths' sake
+    lines = [wrapper.fill(sentence) for sentence in sentences if sentence]
+    return "\n\n".join([*parts, "\n".join([*lines, f"Picture: {out}"])])
+
+
+def prompt_table(found: PromptWeights, *, rows: int, width: int) -> Table:
+    """Weights and their entropy by prompt, at most ``rows`` prompts, as many of each family as of the others.
+
+    Prompts are cut so that a row takes one line of ``width`` characters where the rewards leave room.
+    """
+    kept = _evenly(found.families, rows)
+    names = found.reward_names
+    has_families = any(found.families)
+    taken = sum(max(5, len(name)) + 2 for name in [*names, ENTROPY])
+    if has_families:
+        taken += 2 + min(12, max(len(family) for family in found.families))
+    entropy_N = _entropy(found.weights_NK)
+    room = max(24, width - taken)
+    body: list[tuple[Cell, ...]] = []
+    for i in kept:
+        text = textwrap.shorten(found.prompts[i], room, placeholder=" …") or short(found.prompts[i], room)
+        family: tuple[Cell, ...] = (found.families[i] or NO_FAMILY,) if has_families else ()
+        body.append((text, *family, *found.weights_NK[i].tolist(), entropy_N[i].item()))
+    of = f"{len(kept)} of {len(found.prompts)} prompts" if len(kept) < len(found.prompts) else f"{len(kept)} prompts"
+    caption = f"Weights of {of}, and their entropy H, {math.log(len(names)):.3f} for equal weights"
+    return Table(caption, ("prompt", *(["family"] if has_families else []), *names, ENTROPY), tuple(body))
+
+
+def family_table(found: PromptWeights) -> Table | None:
+    """Mean weights and entropy by family and over all prompts; None where the data name no family."""
+    if not any(found.families):
+        return None
+    entropy_N = _entropy(found.weights_NK)
+    body: list[tuple[Cell, ...]] = []
+    for family in [*sorted(set(found.families)), None]:
+        rows = [i for i, own in enumerate(found.families) if family is None or own == family]
+        label = "all" if family is None else family or NO_FAMILY
+        body.append((label, len(rows), *found.weights_NK[rows].mean(0).tolist(), entropy_N[rows].mean().item()))
+    return Table("Mean weights by family", ("family", "prompts", *found.reward_names, ENTROPY), tuple(body))
+
+
+def spread_sentence(found: PromptWeights) -> str | None:
+    """Whether the families' weights lie further apart than chance puts them; None with fewer than two families."""
+    measured = spread_between_families(found.weights_NK, found.families, shuffles=SHUFFLES, seed=0)
+    if measured is None:
+        return None
+    spread, chance = measured
+    top = chance.quantile(0.95).item()
+    # the last bits of equal weights are not equal
+    verdict = "beyond chance" if spread > max(top, 1e-6) else "NOT beyond chance"
+    return (
+        f"Spread between families (root of the summed variances of their means): {spread:.4f}; with the families "
+        f"shuffled among the prompts {chance.mean().item():.4f}, below {top:.4f} in 95 % of {SHUFFLES:,} shuffles: "
+        f"{verdict}."
+    )
+
+
+def prompt_picture(found: PromptWeights) -> Figure:
+    """A heat map, a row per prompt in the order of families, and the families' means in figures beside it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    order = sorted(range(len(found.families)), key=lambda i: found.families[i])
+    families = [found.families[i] for i in order]
+    known = sorted(set(families))
+    means_FK = torch.stack([found.weights_NK[[i for i in order if found.families[i] == f]].mean(0) for f in known])
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    equal = 1 / len(found.reward_names)
+    high = max(found.weights_NK.max().item(), 2 * equal)  # equal weights have a colour in the middle or below
+    colours = {"cmap": "Blues", "vmin": 0.0, "vmax": high}
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    image = left.imshow(found.weights_NK[order].numpy(), aspect="auto", interpolation="nearest", **colours)
+    left.set_title(f"Each of {len(order):,} prompts", fontsize=10, loc="left", color=INK)
+    _bands(left, families, known)
+    left.set_ylabel("prompt, by family" if any(known) else "prompt", fontsize=9)
+    right.imshow(means_FK.numpy(), aspect="auto", **colours)
+    right.set_title("Mean of each family" if any(known) else "Mean", fontsize=10, loc="left", color=INK)
+    right.set_yticks(range(len(known)), [short(family or NO_FAMILY, 14) for family in known], fontsize=9)
+    for f, row in enumerate(means_FK.tolist()):
+        for k, value in enumerate(row):
+            colour = "white" if value > 0.6 * high else INK
+            right.text(k, f, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
+    for ax in (left, right):
+        ax.set_xticks(
+            range(len(found.reward_names)), [short(n, 16) for n in found.reward_names], rotation=35, ha="right"
+        )
+        ax.tick_params(labelsize=9, colors=INK, length=3)
+        ax.set_xlabel("reward", fontsize=9)
+    bar = figure.colorbar(image, ax=[left, right], fraction=0.04, pad=0.01)
+    bar.set_label(f"weight (a row's sum is 1; dashed: equal, {equal:.3f})", fontsize=9)
+    bar.ax.axhline(equal, color=REWARD_COLOURS[1], linestyle=(0, (3, 2)), linewidth=1.5)
+    bar.ax.tick_params(labelsize=9)
+    return figure
+
+
+def _bands(ax: Axes, families: Sequence[str], known: Sequence[str]) -> None:
+    """A name in the middle of each family's rows, and a line between two of them."""
+    if not any(known):
+        return
+    starts = [families.index(family) for family in known]
+    ends = [*starts[1:], len(families)]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+    ax.set_yticks(middles, [short(family or NO_FAMILY, 14) for family in known], rotation=90, va="center")
+    for start in starts[1:]:
+        ax.axhline(start - 0.5, color=INK, linewidth=0.8)
+
+
+def _entropy(weights_NK: Tensor) -> Tensor:
+    """[N] in nats."""
+    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
+
+
+def _evenly(families: Sequence[str], limit: int) -> list[int]:
+    """Indices of at most ``limit`` prompts, in turn from each family, sorted by family."""
+    groups = [[i for i, own in enumerate(families) if own == family] for family in sorted(set(families))]
+    turns = [group[turn] for turn in range(max(map(len, groups))) for group in groups if turn < len(group)]
+    return sorted(turns[:limit], key=lambda i: (families[i], i))
