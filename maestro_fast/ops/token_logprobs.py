@@ -172,6 +172,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 dhidden[rows] = chunk.dhidden(dlogits).to(hidden.dtype)
             if dweight is not None:
                 chunk.add_dweight_(dweight, dlogits)
+            del dlogits  # before the next chunk's logits are made
         return (
             dhidden,
             None if dweight is None else dweight.to(weight.dtype),
