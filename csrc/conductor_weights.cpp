@@ -58,35 +58,65 @@ struct Problem {
   const float* weight;  // folded
 };
 
-// h - mean of `count` channels, zeros up to a whole vector.
-MAESTRO_INLINE void centre(const Problem& p, std::int64_t row, std::int64_t first, std::int64_t count, float* to) {
-  const std::int64_t from = row * p.head.size + first;
-  if (p.bfloat16) {
-    const auto* half = static_cast<const std::uint16_t*>(p.h) + from;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::uint32_t bits = std::uint32_t{half[i]} << 16;
-      std::memcpy(to + i, &bits, sizeof bits);
-    }
-  } else {
-    std::memcpy(to, static_cast<const float*>(p.h) + from, static_cast<std::size_t>(count) * sizeof(float));
-  }
-  if (p.head.mean != nullptr) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] -= p.head.mean[first + i];
-  }
-  for (std::int64_t i = count; i % kLanes != 0; ++i) to[i] = 0;
+// Eight channels of h from element `at` on, widened. A bfloat16 is the upper half of a float32.
+template <bool kHalf>
+MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at) {
+  if (!kHalf) return load8(static_cast<const float*>(h) + at);
+  Half8 half;
+  std::memcpy(&half, static_cast<const std::uint16_t*>(h) + at, sizeof half);
+  return (Float8)(__builtin_convertvector(half, Word8) << 16);
 }
 
-// Adds `count` channels of kRows rows to the products with four actions; `total` [kRows, width].
-template <int kRows>
-MAESTRO_INLINE void add_products(const float* x, const float* weight, std::int64_t count, float* total,
+// The same where fewer than eight are left, zeros behind them.
+template <bool kHalf>
+MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at, std::int64_t count) {
+  Float8 x{};
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (kHalf) {
+      const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(h)[at + i]} << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      x[i] = value;
+    } else {
+      x[i] = static_cast<const float*>(h)[at + i];
+    }
+  }
+  return x;
+}
+
+// A slice of kRows rows: its channels first .. first + count. `ahead` is where the next one begins in h.
+struct Slice {
+  std::int64_t row, first, count, ahead;
+};
+
+// Adds a slice to the products with four actions, whose rows of `weight` are kSlice apart; `total` [kRows, width]. With
+// kFirst it reads h, a slice ahead of what it works on, and leaves the centred channels in `x` for further actions.
+template <int kRows, bool kHalf, bool kFirst>
+MAESTRO_INLINE void add_products(const Problem& p, const Slice& slice, float* x, const float* weight, float* total,
                                  std::int64_t width) {
+  constexpr std::int64_t kBytes = kHalf ? 2 : 4;
+  const float* mean = p.head.mean == nullptr ? nullptr : p.head.mean + slice.first;
   Float8 sums[kRows][kWide];
   for (int r = 0; r < kRows; ++r) {
     for (int k = 0; k < kWide; ++k) sums[r][k] = load8(total + (r * width + k) * kLanes);
   }
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    Float8 value[kRows];
-    for (int r = 0; r < kRows; ++r) value[r] = load8(x + r * kSlice + i);
+  for (std::int64_t i = 0; i < slice.count; i += kLanes) {
+    const bool whole = i + kLanes <= slice.count;
+    Float8 value[kRows], centre{};
+    if (kFirst && mean != nullptr) {
+      centre = whole ? load8(mean + i) : widened8<false>(mean, i, slice.count - i);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      if (kFirst) {
+        const std::int64_t at = (slice.row + r) * p.head.size + slice.first + i;
+        __builtin_prefetch(static_cast<const char*>(p.h) + (slice.ahead + r * p.head.size + i) * kBytes);
+        value[r] = whole ? widened8<kHalf>(p.h, at) : widened8<kHalf>(p.h, at, slice.count - i);
+        if (mean != nullptr) value[r] -= centre;
+        store8(x + r * kSlice + i, value[r]);
+      } else {
+        value[r] = load8(x + r * kSlice + i);
+      }
+    }
     for (int k = 0; k < kWide; ++k) {
       const Float8 w = load8(weight + k * kSlice + i);
       for (int r = 0; r < kRows; ++r) sums[r][k] += value[r] * w;
@@ -94,6 +124,15 @@ MAESTRO_INLINE void add_products(const float* x, const float* weight, std::int64
   }
   for (int r = 0; r < kRows; ++r) {
     for (int k = 0; k < kWide; ++k) store8(total + (r * width + k) * kLanes, sums[r][k]);
+  }
+}
+
+template <int kRows, bool kHalf>
+MAESTRO_INLINE void add_slice(const Problem& p, const Slice& slice, float* x, float* total, std::int64_t width) {
+  const float* weight = p.weight + slice.first * width;
+  add_products<kRows, kHalf, true>(p, slice, x, weight, total, width);
+  for (std::int64_t k = kWide; k < width; k += kWide) {
+    add_products<kRows, kHalf, false>(p, slice, x, weight + k * kSlice, total + k * kLanes, width);
   }
 }
 
@@ -109,6 +148,7 @@ struct Workspace {
 
 // Slice by slice, so that the weights of a slice stay in the first cache for all rows of the block. Every logit has the
 // same order of additions, whatever rows it shares a block with.
+template <bool kHalf>
 MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int64_t rows, std::int64_t width,
                                     Workspace& work) {
   alignas(32) float x[2 * kSlice];
@@ -116,17 +156,14 @@ MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int
   for (std::int64_t first = 0; first < p.head.size; first += kSlice) {
     const std::int64_t count = std::min(kSlice, p.head.size - first);
     for (std::int64_t r = 0; r < rows; r += 2) {
-      const bool pair = r + 1 < rows;
-      centre(p, row + r, first, count, x);
-      if (pair) centre(p, row + r + 1, first, count, x + kSlice);
-      for (std::int64_t k = 0; k < width; k += kWide) {
-        const float* weight = p.weight + first * width + k * kSlice;
-        float* total = work.totals.data() + (r * width + k) * kLanes;
-        if (pair) {
-          add_products<2>(x, weight, count, total, width);
-        } else {
-          add_products<1>(x, weight, count, total, width);
-        }
+      const bool last = r + 2 >= rows;
+      const std::int64_t ahead = last ? row * p.head.size + first + kSlice : (row + r + 2) * p.head.size + first;
+      const Slice slice{row + r, first, count, ahead};
+      float* total = work.totals.data() + r * width * kLanes;
+      if (r + 1 < rows) {
+        add_slice<2, kHalf>(p, slice, x, total, width);
+      } else {
+        add_slice<1, kHalf>(p, slice, x, total, width);
       }
     }
   }
@@ -205,7 +242,11 @@ void conduct_rows(const Problem& p, const ConductorChoice& choice, const Conduct
   Workspace work(width);
   for (std::int64_t row = first; row < last; row += kBlock) {
     const std::int64_t rows = std::min(kBlock, last - row);
-    logits_of_block(p, row, rows, width, work);
+    if (p.bfloat16) {
+      logits_of_block<true>(p, row, rows, width, work);
+    } else {
+      logits_of_block<false>(p, row, rows, width, work);
+    }
     probabilities(p.head, choice, rows, width, work);
     for (std::int64_t r = 0; r < rows; ++r) {
       choose(work.probs.data() + r * width, work.logs.data() + r * width, p.head, choice, out, row + r);

@@ -20,6 +20,8 @@ namespace maestro_fast {
 typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double4 __attribute__((vector_size(32)));
 typedef float Float8 __attribute__((vector_size(32)));
+typedef std::uint16_t Half8 __attribute__((vector_size(16)));
+typedef std::uint32_t Word8 __attribute__((vector_size(32)));
 typedef std::int64_t Mask4 __attribute__((vector_size(32)));
 
 MAESTRO_INLINE Double4 splat(double x) { return Double4{x, x, x, x}; }

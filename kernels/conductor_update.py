@@ -1,7 +1,9 @@
 """One step of the Conductor: the meta-gradient in closed form, and AdamW.
 
-    J       = mean_i [ A_i log p_i(a_i) + entropy_coef H(p_i) ],      p = (1 - K m) q + m,   q = softmax(z / tau)
-    dJ/dp_k = 1[k = a] A / p_k - entropy_coef (log p_k + 1)
+    J       = mean_i [ r_i A_i log p_i(a_i) + entropy_coef H(p_i) ],      p = (1 - K m) q + m,   q = softmax(z / tau)
+    dJ/dp_k = 1[k = a] r A / p_k - entropy_coef (log p_k + 1)                     r = min(p(a) / drawn, max_ratio) or 1
+    J       = mean_i [ sum_a p_i(a) A_i(a) + entropy_coef H(p_i) ]                              all actions, A [N, K]
+    dJ/dp_k = A_k - entropy_coef (log p_k + 1)
     dJ/dz   = (1 - K m) / tau * q * (dJ/dp - sum_k q_k dJ/dp_k)
 
     linear  dW = dz^T x,   db = sum dz                                          x = (h - mean) * rstd
@@ -37,13 +39,17 @@ def _d_logits(
     logits_ptr,
     actions_ptr,
     advantages_ptr,
+    drawn_ptr,
     live_ptr,
     tau,
     span,
     floor,
     entropy_coef,
+    max_ratio,
     K: tl.constexpr,
     KP: tl.constexpr,
+    ALL: tl.constexpr,
+    HAS_DRAWN: tl.constexpr,
     HAS_LIVE: tl.constexpr,
 ):
     """-dJ/dz [R, KP] and J [R], times the number of live rows; and which rows are live, as 1 and 0."""
@@ -52,10 +58,8 @@ def _d_logits(
     live_R = tl.where(inside_R, 1.0, 0.0)
     if HAS_LIVE:
         live_R = tl.where(tl.load(live_ptr + n_R, mask=inside_R, other=0) != 0, live_R, 0.0)
-    mask_RK = inside_R[:, None] & (k < K)[None, :]
+    mask_RK = (live_R > 0)[:, None] & (k < K)[None, :]
     z_RK = tl.load(logits_ptr + n_R[:, None] * K + k[None, :], mask=mask_RK, other=0.0)
-    a_R = tl.load(actions_ptr + n_R, mask=inside_R, other=0)
-    advantage_R = tl.load(advantages_ptr + n_R, mask=inside_R, other=0.0).to(tl.float32)
     z_RK = tl.where((k < K)[None, :], tl.div_rn(z_RK, tl.zeros_like(z_RK) + tau), float("-inf"))
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
     q_RK = tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK))
@@ -63,12 +67,21 @@ def _d_logits(
     possible_RK = p_RK > 0
     p_RK = tl.where(possible_RK, p_RK, 1.0)
     log_RK = tl.log(p_RK)
-    chosen_RK = k[None, :] == a_R[:, None]
-    slope_RK = tl.where(chosen_RK, tl.div_rn(advantage_R[:, None] + tl.zeros_like(p_RK), p_RK), 0.0)
+    if ALL:
+        slope_RK = tl.load(advantages_ptr + n_R[:, None] * K + k[None, :], mask=mask_RK, other=0.0).to(tl.float32)
+        gain_R = tl.sum(tl.where(possible_RK, p_RK, 0.0) * slope_RK, 1)
+    else:
+        chosen_RK = k[None, :] == tl.load(actions_ptr + n_R, mask=inside_R, other=0)[:, None]
+        advantage_R = tl.load(advantages_ptr + n_R, mask=inside_R, other=0.0).to(tl.float32)
+        if HAS_DRAWN:
+            now_R = tl.sum(tl.where(chosen_RK & possible_RK, p_RK, 0.0), 1)
+            drawn_R = tl.load(drawn_ptr + n_R, mask=inside_R, other=1.0).to(tl.float32)
+            advantage_R = advantage_R * tl.minimum(tl.div_rn(now_R, drawn_R), max_ratio)
+        slope_RK = tl.where(chosen_RK, tl.div_rn(advantage_R[:, None] + tl.zeros_like(p_RK), p_RK), 0.0)
+        gain_R = advantage_R * tl.sum(tl.where(chosen_RK, log_RK, 0.0), 1)
     slope_RK = tl.where(possible_RK, slope_RK - entropy_coef * (log_RK + 1.0), 0.0)
     out_RK = -(span / tau) * q_RK * (slope_RK - tl.sum(slope_RK * q_RK, 1)[:, None])
-    entropy_R = -tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
-    gain_R = advantage_R * tl.sum(tl.where(chosen_RK, log_RK, 0.0), 1) + entropy_coef * entropy_R
+    gain_R -= entropy_coef * tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
     return tl.where(live_R[:, None] > 0, out_RK, 0.0), tl.where(live_R > 0, gain_R, 0.0), live_R
 
 
@@ -89,8 +102,9 @@ def _adamw(
 
 
 @triton.jit
-def _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, N, column_D, d, stride_hb):
-    mask_RD = (n_R < N)[:, None] & (column_D < d)[None, :]
+def _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb):
+    """x [R, BD], 0 - mean * rstd where not live."""
+    mask_RD = (live_R > 0)[:, None] & (column_D < d)[None, :]
     h_RD = tl.load(h_ptr + n_R[:, None] * stride_hb + column_D[None, :], mask=mask_RD, other=0.0).to(tl.float32)
     mean_D = tl.load(mean_ptr + column_D, mask=column_D < d, other=0.0)
     rstd_D = tl.load(rstd_ptr + column_D, mask=column_D < d, other=0.0)
@@ -105,6 +119,7 @@ def _linear(
     logits_ptr,
     actions_ptr,
     advantages_ptr,
+    drawn_ptr,
     live_ptr,
     weight_ptr,
     weight_first_ptr,
@@ -121,6 +136,7 @@ def _linear(
     span,
     floor,
     entropy_coef,
+    max_ratio,
     keep,
     lerp1,
     beta2,
@@ -130,6 +146,8 @@ def _linear(
     eps,
     K: tl.constexpr,
     KP: tl.constexpr,
+    ALL: tl.constexpr,
+    HAS_DRAWN: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     BD: tl.constexpr,
@@ -148,16 +166,20 @@ def _linear(
             logits_ptr,
             actions_ptr,
             advantages_ptr,
+            drawn_ptr,
             live_ptr,
             tau,
             span,
             floor,
             entropy_coef,
+            max_ratio,
             K,
             KP,
+            ALL,
+            HAS_DRAWN,
             HAS_LIVE,
         )
-        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, N, column_D, d, stride_hb)
+        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb)
         d_weight_KD = tl.dot(tl.trans(dz_RK), x_RD, d_weight_KD, input_precision="tf32x3")
         d_bias_K += tl.sum(dz_RK, 0)
         gain_R += more_R
@@ -213,6 +235,7 @@ def _units(
     logits_ptr,
     actions_ptr,
     advantages_ptr,
+    drawn_ptr,
     live_ptr,
     d_u_ptr,
     weight_ptr,
@@ -233,6 +256,7 @@ def _units(
     span,
     floor,
     entropy_coef,
+    max_ratio,
     keep,
     lerp1,
     beta2,
@@ -242,11 +266,13 @@ def _units(
     eps,
     K: tl.constexpr,
     KP: tl.constexpr,
+    ALL: tl.constexpr,
+    HAS_DRAWN: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
 ):
-    """Some units of an MLP: d_u [N, H], not yet divided by the live rows, and the step of everything but W1."""
+    """Some units of an MLP: d_u [N, H] of live rows, not yet divided by their number; the step of all but W1."""
     unit_H = tl.program_id(0) * HT + tl.arange(0, HT)
     k = tl.arange(0, KP)
     place_KH = k[:, None] * H + unit_H[None, :]
@@ -264,16 +290,20 @@ def _units(
             logits_ptr,
             actions_ptr,
             advantages_ptr,
+            drawn_ptr,
             live_ptr,
             tau,
             span,
             floor,
             entropy_coef,
+            max_ratio,
             K,
             KP,
+            ALL,
+            HAS_DRAWN,
             HAS_LIVE,
         )
-        mask_RH = (n_R < N)[:, None] & (unit_H < H)[None, :]
+        mask_RH = (live_R > 0)[:, None] & (unit_H < H)[None, :]
         place_RH = n_R[:, None] * H + unit_H[None, :]
         u_RH = tl.load(u_ptr + place_RH, mask=mask_RH, other=0.0)
         below_RH = 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
@@ -354,6 +384,7 @@ def _first_layer(
     mean_ptr,
     rstd_ptr,
     d_u_ptr,
+    live_ptr,
     count_ptr,
     weight_ptr,
     first_ptr,
@@ -370,6 +401,7 @@ def _first_layer(
     step_size,
     root,
     eps,
+    HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
     BD: tl.constexpr,
@@ -380,9 +412,12 @@ def _first_layer(
     d_weight_HD = tl.zeros([HT, BD], tl.float32)
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        mask_HR = (unit_H < H)[:, None] & (n_R < N)[None, :]
+        live_R = tl.where(n_R < N, 1.0, 0.0)
+        if HAS_LIVE:
+            live_R = tl.where(tl.load(live_ptr + n_R, mask=n_R < N, other=0) != 0, live_R, 0.0)
+        mask_HR = (unit_H < H)[:, None] & (live_R > 0)[None, :]
         d_u_HR = tl.load(d_u_ptr + n_R[None, :] * H + unit_H[:, None], mask=mask_HR, other=0.0)
-        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, N, column_D, d, stride_hb)
+        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb)
         d_weight_HD = tl.dot(d_u_HR, x_RD, d_weight_HD, input_precision="tf32x3")
     count = tl.load(count_ptr)
     d_weight_HD = d_weight_HD * tl.div_rn(1.0, tl.maximum(count, 1.0))
@@ -573,7 +608,7 @@ def activations(h: Tensor, params: Any) -> Activations:
 
 def conductor_update(
     h: Tensor,
-    actions: Tensor,
+    actions: Tensor | None,
     advantages: Tensor,
     params: Any,
     moments: dict[str, Moments],
@@ -583,26 +618,31 @@ def conductor_update(
     min_prob: float,
     entropy_coef: float,
     adamw: AdamW,
+    drawn_probs: Tensor | None = None,
+    max_ratio: float = 2.0,
     live: Tensor | None = None,
 ) -> Update:
     """Changes ``params`` and ``moments`` by one step of AdamW that maximises J.
 
     Args:
         h: [N, d] contexts, N at least 1, columns contiguous, any floating dtype but float64.
-        actions: int [N]. advantages: [N].
+        actions: int [N] and advantages [N], contiguous; or None, and those of all actions [N, K].
         params: an ``ops.ConductorParams`` of contiguous float32 tensors; mean and rstd stay as they are.
         moments: by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight" and "hidden_bias".
         made: the ``activations`` of h under these parameters.
         tau, min_prob, entropy_coef: as in ``weighting.conductor``.
-        live: bool [N], rows that count; all if None. Without any, nothing changes.
+        drawn_probs: [N], probabilities that the actions were drawn with, if not these parameters'; then advantages
+            count p / drawn_probs fold, at most ``max_ratio``.
+        live: bool [N], rows that count; all if None. The others may hold anything. Without any, nothing changes.
     """
     number, rewards = h.shape[0], params.weight.shape[0]
     objective = torch.empty((), device=h.device, dtype=torch.float32)
-    objective_numbers = (float(tau), 1.0 - rewards * min_prob, float(min_prob), float(entropy_coef))
-    batch = (made.logits, actions, advantages, live)
+    objective_numbers = (float(tau), 1.0 - rewards * min_prob, float(min_prob), float(entropy_coef), float(max_ratio))
+    batch = (made.logits, actions, advantages, drawn_probs, live)
     last = (params.weight, *moments["weight"], params.bias, *moments["bias"])
     shared = {"R": _ROWS, "num_warps": 4, "enable_fp_fusion": False}
-    head = {"K": rewards, "KP": padded(rewards), "HAS_LIVE": live is not None}
+    head = {"K": rewards, "KP": padded(rewards), "ALL": actions is None, "HAS_DRAWN": drawn_probs is not None}
+    given = {"HAS_LIVE": live is not None}
     tiles = triton.cdiv(h.shape[1], _COLUMNS)
     if made.u is None:
         squares = torch.empty(tiles, device=h.device, dtype=torch.float32)
@@ -621,6 +661,7 @@ def conductor_update(
             *adamw.numbers(),
             BD=_COLUMNS,
             **head,
+            **given,
             **shared,
         )
         return Update(objective, squares)
@@ -644,6 +685,7 @@ def conductor_update(
         *adamw.numbers(),
         HT=_COLUMNS,
         **head,
+        **given,
         **shared | {"R": _UNIT_ROWS},
     )
     _first_layer[(rows, tiles)](
@@ -651,6 +693,7 @@ def conductor_update(
         params.mean,
         params.rstd,
         d_u,
+        live,
         count,
         params.hidden_weight,
         *moments["hidden_weight"],
@@ -662,6 +705,7 @@ def conductor_update(
         *adamw.numbers(),
         HT=_COLUMNS,
         BD=_COLUMNS,
+        **given,
         **shared,
     )
     return Update(objective, squares)

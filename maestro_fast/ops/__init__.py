@@ -6,6 +6,8 @@ Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V 
 from maestro_fast.ops.backend import SERVED_BY
 from maestro_fast.ops.balance_sequences import balance_sequences
 from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
+from maestro_fast.ops.conductor_update import conductor_update
 from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weights
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
@@ -23,14 +25,18 @@ __all__ = [
     "PROFILES",
     "SERVED_BY",
     "AdvantageProfile",
+    "ConductorBatch",
     "ConductorParams",
     "ConductorSample",
+    "ConductorState",
+    "ConductorUpdateConfig",
     "GroupAdvantages",
     "Groups",
     "PolicyLoss",
     "PolicyLossConfig",
     "TokenLogprobs",
     "balance_sequences",
+    "conductor_update",
     "conductor_weights",
     "counterfactual_advantages",
     "group_advantages",

@@ -17,6 +17,7 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "counterfactual_advantages": ("cpp", "triton", "torch"),
     "maestro_advantages": ("cpp", "triton", "torch"),
     "conductor_weights": ("cpp", "triton", "torch"),
+    "conductor_update": ("triton", "torch"),
     "pool_hidden": ("triton", "torch"),
     "token_logprobs": ("torch",),
     "policy_loss": ("triton", "torch"),

@@ -48,6 +48,12 @@ class ConductorParams:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
 
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """What an update changes, by name."""
+        found = {name: getattr(self, name) for name in ("weight", "bias", "hidden_weight", "hidden_bias")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
 
 def check_params(h: Tensor, params: ConductorParams) -> None:
     if h.ndim != 2 or h.shape[1:] != params.mean.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from maestro_fast.ops import gpu_launches
 from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops.gpu import library
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers
 
 Choice = gpu_launches.Choice
+_LEARNED = ("weight", "bias", "hidden_weight", "hidden_bias")
 
 
 def group_advantages(
@@ -63,6 +66,18 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: Choice) -> tup
         registered: Callable[..., tuple[Tensor, ...]] = torch.ops.maestro_fast.triton_conductor_weights
         return registered(h, *params.tensors, *_halved(choice))
     return gpu_launches.conductor_weights(h, params, choice)
+
+
+def conductor_update(
+    state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig
+) -> tuple[Tensor, Tensor]:
+    """Objective and norm of the gradient; ``state.step`` counts this update. The arguments are checked."""
+    if torch.compiler.is_compiling():
+        registered: Callable[..., tuple[Tensor, Tensor]] = torch.ops.maestro_fast.triton_conductor_update
+        moments = (x.get(name) for x in (state.first, state.second) for name in _LEARNED)
+        given = batch.h, batch.meta, batch.actions, batch.drawn_probs, batch.live
+        return registered(*state.params.tensors, *moments, *given, state.step, [float(x) for x in astuple(config)])
+    return gpu_launches.conductor_update(state, batch, config)
 
 
 def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
@@ -156,6 +171,13 @@ def _sample_shapes(batch: int, weight: Tensor) -> tuple[Tensor, ...]:
     return floating(batch, K), actions, floating(batch), floating(batch), floating(batch, K)
 
 
+def _state(given: tuple[Any, ...]) -> ConductorState:
+    first, second = (
+        {name: x for name, x in zip(_LEARNED, given[at : at + 4], strict=True) if x is not None} for at in (6, 10)
+    )
+    return ConductorState(ConductorParams(*given[:6]), first, second, given[19])
+
+
 def _choice(arguments: tuple[Any, ...]) -> Choice:
     tau, min_prob, alpha, soft, low, high, step, offset = arguments
     return tau, min_prob, alpha, soft, low | high << 32, step, offset
@@ -183,6 +205,17 @@ _define(
     f"triton_conductor_weights(Tensor h, {_PARAMS}, {_CHOICE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda h, *rest: gpu_launches.conductor_weights(h, ConductorParams(*rest[:6]), _choice(rest[6:])),
     lambda h, *rest: _sample_shapes(h.shape[0], rest[2]),
+)
+_define(
+    "triton_conductor_update(Tensor mean, Tensor rstd, Tensor(a!) weight, Tensor(b!) bias, Tensor(c!)? hidden_weight,"
+    " Tensor(d!)? hidden_bias, Tensor(e!) weight_first, Tensor(f!) bias_first, Tensor(g!)? hidden_weight_first,"
+    " Tensor(h!)? hidden_bias_first, Tensor(i!) weight_second, Tensor(j!) bias_second,"
+    " Tensor(k!)? hidden_weight_second, Tensor(l!)? hidden_bias_second, Tensor h, Tensor meta,"
+    " Tensor? actions, Tensor? drawn_probs, Tensor? live, int step, float[] config) -> (Tensor, Tensor)",
+    lambda *given: gpu_launches.conductor_update(
+        _state(given), ConductorBatch(*given[14:19]), ConductorUpdateConfig(*given[20])
+    ),
+    lambda *given: (given[2].new_empty(()), given[2].new_empty(())),
 )
 _define(
     "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",

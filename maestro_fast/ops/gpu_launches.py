@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops.gpu import floats
 from maestro_fast.ops.profiles import AdvantageProfile
 
@@ -52,6 +53,36 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: Choice) -> tup
     from maestro_fast.kernels import conductor_weights as kernel
 
     return kernel.conductor_weights(_rows(h), _plain(params), _draw(params.weight.shape[0], choice), soft=choice[3])
+
+
+def conductor_update(
+    state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig
+) -> tuple[Tensor, Tensor]:
+    """Objective and norm of the gradient; ``state.step`` counts this update."""
+    from maestro_fast.kernels import conductor_update as kernel
+
+    h, params = _rows(batch.h), state.params
+    others = (batch.actions, batch.meta, batch.drawn_probs, batch.live)
+    actions, meta, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
+    assert meta is not None
+    update = kernel.conductor_update(
+        h,
+        actions,
+        meta,
+        params,
+        {name: kernel.Moments(first, state.second[name]) for name, first in state.first.items()},
+        kernel.activations(h, params),
+        tau=config.tau,
+        min_prob=config.min_prob,
+        entropy_coef=config.entropy_coef,
+        adamw=kernel.AdamW(
+            state.step, config.learning_rate, config.weight_decay, config.beta1, config.beta2, config.eps
+        ),
+        drawn_probs=drawn_probs,
+        max_ratio=config.max_ratio,
+        live=live,
+    )
+    return update.objective, update.grad_norm
 
 
 def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:

@@ -121,12 +121,21 @@ def conductor_update() -> Iterator[Callable[[], Any]]:
     from maestro_fast.kernels import conductor_update as kernel
 
     actions, advantages = torch.zeros(2560, dtype=torch.int64), torch.zeros(2560)
-    for dtype, units in ((torch.float32, None), (torch.bfloat16, 256)):
+    everything = {"actions": None, "advantages": torch.zeros(2560, 8)}
+    drawn = {"actions": actions, "advantages": advantages}
+    before = {**drawn, "drawn_probs": advantages}
+    for dtype, units, given in (
+        (torch.float32, None, drawn),
+        (torch.bfloat16, 256, drawn),
+        (torch.bfloat16, None, everything),
+        (torch.bfloat16, 256, everything),
+        (torch.bfloat16, 256, before),
+    ):
         params, h = head(4096, 8, units), torch.zeros(2560, 4096, dtype=dtype)
         moments = {name: kernel.Moments(x, x) for name, x in vars(params).items() if x is not None}
-        options = {"tau": 1.0, "min_prob": 0.05, "entropy_coef": 0.3, "adamw": kernel.AdamW(1, 1e-3)}
+        options = {"tau": 1.0, "min_prob": 0.05, "entropy_coef": 0.3, "adamw": kernel.AdamW(1, 1e-3), **given}
         yield lambda h=h, p=params, m=moments, o=options: kernel.conductor_update(
-            h, actions, advantages, p, m, kernel.activations(h, p), live=actions.bool(), **o
+            h, params=p, moments=m, made=kernel.activations(h, p), live=actions.bool(), **o
         )
 
 

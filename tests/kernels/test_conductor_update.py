@@ -1,23 +1,21 @@
-"""Three steps of the update kernel against autograd and torch.optim.AdamW in float64, from the same parameters each."""
+"""Three steps of the update kernel against the op's reference in float64, from the same parameters each."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
-from torch import Tensor
 
 from maestro_fast.kernels import conductor_update as kernel
 from maestro_fast.kernels import conductor_weights
-from maestro_fast.ops import ConductorParams
-from maestro_fast.weighting.conductor.estimators import reinforce
+from maestro_fast.ops import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig
+from maestro_fast.ops import conductor_update as reference
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 from tests.kernels.test_conductor_weights import head, moved
 
 EPSILON = 1e-5  # of a parameter: lr 0.01 times a relative error of 1e-3 where a gradient all but vanishes
 SETTINGS = {"tau": 0.7, "min_prob": 0.02, "entropy_coef": 0.3}
 RATE, DECAY = 1e-2, 0.05
+CONFIG = ConductorUpdateConfig(**SETTINGS, learning_rate=RATE, weight_decay=DECAY)
 
 
 @pytest.fixture(autouse=True)
@@ -27,91 +25,84 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conductor_weights, "_SPLIT", 64)
 
 
-def learned(params: ConductorParams) -> dict[str, Tensor]:
-    names = [item.name for item in fields(params) if item.name not in ("mean", "rstd")]
-    return {name: getattr(params, name) for name in names if getattr(params, name) is not None}
-
-
-def batch_of(number: int, size: int, rewards: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contexts, actions, advantages, and which rows count."""
+def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn") -> ConductorBatch:
+    """With rows that count, and NaN in those that do not."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(number, size, generator=generator) * 2 + 0.5
     actions = torch.randint(0, rewards, (number,), generator=generator)
-    return h, actions, torch.randn(number, generator=generator), torch.rand(number, generator=generator) < 0.7
+    live = torch.rand(number, generator=generator) < 0.7
+    live[0] = True
+    meta = torch.randn(number, *([rewards] if kind == "all actions" else []), generator=generator)
+    before = torch.rand(number, generator=generator) + 0.05
+    h[~live], meta[~live] = torch.nan, torch.nan
+    return ConductorBatch(
+        h, meta, None if kind == "all actions" else actions, before if kind == "drawn before" else None, live
+    )
 
 
-class Truth:
-    """The same head in float64 under torch.optim.AdamW."""
-
-    def __init__(self, params: ConductorParams) -> None:
-        self.params = moved(params, dtype=torch.float64)
-        self.leaves = {name: x.requires_grad_() for name, x in learned(self.params).items()}
-        weights = [x for name, x in self.leaves.items() if name.endswith("weight")]
-        biases = [x for name, x in self.leaves.items() if name.endswith("bias")]
-        groups = [{"params": weights, "weight_decay": DECAY}, {"params": biases, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=RATE)
-
-    def step(self, h: Tensor, actions: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.params.logits(h.double())
-        objective = reinforce(logits, actions, advantages.double(), *SETTINGS.values())
-        self.optimizer.zero_grad()
-        (-objective).backward()
-        norm = torch.cat([x.grad.flatten() for x in self.leaves.values()]).norm()
-        self.optimizer.step()
-        return objective.detach(), norm
+def kept(batch: ConductorBatch) -> ConductorBatch:
+    """Its live rows, in float64."""
+    assert batch.live is not None
+    parts = (batch.h, batch.meta, batch.actions, batch.drawn_probs)
+    rows = (None if x is None else x[batch.live] for x in parts)
+    return ConductorBatch(*(x.double() if x is not None and x.is_floating_point() else x for x in rows))  # type: ignore[arg-type]
 
 
 def stepped(
-    params: ConductorParams, moments: dict[str, kernel.Moments], batch: tuple[Tensor | None, ...], step: int
+    params: ConductorParams, moments: dict[str, kernel.Moments], batch: ConductorBatch, step: int
 ) -> kernel.Update:
-    h, actions, advantages, live = (None if x is None else x.to(DEVICE) for x in batch)
+    h, meta, actions, before, live = (None if x is None else x.to(DEVICE) for x in vars(batch).values())
     made = kernel.activations(h, params)
     adamw = kernel.AdamW(step, RATE, DECAY)
-    return kernel.conductor_update(h, actions, advantages, params, moments, made, adamw=adamw, live=live, **SETTINGS)
+    options = {"adamw": adamw, "drawn_probs": before, "max_ratio": CONFIG.max_ratio, "live": live, **SETTINGS}
+    return kernel.conductor_update(h, actions, meta, params, moments, made, **options)
 
 
 def on_device(params: ConductorParams) -> tuple[ConductorParams, dict[str, kernel.Moments]]:
     """A copy of the parameters there, and moments of 0."""
     there = ConductorParams(*(None if x is None else x.detach().clone().to(DEVICE) for x in vars(params).values()))
-    return there, {name: kernel.Moments(torch.zeros_like(x), torch.zeros_like(x)) for name, x in learned(there).items()}
+    return there, {name: kernel.Moments(torch.zeros_like(x), torch.zeros_like(x)) for name, x in there.learned.items()}
 
 
-@pytest.mark.parametrize("masked", [False, True])
+def widened(params: ConductorParams, moments: dict[str, kernel.Moments], step: int) -> ConductorState:
+    first, second = ({name: pair[i].double().cpu() for name, pair in moments.items()} for i in (0, 1))
+    return ConductorState(moved(params, dtype=torch.float64, device="cpu"), first, second, step)
+
+
+@pytest.mark.parametrize(("kind", "masked"), [("drawn", False), ("drawn before", True), ("all actions", True)])
 @pytest.mark.parametrize("units", [None, 40])
 @pytest.mark.parametrize(("number", "rewards", "size"), [(1, 3, 32), (45, 1, 50), (40, 8, 130)])
-def test_three_steps(number: int, rewards: int, size: int, units: int | None, masked: bool) -> None:
+def test_three_steps(number: int, rewards: int, size: int, units: int | None, kind: str, masked: bool) -> None:
     params = head(size, rewards, units)
-    truth = Truth(params)
     (ours, moments), (again, other) = on_device(params), on_device(params)
     for step in (1, 2, 3):
-        h, actions, advantages, live = batch_of(number, size, rewards, step)
-        if masked:
-            live[0] = True
-        given = (h, actions, advantages, live if masked else None)
+        state = widened(ours, moments, step - 1)
+        given = batch_of(number, size, rewards, step, kind)
+        truth = kept(given)
+        if not masked:
+            given = ConductorBatch(*(None if x is None else x[given.live] for x in list(vars(given).values())[:4]))
         update, same = stepped(ours, moments, given, step), stepped(again, other, given, step)
-        kept = live if masked else torch.ones_like(live)
-        objective, norm = truth.step(h[kept], actions[kept], advantages[kept])
-        assert_close(update.objective, objective, epsilon=EPSILON, what="objective")
-        assert_close(update.grad_norm, norm, epsilon=EPSILON, what="grad_norm")
+        state, metrics = reference(state, truth, CONFIG, backend="torch")
+        assert_close(update.objective, metrics["objective"], epsilon=EPSILON, what="objective")
+        assert_close(update.grad_norm, metrics["grad_norm"], epsilon=EPSILON, what="grad_norm")
         assert torch.equal(update.squares, same.squares)
-        for name, x in learned(ours).items():
-            assert_close(x, truth.leaves[name].detach(), epsilon=EPSILON, what=f"{name} after step {step}")
-            assert torch.equal(x, learned(again)[name]), f"{name} differs between two runs"
-            state = truth.optimizer.state[truth.leaves[name]]
-            for mine, key in zip(moments[name], ("exp_avg", "exp_avg_sq"), strict=True):
-                scale = state[key].abs().max().clamp(min=1e-12)
+        for name, x in ours.learned.items():
+            assert_close(x, state.params.learned[name], epsilon=EPSILON, what=f"{name} after step {step}")
+            assert torch.equal(x, again.learned[name]), f"{name} differs between two runs"
+            for mine, right in zip(moments[name], (state.first[name], state.second[name]), strict=True):
+                scale = right.abs().max().clamp(min=1e-12)
                 if scale > 1e-6:  # K = 1 has no gradient, only rounding
-                    assert_close(mine / scale.float().item(), state[key] / scale, epsilon=EPSILON, what=f"{name} {key}")
+                    assert_close(mine / scale.float().item(), right / scale, epsilon=EPSILON, what=f"moments of {name}")
 
 
 @pytest.mark.parametrize("units", [None, 40])
 def test_without_a_live_row_nothing_changes(units: int | None) -> None:
     params = head(50, 3, units)
     ours, moments = on_device(params)
-    h, actions, advantages, _ = batch_of(20, 50, 3, 0)
-    update = stepped(ours, moments, (h, actions, advantages, torch.zeros(20, dtype=torch.bool)), 1)
+    dead = ConductorBatch(*list(vars(batch_of(20, 50, 3, 0)).values())[:4], live=torch.zeros(20, dtype=torch.bool))
+    update = stepped(ours, moments, dead, 1)
     assert update.objective == 0 and update.grad_norm == 0
-    for name, x in learned(ours).items():
+    for name, x in ours.learned.items():
         assert torch.equal(x.cpu(), getattr(params, name))
         assert not moments[name].first.any() and not moments[name].second.any()
 
@@ -119,10 +110,11 @@ def test_without_a_live_row_nothing_changes(units: int | None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contexts_of_other_dtypes_with_a_stride(dtype: torch.dtype) -> None:
     params = head(50, 4, None)
-    truth = Truth(params)
+    state = ConductorState.start(moved(params, dtype=torch.float64))
     ours, moments = on_device(params)
-    wide, actions, advantages, _ = batch_of(20, 64, 4, 5)
-    h = wide.to(dtype)[:, :50]
-    stepped(ours, moments, (h, actions.int(), advantages, None), 1)
-    truth.step(h, actions, advantages)
-    assert_close(ours.weight, truth.leaves["weight"].detach(), epsilon=EPSILON)
+    wide = kept(batch_of(20, 64, 4, 5))
+    h, meta, actions = wide.h.to(dtype)[:, :50], wide.meta.float(), wide.actions
+    assert actions is not None
+    stepped(ours, moments, ConductorBatch(h, meta, actions.int()), 1)
+    reference(state, ConductorBatch(h.double(), meta.double(), actions), CONFIG, backend="torch")
+    assert_close(ours.weight, state.params.weight, epsilon=EPSILON)

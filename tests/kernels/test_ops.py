@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from maestro_fast import ops
-from maestro_fast.ops import ConductorParams, PolicyLossConfig
+from maestro_fast.ops import (
+    ConductorBatch,
+    ConductorParams,
+    ConductorState,
+    ConductorUpdateConfig,
+    PolicyLossConfig,
+)
 from tests.kernels.helpers import DEVICE, assert_close
 
 B, K, D, H, G = 12, 3, 40, 8, 4
@@ -120,6 +126,45 @@ def test_the_adaptive_step_by_triton_equals_the_reference(name: str, mlp: bool) 
 
     for one, other in zip(ours, truth, strict=True):
         compare(one, other, name)
+
+
+def experience(kind: str) -> ConductorBatch:
+    before = rand(B, seed=7).abs() + 0.1 if kind == "drawn before" else None
+    actions = None if kind == "all actions" else (torch.arange(B) % K).to(DEVICE)
+    meta = rand(B, seed=8) if actions is not None else rand(B, K, seed=8)
+    return ConductorBatch(rand(B, D, seed=9), meta, actions, before, (torch.arange(B) % 4 > 0).to(DEVICE))
+
+
+def started(mlp: bool) -> ConductorState:
+    return ConductorState.start(ConductorParams(*(None if x is None else x.clone() for x in params(mlp).tensors)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mlp", [False, True], ids=["linear", "MLP"])
+@pytest.mark.parametrize("kind", ["drawn", "drawn before", "all actions"])
+def test_the_update_by_triton_equals_the_reference(kind: str, mlp: bool, compiled: bool) -> None:
+    config = ConductorUpdateConfig(tau=0.7, min_prob=0.02, learning_rate=0.01)
+    batch, mine, right = experience(kind), started(mlp), started(mlp)
+    right = ConductorState(wide(right.params), *({k: wide(x) for k, x in m.items()} for m in (mine.first, mine.second)))
+
+    def op(state: ConductorState) -> tuple[ConductorState, dict[str, Tensor]]:
+        return ops.conductor_update(state, batch, config, backend="triton")
+
+    if compiled:
+        torch._dynamo.reset()
+        op = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        mine, metrics = op(mine)
+        right, truth = ops.conductor_update(
+            right, ConductorBatch(*map(wide, vars(batch).values())), config, backend="torch"
+        )
+
+        for name, value in truth.items():
+            assert_close(metrics[name], value, epsilon=1e-6, what=name)
+        for name, x in right.params.learned.items():
+            assert_close(
+                mine.params.learned[name], x, epsilon=1e-5, what=name
+            )  # as tests/kernels/test_conductor_update
 
 
 def test_groups_too_large_for_the_fused_step_take_the_single_ops() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import GroupAdvantages
-from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights
+from maestro_fast.weighting import Conductor, Outcome, WeightContext, WeightPolicy, Weights
 
 NAMES = ("format", "length", "entropy")
 K = len(NAMES)
@@ -41,3 +41,8 @@ def play(policy: WeightPolicy, at: WeightContext, advantages_B: Tensor, degenera
     weights = policy.weights(at)
     policy.observe(Outcome(at, weights, given_advantages(advantages_B, degenerate_B)))
     return weights
+
+
+def first_gradient(policy: Conductor, name: str) -> Tensor:
+    """What the first update climbed: AdamW's first moment is then a tenth of what it descends."""
+    return policy.state_dict()[f"optimizer.{name}.exp_avg"] / -0.1

@@ -78,7 +78,9 @@ class Anchored:
     def _contexts(self, context: WeightContext) -> Tensor:
         """float32 [N, d], one per group."""
         size = self.statistics.mean.numel()
-        return policy_contexts(context, self.config.context, size, self.config.seed)[:: context.group_size]
+        return policy_contexts(context, self.config.context, size, self.config.seed, torch.device("cpu"))[
+            :: context.group_size
+        ]
 
     def observe(self, outcome: Outcome) -> None:
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass
 class Buffer:
-    """Batches in the order of their steps, each a mapping of named CPU tensors with its ``step``, an int64 scalar.
+    """Batches in the order of their steps, each a mapping of named tensors on one device with its ``step``, an int64
+    scalar on the CPU.
 
     Attributes:
         period, capacity, staleness: as in ``ConductorConfig``.
@@ -48,10 +49,10 @@ class Buffer:
         }
         return {**state, "buffer_fresh": torch.tensor(self.fresh)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.fresh = int(state["buffer_fresh"])
         self.batches = [{} for _ in {key.split(".")[1] for key in state if key.startswith("buffer.")}]
         for key, tensor in state.items():
             if key.startswith("buffer."):
                 _, number, name = key.split(".")
-                self.batches[int(number)][name] = tensor.clone()
+                self.batches[int(number)][name] = tensor.clone().to(device if tensor.ndim else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,28 +11,26 @@ from torch.nn import functional
 
 from maestro_fast.functions import load_function
 from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
+from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
 from maestro_fast.ops.conductor_weights import action_probs, conductor_weights
 from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.ops.profiles import AdvantageProfile
 from maestro_fast.weighting.conductor.buffer import Buffer
 from maestro_fast.weighting.conductor.config import ConductorConfig
 from maestro_fast.weighting.conductor.contexts import group_mean, policy_contexts
-from maestro_fast.weighting.conductor.estimators import WEAKNESS, all_actions, pathwise, reinforce
+from maestro_fast.weighting.conductor.estimators import WEAKNESS, pathwise_slopes
 from maestro_fast.weighting.conductor.head import Head
 from maestro_fast.weighting.conductor.meta_rewards import meta_batch
-from maestro_fast.weighting.conductor.state import check_state, load_moments, moments
+from maestro_fast.weighting.conductor.state import adamw_moments, check_state, with_moments
 from maestro_fast.weighting.conductor.statistics import RunningStatistics
 from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights
 
 logger = logging.getLogger(__name__)
-MAX_RATIO = 2.0  # importance ratios beyond it would let one old response rule an update
 
 
 class Conductor:
-    """Learns its head from a buffer of past batches, every ``period`` batches.
-
-    It runs on the CPU: a head of d x K costs microseconds there, and every process holds the same bits.
-    """
+    """Learns its head from a buffer of past batches, every ``period`` batches."""
 
     name = "conductor"
     needs_context = True
@@ -43,10 +42,11 @@ class Conductor:
         self.reward_names = reward_names
         self.context_kind: ContextKind = "response" if config.context == "shuffled" else config.context
         self.needs_group_scores = config.needs_group_scores
-        self.head = Head(context_size, len(reward_names), config.hidden, config.seed)
-        self.statistics = RunningStatistics(context_size)
+        self.device = torch.device(config.device)
+        self.head = Head(context_size, len(reward_names), config.hidden, config.seed, self.device)
+        self.statistics = RunningStatistics(context_size, self.device)
         self.buffer = Buffer(config.period, config.capacity, config.staleness)
-        self._optimizer = torch.optim.AdamW(self.head.groups(config.weight_decay), lr=config.learning_rate)
+        self._state = ConductorState.start(self.params)
         hook = config.meta_reward
         self._meta_reward = load_function(hook, field="meta_reward") if isinstance(hook, str) else hook
         self._metrics: dict[str, float] = {}
@@ -64,7 +64,7 @@ class Conductor:
     def params(self) -> ConductorParams:
         if self.config.standardise == "layer_norm":  # contexts come normalised
             size = self.statistics.mean.numel()
-            return self.head.params(torch.zeros(size), torch.ones(size))
+            return self.head.params(torch.zeros(size, device=self.device), torch.ones(size, device=self.device))
         return self.head.params(*self.statistics.standardisation())
 
     def weights(self, context: WeightContext) -> Weights:
@@ -81,7 +81,7 @@ class Conductor:
             step=context.step,
         )
         self._metrics = {"conductor/entropy": sample.entropy.mean().item()}
-        used, expected, actions = sample.weights.detach(), self.expected(sample.probs), sample.actions
+        used, expected, actions = sample.weights, self.expected(sample.probs), sample.actions
         if per_group:
             used, expected, actions = (x.repeat_interleave(context.group_size, 0) for x in (used, expected, actions))
         device = context.rewards_BK.device
@@ -89,17 +89,17 @@ class Conductor:
 
     def expected(self, probs_BK: Tensor) -> Tensor:
         """Expected weights [B, K] under probabilities [B, K]."""
-        probs_BK = probs_BK.detach()
         if self.config.mode == "soft":
             return probs_BK
         return (1.0 - self.config.alpha) / len(self.reward_names) + self.config.alpha * probs_BK
 
     def _context(self, context: WeightContext) -> Tensor:
-        h = policy_contexts(context, self.config.context, self.statistics.mean.numel(), self.config.seed)
+        size = self.statistics.mean.numel()
+        h = policy_contexts(context, self.config.context, size, self.config.seed, self.device)
         return functional.layer_norm(h, h.shape[-1:]) if self.config.standardise == "layer_norm" else h
 
     def probs(self, h_Bd: Tensor) -> Tensor:
-        """p [B, K] of contexts as they are read, before standardisation; differentiable."""
+        """p [B, K] of contexts as they are read, before standardisation."""
         return action_probs(self.params.logits(h_Bd), self.config.tau, self.config.min_prob)
 
     def observe(self, outcome: Outcome) -> None:
@@ -110,7 +110,7 @@ class Conductor:
         h = self._context(outcome.context)
         if config.mode == "group":
             h = group_mean(h, outcome.context.group_size).repeat_interleave(outcome.context.group_size, 0)
-        self.buffer.add(step, meta_batch(config, outcome, h, self.probs(h).detach(), self._meta_reward))
+        self.buffer.add(step, meta_batch(config, outcome, h, self.probs(h), self._meta_reward))
         if self.buffer.due:
             self._update(step, outcome.profile)
 
@@ -123,17 +123,13 @@ class Conductor:
             self._warned = True
         new = [batch["h"] for batch in batches if "used" not in batch]
         self.statistics.update(torch.cat(new or [batches[0]["h"][:0]]))
-        objective = self._objective(batches, profile)
         self._metrics |= self._signal(batches, profile)
-        self._optimizer.zero_grad()
-        (-objective).backward()
-        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in self.head.named().values()]))  # type: ignore[union-attr]
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
-        self._optimizer.step()
+        given, rest = self._experience(batches, profile)
+        self._state, found = conductor_update(replace(self._state, params=self.params), given, self._options(step))
         for batch in batches:
             batch["used"] = torch.tensor(True)
-        self._metrics |= {"conductor/objective": objective.item(), "conductor/grad_norm": norm.item()}
+        objective = found["objective"].item() + rest
+        self._metrics |= {"conductor/objective": objective, "conductor/grad_norm": found["grad_norm"].item()}
 
     def _signal(self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile) -> dict[str, float]:
         """Signal to noise of the meta-gradient, from one gradient a batch: |mean|^2 / variance of the mean - 1.
@@ -142,44 +138,39 @@ class Conductor:
         """
         if len(batches) < 2:
             return {}
-        parameters = list(self.head.named().values())
-        gradients = [torch.autograd.grad(self._objective([batch], profile), parameters) for batch in batches]
-        stacked = torch.stack([torch.cat([g.flatten() for g in parts]) for parts in gradients])
+        options, params = self._options(0), self.params
+        gradients = [meta_gradient(params, self._experience([batch], profile)[0], options)[1] for batch in batches]
+        stacked = torch.stack([torch.cat([g.flatten() for g in parts.values()]) for parts in gradients])
         noise = stacked.var(0).sum() / len(batches)
         snr = stacked.mean(0).square().sum() / noise - 1 if noise > 0 else noise.new_zeros(())
         return {"conductor/gradient_snr": max(0.0, snr.item())}
 
-    def _learning_rate(self, step: int) -> float:
+    def _options(self, step: int) -> ConductorUpdateConfig:
         config = self.config
-        return config.learning_rate * (1.0 if config.half_life is None else 2.0 ** (-step / config.half_life))
+        rate = config.learning_rate * (1.0 if config.half_life is None else 2.0 ** (-step / config.half_life))
+        return ConductorUpdateConfig(config.tau, config.min_prob, config.entropy_coef, rate, config.weight_decay)
 
-    def _objective(self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile) -> Tensor:
-        """J over these batches, each response counting once."""
-        config = self.config
-        if config.estimator == "pathwise":
-            parts = [self._pathwise(batch, profile) * batch["h"].shape[0] for batch in batches]
-            return torch.stack(parts).sum() / sum(batch["h"].shape[0] for batch in batches)
-        names = [name for name in batches[0] if name not in ("step", "used")]
-        joined = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-        logits = self.params.logits(joined["h"])
-        shared = (config.tau, config.min_prob, config.entropy_coef)
-        if config.estimator == "all_actions":
-            return all_actions(logits, joined["meta"], *shared)
-        ratios = None
-        if config.capacity is not None:
-            now = action_probs(logits.detach(), config.tau, config.min_prob).gather(1, joined["actions"][:, None])[:, 0]
-            ratios = (now / joined["drawn_probs"]).clamp(max=MAX_RATIO)
-        return reinforce(logits, joined["actions"], joined["meta"], *shared, ratios)
+    def _experience(
+        self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile
+    ) -> tuple[ConductorBatch, float]:
+        """What an update takes of these batches, each response counting once; and what its objective lacks of J."""
+        h = torch.cat([batch["h"] for batch in batches])
+        if self.config.estimator == "pathwise":
+            found = [self._pathwise(batch, profile) for batch in batches]
+            values, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+            return ConductorBatch(h, slopes), (values - (self.probs(h) * slopes).sum(-1)).mean().item()
+        names = ("meta", "actions", "drawn_probs")
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in names if name in batches[0]}
+        if self.config.estimator == "all_actions":
+            return ConductorBatch(h, joined["meta"]), 0.0
+        return ConductorBatch(h, **joined), 0.0
 
-    def _pathwise(self, batch: dict[str, Tensor], profile: str | AdvantageProfile) -> Tensor:
-        return pathwise(
-            self.params.logits(batch["h"]),
+    def _pathwise(self, batch: dict[str, Tensor], profile: str | AdvantageProfile) -> tuple[Tensor, Tensor]:
+        return pathwise_slopes(
+            self.probs(batch["h"]),
             batch["meta"],
             batch["rewards"],
             int(batch["group_size"]),
-            self.config.tau,
-            self.config.min_prob,
-            self.config.entropy_coef,
             profile=profile,
             kl_B=batch.get("kl_penalty"),
             beta=float("kl_penalty" in batch),
@@ -189,12 +180,14 @@ class Conductor:
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            **{name: tensor.detach().clone() for name, tensor in self.head.named().items()},
+        """On the CPU, whatever the device."""
+        learnt = {
+            **self.params.learned,
             **self.statistics.state_dict("statistics."),
-            **moments(self._optimizer, self.head.named()),
+            **adamw_moments(self._state),
             **self.buffer.state_dict(),
         }
+        return {name: tensor.detach().cpu().clone() for name, tensor in learnt.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a ``state_dict``.
@@ -202,12 +195,13 @@ class Conductor:
         Raises:
             ValueError: a tensor that is missing or has another shape; nothing has been changed then.
         """
-        check_state(state, self.head.named(), self.statistics.mean.numel())
-        for name, parameter in self.head.named().items():
-            parameter.data.copy_(state[name])
-        load_moments(self._optimizer, self.head.named(), state)
+        learned = self.params.learned
+        check_state(state, learned, self.statistics.mean.numel())
+        for name, parameter in learned.items():
+            parameter.copy_(state[name])
+        self._state = with_moments(self.params, state)
         self.statistics.load_state_dict(state, "statistics.")
-        self.buffer.load_state_dict(state)
+        self.buffer.load_state_dict(state, self.device)
 
 
 def self_flattery(outcome: Outcome) -> float:

@@ -50,6 +50,9 @@ class ConductorConfig:
             actions; None: every batch serves one update.
         staleness: an update leaves out batches that are older than so many batches; None: none.
         seed: key of the action draws.
+        device: where the head lives and learns. "cpu", where a linear head costs little and all processes hold the
+            same bits; or a CUDA device, beside the model, for wide heads: there the op kernels of Triton serve it, and
+            contexts do not travel. Processes on GPUs of different kinds may then drift apart.
     """
 
     alpha: float = 0.3
@@ -71,6 +74,7 @@ class ConductorConfig:
     capacity: int | None = None
     staleness: int | None = None
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -128,8 +132,14 @@ class ConductorConfig:
         return self.learning_rate > 0 and self.estimator != "reinforce"
 
     def build(self, reward_names: tuple[str, ...], context_size: int) -> Conductor:
+        import torch
+
         from maestro_fast.weighting.conductor.conductor import Conductor
 
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {self.device!r}, expected one that is here: {error}") from error
         if not self.min_prob < 1 / len(reward_names):
             raise ValueError(f"min_prob: {self.min_prob}, expected below 1 / K = {1 / len(reward_names):.4g}")
         return Conductor(self, reward_names, context_size)

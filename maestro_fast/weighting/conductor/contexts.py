@@ -8,8 +8,8 @@ from torch import Tensor
 from maestro_fast.weighting.policy import WeightContext
 
 
-def policy_contexts(context: WeightContext, kind: str, size: int, seed: int) -> Tensor:
-    """float32 [B, d] on the CPU.
+def policy_contexts(context: WeightContext, kind: str, size: int, seed: int, device: torch.device) -> Tensor:
+    """float32 [B, d] on ``device``.
 
     Args:
         kind: as ``ConductorConfig.context``. Contexts of the prompt are made exactly equal within a group: a batched
@@ -25,7 +25,7 @@ def policy_contexts(context: WeightContext, kind: str, size: int, seed: int) -> 
     expected = (context.rewards_BK.shape[0], size)
     if context.context_Bd.shape != expected:
         raise ValueError(f"context_Bd: shape {tuple(context.context_Bd.shape)}, expected {expected}")
-    h = context.context_Bd.detach().float().cpu()
+    h = context.context_Bd.detach().float().to(device)
     if kind == "shuffled":
         return _shuffled(h, seed, context.step)
     return h if kind == "response" else h[:: context.group_size].repeat_interleave(context.group_size, 0)
@@ -38,7 +38,7 @@ def group_mean(h_Bd: Tensor, group_size: int) -> Tensor:
 
 def _shuffled(h_Bd: Tensor, seed: int, step: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed + step) % 2**63)
-    order = torch.randperm(h_Bd.shape[0], generator=generator)
+    order = torch.randperm(h_Bd.shape[0], generator=generator).to(h_Bd.device)
     shuffled = torch.empty_like(h_Bd)
     shuffled[order] = h_Bd[order.roll(1)]  # one random cycle: a plain permutation may leave a response its own state
     return shuffled

@@ -19,7 +19,7 @@ def action_weights(config: ConductorConfig, k: int) -> Tensor:
 def meta_batch(
     config: ConductorConfig, outcome: Outcome, h_Bd: Tensor, probs_BK: Tensor, custom: MetaReward | None
 ) -> dict[str, Tensor]:
-    """What the buffer keeps of a batch, CPU tensors.
+    """What the buffer keeps of a batch, on the device of the contexts.
 
     ``h`` [n, d] and ``meta``, [n] or [n, K] as the estimator wants it; ``actions`` [n] and the probabilities
     ``drawn_probs`` [n] that they were drawn with; for ``pathwise`` ``rewards`` [n, K]. Responses from which nothing
@@ -27,13 +27,14 @@ def meta_batch(
     """
     if config.estimator == "pathwise":
         return _pathwise_batch(config, outcome, h_Bd, custom)
-    advantages = outcome.advantages
-    chosen_B, every_BK = _meta_rewards(config, outcome, custom)
+    device = h_Bd.device
+    chosen_B, every_BK = (None if x is None else x.to(device) for x in _meta_rewards(config, outcome, custom))
+    assert chosen_B is not None
     live_B = chosen_B.isfinite()
     if config.objective != "custom":  # a group without spread says nothing about any action
-        live_B = live_B & ~advantages.degenerate.cpu()
+        live_B = live_B & ~outcome.advantages.degenerate.to(device)
     assert outcome.weights.actions_B is not None
-    actions_B = outcome.weights.actions_B.cpu()
+    actions_B = outcome.weights.actions_B.to(device)
     drawn_B = probs_BK.gather(1, actions_B[:, None])[:, 0]
     meta = chosen_B
     if config.estimator != "reinforce":
@@ -101,10 +102,10 @@ def _pathwise_batch(
         worth_B = standardised_utilities(context)
     kept_B = (worth_B.isfinite() & (worth_B != 0)).view(-1, context.group_size).any(1)
     kept_B = kept_B.repeat_interleave(context.group_size)
-    batch = {"h": h_Bd, "meta": worth_B.nan_to_num(0.0), "rewards": context.rewards_BK.float().cpu()}
+    batch = {"h": h_Bd, "meta": worth_B.nan_to_num(0.0), "rewards": context.rewards_BK.float()}
     if outcome.kl_B is not None:
-        batch["kl_penalty"] = outcome.beta * outcome.kl_B.float().cpu()
+        batch["kl_penalty"] = outcome.beta * outcome.kl_B.float()
     return {
-        **{name: tensor[kept_B] for name, tensor in batch.items()},
+        **{name: tensor.to(h_Bd.device)[kept_B.to(h_Bd.device)] for name, tensor in batch.items()},
         "group_size": torch.tensor(context.group_size),
     }

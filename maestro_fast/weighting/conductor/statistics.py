@@ -12,13 +12,13 @@ class RunningStatistics:
     """Mean and population variance of all rows seen, in float64; frozen between calls of ``update``.
 
     Attributes:
-        count: float64 scalar. mean, m2: float64 [d], m2 the sum of squared deviations.
+        count: float64 scalar on the CPU. mean, m2: float64 [d], m2 the sum of squared deviations.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
         self.count = torch.zeros((), dtype=torch.float64)
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.m2 = torch.zeros(size, dtype=torch.float64)
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, rows_Bd: Tensor) -> None:
         rows = rows_Bd.detach().to(self.mean)
@@ -43,4 +43,4 @@ class RunningStatistics:
 
     def load_state_dict(self, state: Mapping[str, Tensor], prefix: str) -> None:
         for name in ("count", "mean", "m2"):
-            setattr(self, name, state[prefix + name].clone())
+            setattr(self, name, state[prefix + name].clone().to(getattr(self, name).device))

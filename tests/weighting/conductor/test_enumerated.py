@@ -1,4 +1,4 @@
-"""Estimators against truth: every joint action of a tiny group is enumerated, and autograd does the rest."""
+"""Estimators against truth: every joint action of a tiny group is enumerated, and autograd gives the truth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import AdvantageProfile, counterfactual_advantages, group_advantages
-from maestro_fast.weighting.conductor.estimators import all_actions, pathwise, reinforce
+from maestro_fast.weighting.conductor.estimators import pathwise_slopes
+from tests.weighting.conductor.closed_form import climbed
 from tests.weighting.helpers import normal
 
 TAU, FLOOR, COEF, ALPHA = 0.7, 0.08, 0.2, 0.6
@@ -25,18 +26,22 @@ def worth(batch: int) -> Tensor:
     return normal(batch, seed=9).double()
 
 
+def closed_form(logits_BK: Tensor, actions_B: Tensor | None, meta: Tensor, coef: float = COEF) -> tuple[Tensor, Tensor]:
+    return climbed(logits_BK.detach(), actions_B, meta, tau=TAU, min_prob=FLOOR, entropy_coef=coef)
+
+
 def estimate(kind: str, logits_BK: Tensor, actions_B: Tensor, rewards_BK: Tensor, weigh: Tensor) -> Tensor:
-    """J of one joint action; ``weigh`` multiplies the advantages (1: the paper's, z(U): first order)."""
+    """The gradient for one joint action; ``weigh`` multiplies the advantages (1: the paper's, z(U): first order)."""
     batch, k = logits_BK.shape
     every_AK = (1 - ALPHA) / k + ALPHA * torch.eye(k).double()
     weights_BK = every_AK[actions_B]
     chosen_B = group_advantages(rewards_BK, weights_BK, batch).advantages * weigh
     every_BK = counterfactual_advantages(rewards_BK, weights_BK, every_AK, batch) * weigh[:, None]
     if kind == "all_actions":
-        return all_actions(logits_BK, every_BK, TAU, FLOOR, COEF)
+        return closed_form(logits_BK, None, every_BK)[1]
     if kind == "baseline":
         chosen_B = chosen_B - (probabilities(logits_BK.detach()) * every_BK).sum(-1)
-    return reinforce(logits_BK, actions_B, chosen_B, TAU, FLOOR, COEF)
+    return closed_form(logits_BK, actions_B, chosen_B)[1]
 
 
 def enumerated(logits_BK: Tensor, rewards_BK: Tensor, weigh: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def moments(kind: str, logits_BK: Tensor, rewards_BK: Tensor, weigh: Tensor) -> 
     for joint in product(range(k), repeat=batch):
         actions_B = torch.tensor(joint)
         chance = p_BK[torch.arange(batch), actions_B].prod()
-        gradient_BK = torch.autograd.grad(estimate(kind, logits_BK, actions_B, rewards_BK, weigh), logits_BK)[0]
+        gradient_BK = estimate(kind, logits_BK, actions_B, rewards_BK, weigh)
         mean_BK += chance * gradient_BK
         square += float(chance * gradient_BK.square().sum())
     return mean_BK, square - float(mean_BK.square().sum())
@@ -109,9 +114,11 @@ def test_pathwise_is_autograd_through_the_soft_weights(kl: bool) -> None:
         s = (p_BK * x).sum(-1) - (0.0 if kl_B is None else beta * kl_B)
         return (worth_B * (s - s.mean()) / (s.std() + 1e-4)).mean() - COEF * (p_BK * p_BK.log()).sum(-1).mean()
 
-    found = pathwise(logits_BK, worth_B, rewards_BK, 4, TAU, FLOOR, COEF, kl_B=kl_B, beta=beta)
-    torch.testing.assert_close(found, value(logits_BK), rtol=1e-12, atol=1e-12)
-    gradient_BK = torch.autograd.grad(found, logits_BK)[0]
+    p_BK = probabilities(logits_BK.detach())
+    values_B, slopes_BK = pathwise_slopes(p_BK, worth_B, rewards_BK, 4, kl_B=kl_B, beta=beta)
+    found, gradient_BK = closed_form(logits_BK, None, slopes_BK)
+    found = found + (values_B - (p_BK * slopes_BK).sum(-1)).mean()
+    torch.testing.assert_close(found, value(logits_BK.detach()), rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         for b, k in product(range(4), range(3)):
             step = torch.zeros_like(logits_BK)
@@ -122,12 +129,12 @@ def test_pathwise_is_autograd_through_the_soft_weights(kl: bool) -> None:
 
 def meta_gradient(kind: str, profile: str | AdvantageProfile, seed: int, *, centred: bool = True) -> float:
     """Largest element of the enumerated meta-gradient of 'advantage', all of a group reading one context."""
-    shared_K = normal(1, 3, seed=seed).double().requires_grad_()
+    shared_K = normal(1, 3, seed=seed).double()
     rewards_BK = normal(3, 3, seed=100 + seed).double()
     if centred:
         rewards_BK = rewards_BK - rewards_BK.mean(0)
     every_AK = (1 - ALPHA) / 3 + ALPHA * torch.eye(3).double()
-    p_K = probabilities(shared_K.detach())[0]
+    p_K = probabilities(shared_K)[0]
     total_K = torch.zeros_like(shared_K)
     for joint in product(range(3), repeat=3):
         actions_B = torch.tensor(joint)
@@ -135,11 +142,11 @@ def meta_gradient(kind: str, profile: str | AdvantageProfile, seed: int, *, cent
         weights_BK = every_AK[actions_B]
         if kind == "all_actions":
             every_BK = counterfactual_advantages(rewards_BK, weights_BK, every_AK, 3, profile=profile)
-            value = all_actions(logits_BK, every_BK, TAU, FLOOR, 0.0)
+            gradient_BK = closed_form(logits_BK, None, every_BK, 0.0)[1]
         else:
             meta_B = group_advantages(rewards_BK, weights_BK, 3, profile=profile).advantages
-            value = reinforce(logits_BK, actions_B, meta_B, TAU, FLOOR, 0.0)
-        total_K += p_K[actions_B].prod() * torch.autograd.grad(value, shared_K)[0]
+            gradient_BK = closed_form(logits_BK, actions_B, meta_B, 0.0)[1]
+        total_K += p_K[actions_B].prod() * gradient_BK.sum(0, keepdim=True)
     return total_K.abs().max().item()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from maestro_fast.ops import counterfactual_advantages, group_advantages
 from maestro_fast.settings import SettingsError
 from maestro_fast.weighting import Conductor, ConductorConfig, Outcome, WeightContext, Weights, build_weight_policy
-from tests.weighting.helpers import NAMES, K, normal, play
+from tests.weighting.helpers import NAMES, K, first_gradient, normal, play
 
 B, G, D = 12, 4, 5
 
@@ -36,17 +36,22 @@ def real(policy: Conductor, context: WeightContext, **how: Any) -> Weights:
     return weights
 
 
+def hidden_weight(policy: Conductor) -> Tensor:
+    assert policy.head.hidden_weight is not None
+    return policy.head.hidden_weight
+
+
 def test_an_mlp_head_starts_at_equal_weights_and_learns_in_both_layers() -> None:
     policy = conductor(hidden=7, min_prob=0.0)
-    hidden = policy.head.named()["hidden_weight"].detach().clone()
+    hidden = hidden_weight(policy).clone()
     assert hidden.shape == (7, D) and policy.weight.shape == (K, 7)
     expected_BK = real(policy, at(0)).expected_BK
     assert (expected_BK - 1 / K).abs().max() < 1e-7
     real(policy, at(1))
     assert policy.weight.abs().max() > 0
-    assert not torch.equal(policy.head.named()["hidden_weight"], hidden)  # once the last layer is not 0 any more
-    assert torch.equal(hidden, conductor(hidden=7).head.named()["hidden_weight"])  # drawn from the seed alone
-    assert not torch.equal(hidden, conductor(hidden=7, seed=1).head.named()["hidden_weight"])
+    assert not torch.equal(hidden_weight(policy), hidden)  # once the last layer is not 0 any more
+    assert torch.equal(hidden, hidden_weight(conductor(hidden=7)))  # drawn from the seed alone
+    assert not torch.equal(hidden, hidden_weight(conductor(hidden=7, seed=1)))
 
 
 def test_layer_norm_in_place_of_running_statistics() -> None:
@@ -94,8 +99,7 @@ def test_all_actions_learns_from_counterfactual_advantages(objective: str) -> No
         u_NG = context.utilities_B[G:].view(2, G)
         z_NG = (u_NG - u_NG.mean(1, keepdim=True)) / (u_NG.std(1, keepdim=True) + 1e-4)
         pull_BK = pull_BK[G:] * z_NG.view(-1, 1)
-    assert policy.bias.grad is not None
-    torch.testing.assert_close(-policy.bias.grad, pull_BK.mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(first_gradient(policy, "bias"), pull_BK.mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_first_order_weighs_advantages_with_known_utilities() -> None:
@@ -108,8 +112,7 @@ def test_first_order_weighs_advantages_with_known_utilities() -> None:
     advantages_B = group_advantages(context.rewards_BK, weights.weights_BK, G).advantages[G:]
     drawn_BK = torch.nn.functional.one_hot(weights.actions_B[G:], K) - 1 / K
     gradient_K = (0.85 * drawn_BK * (advantages_B * z_B)[:, None]).mean(0)
-    assert policy.bias.grad is not None
-    torch.testing.assert_close(-policy.bias.grad, gradient_K, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(first_gradient(policy, "bias"), gradient_K, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "baseline", "all_actions", "pathwise"])
@@ -187,9 +190,26 @@ def test_a_resumed_conductor_has_the_same_future(options: dict[str, Any]) -> Non
         ({"staleness": -1}, "weights.staleness: -1, expected at least 0"),
         ({"half_life": 0}, "weights.half_life: 0.0, expected a positive number"),
         ({"hidden": -1}, "weights.hidden: -1, expected at least 0"),
+        ({"device": "cuda:99"}, "weights.device: 'cuda:99', expected one that is here: "),
+        ({"device": "nowhere"}, "weights.device: 'nowhere', expected one that is here: "),
     ],
 )
 def test_errors_name_the_setting(options: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         build_weight_policy({"policy": "conductor", **options}, NAMES, D)
     assert str(caught.value).startswith(words)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"hidden": 8}, {"estimator": "all_actions"}, {"capacity": 3}])
+def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(options: dict[str, Any]) -> None:
+    here, there = conductor(period=2, **options), conductor(period=2, device="cuda", **options)
+    for step in range(6):
+        real(here, at(step))
+        real(there, at(step))
+        if step == 3:  # and a state goes from one to the other
+            there.load_state_dict(here.state_dict())
+    assert there.weight.is_cuda
+    for name, value in here.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert there.metrics() == pytest.approx(here.metrics(), rel=1e-3, abs=1e-4)
