@@ -106,16 +106,19 @@ def family_rewards(history: History) -> Figure:
 
 
 def evaluation(history: History) -> Figure:
-    """Mean of each reward on held-out prompts, and the training mean behind it, one panel per reward."""
+    """Mean of each reward, and of a utility, on held-out prompts, the training mean behind it, one panel each."""
     names = [name for name in history.rewards if history.has(f"eval_rewards/{name}/mean")]
     _need(history, *(f"eval_rewards/{name}/mean" for name in names), says="eval_rewards/<name>/mean")
     style = styles(history.rewards, REWARD_COLOURS)
-    figure = panels(names, steps=history.steps)
-    for ax, name in zip(figure.axes, names, strict=True):
-        series(ax, history.steps, history.get(f"rewards/{name}/mean"), Style(GREY), figure.window, raw=False)
-        held_out = history.get(f"eval_rewards/{name}/mean")
+    shown = [(name, f"rewards/{name}/mean", f"eval_rewards/{name}/mean", style[name]) for name in names]
+    if history.has("eval_utility"):
+        shown.append(("utility", "anchor/utility", "eval_utility", Style(INK)))
+    figure = panels([title for title, *_ in shown], steps=history.steps)
+    for ax, (_, training, key, line) in zip(figure.axes, shown, strict=True):
+        series(ax, history.steps, history.get(training), Style(GREY), figure.window, raw=False)
+        held_out = history.get(key)
         known = np.isfinite(held_out)
-        ax.plot(history.steps[known], held_out[known], **style[name].line(marker="o", markersize=4))
+        ax.plot(history.steps[known], held_out[known], **line.line(marker="o", markersize=4))
     _label_left(figure, "reward (its own units)")
     figure.entry("held-out prompts", color=INK, marker="o", markersize=4, linewidth=1.8)
     smoothed = f", running mean over {figure.window:,} logged steps" if figure.window > 1 else ""

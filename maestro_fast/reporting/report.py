@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -76,7 +77,7 @@ def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: S
     more = [table for table in _spread_tables(run) if table not in tables]
     page: str = _template().render(
         title=title or f"Training run {run.directory.resolve().name}",
-        facts=list(_facts(run.history, run.timings)),
+        facts=[*_facts(run.history, run.timings), *_kept(run.directory)],
         summary=summary,
         tables=[_table(table) for table in (*tables, *more)],
         pictures=pictures,
@@ -144,6 +145,17 @@ def _facts(history: History, timings: History | None) -> Iterator[str]:
     for names, noun in ((history.rewards, "rewards"), (history.families, "task families")):
         if names:
             yield f"{len(names)} {noun}: {', '.join(name or '(no family)' for name in names)}."
+
+
+def _kept(directory: Path) -> Iterator[str]:
+    """Which policy ``final/`` holds, where it is not the last one."""
+    path = directory / "final" / "best.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if about.get("step") is not None:
+        yield (
+            f"final/ holds the policy after step {about['step']:,}: the utility of its labelled responses, over the "
+            f"last {about['window']} batches with labels, was the best of the run, {about['utility']:.4g}."
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -43,8 +43,8 @@ class LabelsConfig:
             raise ValueError(f"over: {self.over}, expected more than early, {self.early}")
 
     def chance(self, step: int) -> float:
-        """Probability that a prompt of generation batch ``step`` is labelled."""
-        if step < self.early:
+        """Probability that a prompt of generation batch ``step`` is labelled; all are in evaluations, below 0."""
+        if step < max(0, self.early):
             return 1.0
         if self.over is None:
             return self.share

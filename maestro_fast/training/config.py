@@ -82,6 +82,9 @@ class TrainConfig:
         anchor: entry for ``rewards.build_anchor``, the utility that some weight policies learn from; it is no reward.
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
+        final: the policy that ``final/`` holds: "last", or "best" by the utility of its labelled responses (see
+            ``training/best.py``; the last one is in the last checkpoint); "auto": the best where the weight policy is
+            ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last label.
         evaluation: rewards on held-out prompts, during training.
         seed: of the data order, the sampling and the trainer.
     """
@@ -97,6 +100,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    final: Literal["auto", "best", "last"] = "auto"
     evaluation: EvaluationConfig | None = None
     seed: int = 0
 

@@ -14,6 +14,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.training.batches import MicroBatch
+from maestro_fast.training.best import BestPolicy
 from maestro_fast.training.checkpoint import load_weight_policy, save_weight_policy, staged
 from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.pipeline import Pipeline, Sampled
@@ -31,6 +32,7 @@ class ExactCheckpoints(Trainer):
 
     pipeline: Pipeline
     clock: StageClock
+    best: BestPolicy | None
     _sampler: GroupSampler
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +72,8 @@ class ExactCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(published)
         if self.args.should_save:
             self.save_weight_policy(folder)
+            if self.best is not None:
+                self.best.save(folder)
             if is_best:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
@@ -95,6 +99,8 @@ class ExactCheckpoints(Trainer):
         if checkpoint is None:
             return
         self._load_weight_policy(Path(checkpoint))
+        if self.best is not None:
+            self.best.load(Path(checkpoint))
         state = load_step_state(Path(checkpoint), self.args.process_index, self.args.world_size, self.args.device)
         if state is not None:
             state.check_sizes(self._sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
@@ -23,6 +25,7 @@ from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import training_arguments
 from maestro_fast.training.attention import attention_choice, use_attention
+from maestro_fast.training.best import ABOUT_FILE
 from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
@@ -103,8 +106,9 @@ def train(
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
-    build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
-    check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
+    policy = build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
+    keep_best = _keeps_best(config, args, policy.name)
+    check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
     with run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # fresh adapters are drawn here
         model, tokenizer = load_policy(config.model, args.device)
@@ -120,6 +124,7 @@ def train(
             config.method,
             evaluation=evaluation,
             anchor=anchor,
+            keep_best=keep_best,
             observers=observers,
             timing_observers=timing_observers,
             callbacks=list(callbacks),
@@ -148,8 +153,22 @@ def _check_lengths(
     check_positions(model, longest, config.sampling)
 
 
+def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bool:
+    if config.final == "auto":
+        return policy == "anchored" and config.anchor is not None and not args.load_best_model_at_end
+    if config.final == "best" and config.anchor is None:
+        raise SettingsError("final: best, but no utility is known, expected a section anchor")
+    if config.final == "best" and args.load_best_model_at_end:
+        raise SettingsError("final: best, but trainer.load_best_model_at_end picks another one, expected one of them")
+    return config.final == "best"
+
+
 def _save_final(trainer: MaestroTrainer, run_dir: Path) -> None:
+    if trainer.best is not None:
+        trainer.best.load_into(trainer.model, trainer.accelerator)
     with staged(run_dir, trainer.accelerator) as folder:
         trainer.save_model(str(folder / "final"))
         if trainer.is_world_process_zero():
             trainer.save_weight_policy(folder / "final")
+            if trainer.best is not None:
+                (folder / "final" / ABOUT_FILE).write_text(json.dumps(trainer.best.about) + "\n", encoding="utf-8")

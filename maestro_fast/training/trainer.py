@@ -22,6 +22,7 @@ from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import MicroBatch
+from maestro_fast.training.best import BestPolicy
 from maestro_fast.training.bounds import Bounds
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
@@ -62,6 +63,7 @@ class MaestroTrainer(ExactCheckpoints):
         *,
         anchor: RewardSet | None = None,
         evaluation: PromptDataset | None = None,
+        keep_best: bool = False,
         generator: Generator | None = None,
         observers: Sequence[Callable[[StepRecord], None]] = (),
         timing_observers: Sequence[Callable[[dict[str, float]], None]] = (),
@@ -78,6 +80,7 @@ class MaestroTrainer(ExactCheckpoints):
             method: sampling, batch, loss, profile.
             anchor: the utility that a weight policy learns from, of ``build_anchor``.
             evaluation: held-out prompts, for ``args.eval_strategy``.
+            keep_best: keep the best policy by labelled utility beside the one in training, see ``training/best.py``.
             generator: None: transformers' own.
             observers: called with the record of every generation batch, on the main process.
             timing_observers: called with seconds by stage after every generation batch, on the main process.
@@ -86,7 +89,7 @@ class MaestroTrainer(ExactCheckpoints):
             ValueError: numbers that do not divide, arguments or a model that cannot be served; before training starts.
         """
         check_arguments(args)
-        check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
+        check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
         self.method = method or Method()
         self._plan = checked_plan(self.method, model, dataset, args.world_size)
         args.per_device_train_batch_size = self._plan.prompts
@@ -107,6 +110,7 @@ class MaestroTrainer(ExactCheckpoints):
         # transformers without loss_is_scaled_for_ga reads this; compute_loss below never calls it
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
+        self.best = self._best_policy(anchor) if keep_best else None
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
         self._install_progress()
         self.add_callback(Bounds(self))
@@ -150,6 +154,13 @@ class MaestroTrainer(ExactCheckpoints):
             watch=Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {}),
         )
 
+    def _best_policy(self, anchor: RewardSet | None) -> BestPolicy:
+        if anchor is None:
+            raise ValueError("keep_best: True without an anchor, expected the utility to judge by")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("final: the best policy cannot be kept where weights are sharded, expected final: last")
+        return BestPolicy(holds=self.is_world_process_zero())
+
     def _install_progress(self) -> None:
         if self.args.disable_tqdm:
             return
@@ -192,6 +203,9 @@ class MaestroTrainer(ExactCheckpoints):
         if self.is_world_process_zero():
             for observer in self._observers:
                 observer(judged.record)
+        if self.best is not None:  # last: where something above fails, this batch has not been
+            assert isinstance(self.model, nn.Module)
+            self._means.add(self.best.see(sampled.number, judged.record, self.model))
         return judged.micro_batches
 
     def compute_loss(
@@ -258,7 +272,7 @@ class MaestroTrainer(ExactCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean rewards on held-out prompts, see ``evaluation.evaluate_rewards``.
+        """Mean rewards and utility on held-out prompts, see ``evaluation.evaluate_rewards``.
 
         Raises:
             ValueError: there are none.

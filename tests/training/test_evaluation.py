@@ -58,6 +58,23 @@ def test_rewards_are_those_of_the_held_out_prompts(raw: dict[str, Any], tmp_path
     assert first["eval_rewards/entropy/mean"] != second["eval_rewards/entropy/mean"]
 
 
+def test_utility_stands_beside_the_rewards(raw: dict[str, Any], tmp_path: Path) -> None:
+    """All held-out prompts are labelled, though hardly any are in training; one has no utility at all."""
+    source = "def u(prompts, **k): return [None if '4' in p else ('1' in p) + 0.5 for p in prompts]\n"
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    raw["anchor"] = {"function": f"{tmp_path}/own.py:u", "labels": {"share": 0.01}}
+    raw["trainer"] |= {"metric_for_best_model": "eval_utility"}
+    trainer, _ = run(raw)
+    metrics = trainer.evaluate()
+
+    assert metrics["eval_utility"] == pytest.approx((3 * 0.5 + 1.5) / 4)
+    assert metrics["eval_utility_count"] == 8.0  # two responses to each of four
+    assert metrics["eval_families/fact/utility"] == pytest.approx((0.5 + 1.5 + 0.5) / 3)
+    assert metrics["eval_families/opening/utility"] == 0.5
+    names = evaluation_names(("format", "brevity", "entropy"), trainer.eval_dataset, anchored=True)
+    assert sorted(metrics) == sorted(f"eval_{name}" for name in names)
+
+
 def test_training_does_not_notice_it(raw: dict[str, Any]) -> None:
     without = {key: value for key, value in copy.deepcopy(raw).items() if key != "evaluation"}
     without["run_dir"] += "-without"
