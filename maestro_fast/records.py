@@ -56,6 +56,7 @@ class Rollouts:
         completions: decoded, without special tokens; a list with one assistant message where the prompt is a list.
         truncated_B: bool [B], True where the token limit ended the response.
         sampling_logprobs_C: float32 [C], log-probs in nats under the distribution that was sampled from, or None.
+        metrics: figures of the generation for the log, by name.
     """
 
     prompts: Prompts
@@ -63,6 +64,7 @@ class Rollouts:
     completions: list[Text]
     truncated_B: Tensor
     sampling_logprobs_C: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completion_ids)

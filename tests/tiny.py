@@ -44,8 +44,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(family: str = "qwen3", *, tied: bool = False, seed: int = 0) -> PreTrainedModel:
-    """Two layers, width 32, random weights."""
+def tiny_model(family: str = "qwen3", *, tied: bool = False, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
+    """Two layers, width 32, random weights. vLLM's attention on the CPU needs a ``head_dim`` of 32 at least."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 320,
@@ -61,12 +61,12 @@ def tiny_model(family: str = "qwen3", *, tied: bool = False, seed: int = 0) -> P
         "pad_token_id": 1,
     }
     if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **sizes))
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=head_dim, **sizes))
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def tiny_checkpoint(folder: Path, family: str = "qwen3", *, tied: bool = False) -> Path:
+def tiny_checkpoint(folder: Path, family: str = "qwen3", *, tied: bool = False, head_dim: int = 8) -> Path:
     """A local checkpoint: model and tokenizer."""
-    tiny_model(family, tied=tied).save_pretrained(folder)
+    tiny_model(family, tied=tied, head_dim=head_dim).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from maestro_fast.records import Prompts, Rollouts
@@ -14,7 +15,16 @@ class Engine(Protocol):
     """A copy of the policy that samples fast, and that goes stale with every update of the policy.
 
     ``training.weight_sync`` brings it up to date, and asks it for log-probs to see that it is.
+
+    Attributes:
+        dtype: that the copy computes in; weights are handed over in it.
+        max_tokens: tokens of the longest sequence, prompt and response together.
+        cache_block: tokens that the prefix cache keeps together: it reuses whole blocks only. 0: there is no cache.
     """
+
+    dtype: torch.dtype
+    max_tokens: int
+    cache_block: int
 
     def sample(self, prompts: Prompts, *, seed: int) -> Rollouts:
         """One response to each entry of ``prompts``; the same seed, prompts and weights give the same responses.
@@ -32,8 +42,13 @@ class Engine(Protocol):
         ...
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """For each sequence of n >= 2 tokens, float32 [n - 1]: the log-prob of every token but the first, at
-        temperature 1, given those before it. The prefix cache is used as ``sample`` uses it."""
+        """For each sequence of n tokens, 2 <= n < ``max_tokens``, float32 [n - 1] on the CPU: the log-prob of every
+        token but the first, at temperature 1, given those before it. What the prefix cache holds of a sequence is used
+        as ``sample`` uses it."""
+        ...
+
+    def sleep(self) -> bool:
+        """Gives back what memory it can until the next call, which wakes it. Returns whether it keeps the weights."""
         ...
 
     def close(self) -> None:
