@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "conductor":
             return _show_conductor(arguments)
         return _info()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, ConnectionError) as error:
         if arguments.verbose:
             raise
         print("\n".join([f"maestro-fast: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)

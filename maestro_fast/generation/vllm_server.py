@@ -1,0 +1,272 @@
+"""Sampling with a vLLM server over HTTP: ``vllm serve`` on other GPUs, or on other machines, than the training."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from maestro_fast.generation.generator import SamplingConfig
+from maestro_fast.generation.http import HttpClient, ServerGone, ServerRefused
+from maestro_fast.generation.weight_transfer import WeightTransfer, serve_command
+from maestro_fast.records import Prompts, Rollouts, Text
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_CALLS = 128  # each waits for one group; the server batches what it has
+
+
+class VllmServer:
+    """An ``Engine`` behind HTTP.
+
+    Prompts and responses travel as token ids, and log-probs come with them, so nothing is tokenised twice. A call that
+    is lost is made again where that is safe; once the server is gone for good the error says what was tried, and the
+    run can be resumed with a new server, into which the weights are loaded first.
+    """
+
+    def __init__(
+        self,
+        client: HttpClient,
+        transfer: WeightTransfer,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+        stop_ids: Iterable[int],
+        *,
+        start_timeout: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            client: of the server.
+            transfer: the way in which weights reach it.
+            tokenizer: turns sampled ids into text.
+            stop_ids: token ids that end a response, see ``generation.transformers.stop_ids``.
+            start_timeout: seconds to wait for a server that is starting.
+
+        Raises:
+            ServerGone: no server there.
+            ValueError: a server that was started without something that is needed, with the command that has it.
+        """
+        self.client, self.transfer = client, transfer
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self._stop_ids = sorted(stop_ids)
+        self._version: str | None = None
+        _wait(client, start_timeout)
+        self._model = client.get("/v1/models")["data"][0]["id"]
+        self.dtype, self.max_tokens, self.cache_block = _sizes(client)
+        self._check_logprobs_mode()
+        transfer.check()
+
+    def sample(self, prompts: Prompts, *, seed: int) -> Rollouts:
+        """See ``Engine.sample``.
+
+        Raises:
+            ValueError: a prompt too long for the server's ``--max-model-len``.
+            ServerGone: the server does not answer, or no longer holds the weights that were loaded.
+        """
+        groups = [(ids, len(list(same))) for ids, same in groupby(prompts.token_ids)]
+        self._check_lengths(ids for ids, _ in groups)
+        bodies = [self._group_body(ids, n, _group_seed(seed, i)) for i, (ids, n) in enumerate(groups)]
+        answers = [self._response(choice) for choices in self._parallel(bodies) for choice in choices]
+        self._check_version()
+        completion_ids = [answer.token_ids for answer in answers]
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions: list[Text] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts.texts, texts, strict=True)
+        ]
+        truncated_B = torch.tensor([answer.truncated for answer in answers])
+        logprobs_C = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
+        return Rollouts(prompts, completion_ids, completions, truncated_B, logprobs_C)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See ``Engine.load_weights``. What fails half-way leaves the server without usable weights: load them again.
+
+        Raises:
+            ServerGone, ServerRefused: the server did not take them.
+        """
+        self._version = None
+        self.transfer.send(weights)
+        version = f"maestro_fast-{uuid.uuid4().hex}"
+        self.client.post("/update_weight_version", {"new_version": version}, repeat=True)
+        self._version = version
+
+    def reset_prefix_cache(self) -> None:
+        """See ``Engine.reset_prefix_cache``."""
+        self.client.post("/reset_prefix_cache", repeat=True, accept=_reset)
+
+    def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
+        """See ``Engine.prompt_logprobs``. vLLM's own prompt log-probs pass by the prefix cache; so those of the tokens
+        behind its blocks come from a request each, which reads it."""
+        whole = self._parallel([self._body(ids, max_tokens=1, prompt_logprobs=0) for ids in token_ids])
+        firsts = [self._first_behind_cache(ids) for ids in token_ids]
+        bodies = [
+            self._body(ids[:i], max_tokens=1, logprob_token_ids=[ids[i]], return_tokens_as_token_ids=True)
+            for ids, first in zip(token_ids, firsts, strict=True)
+            for i in range(first, len(ids))
+        ]
+        read = iter(
+            choice["logprobs"]["top_logprobs"][0][f"token_id:{body['logprob_token_ids'][0]}"]
+            for body, (choice,) in zip(bodies, self._parallel(bodies), strict=True)
+        )
+        scores = []
+        for ids, first, (choice,) in zip(token_ids, firsts, whole, strict=True):
+            past = zip(ids[1:first], choice["prompt_logprobs"][1:first], strict=True)
+            values = [entry[str(token)]["logprob"] for token, entry in past] + [next(read) for _ in ids[first:]]
+            scores.append(torch.tensor(values, dtype=torch.float32))
+        return scores
+
+    def _first_behind_cache(self, ids: list[int]) -> int:
+        """Position of the first token that is not computed from the cached blocks alone; ``len(ids)`` if there is no
+        whole block before the last token, which is always computed."""
+        blocks = (len(ids) - 1) // self.cache_block if self.cache_block else 0
+        return blocks * self.cache_block + 1 if blocks else len(ids)
+
+    def sleep(self) -> bool:
+        """See ``Engine.sleep``: the server's memory is its own."""
+        return True
+
+    def close(self) -> None:
+        """See ``Engine.close``. The server runs on."""
+        self.transfer.close()
+
+    def _body(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
+        """A request that leaves nothing to the server's defaults, which come from its model's generation config."""
+        return {
+            "model": self._model,
+            "prompt": [prompt],
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            **settings,
+        }
+
+    def _group_body(self, prompt: list[int], n: int, seed: int) -> dict[str, Any]:
+        sampling = self.sampling
+        return self._body(
+            prompt,
+            n=n,
+            seed=seed,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=sampling.stop,
+            skip_special_tokens=False,  # a stop string may be one
+            ignore_eos=True,  # the server's own idea of it; ours is in stop_token_ids
+            stop_token_ids=self._stop_ids,
+        )
+
+    def _parallel(self, bodies: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The choices of every request, in order."""
+        with ThreadPoolExecutor(max(1, min(len(bodies), PARALLEL_CALLS))) as pool:
+            return list(pool.map(self._choices, bodies))
+
+    def _choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = self.client.post("/v1/completions", body, repeat=True, accept=_unfinished)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != body.get("n", 1):
+            raise ServerRefused(f"vLLM server {self.client.url}: {len(choices)} responses for {body.get('n', 1)}", 200)
+        return choices
+
+    def _response(self, choice: dict[str, Any]) -> _Response:
+        ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids or logprobs is None or len(ids) != len(logprobs):
+            raise ValueError(
+                f"vLLM server {self.client.url}: a response with {len(ids or [])} token ids and "
+                f"{len(logprobs or [])} log-probs, expected one of each per token; its vLLM must be 0.32 or newer"
+            )
+        return _Response(ids, logprobs, choice["finish_reason"] == "length")
+
+    def _check_lengths(self, prompts: Iterable[list[int]]) -> None:
+        longest = max(map(len, prompts))
+        if longest + self.sampling.max_new_tokens > self.max_tokens:
+            raise ValueError(
+                f"sampling.max_new_tokens: {self.sampling.max_new_tokens} behind a prompt of {longest} tokens, but the "
+                f"vLLM server {self.client.url} was started with --max-model-len {self.max_tokens}"
+            )
+
+    def _check_logprobs_mode(self) -> None:
+        """Where only one token is allowed its log-prob is 0 in the distribution that is sampled from. In the model's
+        own it cannot be 0 for two tokens."""
+        bodies = [self._body([1], max_tokens=1, allowed_token_ids=[token], ignore_eos=True) for token in (1, 2)]
+        logprobs = [self._response(choice).logprobs[0] for (choice,) in self._parallel(bodies)]
+        if any(value < -1e-3 for value in logprobs):
+            raise ValueError(
+                f"vLLM server {self.client.url}: its log-probs are not those of the distribution that it samples from; "
+                f"start it with --logprobs-mode processed_logprobs, for example\n{serve_command(self.transfer)}"
+            )
+
+    def _check_version(self) -> None:
+        """A server that was restarted has the weights that it was started with, and says nothing."""
+        if self._version is None:
+            return
+        held = self.client.get("/weight_info")["weight_version"]
+        if held != self._version:
+            raise ServerGone(
+                f"vLLM server {self.client.url}: holds the weights {held!r}, expected {self._version!r}, which were "
+                f"loaded last: it was restarted, or another run uses it"
+            )
+
+
+@dataclass(frozen=True)
+class _Response:
+    token_ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+def _wait(client: HttpClient, seconds: float) -> None:
+    """Until the server says that it is well."""
+    start = time.monotonic()
+    while True:
+        try:
+            client.get("/health", retries=0)
+            return
+        except ServerGone as gone:
+            waited = time.monotonic() - start
+            if waited >= seconds:
+                raise ServerGone(f"{gone}; waited {waited:.0f} s for it to start") from None
+            logger.info("waiting for the vLLM server %s", client.url)
+            time.sleep(min(2.0, seconds - waited))
+
+
+def _sizes(client: HttpClient) -> tuple[torch.dtype, int, int]:
+    """``dtype``, ``max_tokens`` and ``cache_block`` of an ``Engine``."""
+    try:
+        config = client.get("/server_info?config_format=json")["vllm_config"]
+    except ServerRefused as refused:
+        raise ValueError(f"{refused}\nStart it with VLLM_SERVER_DEV_MODE=1 in its environment") from None
+    model, cache = config["model_config"], config["cache_config"]
+    dtype = getattr(torch, model["dtype"].removeprefix("torch."))
+    return dtype, int(model["max_model_len"]), int(cache["block_size"]) if cache["enable_prefix_caching"] else 0
+
+
+def _group_seed(seed: int, group: int) -> int:
+    """One per group: vLLM adds the number of the response, so neighbouring seeds would give the same responses."""
+    return int(np.random.SeedSequence([seed, group]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _unfinished(answer: Any) -> str | None:
+    """A server that is shutting down answers with what it has."""
+    reasons = {choice["finish_reason"] for choice in answer["choices"]} - {"stop", "length"}
+    return f"a response ended by {', '.join(map(str, reasons))}" if reasons else None
+
+
+def _reset(answer: Any) -> str | None:
+    return None if answer["success"] else "the prefix cache is in use"
