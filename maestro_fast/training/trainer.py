@@ -22,6 +22,7 @@ from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import MicroBatch
+from maestro_fast.training.beside import Lessons, check_parts
 from maestro_fast.training.bounds import Bounds
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
@@ -128,6 +129,8 @@ class MaestroTrainer(ExactCheckpoints):
         method, profile = self.method, resolve_profile(self.method.profile)
         check_profile(weights, profile)
         scoring = choose_scoring(model, self._plan, rewards, weights, method.loss, profile)
+        generator = generator or TransformersGenerator(tokenizer, method.sampling, synced_gpus=self.is_fsdp_enabled)
+        check_parts(generator.concurrent_parts, self._plan.prompts, rewards, anchor)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         return Pipeline(
             tokenizer=tokenizer,
@@ -135,7 +138,7 @@ class MaestroTrainer(ExactCheckpoints):
             rewards=rewards,
             weights=weights,
             anchor=anchor,
-            generator=generator or TransformersGenerator(tokenizer, method.sampling, synced_gpus=self.is_fsdp_enabled),
+            generator=generator,
             sampling=method.sampling,
             plan=self._plan,
             loss=method.loss,
@@ -147,6 +150,7 @@ class MaestroTrainer(ExactCheckpoints):
             accelerator=self.accelerator,
             clock=self.clock,
             seed=method.seed,
+            lessons=Lessons(weights, postponed=generator.concurrent_parts > 0),
             watch=Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {}),
         )
 
@@ -179,9 +183,10 @@ class MaestroTrainer(ExactCheckpoints):
 
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
-        self._remember()
+        started = self.pipeline.start(model, rows, step // self._plan.updates, step)
+        self._remember(model)
         with self._saved_if_it_fails(model):
-            sampled = self.pipeline.sample(model, rows, step // self._plan.updates, step)
+            sampled = self.pipeline.finish(model, started)
             if self.pipeline.scoring.source == "training":
                 return [sampled]
             return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
@@ -267,7 +272,7 @@ class MaestroTrainer(ExactCheckpoints):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        self._remember()
+        self._remember(self.model_wrapped)
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.pipeline,
