@@ -45,6 +45,15 @@ class Prompts:
             each(self.families),
         )
 
+    def split(self, parts: int) -> list[Prompts]:
+        """``parts`` prompts of one size, consecutive ones side by side; ``parts`` divides their number."""
+        size = len(self) // parts
+        bounds = [slice(first, first + size) for first in range(0, len(self), size)]
+        return [
+            Prompts(self.texts[b], self.token_ids[b], {k: v[b] for k, v in self.columns.items()}, self.families[b])
+            for b in bounds
+        ]
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -65,6 +74,19 @@ class Rollouts:
     truncated_B: Tensor
     sampling_logprobs_C: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(prompts: Prompts, parts: Sequence[Rollouts]) -> Rollouts:
+        """The responses to ``prompts`` from those to the parts of ``prompts.split``; of each figure the largest."""
+        logprobs = [part.sampling_logprobs_C for part in parts]
+        return Rollouts(
+            prompts,
+            [ids for part in parts for ids in part.completion_ids],
+            [text for part in parts for text in part.completions],
+            torch.cat([part.truncated_B for part in parts]),
+            None if any(x is None for x in logprobs) else torch.cat([x for x in logprobs if x is not None]),
+            {name: max(p.metrics[name] for p in parts if name in p.metrics) for part in parts for name in part.metrics},
+        )
 
     def __len__(self) -> int:
         return len(self.completion_ids)

@@ -19,12 +19,14 @@ class Engine(Protocol):
     Attributes:
         dtype: that the copy computes in; weights are handed over in it.
         max_tokens: tokens of the longest sequence, prompt and response together.
+        concurrent_parts: as of a ``Generator``; if not 0, its methods may be called from several threads at once.
         cache_block: tokens that the prefix cache keeps together: it reuses whole blocks only. 0: there is no cache.
     """
 
     dtype: torch.dtype
     max_tokens: int
     cache_block: int
+    concurrent_parts: int
 
     def sample(self, prompts: Prompts, *, seed: int) -> Rollouts:
         """One response to each entry of ``prompts``; the same seed, prompts and weights give the same responses.

@@ -48,7 +48,14 @@ class SamplingConfig:
 
 
 class Generator(Protocol):
-    """Samples one response for each prompt of a batch in which every group's prompt is already repeated."""
+    """Samples one response for each prompt of a batch in which every group's prompt is already repeated.
+
+    Attributes:
+        concurrent_parts: 0 if it works in this process, on the devices of the policy. Else into how many parts, of
+            whole groups, a batch is divided; ``generate`` is called for them at once, each in a thread of its own.
+    """
+
+    concurrent_parts: int
 
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
         """Samples with the current weights of ``model``; the same seed, prompts and weights give the same responses."""

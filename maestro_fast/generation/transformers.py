@@ -27,6 +27,8 @@ from maestro_fast.records import Prompts, Rollouts
 class TransformersGenerator:
     """Samples from the training model itself, so nothing has to be synchronised."""
 
+    concurrent_parts = 0
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, synced_gpus: bool = False
     ) -> None:

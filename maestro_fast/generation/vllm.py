@@ -71,6 +71,8 @@ class VllmEngine:
     Construction sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process: vLLM's scheduler and model live in it.
     """
 
+    concurrent_parts = 0
+
     def __init__(
         self,
         path: str,

@@ -22,11 +22,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maestro_fast.records import StepRecord
+from maestro_fast.rewards import RewardSet
 
 logger = logging.getLogger(__name__)
 WINDOW, FIRST = 15, 20
 BEST_FILE = "best_policy.safetensors"
 ABOUT_FILE = "best.json"
+
+
+def check_best(anchor: RewardSet | None, *, sharded: bool) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to judge by, or no process holds all weights.
+    """
+    if anchor is None:
+        raise ValueError("keep_best: True without an anchor, expected the utility to judge by")
+    if sharded:
+        raise ValueError("final: the best policy cannot be kept where weights are sharded, expected final: last")
 
 
 @dataclass

@@ -41,6 +41,8 @@ class Bounds(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stepped = True
         control.should_training_stop |= self._trainer.pipeline.weights.should_stop
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            self._trainer.learn()  # no later batch would, and its figures belong into the last line
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from maestro_fast.training.data import PromptDataset, Row
 from maestro_fast.training.pipeline import Pipeline, Sampled
+from maestro_fast.training.rewarding import reward_batch
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def evaluate_rewards(
         # training counts its batches from 0: the draws are of negative ones
         sampled = Sampled(pipeline.generate(model, prompts, -1 - i), -1 - i, 0)
         outputs = pipeline.outputs_for_rewards(model, sampled)
-        batch = pipeline.reward_batch(model, sampled.rollouts, outputs, sampled.number)
+        batch = reward_batch(pipeline, model, sampled.rollouts, outputs, sampled.number)
         rewards.append(pipeline.rewards(batch).view(len(rows), samples, -1))
         if pipeline.anchor is not None:
             utilities.append(pipeline.anchor(batch).view(len(rows), samples))

@@ -49,6 +49,7 @@ class ExactCheckpoints(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
+        self.learn()
         with self.clock.stage("save"), staged(run_dir, self.accelerator) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
@@ -149,10 +150,24 @@ class ExactCheckpoints(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _remember(self) -> None:
+    def learn(self) -> None:
+        """Lets the weight policy catch up with the last batch. Its figures go to the next line of the log."""
+        with self.clock.stage("conductor_update"):
+            learnt = self.pipeline.lessons.learn()
+        self.pipeline.watch.see(learnt)
+        self._means.add(learnt)
+
+    def _remember(self, model: nn.Module) -> None:
         """Before something that may fail: what ``_saved_if_it_fails`` is to put back."""
         if self._saves_failures:
-            self._before = Snapshot.take(self.pipeline.weights, self._means, self.args.device)
+            self._before = self._snapshot()  # without the last lesson, if it is that which fails
+        with self._saved_if_it_fails(model):
+            self.learn()
+        if self._saves_failures:
+            self._before = self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot.take(self.pipeline.weights, self._means, self.args.device)
 
     @property
     def _saves_failures(self) -> bool:

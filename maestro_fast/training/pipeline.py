@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig, group_advantages
-from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord
+from maestro_fast.records import PolicyOutputs, Prompts, Rollouts, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
+from maestro_fast.training.beside import Lessons, under_way
 from maestro_fast.training.data import PromptDataset, Row
 from maestro_fast.training.forward import Layout, Sequences, score
 from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.metrics import batch_metrics, policy_metrics, response_means
 from maestro_fast.training.prompt_contexts import PromptContexts
 from maestro_fast.training.reference import Reference
+from maestro_fast.training.rewarding import joined_rewards, own_rewards
 from maestro_fast.training.scoring import Scoring, context_mode
-from maestro_fast.training.text_scorer import text_scorer
 from maestro_fast.training.timing import StageClock
 from maestro_fast.training.weighing import weight_context
 from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
@@ -32,17 +34,29 @@ from maestro_fast.weighting.diagnostics import Watch, diagnose
 
 
 @dataclass(frozen=True)
+class Started:
+    """A generation batch of one process that is being sampled, in ``parts`` of whole groups."""
+
+    prompts: Prompts
+    parts: list[Callable[[], Rollouts]]
+    number: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Sampled:
-    """Responses of one process that nothing has judged yet.
+    """Responses of one process that nothing has weighed yet.
 
     Attributes:
         number: of the generation batch, from 0.
         step: optimiser steps done before it.
+        rewards: rewards [B, K] and known utilities [B] of parts that were judged while others were sampled; else None.
     """
 
     rollouts: Rollouts
     number: int
     step: int
+    rewards: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def sequences(self) -> Sequences:
@@ -80,6 +94,7 @@ class Pipeline:
     clock: StageClock
     seed: int
     watch: Watch
+    lessons: Lessons
     prompt_contexts: PromptContexts = field(default_factory=PromptContexts)
 
     @property
@@ -91,16 +106,35 @@ class Pipeline:
         """The loss without a KL that the score already holds."""
         return replace(self.loss, kl_coef=0.0) if self.profile.kl_in == "score" else self.loss
 
-    def sample(self, model: nn.Module, rows: Sequence[Row], number: int, step: int) -> Sampled:
-        """Generation batch ``number`` (from 0), made after ``step`` optimiser steps, from this process's prompts."""
-        prompts = self.dataset.prompts(rows, self.tokenizer).repeat(self.sampling.group_size)
-        with self.clock.stage("generate"):
-            return Sampled(self.generate(model, prompts, number), number, step)
+    def start(self, model: nn.Module, rows: Sequence[Row], number: int, step: int) -> Started:
+        """Generation batch ``number`` (from 0), made after ``step`` optimiser steps, from this process's prompts.
 
-    def generate(self, model: nn.Module, prompts: Prompts, number: int) -> Rollouts:
-        """One response to each entry of ``prompts``; ``number`` keys the random draws."""
+        A generator that works elsewhere begins at once, others in ``finish``.
+        """
+        prompts = self.dataset.prompts(rows, self.tokenizer).repeat(self.sampling.group_size)
+        parts = prompts.split(max(1, self.generator.concurrent_parts))
+        calls: list[Callable[[], Rollouts]] = [
+            partial(self.generate, model, part, number, i) for i, part in enumerate(parts)
+        ]
+        concurrent = self.generator.concurrent_parts > 0
+        return Started(prompts, under_way(calls, self.accelerator.device) if concurrent else calls, number, step)
+
+    def finish(self, model: nn.Module, started: Started) -> Sampled:
+        """Waits for the responses; of several parts, it judges one while the next are being sampled."""
+        rollouts, rewards = [], []
+        for part in started.parts:
+            with self.clock.stage("generate"):
+                rollouts.append(part())
+            if len(started.parts) > 1:
+                with self.clock.stage("rewards"):
+                    rewards.append(own_rewards(self, model, rollouts[-1], None, started.number))
+        whole = Rollouts.joined(started.prompts, rollouts)
+        return Sampled(whole, started.number, started.step, joined_rewards(rewards) if rewards else None)
+
+    def generate(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
+        """One response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
         sampler = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return self.generator.generate(sampler, prompts, seed=self._seed(number))
+        return self.generator.generate(sampler, prompts, seed=self._seed(number) ^ part << 48)
 
     def score(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
         """The scoring forward, if it is this that gives log-probs, entropies and hidden states."""
@@ -119,18 +153,18 @@ class Pipeline:
         with clock.stage("reference"):
             ref_logprobs_C = self._reference_logprobs(sampled.sequences)
         with clock.stage("rewards"):
-            batch = self.reward_batch(model, rollouts, outputs, sampled.number)
-            rewards_BK = self.gather(self.rewards(batch).to(self.accelerator.device))
-            utilities_B = None if self.anchor is None else self.gather(self.anchor(batch)[:, 0].to(rewards_BK.device))
+            own_BK, own_B = sampled.rewards or own_rewards(self, model, rollouts, outputs, sampled.number)
+            rewards_BK = self.gather(own_BK.to(self.accelerator.device))
+            utilities_B = None if own_B is None else self.gather(own_B.to(rewards_BK.device))
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
             context = weight_context(self, sampled, rewards_BK, outputs, utilities_B)
             weights = self.weights.weights(context)
         with clock.stage("advantages"):
             advantages = self._advantages(rollouts, context, weights, kl_B)
+        outcome = Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score)
         with clock.stage("conductor_update"):
-            outcome = Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score)
-            self.weights.observe(outcome)
+            self.lessons.add(outcome, postpone=self.generator.concurrent_parts > 0)
         record = self._record(sampled.step, rollouts, context, weights, advantages)
         metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
         self.watch.see(metrics)
@@ -193,29 +227,6 @@ class Pipeline:
             return None
         with self.reference() as (model, head):
             return self.forward(model, sequences, head).logprobs_C
-
-    def reward_batch(
-        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
-    ) -> RewardBatch:
-        """What the rewards read of this process's responses."""
-        entropies = logprobs = None
-        if self.rewards.needs_entropy:
-            assert outputs is not None and outputs.entropies_C is not None
-            entropies = response_means(outputs.entropies_C, rollouts).cpu()
-            logprobs = response_means(outputs.logprobs_C, rollouts).cpu()
-        prompts = rollouts.prompts
-        needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
-        return RewardBatch(
-            prompts.texts,
-            rollouts.completions,
-            rollouts.completion_ids,
-            prompts.columns,
-            entropies,
-            text_scorer(self, model) if needs_policy else None,
-            self.accelerator.device,
-            logprobs,
-            number,
-        )
 
     def _kl(self, rollouts: Rollouts, outputs: PolicyOutputs | None, ref_logprobs_C: Tensor | None) -> Tensor | None:
         """Per response, the token mean of log pi - log pi_ref; None unless it belongs into the score."""

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+from maestro_fast.training.timing import StageClock
+
+
+def show_stages(trainer: Trainer, clock: StageClock) -> None:
+    """Puts ``StageProgress`` in the place of transformers' bar."""
+    trainer.remove_callback(ProgressCallback)
+    progress = StageProgress()
+    clock.on_stage = progress.show
+    trainer.add_callback(progress)
 
 
 class StageProgress(ProgressCallback):

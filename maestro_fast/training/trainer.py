@@ -14,7 +14,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import ProgressCallback
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.ops import policy_loss
@@ -23,7 +22,8 @@ from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import MicroBatch
-from maestro_fast.training.best import BestPolicy
+from maestro_fast.training.beside import Lessons, check_parts
+from maestro_fast.training.best import BestPolicy, check_best
 from maestro_fast.training.bounds import Bounds
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
@@ -33,7 +33,7 @@ from maestro_fast.training.head import check_head, head_of
 from maestro_fast.training.method import Method, checked_plan
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans
 from maestro_fast.training.pipeline import Pipeline, Sampled
-from maestro_fast.training.progress import StageProgress
+from maestro_fast.training.progress import show_stages
 from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
@@ -118,13 +118,17 @@ class MaestroTrainer(ExactCheckpoints):
         # transformers without loss_is_scaled_for_ga reads this; compute_loss below never calls it
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
-        self.best = self._best_policy(anchor) if keep_best else None
+        if keep_best:
+            check_best(anchor, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.best = BestPolicy(holds=self.is_world_process_zero()) if keep_best else None
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
-        self._install_progress()
+        if not self.args.disable_tqdm:
+            show_stages(self, self.clock)
         self.add_callback(Bounds(self))
         self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
         if engine is not None:
             self.pipeline = replace(self.pipeline, generator=synced(self.pipeline, engine, probe or ProbeConfig()))
+        check_parts(self.pipeline.generator.concurrent_parts, self._plan.prompts, rewards, anchor)
 
     def _build_pipeline(
         self,
@@ -161,23 +165,9 @@ class MaestroTrainer(ExactCheckpoints):
             accelerator=self.accelerator,
             clock=self.clock,
             seed=method.seed,
+            lessons=Lessons(weights),
             watch=Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {}),
         )
-
-    def _best_policy(self, anchor: RewardSet | None) -> BestPolicy:
-        if anchor is None:
-            raise ValueError("keep_best: True without an anchor, expected the utility to judge by")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("final: the best policy cannot be kept where weights are sharded, expected final: last")
-        return BestPolicy(holds=self.is_world_process_zero())
-
-    def _install_progress(self) -> None:
-        if self.args.disable_tqdm:
-            return
-        self.remove_callback(ProgressCallback)
-        progress = StageProgress()
-        self.clock.on_stage = progress.show
-        self.add_callback(progress)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
         del train_dataset
@@ -200,9 +190,10 @@ class MaestroTrainer(ExactCheckpoints):
 
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
-        self._remember()
+        started = self.pipeline.start(model, rows, step // self._plan.updates, step)
+        self._remember(model)
         with self._saved_if_it_fails(model):
-            sampled = self.pipeline.sample(model, rows, step // self._plan.updates, step)
+            sampled = self.pipeline.finish(model, started)
             if self.pipeline.scoring.source == "training":
                 return [sampled]
             return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
@@ -291,7 +282,7 @@ class MaestroTrainer(ExactCheckpoints):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        self._remember()
+        self._remember(self.model_wrapped)
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.pipeline,

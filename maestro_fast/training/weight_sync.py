@@ -6,7 +6,9 @@ merged into copies, tied weights once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -32,15 +34,18 @@ class Clock(Protocol):
 class SyncedGenerator:
     """A ``Generator`` that samples with an engine, whose weights it renews when those of the policy have changed.
 
-    Every renewal is probed, and so is every batch without one: if a change of the policy went unnoticed, this does
-    not.
+    Every renewal is probed, and so is every call without one: if a change of the policy went unnoticed, this does
+    not. Of calls from several threads the first renews.
     """
 
     def __init__(self, engine: Engine, probe: SyncProbe, clock: Clock) -> None:
-        """``clock``: gets the time of the syncs, with their probes, as the stage ``sync``."""
+        """``clock``: gets the time of the syncs, with their probes, as the stage ``sync``; in a thread of its own, a
+        sync is part of the generation."""
         self.engine = engine
+        self.concurrent_parts = engine.concurrent_parts
         self._probe = probe
         self._clock = clock
+        self._lock = threading.Lock()
         self._sent: list[int] | None = None  # fingerprint of the policy that the engine has
 
     @torch.no_grad()
@@ -50,7 +55,8 @@ class SyncedGenerator:
         Raises:
             StaleWeightsError: the engine computes other log-probs than the policy.
         """
-        with self._clock.stage("sync"):
+        stage = contextlib.nullcontext() if self.concurrent_parts else self._clock.stage("sync")
+        with self._lock, stage:
             metrics = self._sync(model)
         rollouts = self.engine.sample(prompts, seed=seed)
         if not self.engine.sleep():
