@@ -29,7 +29,7 @@ class Snapshot:
     def take(weights: WeightPolicy, means: MetricMeans, device: torch.device) -> Snapshot:
         """``device``: where the policy draws."""
         return Snapshot(
-            {name: tensor.clone() for name, tensor in weights.state_dict().items()},
+            weights.state_dict(),
             means.state(),
             random.getstate(),
             np.random.get_state(),

@@ -1,9 +1,9 @@
 """The anchored Conductor: learns weights under which scores order the responses of a group as their utility does.
 
 Utilities are known for some prompts (``WeightContext.utilities_B``, NaN elsewhere): a judge, a verifier, people. The
-weights it learns there go to every prompt, by the prompt's own context. Each labelled group is kept for good and
-learnt from again after every batch; what is kept of it, context, standardised rewards and utilities, does not depend on
-the policy that sampled it.
+weights it learns there go to every prompt, by the prompt's own context. Each labelled group is kept for good (see
+``replay``) and learnt from again after every batch; what is kept of it, context, standardised rewards and utilities,
+does not depend on the policy that sampled it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from maestro_fast.weighting.anchored.objective import (
     first_order,
     standardised,
 )
+from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.conductor import self_flattery
 from maestro_fast.weighting.conductor.contexts import policy_contexts
 from maestro_fast.weighting.conductor.state import load_moments, moments
@@ -28,7 +29,6 @@ from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, W
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
 STANDARD_EPS = 4e-4  # of the contexts' variance: dimensions that hardly vary stay small
-_REPLAY = ("contexts", "rewards", "utilities")
 
 
 class Anchored:
@@ -49,13 +49,13 @@ class Anchored:
         self._optimizer = torch.optim.Adam(
             list(self.params.named().values()), lr=config.learning_rate, betas=(0.9, 0.99)
         )
-        self._replay: tuple[list[Tensor], ...] = ([], [], [])  # x [n, d], r' [n, G, K], z(U) [n, G]
+        self.replay = Replay(context_size, len(reward_names))
         self._metrics: dict[str, float] = {}
 
     @property
     def labelled(self) -> int:
         """Labelled groups so far."""
-        return sum(len(part) for part in self._replay[0])
+        return len(self.replay)
 
     def weights(self, context: WeightContext) -> Weights:
         x_Nd = self._contexts(context)
@@ -95,24 +95,18 @@ class Anchored:
         labelled_N = labelled_groups(context)
         shape = (-1, context.group_size)
         rewards_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
-        found = (
-            x_Nd,
-            rewards_BK.float().cpu().view(*shape, rewards_BK.shape[1]),
-            standardised_utilities(context).view(shape),
-        )
-        for kept, values in zip(self._replay, found, strict=True):
-            if labelled_N.any():
-                kept.append(values[labelled_N].clone())
+        rewards_NGK = rewards_BK.float().cpu().view(*shape, rewards_BK.shape[1])
+        utilities_NG = standardised_utilities(context).view(shape)
+        self.replay.add(x_Nd[labelled_N], rewards_NGK[labelled_N], utilities_NG[labelled_N])
 
     def _learn(self) -> None:
         """``steps`` Adam steps on J over everything that is kept."""
-        config = self.config
-        contexts, rewards_NGK, utilities_NG = (torch.cat(kept) for kept in self._replay)
-        x_Nd = standardised(contexts, *self.statistics.standardisation(STANDARD_EPS))
+        config, replay = self.config, self.replay
+        x_Pd = standardised(replay.contexts, *self.statistics.standardisation(STANDARD_EPS))
         surrogate = correlation if config.surrogate == "correlation" else first_order
         for _ in range(config.steps):
-            weights_NK = self.params.weights(x_Nd)
-            value = surrogate(weights_NK, rewards_NGK, utilities_NG).mean()
+            weights_NK = self.params.weights(x_Pd)[replay.index]
+            value = surrogate(weights_NK, replay.rewards, replay.utilities).mean()
             penalty = config.l2 * self.params.weight.square().sum() / len(self.reward_names)
             objective = value + config.entropy_coef * entropy(weights_NK).mean() - penalty
             self._optimizer.zero_grad()
@@ -129,12 +123,11 @@ class Anchored:
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
-        replay = {f"replay.{name}": torch.cat(kept) for name, kept in zip(_REPLAY, self._replay, strict=True) if kept}
         return {
             **{name: tensor.detach().clone() for name, tensor in self.params.named().items()},
             **self.statistics.state_dict("statistics."),
             **moments(self._optimizer, self.params.named()),
-            **replay,
+            **self.replay.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -148,8 +141,9 @@ class Anchored:
             if name not in state or state[name].shape != tensor.shape:
                 came = f"shape {tuple(state[name].shape)}" if name in state else "missing"
                 raise ValueError(f"state.{name}: {came}, expected shape {tuple(tensor.shape)}")
+        self.replay.check(state)
         for name, parameter in self.params.named().items():
             parameter.data.copy_(state[name])
         load_moments(self._optimizer, self.params.named(), state)
         self.statistics.load_state_dict(state, "statistics.")
-        self._replay = tuple([state[f"replay.{name}"].clone()] if f"replay.{name}" in state else [] for name in _REPLAY)
+        self.replay.load_state_dict(state)

@@ -132,7 +132,8 @@ def test_only_whole_labelled_groups_with_spread_are_kept() -> None:
     z_NG = (u_NG - u_NG.mean(1, keepdim=True)) / (u_NG.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(state["replay.rewards"], r_NGK)
     torch.testing.assert_close(state["replay.utilities"], z_NG)
-    assert torch.equal(state["replay.contexts"], context.context_Bd[::G][2:])  # type: ignore[index]
+    contexts = state["replay.contexts"][state["replay.index"]]
+    assert torch.equal(contexts, context.context_Bd[::G][2:])  # type: ignore[index]
 
 
 def test_hybrid_scores_labelled_groups_by_their_utility() -> None:
@@ -170,3 +171,12 @@ def test_wrong_states_and_contexts_are_named() -> None:
     with pytest.raises(ValueError, match=r"^utilities_B: missing, this weight policy needs an anchor"):
         context = world(0)
         run(policy, WeightContext(NAMES, G, 0, context.rewards_BK, context.context_Bd))
+
+    run(policy, world(0))
+    state = policy.state_dict()
+    with pytest.raises(ValueError, match=r"^state\.replay\.index: missing, beside replay\.contexts"):
+        policy.load_state_dict({key: value for key, value in state.items() if key != "replay.index"})
+    with pytest.raises(ValueError, match=r"^state\.replay\.utilities: shape \(1, 6\), expected"):
+        policy.load_state_dict(state | {"replay.utilities": state["replay.utilities"][:1]})
+    with pytest.raises(ValueError, match=r"^state\.replay\.index: points beyond the"):
+        policy.load_state_dict(state | {"replay.index": state["replay.index"] + 1})

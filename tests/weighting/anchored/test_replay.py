@@ -1,0 +1,82 @@
+"""Labelled groups are kept for good, and the context of a prompt once."""
+
+from __future__ import annotations
+
+import torch
+
+from maestro_fast.weighting.anchored.objective import correlation, entropy, standardised
+from maestro_fast.weighting.anchored.replay import Replay
+from tests.weighting.anchored.test_anchored import anchored, run, world
+from tests.weighting.helpers import normal
+
+D, G, K, P = 64, 4, 3, 5
+
+
+def visits(replay: Replay, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups of P prompts, in turns of 3, P no multiple of it; all that went in."""
+    known = normal(P, D, seed=0)
+    rows = [(3 * turn + j) % P for turn in range(count) for j in range(3)]
+    contexts, rewards, utilities = known[rows], normal(3 * count, G, K, seed=1), normal(3 * count, G, seed=2)
+    for turn in range(count):
+        at = slice(3 * turn, 3 * turn + 3)
+        replay.add(contexts[at], rewards[at], utilities[at])
+    return contexts, rewards, utilities
+
+
+def size(replay: Replay) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in replay.state_dict().values())
+
+
+def test_everything_is_there_in_its_order_and_each_context_once() -> None:
+    replay = Replay(D, K)
+    contexts, rewards, utilities = visits(replay, 7)
+    assert len(replay) == 21 and replay.contexts.shape == (P, D)
+    assert torch.equal(replay.contexts[replay.index], contexts)
+    assert torch.equal(replay.rewards, rewards) and torch.equal(replay.utilities, utilities)
+
+
+def test_it_grows_by_what_it_says() -> None:
+    sizes = []
+    for turns in (7, 8):
+        replay = Replay(D, K)
+        visits(replay, turns)
+        sizes.append(size(replay))
+    group = 4 * (G * K + G + 1)
+    assert sizes == [21 * group + 4 * P * D, 24 * group + 4 * P * D]
+
+
+def test_a_loaded_one_knows_the_contexts() -> None:
+    """And what was handed out before stays as it was."""
+    whole = Replay(D, K)
+    visits(whole, 4)
+    state = whole.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    loaded = Replay(D, K)
+    loaded.load_state_dict(state)
+    for replay in (whole, loaded):
+        visits(replay, 5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert whole.contexts.shape == loaded.contexts.shape == (P, D)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    loaded.load_state_dict({})
+    assert len(loaded) == 0 and loaded.state_dict() == {}
+
+
+def test_a_repeated_prompt_counts_at_every_visit() -> None:
+    """One step of gradient ascent on the mean over groups, written out without the index."""
+    policy = anchored(steps=1, entropy_coef=0.1)
+    for step in (0, 1, 0, 0):
+        run(policy, world(step, share=1.0))
+    replay = policy.replay
+    assert len(replay) == 32 and len(replay.contexts) == 16
+    params = policy.params
+    x = standardised(replay.contexts[replay.index], *policy.statistics.standardisation(4e-4))
+    weights = params.weights(x)
+    value = correlation(weights, replay.rewards, replay.utilities).mean() + 0.1 * entropy(weights).mean()
+    objective = value - policy.config.l2 * params.weight.square().sum() / 3
+    expected = torch.autograd.grad(-objective, list(params.named().values()))
+    state = policy.state_dict()
+    policy._learn()
+    policy.load_state_dict(state)  # the gradients of the last step stay
+    for gradient, parameter in zip(expected, params.named().values(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
