@@ -22,6 +22,10 @@ Batch::Batch(const AdvantageInputs& in, const Partition& groups, const Advantage
   chunks = (groups.groups + per_chunk - 1) / per_chunk;
   for (std::int64_t c = 0; c < chunks; ++c) rows = std::max(rows, first_row(c + 1) - first_row(c));
   abstained_ = Scratch<bool>(chunks);
+  if (!in.weights_per_row) {
+    shared_weights_.assign(static_cast<std::size_t>(padded(K)), 0.0);
+    std::copy_n(in.weights == nullptr ? ones_.data() : in.weights, K, shared_weights_.begin());
+  }
   if (keep) kept_ = std::make_unique<State>(groups.batch, groups.groups);
   if (profile.rewards_over(Scope::batch)) measure_columns();
 }
@@ -71,6 +75,7 @@ void Batch::place_inputs(Chunk& chunk, std::int64_t row, float* gathered) const 
     chunk.rewards = rows_of(static_cast<const float*>(in.rewards), K, row, chunk.rows, gathered);
   }
   chunk.weights = in.weights == nullptr ? ones_.data() : in.weights;
+  chunk.shared_weights = shared_weights_.data();
   if (in.weights_per_row) {
     chunk.weight_stride = K;
     chunk.weights = rows_of(in.weights, K, row, chunk.rows, gathered + rows * K);

@@ -79,6 +79,7 @@ class Batch {
   void measure_columns();
 
   std::vector<float> ones_;
+  std::vector<double> shared_weights_;
   Scratch<bool> abstained_;
   std::unique_ptr<State> kept_;
 };

@@ -44,8 +44,9 @@ struct Chunk {
   std::int64_t groups, rows, K;
   const std::int64_t* begin;  // [groups + 1], from 0
   const float* rewards;       // [rows, K]
-  const float* weights;       // [rows, K] with a stride of K, or [K] with a stride of 0
+  const float* weights;       // [rows, K], or [K] with a stride of 0
   std::int64_t weight_stride;
+  const double* shared_weights;  // [K padded] with zeros, where the stride is 0
   const float *kl, *lengths;  // [rows] or null
   double beta;
 

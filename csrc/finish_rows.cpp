@@ -8,6 +8,8 @@
 namespace maestro_fast {
 namespace {
 
+constexpr std::int64_t kAtOnce = 16;  // groups, in sweeps: one after the other would wait for each division and root
+
 // Sums over the live scores of a group: of d = score - shift, and of its square.
 struct GroupSums {
   double count, shift, total, squares;
@@ -106,13 +108,23 @@ MAESTRO_INLINE void write_means_of_others(const Chunk& chunk, bool abstained, st
 }
 
 MAESTRO_CLONES
-void finish_chunk(const Chunk& chunk, const AdvantageProfile& p, const Center& batch, const Center& tokens) {
+void finish_chunk(const Chunk& given, const AdvantageProfile& profile, const Center& batch, const Center& tokens) {
+  const Chunk chunk = given;  // of one's own: what is stored cannot have changed it
+  const AdvantageProfile p = profile;
   const bool abstained = *chunk.abstained;
-  for (std::int64_t g = 0; g < chunk.groups; ++g) {
-    const GroupSums own = sums_of_group(chunk, abstained, g);
-    write_group(chunk, abstained, g, affine_of_group(own, p, batch, tokens, chunk.flat[g]));
-    const bool raw = p.raw_singleton && own.count == 1;
-    if (p.score_center == Scope::leave_one_out && !raw) write_means_of_others(chunk, abstained, g, own);
+  GroupSums own[kAtOnce];
+  Affine affine[kAtOnce];
+  for (std::int64_t first = 0; first < chunk.groups; first += kAtOnce) {
+    const std::int64_t count = std::min(kAtOnce, chunk.groups - first);
+    for (std::int64_t i = 0; i < count; ++i) own[i] = sums_of_group(chunk, abstained, first + i);
+    for (std::int64_t i = 0; i < count; ++i) {
+      affine[i] = affine_of_group(own[i], p, batch, tokens, chunk.flat[first + i]);
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      write_group(chunk, abstained, first + i, affine[i]);
+      const bool raw = p.raw_singleton && own[i].count == 1;
+      if (p.score_center == Scope::leave_one_out && !raw) write_means_of_others(chunk, abstained, first + i, own[i]);
+    }
   }
 }
 

@@ -14,41 +14,46 @@ struct Columns {
   Double4 count, mean, std;
 };
 
-template <bool kMasked>
-MAESTRO_INLINE Columns moments_of_columns(const float* x, std::int64_t n, std::int64_t K, std::int64_t width,
-                                          int ddof) {
-  Double4 shift = load4(x, width);
-  if (kMasked) {  // the first live value of each column
-    for (std::int64_t r = 1; r < n && any(shift != shift); ++r) {
-      shift = shift == shift ? shift : load4(x + r * K, width);
+// Of kBlocks times four columns at once: one alone would wait for each of its additions.
+template <bool kMasked, int kBlocks>
+MAESTRO_INLINE void moments_of_columns(const float* x, std::int64_t n, std::int64_t K, std::int64_t width, int ddof,
+                                       Columns* out) {
+  Double4 shift[kBlocks], count[kBlocks], total[kBlocks], squares[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    shift[b] = load4(x + 4 * b, width);
+    if (kMasked) {  // the first live value of each column
+      for (std::int64_t r = 1; r < n && any(shift[b] != shift[b]); ++r) {
+        shift[b] = shift[b] == shift[b] ? shift[b] : load4(x + r * K + 4 * b, width);
+      }
+      shift[b] = shift[b] == shift[b] ? shift[b] : splat(0.0);
     }
-    shift = shift == shift ? shift : splat(0.0);
+    count[b] = splat(kMasked ? 0.0 : static_cast<double>(n));
+    total[b] = squares[b] = splat(0.0);
   }
-  Double4 count = splat(kMasked ? 0.0 : static_cast<double>(n)), total = splat(0.0), squares = splat(0.0);
   for (std::int64_t r = 0; r < n; ++r) {
-    const Double4 value = load4(x + r * K, width);
-    Double4 d = value - shift;
-    if (kMasked) {
-      d = value == value ? d : splat(0.0);
-      count += value == value ? splat(1.0) : splat(0.0);
+    for (int b = 0; b < kBlocks; ++b) {
+      const Double4 value = load4(x + r * K + 4 * b, width);
+      Double4 d = value - shift[b];
+      if (kMasked) {
+        d = value == value ? d : splat(0.0);
+        count[b] += value == value ? splat(1.0) : splat(0.0);
+      }
+      total[b] += d;
+      squares[b] += d * d;
     }
-    total += d;
-    squares += d * d;
   }
-  const Double4 one = splat(1.0), m = total / max4(count, one);
-  const Double4 variance = max4(squares - total * m, splat(0.0)) / max4(count - static_cast<double>(ddof), one);
-  return {count, shift + m, sqrt4(variance)};
+  const Double4 one = splat(1.0);
+  for (int b = 0; b < kBlocks; ++b) {
+    const Double4 m = total[b] / max4(count[b], one);
+    const Double4 variance =
+        max4(squares[b] - total[b] * m, splat(0.0)) / max4(count[b] - static_cast<double>(ddof), one);
+    out[b] = {count[b], shift[b] + m, sqrt4(variance)};
+  }
 }
 
-template <bool kMasked>
-MAESTRO_INLINE void columns_of_group(const Chunk& chunk, const AdvantageProfile& p, const BatchColumns& batch,
-                                     std::int64_t group, std::int64_t k) {
-  const std::int64_t K = chunk.K, width = K - k, at = group * padded(K) + k;
-  const std::int64_t row = chunk.begin[group], n = chunk.begin[group + 1] - row;
-  const float* x = chunk.rewards + row * K + k;
-  // Two calls, so that the compiler knows the width of all but the last columns of a row.
-  const Columns own = width >= 4 ? moments_of_columns<kMasked>(x, n, K, 4, p.ddof)
-                                 : moments_of_columns<kMasked>(x, n, K, width, p.ddof);
+MAESTRO_INLINE void place_columns(const Chunk& chunk, const AdvantageProfile& p, const BatchColumns& batch,
+                                  const Columns& own, std::int64_t group, std::int64_t k) {
+  const std::int64_t at = group * padded(chunk.K) + k;
   const Double4 one = splat(1.0), zero = splat(0.0);
   Double4 center = zero, factor = one;
   if (p.reward_center == Scope::group || p.reward_center == Scope::leave_one_out) center = own.mean;
@@ -72,15 +77,42 @@ MAESTRO_INLINE void columns_of_group(const Chunk& chunk, const AdvantageProfile&
   store4(chunk.factor + at, factor);
 }
 
+template <bool kMasked>
+MAESTRO_INLINE void columns_of_group(const Chunk& chunk, const AdvantageProfile& p, const BatchColumns& batch,
+                                     std::int64_t group) {
+  const std::int64_t K = chunk.K, row = chunk.begin[group], n = chunk.begin[group + 1] - row;
+  const float* x = chunk.rewards + row * K;
+  Columns own[2];
+  std::int64_t k = 0;
+  for (; k + 8 <= K; k += 8) {
+    moments_of_columns<kMasked, 2>(x + k, n, K, 4, p.ddof, own);
+    place_columns(chunk, p, batch, own[0], group, k);
+    place_columns(chunk, p, batch, own[1], group, k + 4);
+  }
+  for (; k < K; k += 4) {
+    // Two calls, so that the compiler knows the width of all but the last columns of a row.
+    if (K - k >= 4) {
+      moments_of_columns<kMasked, 1>(x + k, n, K, 4, p.ddof, own);
+    } else {
+      moments_of_columns<kMasked, 1>(x + k, n, K, K - k, p.ddof, own);
+    }
+    place_columns(chunk, p, batch, own[0], group, k);
+  }
+}
+
 // The weighted sum of a row, before the lanes are added up; with abstentions also what they took away.
 struct Row {
   Double4 score, whole, rest, live;
 };
 
-template <bool kMasked, bool kAffine>
-MAESTRO_INLINE void add_columns(const float* x, const float* w, const double* center, const double* factor,
+// Weights of a row, or of all rows: widened once, with zeros behind them.
+MAESTRO_INLINE Double4 weights4(const float* w, std::int64_t width) { return load4(w, width); }
+MAESTRO_INLINE Double4 weights4(const double* w, std::int64_t) { return load4(w); }
+
+template <bool kMasked, bool kAffine, class Weight>
+MAESTRO_INLINE void add_columns(const float* x, const Weight* w, const double* center, const double* factor,
                                 float* normalized, std::int64_t width, Row& row) {
-  Double4 value = load4(x, width), weight = load4(w, width);
+  Double4 value = load4(x, width), weight = weights4(w, width);
   const Mask4 live = value == value;
   if (kAffine) value = (value - load4(center)) * load4(factor);
   if (kMasked) {
@@ -90,14 +122,20 @@ MAESTRO_INLINE void add_columns(const float* x, const float* w, const double* ce
     row.rest += weight;
     row.live += live ? splat(1.0) : splat(0.0);
   }
-  store4(normalized, value, width);
+  if (kMasked || kAffine) {
+    store4(normalized, value, width);
+  } else {
+    std::copy_n(x, width < 4 ? width : 4, normalized);  // as they are, narrow
+  }
   row.score += weight * value;
 }
 
-template <bool kMasked, bool kAffine>
-MAESTRO_INLINE Row sum_of_row(const Chunk& chunk, std::int64_t r, const double* center, const double* factor) {
+template <bool kMasked, bool kAffine, class Weight>
+MAESTRO_INLINE Row sum_of_row(const Chunk& chunk, const Weight* weights, std::int64_t r, const double* center,
+                              const double* factor) {
   const std::int64_t K = chunk.K;
-  const float *x = chunk.rewards + r * K, *w = chunk.weights + r * chunk.weight_stride;
+  const float* x = chunk.rewards + r * K;
+  const Weight* w = weights + r * chunk.weight_stride;
   float* normalized = chunk.out.normalized + r * K;
   Row row{splat(0.0), splat(0.0), splat(0.0), splat(0.0)};
   std::int64_t k = 0;
@@ -122,45 +160,46 @@ MAESTRO_INLINE double masked_score(const Row& row, std::int64_t K, bool renormal
 }
 
 // Whether some score is NaN, as it is after an abstention that nobody has masked.
-template <bool kMasked, bool kAffine>
-MAESTRO_INLINE bool scores_of_group(const Chunk& chunk, const AdvantageProfile& p, std::int64_t group) {
+template <bool kMasked, bool kAffine, class Weight>
+MAESTRO_INLINE bool scores_of_group(const Chunk& chunk, const Weight* weights, const AdvantageProfile& p,
+                                    std::int64_t group) {
   const std::int64_t first = chunk.begin[group], last = chunk.begin[group + 1];
   const double* center = chunk.center + (kAffine ? group * padded(chunk.K) : 0);
   const double* factor = chunk.factor + (kAffine ? group * padded(chunk.K) : 0);
   std::int64_t r = first;
   if (kMasked) {
     for (; r < last; ++r) {
-      const Row row = sum_of_row<kMasked, kAffine>(chunk, r, center, factor);
+      const Row row = sum_of_row<kMasked, kAffine>(chunk, weights, r, center, factor);
       chunk.raw[r] = masked_score(row, chunk.K, p.renormalize, chunk.live[r]);
     }
     return false;
   }
   Mask4 unknown{};
   for (; r + 4 <= last; r += 4) {
-    const Row a = sum_of_row<kMasked, kAffine>(chunk, r, center, factor);
-    const Row b = sum_of_row<kMasked, kAffine>(chunk, r + 1, center, factor);
-    const Row c = sum_of_row<kMasked, kAffine>(chunk, r + 2, center, factor);
-    const Row d = sum_of_row<kMasked, kAffine>(chunk, r + 3, center, factor);
+    const Row a = sum_of_row<kMasked, kAffine>(chunk, weights, r, center, factor);
+    const Row b = sum_of_row<kMasked, kAffine>(chunk, weights, r + 1, center, factor);
+    const Row c = sum_of_row<kMasked, kAffine>(chunk, weights, r + 2, center, factor);
+    const Row d = sum_of_row<kMasked, kAffine>(chunk, weights, r + 3, center, factor);
     const Double4 score = sums(a.score, b.score, c.score, d.score);
     unknown |= score != score;
     store4(chunk.raw + r, score);
   }
   bool nan = any(unknown);
   for (; r < last; ++r) {
-    chunk.raw[r] = sum(sum_of_row<kMasked, kAffine>(chunk, r, center, factor).score);
+    chunk.raw[r] = sum(sum_of_row<kMasked, kAffine>(chunk, weights, r, center, factor).score);
     nan |= chunk.raw[r] != chunk.raw[r];
   }
   return nan;
 }
 
-template <bool kMasked>
-MAESTRO_INLINE bool score_groups(const Chunk& chunk, const AdvantageProfile& p, const BatchColumns& batch) {
+template <bool kMasked, class Weight>
+MAESTRO_INLINE bool score_groups(const Chunk& chunk, const Weight* weights, const AdvantageProfile& p,
+                                 const BatchColumns& batch) {
   const bool affine = !p.rewards_as_they_are();
   for (std::int64_t g = 0; g < chunk.groups; ++g) {
-    if (affine) {
-      for (std::int64_t k = 0; k < chunk.K; k += 4) columns_of_group<kMasked>(chunk, p, batch, g, k);
-    }
-    const bool nan = affine ? scores_of_group<kMasked, true>(chunk, p, g) : scores_of_group<kMasked, false>(chunk, p, g);
+    if (affine) columns_of_group<kMasked>(chunk, p, batch, g);
+    const bool nan = affine ? scores_of_group<kMasked, true>(chunk, weights, p, g)
+                            : scores_of_group<kMasked, false>(chunk, weights, p, g);
     if (nan) return true;
   }
   return false;
@@ -193,9 +232,17 @@ MAESTRO_INLINE void spread_of_group(const Chunk& chunk, bool abstained, std::int
 }
 
 MAESTRO_CLONES
-void score_chunk(const Chunk& chunk, const AdvantageProfile& p, const BatchColumns& batch) {
-  const bool abstained = score_groups<false>(chunk, p, batch);
-  if (abstained) score_groups<true>(chunk, p, batch);
+void score_chunk(const Chunk& given, const AdvantageProfile& profile, const BatchColumns& batch) {
+  const Chunk chunk = given;  // of one's own: what is stored cannot have changed it
+  const AdvantageProfile p = profile;
+  bool abstained;
+  if (chunk.weight_stride == 0) {
+    abstained = score_groups<false>(chunk, chunk.shared_weights, p, batch);
+    if (abstained) score_groups<true>(chunk, chunk.shared_weights, p, batch);
+  } else {
+    abstained = score_groups<false>(chunk, chunk.weights, p, batch);
+    if (abstained) score_groups<true>(chunk, chunk.weights, p, batch);
+  }
   for (std::int64_t g = 0; g < chunk.groups; ++g) spread_of_group(chunk, abstained, g);
   *chunk.abstained = abstained;
 }

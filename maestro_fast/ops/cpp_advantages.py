@@ -52,7 +52,7 @@ def _group_advantages(
     weights = None if weights is None else floats(weights)
     kl = None if kl is None else floats(kl)
     lengths = None if lengths is None else floats(lengths)
-    out = _empty_outputs(rewards, batch, K)
+    out = _empty_outputs(batch, K)
     advantages, scores, normalized, mean, std, degenerate = out
     _C.group_advantages(
         rewards.data_ptr(),
@@ -76,16 +76,10 @@ def _group_advantages(
     return out
 
 
-def _empty_outputs(rewards: Tensor, batch: int, K: int) -> tuple[Tensor, ...]:
-    f32 = torch.float32
-    return (
-        torch.empty(batch, dtype=f32, device=CPU),
-        torch.empty(batch, dtype=f32, device=CPU),
-        torch.empty((batch, K), dtype=f32, device=CPU),
-        torch.empty(batch, dtype=f32, device=CPU),
-        torch.empty(batch, dtype=f32, device=CPU),
-        torch.empty(batch, dtype=torch.bool, device=CPU),
-    )
+def _empty_outputs(batch: int, K: int) -> tuple[Tensor, ...]:
+    first, like = torch.empty(batch, dtype=torch.float32, device=CPU), torch.empty_like  # which takes half the time
+    normalized = torch.empty((batch, K), dtype=torch.float32, device=CPU)
+    return first, like(first), normalized, like(first), like(first), torch.empty(batch, dtype=torch.bool, device=CPU)
 
 
 def counterfactual_advantages(
@@ -196,7 +190,7 @@ def _group_advantages_operator(rewards, weights, kl, beta, lengths, size, offset
 
 @torch.library.register_fake("maestro_fast::group_advantages", lib=library)
 def _group_advantages_shapes(rewards, weights, kl, beta, lengths, size, offsets, order, integers, epsilons):  # type: ignore[no-untyped-def]
-    return _empty_outputs(rewards, rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1)
+    return _empty_outputs(rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1)
 
 
 @torch.library.impl(library, "counterfactual_advantages", "CPU")
