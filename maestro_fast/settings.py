@@ -8,7 +8,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-SHORTHANDS = {"weights": "policy"}  # sections that may be a mere name, and the setting that the name stands for
+SHORTHANDS = {
+    "weights": "policy",
+    "generation": "engine",
+}  # sections that may be a mere name, and the setting that the name stands for
 
 
 class SettingsError(ValueError):

@@ -1,6 +1,30 @@
 """Sampling of responses behind one small protocol."""
 
+from maestro_fast.generation.build import Served, build_engine, check_generation
+from maestro_fast.generation.config import (
+    ColocateConfig,
+    GenerationConfig,
+    ProbeConfig,
+    TransformersConfig,
+    generation_config,
+)
+from maestro_fast.generation.engine import Engine
 from maestro_fast.generation.generator import Generator, SamplingConfig
 from maestro_fast.generation.transformers import TransformersGenerator
+from maestro_fast.generation.vllm import VllmEngine
 
-__all__ = ["Generator", "SamplingConfig", "TransformersGenerator"]
+__all__ = [
+    "ColocateConfig",
+    "Engine",
+    "GenerationConfig",
+    "Generator",
+    "ProbeConfig",
+    "SamplingConfig",
+    "Served",
+    "TransformersConfig",
+    "TransformersGenerator",
+    "VllmEngine",
+    "build_engine",
+    "check_generation",
+    "generation_config",
+]

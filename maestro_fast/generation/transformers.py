@@ -19,8 +19,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from maestro_fast.generation.completions import completion_texts
 from maestro_fast.generation.generator import SamplingConfig
-from maestro_fast.records import Prompts, Rollouts, Text
+from maestro_fast.records import Prompts, Rollouts
 
 
 class TransformersGenerator:
@@ -93,11 +94,7 @@ class TransformersGenerator:
             truncated.append(not ends)
             completion_ids.append(row[:length])
             kept.append(row_logprobs[:length])
-        decoded = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        completions: list[Text] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts.texts, decoded, strict=True)
-        ]
+        completions = completion_texts(self.tokenizer, prompts, completion_ids)
         return Rollouts(prompts, completion_ids, completions, torch.tensor(truncated), torch.cat(kept))
 
 

@@ -80,6 +80,7 @@ class TrainConfig:
         rewards: entries for ``rewards.build_rewards``.
         weights: entry for ``weighting.build_weight_policy``.
         anchor: entry for ``rewards.build_anchor``, the utility that some weight policies learn from; it is no reward.
+        generation: entry for ``generation.generation_config``, what samples the responses.
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
         evaluation: rewards on held-out prompts, during training.
@@ -94,6 +95,7 @@ class TrainConfig:
     anchor: Any = None
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: Any = "transformers"
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     trainer: dict[str, Any] = field(default_factory=dict)

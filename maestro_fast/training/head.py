@@ -22,12 +22,12 @@ class LanguageHead:
     @property
     def weight(self) -> Tensor:
         """[V, d]; a sharded one is gathered."""
-        return _whole(self.module.weight)
+        return whole(self.module.weight)
 
     @property
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else _whole(bias)
+        return None if bias is None else whole(bias)
 
 
 def causal_lm(model: Any) -> Any:
@@ -108,6 +108,7 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
         )
 
 
-def _whole(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor gathered, by all processes together; any other as it is."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered

@@ -134,7 +134,7 @@ class Pipeline:
         record = self._record(sampled.step, rollouts, context, weights, advantages)
         metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
         self.watch.see(metrics)
-        metrics |= policy_metrics(rollouts, outputs, self.gather)
+        metrics |= policy_metrics(rollouts, outputs, self.gather) | rollouts.metrics
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,

