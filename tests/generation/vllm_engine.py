@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from maestro_fast.generation import ColocateConfig, ProbeConfig, SamplingConfig, VllmEngine
 from tests.tiny import tiny_model, tiny_tokenizer
 
+os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # it opens process groups
 HEAD_DIM = 32  # the smallest that its attention has on the CPU
 COLOCATE: dict[str, Any] = {"kv_cache_gib": 0.06, "enforce_eager": True}
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from maestro_fast.generation import GenerationConfig, Served, TransformersGenerator
+from maestro_fast.generation import GenerationConfig, SamplingConfig, Served, TransformersGenerator
 from maestro_fast.reporting.recorded_run import recorded_train
+from maestro_fast.settings import SettingsError
 from maestro_fast.training.sync_probe import StaleWeightsError
-from maestro_fast.training.synced import check_engine
+from maestro_fast.training.synced import check_engine, check_room
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.copy_engine import CopyEngine
 
@@ -108,3 +109,14 @@ def test_one_sampler_only() -> None:
     with pytest.raises(ValueError, match=r"^engine: CopyEngine beside a generator, expected one of the two"):
         check_engine(CopyEngine(model), TransformersGenerator(tiny_tokenizer(), None), model)  # type: ignore[arg-type]
     check_engine(CopyEngine(model), None, model)
+
+
+def test_a_sequence_that_the_engine_has_no_room_for_is_refused(
+    raw_config: dict[str, Any], engines: list[CopyEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CopyEngine, "max_tokens", 9)
+    words = r"^sampling\.max_new_tokens: 6 after the longest prompt of \d+ tokens, expected at most 9 together"
+    with pytest.raises(SettingsError, match=words):
+        recorded_train(raw_config | {"sampling": {"group_size": 4, "max_new_tokens": 6}})
+    assert engines[0].calls == ["close"]
+    check_room(CopyEngine(tiny_model()), 3, SamplingConfig(max_new_tokens=6))

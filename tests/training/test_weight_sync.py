@@ -103,8 +103,9 @@ def test_adapters_on_tied_embeddings_reach_every_weight() -> None:
 
 
 @pytest.fixture
-def mesh(tmp_path: Path) -> Any:
+def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of one process, over a file."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
