@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from maestro_fast.training.evaluation import check_best_metric
 from maestro_fast.training.head import causal_lm
 from maestro_fast.training.method import check_positions
 from maestro_fast.training.run_dir import run_directory
+from maestro_fast.training.synced import check_room
 from maestro_fast.training.trainer import MaestroTrainer
 from maestro_fast.weighting import build_weight_policy
 
@@ -125,50 +127,50 @@ def train(
     with run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # fresh adapters are drawn here
         model, tokenizer = load_policy(config.model, args.device)
-        _check_lengths(config, model, tokenizer, dataset, evaluation)
+        longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
-        engine = _engine(config, generation, model, tokenizer, args)
-        trainer = MaestroTrainer(
-            model,
-            tokenizer,
-            dataset,
-            rewards,
-            build_weight_policy(config.weights, rewards.names, int(width)),
-            args,
-            config.method,
-            evaluation=evaluation,
-            anchor=anchor,
-            keep_best=keep_best,
-            engine=engine,
-            probe=None if isinstance(generation, TransformersConfig) else generation.probe,
-            observers=observers,
-            timing_observers=timing_observers,
-            callbacks=list(callbacks),
-        )
-        if config.model.attention == "varlen" and trainer.pipeline.layout != "varlen":
-            raise SettingsError(
-                "model.attention: varlen does not serve this model, for the reason logged as its layout"
+        with _engine(config, generation, model, tokenizer, args) as engine:
+            if engine is not None:
+                check_room(engine, longest, config.sampling)
+            trainer = MaestroTrainer(
+                model,
+                tokenizer,
+                dataset,
+                rewards,
+                build_weight_policy(config.weights, rewards.names, int(width)),
+                args,
+                config.method,
+                evaluation=evaluation,
+                anchor=anchor,
+                keep_best=keep_best,
+                engine=engine,
+                probe=None if isinstance(generation, TransformersConfig) else generation.probe,
+                observers=observers,
+                timing_observers=timing_observers,
+                callbacks=list(callbacks),
             )
-        if trainer.is_world_process_zero():
-            (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        try:
+            if config.model.attention == "varlen" and trainer.pipeline.layout != "varlen":
+                raise SettingsError(
+                    "model.attention: varlen does not serve this model, for the reason logged as its layout"
+                )
+            if trainer.is_world_process_zero():
+                (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
             trainer.train(resume_from_checkpoint=resume or None)
             _save_final(trainer, run_dir)
-        finally:
-            if engine is not None:
-                engine.close()
     return trainer
 
 
+@contextlib.contextmanager
 def _engine(
     config: TrainConfig,
     generation: GenerationConfig,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
-) -> Engine | None:
+) -> Iterator[Engine | None]:
+    """What ``generation`` asks for, closed at the end."""
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return build_engine(
+    engine = build_engine(
         generation,
         Served(
             path=config.model.path,
@@ -180,6 +182,11 @@ def _engine(
             processes=args.world_size,
         ),
     )
+    try:
+        yield engine
+    finally:
+        if engine is not None:
+            engine.close()
 
 
 def _check_lengths(
@@ -188,11 +195,13 @@ def _check_lengths(
     tokenizer: PreTrainedTokenizerBase,
     dataset: PromptDataset,
     evaluation: PromptDataset | None,
-) -> None:
+) -> int:
+    """Tokens of the longest prompt."""
     longest = dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
     if config.evaluation is not None and evaluation is not None:
         longest = max(longest, evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens))
     check_positions(model, longest, config.sampling)
+    return longest
 
 
 def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maestro_fast.generation import Engine, Generator, ProbeConfig
+from maestro_fast.generation import Engine, Generator, ProbeConfig, SamplingConfig
+from maestro_fast.settings import SettingsError
 from maestro_fast.training.forward import Sequences, score
 from maestro_fast.training.pipeline import Pipeline
 from maestro_fast.training.sync_probe import build_probe
@@ -20,6 +21,18 @@ def check_engine(engine: Engine, generator: Generator | None, model: nn.Module) 
     if generator is not None:
         raise ValueError(f"engine: {type(engine).__name__} beside a generator, expected one of the two")
     check_syncable(model)
+
+
+def check_room(engine: Engine, longest_prompt: int, sampling: SamplingConfig) -> None:
+    """
+    Raises:
+        SettingsError: the engine would end a response before its token limit.
+    """
+    if longest_prompt + sampling.max_new_tokens > engine.max_tokens:
+        raise SettingsError(
+            f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest prompt of {longest_prompt} tokens, "
+            f"expected at most {engine.max_tokens} together, the engine's longest sequence (generation.max_tokens)"
+        )
 
 
 def synced(pipeline: Pipeline, engine: Engine, config: ProbeConfig) -> SyncedGenerator:
