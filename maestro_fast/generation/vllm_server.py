@@ -24,6 +24,7 @@ from maestro_fast.records import Prompts, Rollouts
 
 logger = logging.getLogger(__name__)
 
+MOST_STOPS = 4  # of a request, the limit of the API that vLLM serves
 PARALLEL_CALLS = 128  # each waits for one group; the server batches what it has
 
 
@@ -57,8 +58,11 @@ class VllmServer:
 
         Raises:
             ServerGone: no server there.
-            ValueError: a server that was started without something that is needed, with the command that has it.
+            ValueError: too many stop strings, or a server that was started without something that is needed, with the
+                command that has it.
         """
+        if len(sampling.stop) > MOST_STOPS:
+            raise ValueError(f"sampling.stop: {len(sampling.stop)} strings, a vLLM server takes {MOST_STOPS} at most")
         self.client, self.transfer = client, transfer
         self.tokenizer, self.sampling = tokenizer, sampling
         self._stop_ids = sorted(stop_ids)

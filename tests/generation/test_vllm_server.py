@@ -191,12 +191,12 @@ def test_a_server_that_shuts_down_is_asked_again(connect: Callable[..., VllmServ
         engine.sample(prompts("the", times=2), seed=1)
 
 
-@pytest.mark.parametrize("field", ["token_ids", "logprobs"])
+@pytest.mark.parametrize("wrong", [{"token_ids": None}, {"logprobs": None}, {"logprobs": {"token_logprobs": [-1.0]}}])
 def test_a_server_that_gives_no_token_ids_or_logprobs(
-    connect: Callable[..., VllmServer], vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, field: str
+    connect: Callable[..., VllmServer], vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
     engine, whole = connect(), vllm.choice
-    monkeypatch.setattr(vllm, "choice", lambda *args: whole(*args) | {field: None})
+    monkeypatch.setattr(vllm, "choice", lambda *args: whole(*args) | wrong)
     with pytest.raises(ValueError, match=r"a response with . token ids and . log-probs, expected one of each"):
         engine.sample(prompts("the", times=2), seed=1)
 
@@ -225,6 +225,13 @@ def test_prompt_logprobs_read_the_prefix_cache_behind_its_blocks(
     torch.testing.assert_close(read_short, torch.tensor([-4.0, -5.0, -6.0, -7.0]))
     assert sorted(len(body["prompt"][0]) for body in completions(calls)) == [5, 5, 6, 7, 8, 9, 9, 10, 11]
     assert all((body["temperature"], body["top_p"], body["top_k"]) == (1, 1, 0) for body in completions(calls))
+
+
+def test_more_stop_strings_than_the_server_takes(connect: Callable[..., VllmServer], calls: Calls) -> None:
+    with pytest.raises(ValueError, match=r"^sampling.stop: 5 strings, a vLLM server takes 4 at most"):
+        connect(stop=["a", "b", "c", "d", "e"])
+    assert not calls.seen
+    connect(stop=["a", "b", "c", "d"])
 
 
 def test_raw_logprobs_are_refused(connect: Callable[..., VllmServer], vllm: FakeVllm) -> None:
