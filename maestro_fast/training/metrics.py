@@ -113,30 +113,61 @@ def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
 def policy_metrics(
     rollouts: Rollouts, outputs: PolicyOutputs | None, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Entropy of the policy, and how far its log-probs lie from the sampler's, over the tokens of all processes.
-
-    Nothing where no process has a token. ``gather`` concatenates a tensor of every process.
-    """
+    """Entropy of the policy, and ``sampler_metrics``; nothing where no process has a token."""
     if outputs is None:
         return {}
-    logprobs_C = outputs.logprobs_C
-    sums = torch.zeros(1, 4, dtype=torch.float64)  # tokens, their entropies, their gaps; and the widest gap
+    return sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, gather, outputs.entropies_C)
+
+
+def sampler_metrics(
+    logprobs_C: Tensor,
+    sampling_logprobs_C: Tensor | None,
+    gather: Callable[[Tensor], Tensor],
+    entropies_C: Tensor | None = None,
+) -> dict[str, float]:
+    """How far the policy's log-probs lie from the sampler's, over the tokens of all processes, in nats.
+
+    The mean and the largest absolute difference, and k3: the mean of r - 1 - log r with r = policy / sampler, an
+    estimate of KL(sampler || policy) (J. Schulman, "Approximating KL divergence", 2020). ``gather`` concatenates a
+    tensor of every process.
+    """
+    sums = torch.zeros(1, 5, dtype=torch.float64)  # tokens, their entropies, gaps and k3; and the widest gap
+    sums[0, 0] = logprobs_C.numel()
     if logprobs_C.numel():
-        sums[0, 0] = logprobs_C.numel()
-        if outputs.entropies_C is not None:
-            sums[0, 1] = outputs.entropies_C.sum(dtype=torch.float64)
-        if rollouts.sampling_logprobs_C is not None:
-            gap = (logprobs_C.cpu() - rollouts.sampling_logprobs_C).abs()
-            sums[0, 2], sums[0, 3] = gap.sum(dtype=torch.float64), gap.max()
+        if entropies_C is not None:
+            sums[0, 1] = entropies_C.sum(dtype=torch.float64)
+        if sampling_logprobs_C is not None:
+            gap_C = (logprobs_C.cpu() - sampling_logprobs_C.cpu()).double()
+            sums[0, 2], sums[0, 3], sums[0, 4] = gap_C.abs().sum(), (gap_C.expm1() - gap_C).sum(), gap_C.abs().max()
     each = gather(sums.to(logprobs_C.device)).cpu()
-    tokens, entropy, gap_sum, _ = each.sum(0).tolist()
+    tokens, entropy, gap, k3, _ = each.sum(0).tolist()
     metrics: dict[str, float] = {}
-    if tokens and outputs.entropies_C is not None:
+    if tokens and entropies_C is not None:
         metrics["entropy"] = entropy / tokens
-    if tokens and rollouts.sampling_logprobs_C is not None:
-        metrics["sampling/logprob_gap_mean"] = gap_sum / tokens
-        metrics["sampling/logprob_gap_max"] = each[:, 3].max().item()
+    if tokens and sampling_logprobs_C is not None:
+        metrics["sampling/logprob_gap_mean"] = gap / tokens
+        metrics["sampling/logprob_gap_max"] = each[:, 4].max().item()
+        metrics["sampling/k3"] = k3 / tokens
     return metrics
+
+
+class SamplerGaps:
+    """The same from the training forwards, where no forward before them gives log-probs of the policy that sampled."""
+
+    def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
+        self._gather = gather
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logprobs_C: Tensor, sampling_logprobs_C: Tensor | None, *, last: bool) -> dict[str, float]:
+        """Takes in a micro-batch; after the ``last`` of a generation batch, the figures of all of it."""
+        if sampling_logprobs_C is None:
+            return {}
+        self._parts.append((logprobs_C.detach(), sampling_logprobs_C))
+        if not last:
+            return {}
+        ours, theirs = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        self._parts = []
+        return sampler_metrics(ours, theirs, self._gather)
 
 
 class MetricMeans:

@@ -138,7 +138,7 @@ class Pipeline:
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.token_loss.kl_coef > 0 else None,
-            self._sampling_logprobs(rollouts),
+            self._sampling_logprobs(rollouts, scored=outputs is not None),
         )
         return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
 
@@ -224,10 +224,10 @@ class Pipeline:
         assert outputs is not None
         return self.gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
 
-    def _sampling_logprobs(self, rollouts: Rollouts) -> Tensor | None:
-        """Those of the sampler, if the loss corrects for them."""
+    def _sampling_logprobs(self, rollouts: Rollouts, *, scored: bool) -> Tensor | None:
+        """Those of the sampler, if the loss corrects for them or the training forward is the first to be compared."""
         if self.loss.sampler_correction == "none":
-            return None
+            return None if scored else rollouts.sampling_logprobs_C
         if rollouts.sampling_logprobs_C is None:
             raise ValueError(
                 f"loss.sampler_correction: {self.loss.sampler_correction}, but the generator returns no log-probs"

@@ -30,7 +30,7 @@ from maestro_fast.training.exact_checkpoints import ExactCheckpoints
 from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
 from maestro_fast.training.head import check_head, head_of
 from maestro_fast.training.method import Method, checked_plan
-from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans
+from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps
 from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import StageProgress
 from maestro_fast.training.reference import frozen_copy, reference_policy
@@ -119,6 +119,7 @@ class MaestroTrainer(ExactCheckpoints):
         self._install_progress()
         self.add_callback(Bounds(self))
         self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
+        self._gaps = SamplerGaps(self.pipeline.gather)
         if engine is not None:
             self.pipeline = replace(self.pipeline, generator=synced(self.pipeline, engine, probe or ProbeConfig()))
 
@@ -228,6 +229,8 @@ class MaestroTrainer(ExactCheckpoints):
             with self._saved_if_it_fails(model):
                 (inputs,) = self._judge(model, inputs, outputs)
         logprobs = inputs.logprobs
+        if pipeline.scoring.source == "none":
+            self._means.add(self._gaps.add(current, logprobs.sampling_C, last=not self._micro_batches))
         loss, metrics = policy_loss(
             current,
             inputs.advantages_B,

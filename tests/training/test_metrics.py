@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.records import PolicyOutputs, Prompts, Rollouts
-from maestro_fast.training.metrics import MetricMeans, policy_metrics
+from maestro_fast.training.metrics import MetricMeans, SamplerGaps, policy_metrics, sampler_metrics
 
 
 def share(lengths: list[int], seed: int) -> tuple[Rollouts, PolicyOutputs]:
@@ -33,11 +33,13 @@ def on_all(shares: list[tuple[Rollouts, PolicyOutputs]]) -> list[dict[str, float
 def test_every_process_gets_the_figures_of_all_tokens(lengths: list[list[int]]) -> None:
     shares = [share(each, seed) for seed, each in enumerate(lengths)]
     entropies = torch.cat([outputs.entropies_C for _, outputs in shares if outputs.entropies_C is not None]).double()
-    gaps = torch.cat([(o.logprobs_C - r.sampling_logprobs_C).abs() for r, o in shares]).double()
+    differences = torch.cat([o.logprobs_C - r.sampling_logprobs_C for r, o in shares]).double()
+    gaps = differences.abs()
     expected = {
         "entropy": entropies.mean().item(),
         "sampling/logprob_gap_mean": gaps.mean().item(),
         "sampling/logprob_gap_max": gaps.max().item(),
+        "sampling/k3": (differences.exp() - 1 - differences).mean().item(),
     }
 
     for metrics in on_all(shares):
@@ -46,6 +48,20 @@ def test_every_process_gets_the_figures_of_all_tokens(lengths: list[list[int]]) 
 
 def test_nothing_is_said_of_no_tokens() -> None:
     assert on_all([share([0, 0], 0), share([0], 1)]) == [{}, {}]
+
+
+def test_gaps_of_micro_batches_are_those_of_their_batch() -> None:
+    gaps = SamplerGaps(lambda row: row)
+    rollouts, outputs = share([3, 2, 4], 0)
+    assert rollouts.sampling_logprobs_C is not None
+    for _ in range(2):  # the second batch knows nothing of the first
+        bounds = ((0, 3, False), (3, 5, False), (5, 9, True))
+        found = [
+            gaps.add(outputs.logprobs_C[a:b], rollouts.sampling_logprobs_C[a:b], last=last) for a, b, last in bounds
+        ]
+        expected = sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, lambda row: row)
+        assert found == [{}, {}, expected]
+    assert gaps.add(outputs.logprobs_C, None, last=True) == {}
 
 
 def test_means_join_those_of_other_processes() -> None:

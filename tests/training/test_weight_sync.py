@@ -1,0 +1,244 @@
+"""What is sent to an engine, when, and the proof that it arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from maestro_fast.generation import ProbeConfig
+from maestro_fast.training.forward import Sequences, score
+from maestro_fast.training.head import head_of
+from maestro_fast.training.sync_probe import StaleWeightsError, SyncProbe, build_probe
+from maestro_fast.training.weight_sync import SyncedGenerator, check_syncable, checkpoint_weights, fingerprint
+from tests.generation.helpers import prompts, same
+from tests.tiny import tiny_model
+from tests.training.copy_engine import CopyEngine
+
+
+def policy_logprobs(model: nn.Module, token_ids: list[list[int]]) -> list[Tensor]:
+    sequences = Sequences([ids[:1] for ids in token_ids], [ids[1:] for ids in token_ids])
+    outputs = score(model, sequences, head_of(model), layout="padded", micro_batch=2, temperature=1.0)
+    return list(outputs.logprobs_C.split([len(ids) - 1 for ids in token_ids]))
+
+
+class NoClock:
+    def stage(self, name: str) -> Any:
+        return contextlib.nullcontext()
+
+
+def generator(engine: CopyEngine, **probe: Any) -> SyncedGenerator:
+    built = build_probe(ProbeConfig(**probe), engine, [[5, 6, 7], [8, 9]], policy_logprobs)
+    return SyncedGenerator(engine, built, NoClock())
+
+
+def nudge(model: nn.Module, by: float = 0.05) -> None:
+    """As an optimiser does, but through ``data``, which no version counter sees."""
+    random = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=random), alpha=by)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_that_save_pretrained_writes(tmp_path: Path, family: str, tied: bool) -> None:
+    model = tiny_model(family, tied=tied)
+    model.save_pretrained(tmp_path)
+    saved, sent = load_file(tmp_path / "model.safetensors"), dict(checkpoint_weights(model))
+    assert sent.keys() == saved.keys() and ("lm_head.weight" in sent) is (not tied)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in sent.items())
+    assert not any(tensor.requires_grad for tensor in sent.values())
+    assert {tensor.dtype for _, tensor in checkpoint_weights(model, torch.bfloat16)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["v_proj"], "use_rslora": True, "lora_dropout": 0.5},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["all", "dora", "rslora and dropout", "a module of its own"],
+)
+def test_adapters_are_merged_into_copies(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Against PEFT's own merge of a copy; the trained model keeps every bit, its modes and the random state."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).train()
+    nudge(model)
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    sent = dict(checkpoint_weights(model))
+    assert sent.keys() == expected.keys()
+    for name, tensor in sent.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert gradients == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+    assert any((tensor != tiny_model().state_dict()[name]).any() for name, tensor in sent.items())
+
+
+def test_other_adapters_that_can_be_merged() -> None:
+    model = get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM"))
+    nudge(model)
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint_weights(model))
+
+
+def test_adapters_on_tied_embeddings_reach_every_weight() -> None:
+    """Merged copies come and go: what is tied is told by the weights that stay."""
+    model = get_peft_model(tiny_model(tied=True), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert [name for name, _ in checkpoint_weights(model)] == [n for n, _ in tiny_model(tied=True).named_parameters()]
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Any:
+    """Of one process, over a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sharded_weights_are_gathered(mesh: Any, lora: bool) -> None:
+    model: Any = tiny_model()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        nudge(model)
+    expected = {name: tensor.clone() for name, tensor in checkpoint_weights(model)}
+    for layer in (model.get_base_model() if lora else model).model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    sent = dict(checkpoint_weights(model))
+    assert sent.keys() == expected.keys()
+    assert all(type(t) is Tensor and torch.equal(t, expected[name]) for name, t in sent.items())
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1e-6)
+    assert fingerprint(model) != first
+
+
+def test_a_fused_optimiser_and_writes_through_data_are_noticed() -> None:
+    model = tiny_model()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    first = fingerprint(model)
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+    assert fingerprint(model) == first
+    optimiser.step()
+    second = fingerprint(model)
+    assert second != first
+    nudge(model, 1e-6)
+    assert fingerprint(model) != second
+
+
+def test_syncs_when_the_policy_has_changed_and_only_then() -> None:
+    model = tiny_model()
+    engine = CopyEngine(tiny_model(seed=1))
+    synced, asked = generator(engine), prompts("the", times=2)
+    sample = ["prompt_logprobs", "sample", "sleep"]
+    renew = ["load_weights", "reset_prefix_cache", *sample]
+    first = synced.generate(model, asked, seed=0)
+    assert engine.calls == renew
+    again = synced.generate(model, asked, seed=0)
+    assert engine.calls == [*renew, *sample] and same(first, again)
+    nudge(model)
+    changed = synced.generate(model, asked, seed=0)
+    assert engine.calls[len(renew + sample) :] == ["prompt_logprobs", *renew]  # scored with the old weights before
+    assert not same(first, changed)
+    assert set(first.metrics) == {"sync/probe_mean", "sync/probe_max"} and first.metrics["sync/probe_max"] < 1e-5
+
+
+def test_an_engine_that_lost_its_weights_in_its_sleep_gets_them_again() -> None:
+    engine = CopyEngine(tiny_model())
+    engine.keeps_weights = False
+    synced = generator(engine)
+    for _ in range(2):
+        synced.generate(tiny_model(), prompts("the"), seed=0)
+    assert engine.calls.count("load_weights") == 2
+
+
+@pytest.mark.parametrize("fault", ["load_weights", "reset_prefix_cache", "fingerprint"])
+def test_a_sync_that_did_not_take_ends_the_run(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Weights that were not sent, a prefix cache that was kept, a change that went unnoticed."""
+    model = tiny_model()
+    engine = CopyEngine(model)
+    synced = generator(engine)
+    synced.generate(model, prompts("the"), seed=0)
+    if fault == "fingerprint":
+        monkeypatch.setattr("maestro_fast.training.weight_sync.fingerprint", lambda model: synced._sent)
+    else:
+        monkeypatch.setattr(engine, fault, lambda *args: None)
+    nudge(model)
+    with pytest.raises(StaleWeightsError, match=r"^weight sync: log-prob of token \d+ at position \d+ of probe seq"):
+        synced.generate(model, prompts("the"), seed=0)
+    assert engine.calls.count("sample") == 1
+
+
+def test_the_worst_token_is_named() -> None:
+    engine = CopyEngine(tiny_model())
+    probe = SyncProbe([[5, 6, 7], [8, 9, 10, 11]], policy_logprobs, threshold=0.25)
+    theirs = engine.prompt_logprobs(probe.sequences)
+    theirs[0][1] += 0.2
+    theirs[1][1] -= 0.5
+    theirs[1][2] += 0.3
+    ours = policy_logprobs(engine.model, [[8, 9, 10, 11]])[0][1].item()
+    words = (
+        f"log-prob of token 10 at position 2 of probe sequence 1 is {ours - 0.5:.6g} in the engine and {ours:.6g} in "
+        "the trainer, expected a difference of at most 0.25 (generation.probe.threshold); 2 of 5 tokens differ by more"
+    )
+    with pytest.raises(StaleWeightsError, match=re.escape(words)):
+        probe.check(engine, engine.model)
+    theirs[0][0] = torch.nan
+    with pytest.raises(StaleWeightsError, match="log-prob of token 6 at position 1 of probe sequence 0 is nan in the"):
+        probe.check(engine, engine.model)
+
+
+def test_probe_sequences_are_real_prompts_that_fill_blocks_of_the_cache() -> None:
+    engine = CopyEngine(tiny_model())
+    asked = [[5, 6, 7], [8, 9]]
+
+    def sequences(**config: Any) -> list[list[int]]:
+        return build_probe(ProbeConfig(**config), engine, asked, policy_logprobs).sequences
+
+    assert sequences(tokens=2, sequences=3) == [
+        ([5, 6, 7, 8, 9] * 7)[:33],
+        ([8, 9, 5, 6, 7] * 7)[:33],
+        ([5, 6, 7, 8, 9] * 7)[:33],
+    ]
+    assert [len(ids) for ids in sequences(tokens=40)] == [40, 40]
+    assert [len(ids) for ids in sequences(tokens=4000)] == [255, 255]
+    engine.cache_block = 0
+    assert [len(ids) for ids in sequences(tokens=2)] == [2, 2]
+
+
+@pytest.mark.parametrize(("dtype", "threshold"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5), (torch.float16, 0.1)])
+def test_the_threshold_follows_the_dtype_of_the_engine(dtype: torch.dtype, threshold: float) -> None:
+    engine = CopyEngine(tiny_model())
+    engine.dtype = dtype
+    assert build_probe(ProbeConfig(), engine, [[5]], policy_logprobs).threshold == threshold
+    assert build_probe(ProbeConfig(threshold=0.25), engine, [[5]], policy_logprobs).threshold == 0.25
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    tuned = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"^generation: adapters of type PROMPT_TUNING add to the prompt"):
+        check_syncable(tuned)
+    quantised = tiny_model()
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    quantised.model.layers[0].mlp.up_proj.weight = weight
+    with pytest.raises(ValueError, match=r"^generation: model\.layers\.0\.mlp\.up_proj\.weight is quantised \(torch\."):
+        check_syncable(quantised)
+    check_syncable(tiny_model())
