@@ -5,6 +5,7 @@ from maestro_fast.generation.config import (
     ColocateConfig,
     GenerationConfig,
     ProbeConfig,
+    ServerConfig,
     TransformersConfig,
     generation_config,
 )
@@ -12,6 +13,7 @@ from maestro_fast.generation.engine import Engine
 from maestro_fast.generation.generator import Generator, SamplingConfig
 from maestro_fast.generation.transformers import TransformersGenerator
 from maestro_fast.generation.vllm import VllmEngine
+from maestro_fast.generation.vllm_server import VllmServer
 
 __all__ = [
     "ColocateConfig",
@@ -21,9 +23,11 @@ __all__ = [
     "ProbeConfig",
     "SamplingConfig",
     "Served",
+    "ServerConfig",
     "TransformersConfig",
     "TransformersGenerator",
     "VllmEngine",
+    "VllmServer",
     "build_engine",
     "check_generation",
     "generation_config",

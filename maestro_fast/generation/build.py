@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation.config import GenerationConfig, TransformersConfig
+from maestro_fast.generation.config import GenerationConfig, ServerConfig, TransformersConfig
 from maestro_fast.generation.engine import Engine
 from maestro_fast.generation.generator import SamplingConfig
+from maestro_fast.generation.http import HttpClient
+from maestro_fast.generation.nccl_transfer import NcclTransfer
 from maestro_fast.generation.vllm import VllmEngine, check_colocate
+from maestro_fast.generation.vllm_server import VllmServer
+from maestro_fast.generation.weight_transfer import FolderTransfer, WeightTransfer
+from maestro_fast.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,10 @@ def check_generation(config: GenerationConfig, device: torch.device, processes: 
     Raises:
         SettingsError, ImportError: see ``check_colocate``.
     """
-    if not isinstance(config, TransformersConfig):
+    if isinstance(config, ServerConfig):
+        if config.weights == "nccl" and device.type != "cuda":
+            raise SettingsError(f"generation.weights: nccl, but the policy is on {device.type}, expected folder")
+    elif not isinstance(config, TransformersConfig):
         check_colocate(config, device, processes)
 
 
@@ -48,6 +57,8 @@ def build_engine(config: GenerationConfig, served: Served) -> Engine | None:
     """The engine, its weights those of the checkpoint; None where the policy samples for itself."""
     if isinstance(config, TransformersConfig):
         return None
+    if isinstance(config, ServerConfig):
+        return _server(config, served)
     return VllmEngine(
         served.path,
         served.tokenizer,
@@ -57,4 +68,22 @@ def build_engine(config: GenerationConfig, served: Served) -> Engine | None:
         dtype=served.dtype,
         device=served.device,
         processes=served.processes,
+    )
+
+
+def _server(config: ServerConfig, served: Served) -> VllmServer:
+    client = HttpClient(config.url, timeout=config.timeout, retries=config.retries)
+    transfer: WeightTransfer
+    if config.folder is not None:
+        transfer = FolderTransfer(client, Path(config.folder))
+    else:
+        transfer = NcclTransfer(client, config.address, config.port)
+    return VllmServer(
+        client,
+        transfer,
+        served.tokenizer,
+        served.sampling,
+        served.stop_ids,
+        processes=served.processes,
+        start_timeout=config.start_timeout,
     )

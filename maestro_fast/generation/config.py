@@ -76,8 +76,44 @@ class ColocateConfig:
             raise ValueError(f"max_tokens: {self.max_tokens}, expected at least 3")
 
 
-GenerationConfig = TransformersConfig | ColocateConfig
-MODES = {"colocate": ColocateConfig}
+@dataclass(frozen=True)
+class ServerConfig:
+    """A vLLM server that is running, on other devices or machines than the training.
+
+    Attributes:
+        url: of the server, ``http://HOST:PORT``.
+        weights: the way of the weights: "nccl" from GPU to GPU, "folder" through files.
+        folder: for "folder": shared by trainer and server under one path, and used by this run alone.
+        address, port: for "nccl": where the server's workers reach the machine of the training's first process.
+        timeout: seconds that one call may take.
+        retries: how often a call is repeated that was lost, after 1, 2, 4, ... seconds.
+        start_timeout: seconds to wait for a server that is starting.
+        probe: see ``ProbeConfig``.
+    """
+
+    url: str
+    weights: Literal["nccl", "folder"] = "nccl"
+    folder: str | None = None
+    address: str = "127.0.0.1"
+    port: int = 29600
+    timeout: float = 600.0
+    retries: int = 4
+    start_timeout: float = 600.0
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self) -> None:
+        if (self.weights == "folder") != (self.folder is not None):
+            raise ValueError(f"folder: {self.folder!r} with weights: {self.weights}, expected one for folder alone")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: {self.timeout}, expected a positive number of seconds")
+        if self.retries < 0:
+            raise ValueError(f"retries: {self.retries}, expected at least 0")
+        if self.start_timeout < 0:
+            raise ValueError(f"start_timeout: {self.start_timeout}, expected at least 0 seconds")
+
+
+GenerationConfig = TransformersConfig | ColocateConfig | ServerConfig
+MODES: dict[str, type[ColocateConfig | ServerConfig]] = {"colocate": ColocateConfig, "server": ServerConfig}
 
 
 def generation_config(entry: str | Mapping[str, Any], path: str = "generation") -> GenerationConfig:

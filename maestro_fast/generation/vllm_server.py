@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maestro_fast.generation.completions import completion_texts
 from maestro_fast.generation.generator import SamplingConfig
 from maestro_fast.generation.http import HttpClient, ServerGone, ServerRefused
 from maestro_fast.generation.weight_transfer import WeightTransfer, serve_command
-from maestro_fast.records import Prompts, Rollouts, Text
+from maestro_fast.records import Prompts, Rollouts
 
 logger = logging.getLogger(__name__)
 
+MOST_STOPS = 4  # of a request, the limit of the API that vLLM serves
 PARALLEL_CALLS = 128  # each waits for one group; the server batches what it has
 
 
@@ -42,6 +44,7 @@ class VllmServer:
         sampling: SamplingConfig,
         stop_ids: Iterable[int],
         *,
+        processes: int = 1,
         start_timeout: float = 600.0,
     ) -> None:
         """
@@ -50,16 +53,21 @@ class VllmServer:
             transfer: the way in which weights reach it.
             tokenizer: turns sampled ids into text.
             stop_ids: token ids that end a response, see ``generation.transformers.stop_ids``.
+            processes: of the run; each has an engine and samples for itself, the first sends the weights.
             start_timeout: seconds to wait for a server that is starting.
 
         Raises:
             ServerGone: no server there.
-            ValueError: a server that was started without something that is needed, with the command that has it.
+            ValueError: too many stop strings, or a server that was started without something that is needed, with the
+                command that has it.
         """
+        if len(sampling.stop) > MOST_STOPS:
+            raise ValueError(f"sampling.stop: {len(sampling.stop)} strings, a vLLM server takes {MOST_STOPS} at most")
         self.client, self.transfer = client, transfer
         self.tokenizer, self.sampling = tokenizer, sampling
         self._stop_ids = sorted(stop_ids)
-        self._version: str | None = None
+        self._version: str | None = None  # of the weights that were loaded last
+        self._processes = processes
         _wait(client, start_timeout)
         self._model = client.get("/v1/models")["data"][0]["id"]
         self.dtype, self.max_tokens, self.cache_block = _sizes(client)
@@ -79,11 +87,7 @@ class VllmServer:
         answers = [self._response(choice) for choices in self._parallel(bodies) for choice in choices]
         self._check_version()
         completion_ids = [answer.token_ids for answer in answers]
-        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        completions: list[Text] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts.texts, texts, strict=True)
-        ]
+        completions = completion_texts(self.tokenizer, prompts, completion_ids)
         truncated_B = torch.tensor([answer.truncated for answer in answers])
         logprobs_C = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
         return Rollouts(prompts, completion_ids, completions, truncated_B, logprobs_C)
@@ -95,14 +99,35 @@ class VllmServer:
             ServerGone, ServerRefused: the server did not take them.
         """
         self._version = None
-        self.transfer.send(weights)
-        version = f"maestro_fast-{uuid.uuid4().hex}"
-        self.client.post("/update_weight_version", {"new_version": version}, repeat=True)
-        self._version = version
+        self._from_first(None)  # the requests of all processes have been answered
+        if self._is_first:
+            self.transfer.send(weights)
+            version = f"maestro_fast-{uuid.uuid4().hex}"
+            self.client.post("/update_weight_version", {"new_version": version}, repeat=True)
+        else:
+            version = ""
+            for _ in weights:  # to gather sharded weights takes all processes
+                pass
+        self._version = self._from_first(version)
 
     def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``."""
-        self.client.post("/reset_prefix_cache", repeat=True, accept=_reset)
+        if self._is_first:
+            self.client.post("/reset_prefix_cache", repeat=True, accept=_reset)
+        self._from_first(None)
+
+    @property
+    def _is_first(self) -> bool:
+        return self._processes == 1 or torch.distributed.get_rank() == 0
+
+    def _from_first(self, value: Any) -> Any:
+        """What the first process has; none goes on before all are here."""
+        if self._processes == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        torch.distributed.barrier()
+        return held[0]
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
         """See ``Engine.prompt_logprobs``. vLLM's own prompt log-probs pass by the prefix cache; so those of the tokens
@@ -126,9 +151,9 @@ class VllmServer:
         return scores
 
     def _first_behind_cache(self, ids: list[int]) -> int:
-        """Position of the first token that is not computed from the cached blocks alone; ``len(ids)`` if there is no
-        whole block before the last token, which is always computed."""
-        blocks = (len(ids) - 1) // self.cache_block if self.cache_block else 0
+        """Position of the first token whose request reads as many whole blocks as any; ``len(ids)`` if none reads one.
+        A request computes its last token even if the cache holds it."""
+        blocks = (len(ids) - 2) // self.cache_block if self.cache_block else 0
         return blocks * self.cache_block + 1 if blocks else len(ids)
 
     def sleep(self) -> bool:
@@ -137,7 +162,8 @@ class VllmServer:
 
     def close(self) -> None:
         """See ``Engine.close``. The server runs on."""
-        self.transfer.close()
+        if self._is_first:
+            self.transfer.close()
 
     def _body(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
         """A request that leaves nothing to the server's defaults, which come from its model's generation config."""

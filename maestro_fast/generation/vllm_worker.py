@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maestro_fast.generation.vllm_cpu import repack_tied_head
+
 
 class MaestroWorker:
     """vLLM adds this class to the bases of its own worker."""
 
+    device: Any
     model_runner: Any
     reload_weights: Callable[..., None]
 
@@ -23,14 +26,5 @@ class MaestroWorker:
     def maestro_load(self, folder: str) -> None:
         """Replaces the weights by those of the safetensors files in ``folder``."""
         self.reload_weights(weights_path=folder)
-        repack_tied_head(self.model_runner.get_model())
-
-
-def repack_tied_head(model: Any) -> None:
-    """On the CPU vLLM multiplies with a packed copy of the head. A tied head is not loaded again, so it keeps the
-    copy of the old weights."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and module.weight.device.type == "cpu":
-            module.quant_method.process_weights_after_loading(module)
+        if self.device.type == "cpu":
+            repack_tied_head(self.model_runner.get_model())

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maestro_fast.generation import SamplingConfig
+from maestro_fast.generation import SamplingConfig, VllmServer
 from maestro_fast.generation.http import HttpClient, ServerGone, ServerRefused
-from maestro_fast.generation.vllm_server import VllmServer
 from maestro_fast.generation.weight_transfer import FolderTransfer
 from maestro_fast.records import Prompts
 from tests.generation.helpers import TOKENIZER, prompts
@@ -192,12 +191,12 @@ def test_a_server_that_shuts_down_is_asked_again(connect: Callable[..., VllmServ
         engine.sample(prompts("the", times=2), seed=1)
 
 
-@pytest.mark.parametrize("field", ["token_ids", "logprobs"])
+@pytest.mark.parametrize("wrong", [{"token_ids": None}, {"logprobs": None}, {"logprobs": {"token_logprobs": [-1.0]}}])
 def test_a_server_that_gives_no_token_ids_or_logprobs(
-    connect: Callable[..., VllmServer], vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, field: str
+    connect: Callable[..., VllmServer], vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
     engine, whole = connect(), vllm.choice
-    monkeypatch.setattr(vllm, "choice", lambda *args: whole(*args) | {field: None})
+    monkeypatch.setattr(vllm, "choice", lambda *args: whole(*args) | wrong)
     with pytest.raises(ValueError, match=r"a response with . token ids and . log-probs, expected one of each"):
         engine.sample(prompts("the", times=2), seed=1)
 
@@ -215,16 +214,24 @@ def test_a_prompt_that_leaves_no_room_for_its_response(connect: Callable[..., Vl
 def test_prompt_logprobs_read_the_prefix_cache_behind_its_blocks(
     connect: Callable[..., VllmServer], calls: Calls
 ) -> None:
-    """Blocks of 4: of 10 tokens two blocks, of 4 none, for the last token is always computed."""
+    """Blocks of 4, and the last token of a request is always computed: of 5 tokens none is read, of 10 two blocks."""
     engine = connect()
     calls.seen.clear()
-    long, short = list(range(20, 30)), [3, 4, 5, 6]
-    ours, theirs = engine.prompt_logprobs([long, short])
-    expected = [-float(token) for token in long[1:9]] + [-29 - 9 / 100]
-    torch.testing.assert_close(ours, torch.tensor(expected))
-    torch.testing.assert_close(theirs, torch.tensor([-4.0, -5.0, -6.0]))
-    assert {len(body["prompt"][0]) for body in completions(calls)} == {10, 4, 9}
+    long, edge, short = list(range(20, 31)), list(range(20, 29)), [3, 4, 5, 6, 7]
+    read_long, read_edge, read_short = engine.prompt_logprobs([long, edge, short])
+    whole = [-float(token) for token in long[1:]]
+    torch.testing.assert_close(read_long, torch.tensor([*whole[:8], -29.09, -30.10]))
+    torch.testing.assert_close(read_edge, torch.tensor([*whole[:4], -25.05, -26.06, -27.07, -28.08]))
+    torch.testing.assert_close(read_short, torch.tensor([-4.0, -5.0, -6.0, -7.0]))
+    assert sorted(len(body["prompt"][0]) for body in completions(calls)) == [5, 5, 6, 7, 8, 9, 9, 10, 11]
     assert all((body["temperature"], body["top_p"], body["top_k"]) == (1, 1, 0) for body in completions(calls))
+
+
+def test_more_stop_strings_than_the_server_takes(connect: Callable[..., VllmServer], calls: Calls) -> None:
+    with pytest.raises(ValueError, match=r"^sampling.stop: 5 strings, a vLLM server takes 4 at most"):
+        connect(stop=["a", "b", "c", "d", "e"])
+    assert not calls.seen
+    connect(stop=["a", "b", "c", "d"])
 
 
 def test_raw_logprobs_are_refused(connect: Callable[..., VllmServer], vllm: FakeVllm) -> None:
