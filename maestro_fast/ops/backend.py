@@ -18,14 +18,14 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "maestro_advantages": ("cpp", "triton", "torch"),
     "conductor_weights": ("cpp", "triton", "torch"),
     "pool_hidden": ("triton", "torch"),
-    "token_logprobs": ("torch",),
+    "token_logprobs": ("triton", "torch"),
     "policy_loss": ("triton", "torch"),
     "pack_sequences": ("cpp",),
     "balance_sequences": ("cpp",),
 }
 
 
-_DIFFERENTIABLE = ("policy_loss",)  # by Triton: its kernel gives the gradient with the loss
+_DIFFERENTIABLE = ("policy_loss", "token_logprobs")  # by Triton
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:
