@@ -153,8 +153,9 @@ class _Sweep:
         self.hidden, self.targets, self.inputs, self.head, self.config = hidden, targets, inputs, head, config
         dtype, tokens = wide(hidden[:0]).dtype, hidden.shape[0]
         self.logprobs = hidden.new_zeros(tokens, dtype=dtype)
-        if inputs.old_logprobs is not None:  # a ratio of 1 until it is known, which overflows nowhere
-            self.logprobs.copy_(torch.where(targets == IGNORED, 0.0, inputs.old_logprobs))
+        if inputs.old_logprobs is not None:  # a ratio of 1 where none is taken: an infinite one times 0 is NaN
+            assert inputs.token_mask is not None
+            self.logprobs.copy_(torch.where(inputs.token_mask, inputs.old_logprobs, 0.0))
         self.entropies = None if head.spec.entropy == "none" else torch.zeros_like(self.logprobs)
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
@@ -175,7 +176,8 @@ class _Sweep:
         chunk = self.head.chunk_of(self.hidden, self.targets, rows)
         x = chunk.logits()
         stats = chunk.statistics(x)
-        self.logprobs[rows] = stats.logprobs[: chunk.rows]
+        worked = chunk.targets[: chunk.rows] != IGNORED
+        self.logprobs[rows] = torch.where(worked, stats.logprobs[: chunk.rows], self.logprobs[rows])
         if self.entropies is not None and stats.entropies is not None:
             self.entropies[rows] = stats.entropies[: chunk.rows]
         if not gradient:
