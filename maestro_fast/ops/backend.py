@@ -20,6 +20,7 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "pool_hidden": ("triton", "torch"),
     "token_logprobs": ("triton", "torch"),
     "policy_loss": ("triton", "torch"),
+    "linear_policy_loss": ("torch",),
     "pack_sequences": ("cpp",),
     "balance_sequences": ("cpp",),
 }

@@ -27,12 +27,42 @@ def policy_loss(
     """Loss and metrics. The arguments are checked."""
     from maestro_fast.kernels.policy_loss import METRICS
 
+    values, _, _ = _call(logprobs, advantages, cu_seqlens, tokenwise, divisors, config)
+    wanted = {
+        "kl": tokenwise["ref_logprobs"] is not None,
+        "sampler_ratio": tokenwise["sampling_logprobs"] is not None,
+    }
+    metrics = values.detach()
+    return values[0], {name: metrics[place] for name, place in METRICS.items() if wanted.get(name, True)}
+
+
+def policy_gradient(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    tokenwise: Mapping[str, Tensor | None],
+    divisors: tuple[Divisor, Divisor],
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss's gradients of the log-probs and, with an entropy bonus, of the entropies, float32 [T]."""
+    _, d_logprobs, d_entropies = _call(logprobs, advantages, cu_seqlens, tokenwise, divisors, config)
+    return d_logprobs, d_entropies if config.entropy_coef > 0 else None
+
+
+def _call(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    tokenwise: Mapping[str, Tensor | None],
+    divisors: tuple[Divisor, Divisor],
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
     numbers = [None if isinstance(d, Tensor) or d is None else float(d) for d in divisors]
     tensors = [_on_device(d, logprobs.device) if isinstance(d, Tensor) else None for d in divisors]
     others = [None if x is None else x.contiguous() for x in (tokenwise[name] for name in _NAMES)]
     if config.entropy_coef == 0:
         others[3] = None  # nothing reads them
-    values, _, _ = torch.ops.maestro_fast.triton_policy_loss(
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.maestro_fast.triton_policy_loss(
         logprobs.contiguous(),
         advantages.contiguous(),
         cu_seqlens.contiguous(),
@@ -41,9 +71,7 @@ def policy_loss(
         *numbers,
         *_fields(config),
     )
-    wanted = {"kl": others[1] is not None, "sampler_ratio": others[2] is not None}
-    metrics = values.detach()
-    return values[0], {name: metrics[place] for name, place in METRICS.items() if wanted.get(name, True)}
+    return results
 
 
 def _on_device(number: Tensor, device: torch.device) -> Tensor:

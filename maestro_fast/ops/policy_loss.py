@@ -20,7 +20,7 @@ values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and `
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def policy_loss(
         "entropies": entropies,
         "token_mask": token_mask,
     }
-    _check(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
+    check_loss_inputs(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
     if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
         divisors = normalizer, entropy_normalizer
         return PolicyLoss(*gpu_policy_loss.policy_loss(logprobs, advantages, cu_seqlens, tokenwise, divisors, config))
@@ -212,7 +212,38 @@ def _metrics(ratio: Tensor, advantages_T: Tensor, segments: _Segments, config: P
     }
 
 
-def _check(
+def policy_gradient(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    tokenwise: dict[str, Tensor | None],
+    normalizer: float | Tensor | None,
+    entropy_normalizer: float | Tensor | None,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``policy_loss`` [T], of the log-probs and (None without a bonus) of the entropies, as values.
+
+    Args:
+        tokenwise: the [T] arguments of ``policy_loss`` by their names. All are checked already.
+    """
+    divisors = normalizer, entropy_normalizer
+    if resolve("policy_loss", None, logprobs, advantages, *tokenwise.values()) == "triton":
+        return gpu_policy_loss.policy_gradient(logprobs, advantages, cu_seqlens, tokenwise, divisors, config)
+
+    def loss(logprobs: Tensor, entropies: Tensor | None) -> Tensor:
+        given = {**tokenwise, "entropies": entropies}
+        options: dict[str, Any] = {"normalizer": normalizer, "entropy_normalizer": entropy_normalizer}
+        return policy_loss(logprobs, advantages, cu_seqlens, **given, **options, config=config, backend="torch").loss
+
+    entropies = tokenwise["entropies"]
+    if config.entropy_coef > 0:
+        gradients: tuple[Tensor, Tensor] = torch.func.grad(loss, argnums=(0, 1))(logprobs, entropies)
+        return gradients
+    gradient: Tensor = torch.func.grad(loss)(logprobs, entropies)
+    return gradient, None
+
+
+def check_loss_inputs(
     logprobs: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
@@ -248,10 +279,10 @@ def _check(
             raise ValueError(f"{name}: missing, expected [T] with {needed}")
     if config.normalization == "dapo" and normalizer is None:
         raise ValueError("normalizer: missing, expected the token count of the optimiser step with 'dapo'")
-    _check_bounds(cu_seqlens, logprobs.shape[0])
+    check_bounds(cu_seqlens, logprobs.shape[0])
 
 
-def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):

@@ -1,0 +1,226 @@
+"""The policy loss from hidden states: language-model head, loss and their gradients in one sweep over the rows.
+
+    x = h @ W.T -> log p, H -> dL/dlog p, dL/dH (``ops.policy_loss``) -> dL/dx in place of x -> dL/dh, dL/dW
+
+Three GEMMs of 2 T V d operations, where ``token_logprobs`` and ``policy_loss`` one after the other need four: that
+backward pass computes the logits a second time. So the gradient comes with the loss, and backward() only multiplies it.
+Chunks and row maths are those of ``token_logprobs``, whose log-probs are bitwise the same.
+
+The loss of a chunk's rows is taken from ``policy_loss`` over the whole batch, with what log-probs there are: a row's
+gradient depends on its own, with ratios of sequences on those of its response, which ``ops.sweep`` then keeps together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maestro_fast.ops.head_chunks import Head, Rows
+from maestro_fast.ops.head_rows import EntropyMode, HeadSpec
+from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs
+from maestro_fast.ops.policy_loss import PolicyLoss
+from maestro_fast.ops.policy_loss_config import PolicyLossConfig
+from maestro_fast.ops.sweep import Known, Step, sweep_steps
+from maestro_fast.ops.tensors import wide
+from maestro_fast.ops.token_logprobs import check_head_inputs
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
+    active: Tensor | None = None,
+    mean_entropy: bool = False,
+    config: PolicyLossConfig,
+) -> PolicyLoss:
+    """``policy_loss`` of ``token_logprobs``: the same loss, metrics and gradients of hidden, lm_head and bias.
+
+    Rows without a gradient leave the gradient's two GEMMs if the host knows them, and are 0 in them if not. It knows
+    tokens that are masked, and with neither a KL nor an entropy bonus the responses whose advantage is 0, from tensors
+    on the CPU: ``advantages``, ``cu_seqlens``, ``token_mask`` and ``active`` may stay there beside hidden states on a
+    GPU. Masked rows leave the forward too; those of advantage 0 do not, since the metrics are means over all live
+    tokens, unless ``active`` leaves them out.
+
+    Where a gradient needs whole responses (``ratio="sequence"`` with old log-probs, a sampler correction by sequences
+    without), those longer than a chunk go through the head twice, and all of them if ``cu_seqlens`` is on a GPU.
+
+    Args:
+        hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``; a target of -100 is
+            a masked token.
+        advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs, token_mask, normalizer,
+            entropy_normalizer, config: see ``policy_loss``. Lengths and normalizers count what is not active, too.
+        active: bool [B], False leaves a response out of every pass and of the metrics: its advantage is 0, so that it
+            adds nothing to loss or gradient.
+        mean_entropy: whether ``metrics["entropy"]``, the mean entropy of the live tokens in nats, is wanted.
+
+    Returns:
+        ``PolicyLoss``. The gradient cannot be differentiated again. It is held from here to backward(): [T, d] in the
+        dtype of ``hidden``, and float32 [V, d] if ``lm_head`` has one.
+
+    Raises:
+        ValueError: as ``token_logprobs`` and ``policy_loss``; an input other than the three requires a gradient;
+            ``active`` with a KL or an entropy bonus, whose gradient needs every response, or False where the advantage
+            is not 0 (looked at on the CPU only).
+        TypeError: dtypes.
+    """
+    entropy: EntropyMode = "grad" if config.entropy_coef > 0 else "value" if mean_entropy else "none"
+    spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
+    check_head_inputs(hidden, lm_head, targets, bias, spec)
+    given = LossInputs(
+        advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs, token_mask, active, normalizer,
+        entropy_normalizer,
+    )  # fmt: skip
+    inputs = loss_inputs(given, hidden, config)
+    plan = _Plan(
+        spec,
+        config,
+        gradient=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, lm_head, bias)),
+        whole=given.needs_whole_responses(config),
+        known=given.known(targets, config),
+        mean_entropy=mean_entropy,
+    )
+    loss, values = _LinearPolicyLoss.apply(hidden, lm_head, bias, targets, plan, *inputs)  # type: ignore[no-untyped-call]
+    return PolicyLoss(loss, dict(zip(_metric_names(inputs, plan), values.unbind(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    spec: HeadSpec
+    config: PolicyLossConfig
+    gradient: bool
+    whole: bool
+    known: Known
+    mean_entropy: bool
+
+    def steps(self, tokens: int, chunk: int) -> list[Step]:
+        return sweep_steps(tokens, chunk, self.known, gradient=self.gradient, whole=self.whole)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan, *given: Any
+    ) -> tuple[Tensor, Tensor]:
+        inputs, targets, worked_T = _without_left_out(LossInputs(*given), targets)
+        sweep = _Sweep(hidden, targets, inputs, Head.of(weight, bias, plan.spec), plan.config)
+        if plan.gradient:
+            sweep.want(*ctx.needs_input_grad[:3])
+        for rows, gradient in plan.steps(hidden.shape[0], sweep.head.chunk):
+            sweep.step(rows, gradient)
+        ctx.save_for_backward(sweep.dhidden, sweep.dweight, sweep.dbias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        loss, values = _loss_and_metrics(sweep, worked_T, plan)
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if x is None else torch.mul(x, dloss, out=torch.empty_like(x, dtype=dtype))
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, *[None] * (2 + len(LossInputs._fields)))
+
+
+class _Sweep:
+    """What is known of the batch so far: log-probs and entropies [T], and the sums of the gradients."""
+
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, inputs: LossInputs, head: Head, config: PolicyLossConfig
+    ) -> None:
+        self.hidden, self.targets, self.inputs, self.head, self.config = hidden, targets, inputs, head, config
+        dtype, tokens = wide(hidden[:0]).dtype, hidden.shape[0]
+        self.logprobs = hidden.new_zeros(tokens, dtype=dtype)
+        if inputs.old_logprobs is not None:  # a ratio of 1 where none is taken: an infinite one times 0 is NaN
+            assert inputs.token_mask is not None
+            self.logprobs.copy_(torch.where(inputs.token_mask, inputs.old_logprobs, 0.0))
+        self.entropies = None if head.spec.entropy == "none" else torch.zeros_like(self.logprobs)
+
+    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Float16 would round a token's share of the loss to 0 before the loss is scaled up."""
+        dtype, head = self.logprobs.dtype, self.head
+        if hidden:
+            narrow = dtype if self.hidden.dtype is torch.float16 else self.hidden.dtype
+            self.dhidden = torch.zeros_like(self.hidden, dtype=narrow)
+        if weight:
+            self.dweight = torch.zeros_like(head.weight, dtype=dtype)
+        if bias and head.bias is not None:
+            self.dbias = torch.zeros_like(head.bias)
+
+    def step(self, rows: Rows, gradient: bool) -> None:
+        """One chunk; its logits, and what becomes of them, end with it."""
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.hidden.device)
+        chunk = self.head.chunk_of(self.hidden, self.targets, rows)
+        x = chunk.logits()
+        stats = chunk.statistics(x)
+        worked = chunk.targets[: chunk.rows] != IGNORED
+        self.logprobs[rows] = torch.where(worked, stats.logprobs[: chunk.rows], self.logprobs[rows])
+        if self.entropies is not None and stats.entropies is not None:
+            self.entropies[rows] = stats.entropies[: chunk.rows]
+        if not gradient:
+            return
+        dlogprobs, dentropies = self.inputs.gradient(self.logprobs, self.entropies, self.config)
+        dlogits = chunk.dlogits(x, stats, dlogprobs[rows], None if dentropies is None else dentropies[rows])
+        if self.dhidden is not None:
+            self.dhidden[rows] = chunk.dhidden(dlogits).to(self.dhidden.dtype)
+        if self.dweight is not None:
+            chunk.add_dweight_(self.dweight, dlogits)
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
+
+
+def _without_left_out(inputs: LossInputs, targets: Tensor) -> tuple[LossInputs, Tensor, Tensor]:
+    """The inputs with all that is masked in ``token_mask``, targets that name the rows to work, and those [T]."""
+    live_T = targets != IGNORED
+    if inputs.token_mask is not None:
+        live_T = live_T & (inputs.token_mask != 0)
+    worked_T, advantages = live_T, inputs.advantages
+    if inputs.active is not None:
+        position_T = torch.arange(targets.shape[0], device=targets.device)
+        response_T = torch.bucketize(position_T, inputs.cu_seqlens[1:], right=True)
+        worked_T = live_T & inputs.active[response_T]
+        advantages = torch.where(inputs.active, advantages, 0.0)
+    inputs = inputs._replace(advantages=advantages, token_mask=live_T)
+    return inputs, torch.where(worked_T, targets, IGNORED), worked_T
+
+
+def _loss_and_metrics(sweep: _Sweep, worked_T: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    loss, metrics = sweep.inputs.loss(sweep.logprobs, sweep.entropies, plan.config)
+    if sweep.inputs.active is not None:
+        metrics = sweep.inputs._replace(token_mask=worked_T).loss(sweep.logprobs, sweep.entropies, plan.config).metrics
+    if plan.mean_entropy:
+        assert sweep.entropies is not None
+        metrics["entropy"] = torch.where(worked_T, sweep.entropies, 0.0).sum() / worked_T.sum().clamp(min=1)
+    return loss, torch.stack([metrics[name] for name in _metric_names(sweep.inputs, plan)])
+
+
+def _metric_names(inputs: LossInputs, plan: _Plan) -> list[str]:
+    wanted = {
+        "sampler_ratio": inputs.sampling_logprobs is not None,
+        "kl": inputs.ref_logprobs is not None,
+        "entropy": plan.mean_entropy,
+    }
+    return ["clip_low", "clip_high", "ratio", *(name for name, given in wanted.items() if given)]
