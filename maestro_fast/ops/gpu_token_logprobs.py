@@ -64,7 +64,7 @@ def _backward(
     dentropies: Tensor,
     *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *fields, wanted = more
+    *fields, fused, wanted = more
     spec = HeadSpec(*fields)
     hidden, targets = _columns_contiguous(hidden), targets.contiguous()
     gradients = head_backward(
@@ -73,7 +73,7 @@ def _backward(
         weight,
         bias,
         targets,
-        RowStatistics(peaks, peaks, totals, entropies),  # its log-probs are not read
+        None if fused else RowStatistics(peaks, peaks, totals, entropies),  # its log-probs are not read
         dlogprobs,
         dentropies if spec.entropy == "grad" else None,
         tuple(wanted),
@@ -99,7 +99,7 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 define(f"triton_token_logprobs({_INPUTS}, {SPEC}, bool fused) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _shapes)
 define(
     f"triton_token_logprobs_backward({_INPUTS}, Tensor peaks, Tensor totals, Tensor entropies, Tensor dlogprobs,"
-    f" Tensor dentropies, {SPEC}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    f" Tensor dentropies, {SPEC}, bool fused, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _gradient_shapes,
 )
@@ -110,7 +110,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     _, peaks, totals, entropies = output
     ctx.mark_non_differentiable(peaks, totals, *(() if fields[_FIELDS - 1] == "grad" else (entropies,)))
     ctx.save_for_backward(hidden, weight, bias, targets, peaks, totals, entropies)
-    ctx.fields = fields[:_FIELDS]
+    ctx.fields = fields
 
 
 def _differentiate(ctx: Any, dlogprobs: Tensor, _: Tensor, __: Tensor, dentropies: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,40 +40,48 @@ def head_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    stats: RowStatistics,
+    stats: RowStatistics | None,
     dlogprobs: Tensor,
     dentropies: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> HeadGradients:
-    """From the gradients [T] of log-probs and entropies (None: 0), which ``head_forward`` gave as ``stats``.
+    """From the gradients [T] of log-probs and entropies (None: 0).
 
     Args:
         weight, bias: as the caller has them; ``head`` was made of them.
+        stats: what ``head_forward`` gave; None: taken again, where the forward's logits were not quite these.
         wanted: the gradients of hidden, weight and bias.
     """
-    precision = stats.peaks.dtype
+    precision = wide(hidden[:0]).dtype
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = torch.zeros_like(weight, dtype=precision) if wanted[1] else None
     dbias = torch.zeros_like(bias, dtype=precision) if wanted[2] and bias is not None else None
     for chunk, rows in _chunks(head, hidden, targets):
-        part = RowStatistics(
-            stats.peaks[rows],  # not read by what follows
-            head.padded(stats.peaks[rows]),
-            head.padded(stats.totals[rows], 1.0),
-            None if dentropies is None or stats.entropies is None else head.padded(stats.entropies[rows]),
-        )
-        dlogits = chunk.dlogits(chunk.logits(), part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
+        x = chunk.logits()
+        part = chunk.statistics(x) if stats is None else _part(head, stats, rows, dentropies is not None)
+        dlogits = chunk.dlogits(x, part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
         if dbias is not None:
             dbias += dlogits.sum(0, dtype=precision)
         if dhidden is not None:
             dhidden[rows] = chunk.dhidden(dlogits).to(hidden.dtype)
         if dweight is not None:
             chunk.add_dweight_(dweight, dlogits)
-        del dlogits  # its memory is the next chunk's
+        del x, dlogits  # their memory is the next chunk's
     return HeadGradients(
         dhidden,
         None if dweight is None else dweight.to(weight.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _part(head: Head, stats: RowStatistics, rows: slice, with_entropy: bool) -> RowStatistics:
+    """Of one chunk; its log-probs are not read."""
+    peaks, totals = head.padded(stats.peaks[rows]), head.padded(stats.totals[rows], 1.0)
+    return RowStatistics(
+        peaks,
+        peaks,
+        totals,
+        head.padded(stats.entropies[rows]) if with_entropy and stats.entropies is not None else None,
     )
 
 
