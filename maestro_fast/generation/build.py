@@ -86,4 +86,5 @@ def _server(config: ServerConfig, served: Served) -> VllmServer:
         served.stop_ids,
         processes=served.processes,
         start_timeout=config.start_timeout,
+        concurrent_parts=config.parts,
     )

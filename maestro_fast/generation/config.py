@@ -88,6 +88,8 @@ class ServerConfig:
         timeout: seconds that one call may take.
         retries: how often a call is repeated that was lost, after 1, 2, 4, ... seconds.
         start_timeout: seconds to wait for a server that is starting.
+        parts: that a batch is asked for in, all at once; a divisor of the prompts of a process. With more than one, the
+            rewards judge those that have come in while the others are sampled, and see one part at a time.
         probe: see ``ProbeConfig``.
     """
 
@@ -99,6 +101,7 @@ class ServerConfig:
     timeout: float = 600.0
     retries: int = 4
     start_timeout: float = 600.0
+    parts: int = 1
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,8 @@ class ServerConfig:
             raise ValueError(f"timeout: {self.timeout}, expected a positive number of seconds")
         if self.retries < 0:
             raise ValueError(f"retries: {self.retries}, expected at least 0")
+        if self.parts < 1:
+            raise ValueError(f"parts: {self.parts}, expected at least 1")
         if self.start_timeout < 0:
             raise ValueError(f"start_timeout: {self.start_timeout}, expected at least 0 seconds")
 

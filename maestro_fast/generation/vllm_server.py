@@ -46,6 +46,7 @@ class VllmServer:
         *,
         processes: int = 1,
         start_timeout: float = 600.0,
+        concurrent_parts: int = 1,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class VllmServer:
             stop_ids: token ids that end a response, see ``generation.transformers.stop_ids``.
             processes: of the run; each has an engine and samples for itself, the first sends the weights.
             start_timeout: seconds to wait for a server that is starting.
+            concurrent_parts: see ``Engine``.
 
         Raises:
             ServerGone: no server there.
@@ -68,6 +70,7 @@ class VllmServer:
         self._stop_ids = sorted(stop_ids)
         self._version: str | None = None  # of the weights that were loaded last
         self._processes = processes
+        self.concurrent_parts = concurrent_parts
         _wait(client, start_timeout)
         self._model = client.get("/v1/models")["data"][0]["id"]
         self.dtype, self.max_tokens, self.cache_block = _sizes(client)

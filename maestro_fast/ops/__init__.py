@@ -12,7 +12,7 @@ from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weight
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups
-from maestro_fast.ops.linear_policy_loss import linear_policy_loss
+from maestro_fast.ops.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.pack_sequences import pack_sequences
 from maestro_fast.ops.policy_loss import PolicyLoss, policy_loss
@@ -32,6 +32,7 @@ __all__ = [
     "ConductorUpdateConfig",
     "GroupAdvantages",
     "Groups",
+    "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyLossConfig",
     "TokenLogprobs",

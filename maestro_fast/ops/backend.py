@@ -19,7 +19,7 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "conductor_weights": ("cpp", "triton", "torch"),
     "conductor_update": ("triton", "torch"),
     "pool_hidden": ("triton", "torch"),
-    "token_logprobs": ("torch",),
+    "token_logprobs": ("triton", "torch"),
     "policy_loss": ("triton", "torch"),
     "linear_policy_loss": ("torch",),
     "pack_sequences": ("cpp",),
@@ -27,7 +27,7 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
 }
 
 
-_DIFFERENTIABLE = ("policy_loss",)  # by Triton: its kernel gives the gradient with the loss
+_DIFFERENTIABLE = ("policy_loss", "token_logprobs")  # by Triton
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +47,35 @@ def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable
 def floats(x: Tensor) -> Tensor:
     """Contiguous float32."""
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
+
+
+def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Registers an operator of ours that compilation does not look into.
+
+    Args:
+        signature: as ``torch.library`` takes it, without the namespace.
+        launch: its work, on a CUDA device or in Triton's interpreter.
+        shapes: the same arguments to empty outputs.
+    """
+
+    def run(*arguments: Any) -> Any:
+        return _apart(launch(*arguments))
+
+    name = signature.partition("(")[0]
+    library.define(signature)
+    library.impl(name, run, "CUDA")
+    library.impl(name, run, "CPU")
+    torch.library.register_fake(f"maestro_fast::{name}", shapes, lib=library)
+
+
+def _apart(outputs: Any) -> Any:
+    """An operator's results must not share a storage, which those of an eager launch do to save allocations."""
+    if outputs is None or isinstance(outputs, Tensor):
+        return outputs
+    seen: set[int] = set()
+    apart = []
+    for x in outputs:
+        storage = x.untyped_storage().data_ptr()
+        apart.append(x.clone() if storage in seen else x)
+        seen.add(storage)
+    return tuple(apart)

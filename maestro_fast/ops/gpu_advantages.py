@@ -12,7 +12,7 @@ from torch import Tensor
 from maestro_fast.ops import gpu_launches
 from maestro_fast.ops.conductor_params import ConductorParams
 from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
-from maestro_fast.ops.gpu import library
+from maestro_fast.ops.gpu import define
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers
 
@@ -132,30 +132,6 @@ _PARAMS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? hidden_
 _CHOICE = "float tau, float min_prob, float alpha, bool soft, int seed_low, int seed_high, int step, int offset"
 
 
-def _define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    def run(*arguments: Any) -> Any:
-        return _apart(launch(*arguments))
-
-    name = signature.partition("(")[0]
-    library.define(signature)
-    library.impl(name, run, "CUDA")
-    library.impl(name, run, "CPU")  # Triton's interpreter
-    torch.library.register_fake(f"maestro_fast::{name}", shapes, lib=library)
-
-
-def _apart(outputs: Any) -> Any:
-    """An operator's results must not share a storage, which those of an eager launch do to save allocations."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    seen: set[int] = set()
-    apart = []
-    for x in outputs:
-        storage = x.untyped_storage().data_ptr()
-        apart.append(x.clone() if storage in seen else x)
-        seen.add(storage)
-    return tuple(apart)
-
-
 def _advantage_shapes(rewards: Tensor) -> tuple[Tensor, ...]:
     batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
     one = [rewards.new_empty(batch, dtype=torch.float32) for _ in range(4)]
@@ -183,7 +159,7 @@ def _choice(arguments: tuple[Any, ...]) -> Choice:
     return tau, min_prob, alpha, soft, low | high << 32, step, offset
 
 
-_define(
+define(
     f"triton_group_advantages(Tensor rewards, Tensor? weights, {_GROUPED}, Tensor? lengths, Tensor index, {_PROFILE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda rewards, weights, kl, beta, lengths, index, integers, epsilons: gpu_launches.group_advantages(
@@ -191,7 +167,7 @@ _define(
     ),
     lambda rewards, *rest: _advantage_shapes(rewards),
 )
-_define(
+define(
     f"triton_counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor actions, {_GROUPED}, Tensor index,"
     f" {_PROFILE}) -> Tensor",
     lambda rewards, weights, actions, kl, beta, index, integers, epsilons: gpu_launches.counterfactual_advantages(
@@ -201,12 +177,12 @@ _define(
         (rewards.shape[0], actions.shape[0]), dtype=torch.float32
     ),
 )
-_define(
+define(
     f"triton_conductor_weights(Tensor h, {_PARAMS}, {_CHOICE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda h, *rest: gpu_launches.conductor_weights(h, ConductorParams(*rest[:6]), _choice(rest[6:])),
     lambda h, *rest: _sample_shapes(h.shape[0], rest[2]),
 )
-_define(
+define(
     "triton_conductor_update(Tensor mean, Tensor rstd, Tensor(a!) weight, Tensor(b!) bias, Tensor(c!)? hidden_weight,"
     " Tensor(d!)? hidden_bias, Tensor(e!) weight_first, Tensor(f!) bias_first, Tensor(g!)? hidden_weight_first,"
     " Tensor(h!)? hidden_bias_first, Tensor(i!) weight_second, Tensor(j!) bias_second,"
@@ -217,12 +193,12 @@ _define(
     ),
     lambda *given: (given[2].new_empty(()), given[2].new_empty(())),
 )
-_define(
+define(
     "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",
     gpu_launches.pool_hidden,
     lambda flat, start, *rest: flat.new_empty((start.shape[0], flat.shape[1]), dtype=torch.float32),
 )
-_define(
+define(
     f"triton_maestro_advantages(Tensor rewards, {_PARAMS}, {_CHOICE}, Tensor index, Tensor x, str source,"
     f" Tensor? start, Tensor? length, {_GROUPED}, Tensor? lengths, {_PROFILE})"
     f" -> ({', '.join(['Tensor'] * 11)})",

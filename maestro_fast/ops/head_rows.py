@@ -1,7 +1,8 @@
 """The maths of a row of logits, in plain PyTorch: from the output of the head's GEMM to log-probs, and back.
 
     u_v = scale * x_v + b_v            x = h @ W.T, the output of the GEMM
-    z_v = softcap(u_v) / T             softcap(u) = cap * tanh(u / cap)
+    y_v = softcap(u_v)                 softcap(u) = cap * tanh(u / cap)
+    z_v = y_v / T
     log p_y = z_y - logsumexp(z)       H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
@@ -35,9 +36,9 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         logprobs: log-prob of the target in nats; 0 in ignored rows.
-        peaks: max_v z_v.
-        totals: sum_v exp(z_v - peak). Then logsumexp(z) = peak + log(total); in one number it would be rounded to the
-            size of the logits, which in float32 costs 1e-3 of every probability where they are near 1e4.
+        peaks: max_v y_v, before the temperature.
+        totals: sum_v exp((y_v - peak) / T). Then logsumexp(z) = peak / T + log(total); in one number it would be
+            rounded to the size of the logits, which in float32 costs 1e-3 of every probability where they are near 1e4.
         entropies: in nats; 0 in ignored rows. None with ``entropy="none"``.
     """
 
@@ -55,11 +56,11 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
         targets: int64 [C], in [0, V) or ``spec.ignore_index``.
         bias: [V] in the dtype of ``x``, or None.
     """
-    z, _ = logits(x, bias, spec)
     live = targets != spec.ignore_index
+    y = capped_logits(x, bias, spec)
     # Not log_softmax: its sums on the CPU are sequential, which costs 2e-5 in every log-prob at V = 151,936.
-    peaks = z.amax(-1)
-    shifted = z - peaks[:, None]
+    peaks = y.amax(-1)
+    shifted = _gaps(y, peaks, spec)
     exp = shifted.exp()
     totals = exp.sum(-1)
     chosen = shifted.gather(1, torch.where(live, targets, 0)[:, None])[:, 0]
@@ -96,8 +97,8 @@ def dlogits_(
     if dentropies is not None:
         dead = ~live | ((dlogprobs == 0) & (dentropies == 0))
     dlp = torch.where(dead, 0.0, dlogprobs)[:, None]
-    z, capped = logits(x, bias, spec)
-    shifted = z - stats.peaks[:, None]
+    y = capped_logits(x, bias, spec)
+    shifted = _gaps(y, stats.peaks, spec)
     p = shifted.exp().div_(stats.totals[:, None])
     dz = -p * dlp
     if dentropies is not None:
@@ -109,15 +110,19 @@ def dlogits_(
     if spec.temperature != 1.0:
         dz /= spec.temperature
     if spec.softcap is not None:
-        dz *= 1.0 - (capped / spec.softcap) ** 2
+        dz *= 1.0 - (y / spec.softcap) ** 2
     (x if out is None else out).copy_(dz.masked_fill_(dead[:, None], 0.0))
 
 
-def logits(x: Tensor, bias: Tensor | None, spec: HeadSpec) -> tuple[Tensor, Tensor]:
-    """z [C, V] and the softcap's output before the temperature; ``x`` itself where nothing is to be done."""
+def capped_logits(x: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
+    """y [C, V], the logits before the temperature; ``x`` itself where nothing is to be done."""
     u = x * spec.scale if spec.scale != 1.0 else x
     if bias is not None:
         u = u + bias
-    if spec.softcap is not None:
-        u = spec.softcap * torch.tanh(u / spec.softcap)
-    return (u / spec.temperature if spec.temperature != 1.0 else u), u
+    return u if spec.softcap is None else spec.softcap * torch.tanh(u / spec.softcap)
+
+
+def _gaps(y: Tensor, peaks: Tensor, spec: HeadSpec) -> Tensor:
+    """z_v - max z, [C, V]."""
+    gaps = y - peaks[:, None]
+    return gaps if spec.temperature == 1.0 else gaps.div_(spec.temperature)

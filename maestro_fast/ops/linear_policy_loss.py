@@ -13,7 +13,7 @@ gradient depends on its own, with ratios of sequences on those of its response, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,19 @@ from torch.autograd.function import once_differentiable
 from maestro_fast.ops.head_chunks import Head, Rows
 from maestro_fast.ops.head_rows import EntropyMode, HeadSpec
 from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs
-from maestro_fast.ops.policy_loss import PolicyLoss
 from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.sweep import Known, Step, sweep_steps
 from maestro_fast.ops.tensors import wide
 from maestro_fast.ops.token_logprobs import check_head_inputs
+
+
+class LinearPolicyLoss(NamedTuple):
+    """``PolicyLoss``, and the log-probs [T] that it was taken from, without a graph: those given as ``old_logprobs``, or
+    0, in rows that were not worked."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logprobs: Tensor
 
 
 def linear_policy_loss(
@@ -49,7 +57,7 @@ def linear_policy_loss(
     active: Tensor | None = None,
     mean_entropy: bool = False,
     config: PolicyLossConfig,
-) -> PolicyLoss:
+) -> LinearPolicyLoss:
     """``policy_loss`` of ``token_logprobs``: the same loss, metrics and gradients of hidden, lm_head and bias.
 
     Rows without a gradient leave the gradient's two GEMMs if the host knows them, and are 0 in them if not. It knows
@@ -71,8 +79,8 @@ def linear_policy_loss(
         mean_entropy: whether ``metrics["entropy"]``, the mean entropy of the live tokens in nats, is wanted.
 
     Returns:
-        ``PolicyLoss``. The gradient cannot be differentiated again. It is held from here to backward(): [T, d] in the
-        dtype of ``hidden``, and float32 [V, d] if ``lm_head`` has one.
+        ``LinearPolicyLoss``. The gradient cannot be differentiated again. It is held from here to backward(): [T, d] in
+        the dtype of ``hidden``, and float32 [V, d] if ``lm_head`` has one.
 
     Raises:
         ValueError: as ``token_logprobs`` and ``policy_loss``; an input other than the three requires a gradient;
@@ -96,8 +104,8 @@ def linear_policy_loss(
         known=given.known(targets, config),
         mean_entropy=mean_entropy,
     )
-    loss, values = _LinearPolicyLoss.apply(hidden, lm_head, bias, targets, plan, *inputs)  # type: ignore[no-untyped-call]
-    return PolicyLoss(loss, dict(zip(_metric_names(inputs, plan), values.unbind(), strict=True)))
+    loss, values, logprobs = _LinearPolicyLoss.apply(hidden, lm_head, bias, targets, plan, *inputs)  # type: ignore[no-untyped-call]
+    return LinearPolicyLoss(loss, dict(zip(_metric_names(inputs, plan), values.unbind(), strict=True)), logprobs)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan, *given: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets, worked_T = _without_left_out(LossInputs(*given), targets)
         sweep = _Sweep(hidden, targets, inputs, Head.of(weight, bias, plan.spec), plan.config)
         if plan.gradient:
@@ -127,12 +135,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(sweep.dhidden, sweep.dweight, sweep.dbias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         loss, values = _loss_and_metrics(sweep, worked_T, plan)
-        ctx.mark_non_differentiable(values)
-        return loss, values
+        ctx.mark_non_differentiable(values, sweep.logprobs)
+        return loss, values, sweep.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
             None if x is None else torch.mul(x, dloss, out=torch.empty_like(x, dtype=dtype))
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -153,8 +161,9 @@ class _Sweep:
         self.hidden, self.targets, self.inputs, self.head, self.config = hidden, targets, inputs, head, config
         dtype, tokens = wide(hidden[:0]).dtype, hidden.shape[0]
         self.logprobs = hidden.new_zeros(tokens, dtype=dtype)
-        if inputs.old_logprobs is not None:  # a ratio of 1 until it is known, which overflows nowhere
-            self.logprobs.copy_(torch.where(targets == IGNORED, 0.0, inputs.old_logprobs))
+        if inputs.old_logprobs is not None:  # a ratio of 1 where none is taken: an infinite one times 0 is NaN
+            assert inputs.token_mask is not None
+            self.logprobs.copy_(torch.where(inputs.token_mask, inputs.old_logprobs, 0.0))
         self.entropies = None if head.spec.entropy == "none" else torch.zeros_like(self.logprobs)
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
@@ -175,7 +184,8 @@ class _Sweep:
         chunk = self.head.chunk_of(self.hidden, self.targets, rows)
         x = chunk.logits()
         stats = chunk.statistics(x)
-        self.logprobs[rows] = stats.logprobs[: chunk.rows]
+        worked = chunk.targets[: chunk.rows] != IGNORED
+        self.logprobs[rows] = torch.where(worked, stats.logprobs[: chunk.rows], self.logprobs[rows])
         if self.entropies is not None and stats.entropies is not None:
             self.entropies[rows] = stats.entropies[: chunk.rows]
         if not gradient:

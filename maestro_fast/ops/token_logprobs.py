@@ -4,20 +4,25 @@
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-The GEMMs and their chunks are those of ``ops.head_chunks``, the maths of a row is that of ``ops.head_rows``.
+The way through all rows is that of ``ops.head_pass``, the GEMMs and their chunks are those of ``ops.head_chunks``, the
+maths of a row is that of ``ops.head_rows``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.head_chunks import Chunk, Head
-from maestro_fast.ops.head_rows import EntropyMode, HeadSpec, RowStatistics, logits
-from maestro_fast.ops.tensors import readable, wide, without_autocast
+from maestro_fast.ops import gpu_token_logprobs
+from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.head_chunks import Head
+from maestro_fast.ops.head_pass import head_backward, head_forward
+from maestro_fast.ops.head_rows import EntropyMode, HeadSpec, RowStatistics, capped_logits
+from maestro_fast.ops.tensors import readable, without_autocast
+
+Strategy = Literal["chunked", "fused"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -42,8 +47,8 @@ def reference_token_logprobs(
     live = targets != ignore_index
     with without_autocast(hidden):
         x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
-    z, _ = logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
-    logp_TV = z.log_softmax(-1)
+    y = capped_logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
+    logp_TV = (y / temperature).log_softmax(-1)
     logprobs = logp_TV.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     entropies = -(logp_TV.exp() * logp_TV).sum(-1)
     return TokenLogprobs(torch.where(live, logprobs, 0.0), torch.where(live, entropies, 0.0))
@@ -60,6 +65,8 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: EntropyMode = "none",
     ignore_index: int = -100,
+    strategy: Strategy = "chunked",
+    backend: Backend | None = None,
 ) -> TokenLogprobs:
     """Log-probs, and if wanted entropies, of ``targets`` under a language-model head, in chunks of rows.
 
@@ -73,18 +80,34 @@ def token_logprobs(
         temperature: divides the logits last; the sampling temperature in GRPO.
         entropy: "none", "value" (no gradient through it) or "grad".
         ignore_index: rows with this target return 0 and get no gradient.
+        strategy: of the forward. "chunked": the logits of a chunk of rows exist at a time. "fused", by Triton alone: no
+            logit does, for memory that is scarce or a small d; bitwise equal to itself, not to "chunked". The backward
+            pass is the same, and works by chunks.
+        backend: "triton", "torch", or None: Triton on a CUDA device unless there is float64.
 
     Returns:
         ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are formed and summed in that
-        precision, under autocast too.
+        precision, under autocast too. By Triton a bfloat16 head's gradient is rounded to bfloat16 once per logit
+        before the products that sum it, in float32, as autograd of a bfloat16 head does.
 
     Raises:
-        ValueError: shapes, a non-positive temperature or softcap, a target out of range (read on CPU tensors only).
+        ValueError: shapes, a non-positive temperature or softcap, a target out of range (read on CPU tensors only; on a
+            CUDA device it gives NaN), ``backend`` does not serve these tensors, or not this strategy.
         TypeError: dtypes.
     """
     spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
-    logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec)  # type: ignore[no-untyped-call]
+    if strategy not in ("chunked", "fused"):
+        raise ValueError(f"strategy: {strategy!r}, expected 'chunked' or 'fused'")
+    served = resolve("token_logprobs", backend, hidden, lm_head, bias)
+    if served == "triton":
+        logprobs, entropies = gpu_token_logprobs.token_logprobs(
+            hidden, lm_head, bias, targets, spec, fused=strategy == "fused"
+        )
+    elif strategy == "fused":
+        raise ValueError(f"strategy: 'fused' is served by backend 'triton' alone, here by {served!r}")
+    else:
+        logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logprobs, None if entropy == "none" else entropies)
 
 
@@ -130,15 +153,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
     ) -> tuple[Tensor, Tensor]:
-        head = Head.of(weight, bias, spec)
-        tokens = hidden.shape[0]
-        logprobs, peaks, totals = wide(hidden).new_zeros(3, tokens).unbind()
-        entropies = peaks.new_zeros(tokens if spec.entropy != "none" else 0)
-        for chunk, rows in _chunks(head, hidden, targets):
-            stats = chunk.statistics(chunk.logits())
-            for whole, part in zip((logprobs, peaks, totals, entropies), stats, strict=True):
-                if part is not None:
-                    whole[rows] = part[: chunk.rows]
+        stats = head_forward(Head.of(weight, bias, spec, "torch"), hidden, targets)
+        logprobs, peaks, totals, entropies = stats
+        assert entropies is not None
         ctx.save_for_backward(hidden, weight, targets, peaks, totals, entropies, *(() if bias is None else (bias,)))
         ctx.spec = spec
         if spec.entropy != "grad":
@@ -150,39 +167,16 @@ class _TokenLogprobs(torch.autograd.Function):
         dlogprobs, dentropies = grads
         hidden, weight, targets, peaks, totals, entropies, *rest = ctx.saved_tensors
         bias = rest[0] if rest else None
-        trains_entropy = ctx.spec.entropy == "grad"
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        head = Head.of(weight, bias, ctx.spec)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=peaks.dtype) if need_weight else None
-        dbias = torch.zeros_like(bias, dtype=peaks.dtype) if need_bias and bias is not None else None
-        for chunk, rows in _chunks(head, hidden, targets):
-            stats = RowStatistics(
-                peaks[rows],  # not read by what follows
-                head.padded(peaks[rows]),
-                head.padded(totals[rows], 1.0),
-                head.padded(entropies[rows]) if trains_entropy else None,
-            )
-            dlogits = chunk.dlogits(
-                chunk.logits(), stats, dlogprobs[rows], dentropies[rows] if trains_entropy else None
-            )
-            if dbias is not None:
-                dbias += dlogits.sum(0, dtype=dbias.dtype)
-            if dhidden is not None:
-                dhidden[rows] = chunk.dhidden(dlogits).to(hidden.dtype)
-            if dweight is not None:
-                chunk.add_dweight_(dweight, dlogits)
-            del dlogits  # before the next chunk's logits are made
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None or bias is None else dbias.to(bias.dtype),
-            None,
-            None,
+        stats = RowStatistics(peaks, peaks, totals, entropies)  # its log-probs are not read
+        dhidden, dweight, dbias = head_backward(
+            Head.of(weight, bias, ctx.spec, "torch"),
+            hidden,
+            weight,
+            bias,
+            targets,
+            stats,
+            dlogprobs,
+            dentropies if ctx.spec.entropy == "grad" else None,
+            ctx.needs_input_grad[:3],
         )
-
-
-def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Chunk, slice]]:
-    for start in range(0, hidden.shape[0], head.chunk):
-        rows = slice(start, min(start + head.chunk, hidden.shape[0]))
-        yield head.chunk_of(hidden, targets, rows), rows
+        return dhidden, dweight, dbias, None, None

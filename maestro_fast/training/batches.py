@@ -83,6 +83,7 @@ class TokenLogprobs:
 class MicroBatch:
     """What one training forward needs; ``_C`` tensors hold the completion tokens, response after response.
 
+    ``advantages_B`` and ``cu_seqlens`` are on the CPU, where the loss reads which rows have no gradient.
     ``normalizer`` and ``entropy_normalizer`` divide the sums of ``policy_loss``, see there.
     """
 
@@ -102,17 +103,19 @@ def split_micro_batches(
     tokens_per_update: list[float],
     loss: PolicyLossConfig,
     order: list[int],
+    device: torch.device,
 ) -> list[MicroBatch]:
     """Micro-batches in the order in which they are trained on, each a run of ``order``.
 
     Args:
         tokens_per_update: completion tokens of each optimiser step, averaged over processes, whose gradients are
             averaged, too.
+        device: where the log-probs go.
     """
     lengths = [len(c) for c in sequences.completion_ids]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     size = plan.responses // plan.micro_steps
-    device = advantages_B.device
+    advantages_B = advantages_B.cpu()
     batches = []
     for i in range(plan.micro_steps):
         members = order[i * size : (i + 1) * size]
@@ -122,7 +125,7 @@ def split_micro_batches(
             MicroBatch(
                 sequences.select(members),
                 advantages_B[members],
-                torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0).to(device),
+                torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0),
                 logprobs.select(tokens.to(device)),
                 _normalizer(plan, loss, tokens.numel(), update_tokens),
                 update_tokens,

@@ -23,7 +23,16 @@ from maestro_fast.training.head import LanguageHead, backbone_of, causal_lm
 from maestro_fast.training.rows import rows_of
 
 logger = logging.getLogger(__name__)
-__all__ = ["Layout", "Sequences", "choose_layout", "completion_logprobs", "last_hidden", "score", "terminal_states"]
+__all__ = [
+    "Layout",
+    "Sequences",
+    "choose_layout",
+    "completion_logprobs",
+    "completion_states",
+    "last_hidden",
+    "score",
+    "terminal_states",
+]
 
 
 @dataclass(frozen=True)
@@ -130,10 +139,8 @@ def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) ->
     return states.detach(), rows_of(probe.tokens, layout).tokens_of(gradient).float()
 
 
-def completion_logprobs(
-    hidden: Tensor, sequences: Sequences, head: LanguageHead, temperature: float, entropy: EntropyMode
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies [C] of the completion tokens, from packed states [T, d]."""
+def completion_states(hidden: Tensor, sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the packed states [T, d] those [C, d] that predict the completion tokens, and these, int64 [C]."""
     rows, targets = [], []
     start = 0
     for prompt, completion in zip(sequences.prompt_ids, sequences.completion_ids, strict=True):
@@ -141,17 +148,17 @@ def completion_logprobs(
         rows.append(torch.arange(first, first + len(completion)))
         targets.extend(completion)
         start += len(prompt) + len(completion)
+    states = hidden[torch.cat(rows).to(hidden.device)].to(dtype)
+    return states, torch.tensor(targets, dtype=torch.int64, device=hidden.device)
+
+
+def completion_logprobs(
+    hidden: Tensor, sequences: Sequences, head: LanguageHead, temperature: float, entropy: EntropyMode
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies [C] of the completion tokens, from packed states [T, d]."""
     weight = head.weight
-    out = token_logprobs(
-        hidden[torch.cat(rows).to(hidden.device)].to(weight.dtype),
-        weight,
-        torch.tensor(targets, dtype=torch.int64, device=hidden.device),
-        bias=head.bias,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        temperature=temperature,
-        entropy=entropy,
-    )
+    states, targets = completion_states(hidden, sequences, weight.dtype)
+    out = token_logprobs(states, weight, targets, **head.numbers, temperature=temperature, entropy=entropy)
     return out.logprobs, out.entropies
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from maestro_fast.ops import token_logprobs
+
+
+class HeadNumbers(TypedDict):
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,11 @@ class LanguageHead:
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else whole(bias)
+
+    @property
+    def numbers(self) -> HeadNumbers:
+        """What the ops on a head take besides its weight, by their names."""
+        return {"bias": self.bias, "logit_scale": self.scale, "softcap": self.softcap}
 
 
 def causal_lm(model: Any) -> Any:
@@ -89,14 +100,7 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
     finally:
         language_model.train(was_training)
     targets = own.argmax(-1)
-    ours = token_logprobs(
-        states.to(head.weight.dtype),
-        head.weight,
-        targets,
-        bias=head.bias,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-    ).logprobs
+    ours = token_logprobs(states.to(head.weight.dtype), head.weight, targets, **head.numbers).logprobs
     theirs = own.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     # logits of a half-precision model are themselves rounded to 8 or 11 bits
     tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(head.weight.dtype, 1e-1)

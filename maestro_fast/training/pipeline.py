@@ -258,7 +258,14 @@ class Pipeline:
         local = lengths.view(plan.updates, -1).sum(1).to(self.accelerator.device)
         tokens_per_update = self.gather(local).view(-1, plan.updates).mean(0).tolist()
         return split_micro_batches(
-            plan, sequences, advantages.advantages[own], logprobs, tokens_per_update, self.loss, order
+            plan,
+            sequences,
+            advantages.advantages[own],
+            logprobs,
+            tokens_per_update,
+            self.loss,
+            order,
+            self.accelerator.device,
         )
 
     def _record(

@@ -127,8 +127,8 @@ def _micro_batch(
         Sequences(
             _ragged(own["prompt_ids"], own["prompt_lengths"]), _ragged(own["completion_ids"], own["completion_lengths"])
         ),
-        own["advantages"].to(device),
-        own["cu_seqlens"].to(device),
+        own["advantages"],
+        own["cu_seqlens"],
         TokenLogprobs(*(None if tensor is None else tensor.to(device) for tensor in logprobs)),
         *normalizers,
     )

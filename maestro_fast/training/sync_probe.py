@@ -79,8 +79,10 @@ def build_probe(
         prompt_ids: token ids of the first prompts of the data: sequence k holds them one after the other from the k-th
             on, over and over.
     """
-    length = max(config.tokens, 2 * engine.cache_block + 1)
-    length = min(length, engine.max_tokens - 1)  # the engine samples a token behind them
+    block = engine.cache_block
+    length = min(max(config.tokens, 2 * block + 8), engine.max_tokens - 1)  # the engine samples a token behind them
+    if block and (length - 1) % block == 0:  # else no log-prob would be computed from what the cache holds
+        length -= 1
     sequences = []
     for k in range(config.sequences):
         start = k % len(prompt_ids)

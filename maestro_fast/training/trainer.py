@@ -17,6 +17,7 @@ from transformers import (
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.ops import policy_loss
+from maestro_fast.ops.head_rows import EntropyMode
 from maestro_fast.ops.profiles import resolve_profile
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
@@ -30,6 +31,7 @@ from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.exact_checkpoints import ExactCheckpoints
 from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
 from maestro_fast.training.head import check_head, head_of
+from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.method import Method, checked_plan
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps
 from maestro_fast.training.pipeline import Pipeline, Sampled
@@ -218,36 +220,20 @@ class MaestroTrainer(ExactCheckpoints):
         Responses that nothing has judged yet (``Sampled``) are judged by what this forward gives.
         """
         pipeline = self.pipeline
-        config = pipeline.token_loss
+        config, temperature = pipeline.token_loss, pipeline.sampling.temperature
         hidden = last_hidden(model, inputs.sequences, pipeline.layout)
-        judged = isinstance(inputs, MicroBatch)
-        current, entropies = completion_logprobs(
-            hidden,
-            inputs.sequences,
-            pipeline.head,
-            pipeline.sampling.temperature,
-            "grad" if config.entropy_coef > 0 else "none" if judged else "value",
-        )
-        if not judged:
+        if isinstance(inputs, MicroBatch):
+            loss, metrics, current = loss_of_states(hidden, inputs, pipeline.head, temperature, config)
+            if pipeline.scoring.source == "none":
+                self._means.add(self._gaps.add(current, inputs.logprobs.sampling_C, last=not self._micro_batches))
+        else:
+            entropy: EntropyMode = "grad" if config.entropy_coef > 0 else "value"
+            current, entropies = completion_logprobs(hidden, inputs.sequences, pipeline.head, temperature, entropy)
             mode = context_mode(pipeline.weights) or "last"
             outputs = policy_outputs(hidden, inputs.sequences, current, entropies, mode)
             with self._saved_if_it_fails(model):
                 (inputs,) = self._judge(model, inputs, outputs)
-        logprobs = inputs.logprobs
-        if pipeline.scoring.source == "none":
-            self._means.add(self._gaps.add(current, logprobs.sampling_C, last=not self._micro_batches))
-        loss, metrics = policy_loss(
-            current,
-            inputs.advantages_B,
-            inputs.cu_seqlens,
-            old_logprobs=logprobs.old_C,
-            ref_logprobs=logprobs.ref_C,
-            sampling_logprobs=logprobs.sampling_C,
-            entropies=entropies,
-            normalizer=inputs.normalizer,
-            entropy_normalizer=inputs.entropy_normalizer,
-            config=config,
-        )
+            loss, metrics = loss_of_logprobs(current, entropies, inputs, config)
         self._means.add({LOSS_METRICS[name]: value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
 

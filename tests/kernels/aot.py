@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -70,11 +71,17 @@ def recorded(launcher: Callable[[], Any]) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread: registers, and bytes of stack, which is what spilled; per program: bytes of shared memory."""
+    """Per thread: registers, and bytes of stack, which is what spilled; per program: bytes of shared memory, and how
+    often the machine code has each of ``INSTRUCTIONS``."""
 
     registers: int
     stack: int
     shared: int
+    instructions: dict[str, int] = field(default_factory=dict)
+
+
+# matrix products of a warp group (sm_90), of the tensor cores of sm_100, and of a warp; loads by tensor descriptor
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")
 
 
 def compiled(launch: Launch, arch: int) -> Resources:
@@ -89,6 +96,8 @@ def compiled(launch: Launch, arch: int) -> Resources:
             signature[parameter.name] = "*" + TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif parameter.do_not_specialize or value != 1:
@@ -102,10 +111,12 @@ def compiled(launch: Launch, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        usage = _cuobjdump("--dump-resource-usage", path)
+        usage, code = _cuobjdump("--dump-resource-usage", path), _cuobjdump("-sass", path)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared)
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    instructions = {name: count for name, count in counts.items() if count}
+    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared, instructions)
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
+from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
 from tests.kernels.helpers import INTERPRETED
 
 if not INTERPRETED:
-    from tests.kernels.aot import compiled, recorded
+    from tests.kernels.aot import Resources, compiled, recorded
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of the compiler")
 ARCHITECTURES = [80, 90, 100]  # A100, H100 and H200, B200
@@ -139,6 +141,43 @@ def conductor_update() -> Iterator[Callable[[], Any]]:
         )
 
 
+def spec(entropy: Any, **options: Any) -> HeadSpec:
+    return HeadSpec(
+        **{"scale": 1.0, "softcap": None, "temperature": 1.0, **options}, ignore_index=-100, entropy=entropy
+    )
+
+
+EVERYTHING: dict[str, Any] = {"scale": 0.5, "softcap": 30.0, "temperature": 0.7}
+
+
+def head_rows() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels import head_rows as kernel
+
+    x, targets, slopes = torch.zeros(8, 151_936), torch.zeros(8, dtype=torch.int64), torch.zeros(8)
+    stats = RowStatistics(slopes, slopes, slopes, slopes)
+    for s, bias in ((spec("none"), None), (spec("grad"), None), (spec("grad", **EVERYTHING), x[0])):
+        dentropies = slopes if s.entropy == "grad" else None
+        yield lambda s=s, b=bias: kernel.row_statistics(x, targets, b, s)
+        for out in (x, kernel.narrow(x, torch.bfloat16)):
+            yield lambda s=s, b=bias, e=dentropies, o=out: kernel.dlogits(x, targets, b, stats, slopes, e, s, o)
+
+
+def head_product(arch: int) -> Iterator[Callable[[], Any]]:
+    """The fused forward with the tiles of this architecture."""
+    from maestro_fast.kernels import token_logprobs as kernel
+
+    targets = torch.zeros(2048, dtype=torch.int64)
+    for dtype, s, biased in (
+        (torch.bfloat16, spec("none"), False),
+        (torch.bfloat16, spec("grad"), False),
+        (torch.bfloat16, spec("grad", **EVERYTHING), True),
+        (torch.float32, spec("grad"), False),
+    ):
+        h, w = torch.zeros(2048, 1024, dtype=dtype), torch.zeros(151_936, 1024, dtype=dtype)
+        bias, by = torch.zeros(151_936) if biased else None, kernel.tiles(h, w, (arch // 10, 0))
+        yield lambda h=h, w=w, b=bias, s=s, by=by: kernel.token_logprobs(h, w, targets, b, s, by)
+
+
 OPS = [
     group_advantages,
     counterfactual_advantages,
@@ -147,18 +186,38 @@ OPS = [
     maestro_advantages,
     policy_loss,
     conductor_update,
+    head_rows,
 ]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_compiles_without_spills(op: Callable[[], Iterator[Callable[[], Any]]], arch: int) -> None:
-    spilled = []
-    for launcher in op():
+    compile_all(op(), arch)
+
+
+def compile_all(launchers: Iterator[Callable[[], Any]], arch: int) -> dict[str, list[Resources]]:
+    """What every kernel needs, by its name."""
+    spilled, found = [], defaultdict(list)
+    for launcher in launchers:
         for launch in recorded(launcher):
             needs = compiled(launch, arch)
+            found[launch.name].append(needs)
             line = f"sm_{arch} {launch.name} grid {launch.grid} {launch.options}: {needs}"
             print(line)
             if needs.stack:
                 spilled.append(line)
     assert not spilled, "\n".join(spilled)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arch", "product", "by_descriptor"), [(80, "HMMA", False), (90, "HGMMA", True), (100, "UTCHMMA", True)]
+)
+def test_products_are_those_of_the_tensor_cores(arch: int, product: str, by_descriptor: bool) -> None:
+    """In the machine code: the instructions of a warp on sm_80, of a warp group on sm_90, and loads by descriptor."""
+    *half_precision, single = compile_all(head_product(arch), arch)["token_logprobs._scores"]
+
+    assert len(half_precision) == 3 and not single.instructions
+    for needs in half_precision:
+        assert product in needs.instructions and ("UTMALDG" in needs.instructions) == by_descriptor

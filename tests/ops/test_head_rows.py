@@ -49,7 +49,8 @@ def test_statistics_and_gradient(s: HeadSpec, bias: Tensor | None) -> None:
     assert torch.equal(x, X)
     torch.testing.assert_close(stats.logprobs, torch.where(live, logprobs, 0.0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(stats.entropies, torch.where(live, entropies, 0.0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(stats.peaks + stats.totals.log(), z.logsumexp(-1), rtol=1e-12, atol=1e-12)
+    lse = stats.peaks / s.temperature + stats.totals.log()
+    torch.testing.assert_close(lse, z.logsumexp(-1), rtol=1e-12, atol=1e-12)
 
     for dent in (DENT, None):
         loss = (logprobs * DLP + (0 if dent is None else entropies * dent))[live].sum()

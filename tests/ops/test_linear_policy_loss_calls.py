@@ -28,7 +28,7 @@ def test_compiles_to_one_graph_and_runs_on_fake_tensors(variant: str, monkeypatc
     def op(hidden: Tensor, lm_head: Tensor, bias: Tensor, *rest: Tensor) -> list[Tensor]:
         targets, advantages, bounds, *tokenwise = rest
         given = {**dict(zip(names, tokenwise, strict=True)), "normalizer": 50.0, "mean_entropy": True}
-        loss, metrics = linear_policy_loss(
+        loss, metrics, _ = linear_policy_loss(
             hidden, lm_head, targets, advantages, bounds, bias=bias, softcap=8.0, config=ALL_VARIANTS[variant], **given
         )
         return [loss, *metrics.values()]

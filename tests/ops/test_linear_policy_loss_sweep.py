@@ -122,6 +122,8 @@ def test_what_is_not_active_leaves_every_gemm_and_the_metrics(
     expected = batch.ours(ALL_VARIANTS[variant])
     live_T = batch.tokenwise["token_mask"] != 0
     nowhere = replace(batch, hidden=torch.where(zero_T[:, None], float("nan"), batch.hidden).detach().requires_grad_())
+    old = torch.where(zero_T, -500.0, batch.tokenwise["old_logprobs"])  # whose ratio, if one were taken, overflows
+    nowhere = replace(nowhere, tokenwise={**batch.tokenwise, "old_logprobs": old})
     given = {"active": batch.advantages != 0}
     if readable:
         loud = int((live_T & ~zero_T).sum())

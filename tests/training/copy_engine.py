@@ -17,7 +17,7 @@ from tests.tiny import tiny_tokenizer
 class CopyEngine:
     """Attributes: ``calls``, what was asked of it, in order; ``keeps_weights``: what ``sleep`` returns."""
 
-    dtype, max_tokens, cache_block = torch.float32, 256, 16
+    dtype, max_tokens, cache_block, concurrent_parts = torch.float32, 256, 16, 0
 
     def __init__(self, model: PreTrainedModel, sampling: SamplingConfig | None = None) -> None:
         self.model = copy.deepcopy(model).eval()

@@ -51,7 +51,9 @@ def test_micro_batches_add_up_to_the_whole(normalization: str, order: list[int])
     plan = BatchPlan(prompts=2, responses=8, accumulation=4, updates=1)
 
     compared = TokenLogprobs(old, logprobs)
-    parts = split_micro_batches(plan, sequences, advantages, compared, [float(tokens)], config, order)
+    parts = split_micro_batches(
+        plan, sequences, advantages, compared, [float(tokens)], config, order, torch.device("cpu")
+    )
     total = sum(
         # the reference log-probs stand in for the current ones: they are cut the same way
         policy_loss(
@@ -81,7 +83,14 @@ def test_bnpo_averages_the_means_of_the_micro_batches() -> None:
     sequences = Sequences([[1]] * 4, [[1] * n for n in (1, 3, 5, 7)])
     plan = BatchPlan(prompts=1, responses=4, accumulation=2, updates=1)
     parts = split_micro_batches(
-        plan, sequences, torch.ones(4), TokenLogprobs(), [16.0], PolicyLossConfig("bnpo"), [0, 1, 2, 3]
+        plan,
+        sequences,
+        torch.ones(4),
+        TokenLogprobs(),
+        [16.0],
+        PolicyLossConfig("bnpo"),
+        [0, 1, 2, 3],
+        torch.device("cpu"),
     )
 
     assert [part.normalizer for part in parts] == [2 * 4.0, 2 * 12.0]

@@ -1,7 +1,7 @@
 """Peak tensor memory of a training step does not grow with vocabulary times tokens.
 
 A larger vocabulary V costs what has a row per entry: weights of embedding and head, their gradients, the optimiser's
-moments. It must not cost more where there are more tokens T. ``token_logprobs`` holds logits of a chunk of tokens, the
+moments. It must not cost more where there are more tokens T. The ops on the head hold logits of a chunk of tokens, the
 chunk shorter the larger V is, so what remains of [T, V] is the same few chunks of 2 MiB (on a CPU) for every V and T.
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from maestro_fast.generation import SamplingConfig
-from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops import PolicyLoss, PolicyLossConfig, policy_loss
 from maestro_fast.ops.head_chunks import chunk_rows
 from maestro_fast.ops.token_logprobs import TokenLogprobs, reference_token_logprobs
 from maestro_fast.records import Prompts, Rollouts
@@ -112,11 +113,20 @@ def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(tmp_path:
     assert max(few, many) <= 6 * WEIGHTS + 4 * CHUNK < LOGITS
 
 
-def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_logits(*args: Any, entropy: str, **kwargs: Any) -> TokenLogprobs:
+@pytest.mark.parametrize("where", ["scoring", "training"])
+def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def all_logits(*args: Any, entropy: str = "none", **kwargs: Any) -> TokenLogprobs:
         return reference_token_logprobs(*args, **kwargs)
 
-    monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)
+    def loss_of_all_logits(hidden: Tensor, lm_head: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> PolicyLoss:
+        head = {name: kwargs.pop(name) for name in ("bias", "logit_scale", "softcap", "temperature")}
+        del kwargs["active"]
+        return policy_loss(all_logits(hidden, lm_head, targets, **head).logprobs, *args, **kwargs)
+
+    if where == "scoring":
+        monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)
+    else:
+        monkeypatch.setattr("maestro_fast.training.loss.linear_policy_loss", loss_of_all_logits)
     few, many = growth_with_the_vocabulary(tmp_path, PolicyLossConfig())
 
     assert many - few > LOGITS / 2 and many > LOGITS

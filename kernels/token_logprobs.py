@@ -1,0 +1,363 @@
+"""Log-probs and entropies straight from hidden states and head: no logit is written to memory.
+
+    y_v = softcap(scale h . W_v + b_v)        the rest as in ``kernels/head_rows.py``
+
+``_scores`` has one program per tile of rows and part of the vocabulary. It multiplies tile after tile of the head into
+an accumulator, and keeps of each row the largest y, the sum of p, and for the entropy the sum of p gap, where
+gap = y - largest and p = exp(gap / T). ``_combine`` has one program per row: it adds the parts in their order, and
+computes the logit of the target, which to pick out of the tiles would take registers that are not there.
+
+The parts and the tiles follow from the vocabulary, the dtype and the architecture alone, so a row's results do not
+depend on what else is in the batch. They are not bitwise those of the chunked pass, whose sums have another order.
+
+Flops: 2 T V d. Bytes moved: T d and V d elements, each once per tile of the other unless the L2 has it, and 12 T per
+part. Memory beyond inputs and outputs: the latter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from maestro_fast.kernels.allocation import empty_floats
+from maestro_fast.kernels.head_rows import LOG2E, LOWEST, cap_logits, head_arguments
+
+_PART = 8192  # columns of the vocabulary for one program
+_GROUP = 16  # tiles of rows
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program has at a time: rows, columns, and elements of the sum over d. ``descriptors``: it reads by the
+    tensor memory accelerator of sm_90 and later."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+_HOPPER = Tiles(128, 256, 64, warps=8, stages=4, descriptors=True)  # 192 KiB of shared memory; sm_100 too
+_AMPERE = Tiles(128, 128, 32, warps=8, stages=4)
+_SINGLE = Tiles(64, 64, 32, warps=8, stages=3)  # float32, without tensor cores
+
+
+def tiles(hidden: Tensor, weight: Tensor, capability: tuple[int, int]) -> Tiles:
+    """A static table: another configuration would add in another order."""
+    if hidden.dtype is torch.float32:
+        return _SINGLE
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
+    return _HOPPER if capability[0] in (9, 10) and aligned else _AMPERE
+
+
+@triton.jit
+def _product(
+    h,
+    w,
+    row,
+    column,
+    T,
+    V,
+    d,
+    stride_h,
+    stride_w,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h . W of BM rows from ``row`` on and BN columns from ``column`` on. What lies beyond T and V is rubbish."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    k_K = tl.arange(0, BK)
+    # A row beyond the last reads another one, which costs less than a mask.
+    h_ptr = h
+    w_ptr = w
+    if not DESCRIPTORS:
+        h_ptr = h + ((row + tl.arange(0, BM)) % T)[:, None].to(tl.int64) * stride_h + k_K[None, :]
+        w_ptr = w + ((column + tl.arange(0, BN)) % V)[None, :].to(tl.int64) * stride_w + k_K[:, None]
+    for k in tl.range(0, d, BK, num_stages=STAGES):
+        if DESCRIPTORS:
+            acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
+        else:
+            if WHOLE_K:
+                h_MK = tl.load(h_ptr)
+                w_KN = tl.load(w_ptr)
+            else:
+                h_MK = tl.load(h_ptr, mask=(k + k_K < d)[None, :], other=0.0)
+                w_KN = tl.load(w_ptr, mask=(k + k_K < d)[:, None], other=0.0)
+            acc = tl.dot(h_MK, w_KN, acc, input_precision="ieee")
+            h_ptr += BK
+            w_ptr += BK
+    return acc
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _fold(
+    x_MN,
+    largest_M,
+    total_M,
+    moment_M,
+    column_N,
+    end,
+    bias_ptr,
+    scale,
+    softcap,
+    per_nat,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    inside = (column_N < end)[None, :]
+    y_MN, _ = cap_logits(
+        x_MN, bias_ptr, column_N[None, :], inside, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True
+    )
+    y_MN = tl.where(inside, y_MN, LOWEST)
+    most_M = tl.maximum(largest_M, tl.max(y_MN, 1))
+    shrunk_M = tl.exp2((largest_M - most_M) * per_nat)
+    gap_MN = y_MN - most_M[:, None]
+    p_MN = tl.exp2(gap_MN * per_nat)
+    if ENTROPY:
+        sum_M, gaps_M = tl.reduce((p_MN, tl.where(p_MN > 0, p_MN * gap_MN, 0.0)), 1, _add_pairs)
+        moment_M = (moment_M + total_M * (largest_M - most_M)) * shrunk_M + gaps_M
+    else:
+        sum_M = tl.sum(p_MN, 1)
+    return most_M, total_M * shrunk_M + sum_M, moment_M
+
+
+@triton.jit
+def _halves(x_MN):
+    return tl.split(tl.permute(tl.reshape(x_MN, [x_MN.shape[0], 2, x_MN.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _place(T, PARTS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Tile of rows and part of the vocabulary of this program: GROUP tiles, whose states stay in the L2, go through all
+    parts before the next."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * PARTS) * GROUP
+    size = tl.minimum(tl.cdiv(T, BM) - first, GROUP)
+    within = pid % (GROUP * PARTS)
+    return first + within % size, within // size
+
+
+@triton.jit(do_not_specialize=["T"])
+def _scores(
+    h,
+    w,
+    bias_ptr,
+    largest_ptr,
+    totals_ptr,
+    moments_ptr,
+    T,
+    V,
+    d,
+    stride_h,
+    stride_w,
+    scale,
+    softcap,
+    temperature,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """largest, totals, moments [PARTS, T]. h and w: pointers, or tensor descriptors made on the host."""
+    tile, part = _place(T, PARTS, BM, GROUP)
+    row = tile * BM
+    begin = part * PART
+    end = tl.minimum(begin + PART, V)
+    per_nat = LOG2E / temperature
+    largest_M = tl.full([BM], LOWEST, tl.float32)
+    total_M = tl.zeros([BM], tl.float32)
+    moment_M = tl.zeros([BM], tl.float32)
+    for column in range(begin, end, BN):
+        x_MN = _product(h, w, row, column, T, V, d, stride_h, stride_w, BM, BN, BK, DESCRIPTORS, WHOLE_K, STAGES)
+        # In halves: y and p of a whole tile do not fit into the registers beside x. With a softcap, in quarters.
+        low_MN, high_MN = _halves(x_MN)
+        for i in tl.static_range(2):
+            half_MN = low_MN if i == 0 else high_MN
+            begin_N = column + i * (BN // 2)
+            if HAS_SOFTCAP:
+                left_MN, right_MN = _halves(half_MN)
+                for j in tl.static_range(2):
+                    column_N = begin_N + j * (BN // 4) + tl.arange(0, BN // 4)
+                    largest_M, total_M, moment_M = _fold(
+                        left_MN if j == 0 else right_MN, largest_M, total_M, moment_M, column_N, end, bias_ptr, scale,
+                        softcap, per_nat, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, ENTROPY,
+                    )  # fmt: skip
+            else:
+                column_N = begin_N + tl.arange(0, BN // 2)
+                largest_M, total_M, moment_M = _fold(
+                    half_MN, largest_M, total_M, moment_M, column_N, end, bias_ptr, scale, softcap, per_nat,
+                    HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, ENTROPY,
+                )  # fmt: skip
+    row_M = row + tl.arange(0, BM)
+    to_M = part.to(tl.int64) * T + row_M
+    tl.store(largest_ptr + to_M, largest_M, mask=row_M < T)
+    tl.store(totals_ptr + to_M, total_M, mask=row_M < T)
+    if ENTROPY:
+        tl.store(moments_ptr + to_M, moment_M, mask=row_M < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _combine(
+    h_ptr,
+    w_ptr,
+    targets_ptr,
+    bias_ptr,
+    largest_ptr,
+    totals_ptr,
+    moments_ptr,
+    logprobs_ptr,
+    out_peaks_ptr,
+    out_totals_ptr,
+    entropies_ptr,
+    T,
+    V,
+    d,
+    stride_h,
+    stride_w,
+    ignore_index,
+    scale,
+    softcap,
+    temperature,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PARTS: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The logit of the row's target, and the parts [PARTS, T] of the row added up."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(out_peaks_ptr + row, 0.0)
+        tl.store(out_totals_ptr + row, 1.0)
+        if ENTROPY:
+            tl.store(entropies_ptr + row, 0.0)
+    else:
+        known = (target >= 0) & (target < V)  # any other gives NaN, and no access out of bounds
+        product_D = tl.zeros([BD], tl.float32)
+        for k in range(0, d, BD):
+            k_D = k + tl.arange(0, BD)
+            h_D = tl.load(h_ptr + row * stride_h + k_D, mask=k_D < d, other=0.0).to(tl.float32)
+            w_D = tl.load(w_ptr + target * stride_w + k_D, mask=k_D < tl.where(known, d, 0), other=0.0).to(tl.float32)
+            product_D += h_D * w_D
+        x = tl.where(known, tl.sum(product_D, 0), float("nan"))
+        y, _ = cap_logits(x, bias_ptr, target, known, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True)
+        part = tl.arange(0, BP)
+        largest_P = tl.load(largest_ptr + part.to(tl.int64) * T + row, mask=part < PARTS, other=LOWEST)
+        total_P = tl.load(totals_ptr + part.to(tl.int64) * T + row, mask=part < PARTS, other=0.0)
+        most = tl.max(largest_P, 0)
+        share_P = tl.exp2((largest_P - most) * (LOG2E / temperature))
+        total = tl.sum(total_P * share_P, 0)
+        log_total = tl.log(total)
+        logprob = tl.div_rn(y - most, temperature) - log_total
+        # y comes from another sum than the largest one, which it may be above by a rounding
+        tl.store(logprobs_ptr + row, tl.where(logprob > 0, 0.0, logprob))
+        tl.store(out_peaks_ptr + row, most)
+        tl.store(out_totals_ptr + row, total)
+        if ENTROPY:
+            moment_P = tl.load(moments_ptr + part.to(tl.int64) * T + row, mask=part < PARTS, other=0.0)
+            gaps_P = (moment_P + total_P * (largest_P - most)) * share_P
+            gaps = tl.sum(tl.where(share_P > 0, gaps_P, 0.0), 0)
+            tl.store(entropies_ptr + row, log_total - tl.div_rn(tl.div_rn(gaps, total), temperature))
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, spec: Any, by: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The fields of ``ops.head_rows.RowStatistics``, float32 [T].
+
+    Args:
+        hidden, weight: [T, d] and [V, d] of one dtype, float32, float16 or bfloat16; columns contiguous.
+        targets: int64 [T], in [0, V) or ``spec.ignore_index``; the log-prob of any other is NaN.
+        bias: [V], contiguous, or None.
+        spec: an ``ops.head_rows.HeadSpec``.
+        by: other tiles than the table's.
+    """
+    tokens, size, vocabulary = *hidden.shape, weight.shape[0]
+    wants_entropy = spec.entropy != "none"
+    logprobs, peaks, totals, *rest = empty_floats(hidden.device, *[(tokens,)] * (4 if wants_entropy else 3))
+    entropies = rest[0] if wants_entropy else None
+    if not tokens:
+        return logprobs, peaks, totals, entropies
+    by = by or tiles(hidden, weight, torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (8, 0))
+    parts = triton.cdiv(vocabulary, _PART)
+    partial = empty_floats(hidden.device, *[(parts, tokens)] * (3 if wants_entropy else 2))
+    common = {
+        "bias_ptr": bias,
+        "largest_ptr": partial[0],
+        "totals_ptr": partial[1],
+        "moments_ptr": partial[2] if wants_entropy else None,
+        "T": tokens,
+        "V": vocabulary,
+        "d": size,
+        "stride_h": hidden.stride(0),
+        "stride_w": weight.stride(0),
+        **head_arguments(spec, bias),
+        "ENTROPY": wants_entropy,
+        "PARTS": parts,
+        "enable_fp_fusion": False,
+    }
+    _scores[(triton.cdiv(tokens, by.rows) * parts,)](
+        _descriptor(hidden, by.rows, by.depth) if by.descriptors else hidden,
+        _descriptor(weight, by.columns, by.depth) if by.descriptors else weight,
+        DESCRIPTORS=by.descriptors,
+        WHOLE_K=size % by.depth == 0,
+        PART=_PART,
+        BM=by.rows,
+        BN=by.columns,
+        BK=by.depth,
+        STAGES=by.stages,
+        GROUP=_GROUP,
+        num_warps=by.warps,
+        **common,
+    )
+    _combine[(tokens,)](
+        hidden,
+        weight,
+        targets,
+        logprobs_ptr=logprobs,
+        out_peaks_ptr=peaks,
+        out_totals_ptr=totals,
+        entropies_ptr=entropies,
+        ignore_index=spec.ignore_index,
+        BP=triton.next_power_of_2(parts),
+        BD=min(1024, triton.next_power_of_2(size)),
+        num_warps=4,
+        **common,
+    )
+    return logprobs, peaks, totals, entropies
+
+
+def _descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, depth])

@@ -1,0 +1,112 @@
+"""The loss of a micro-batch from hidden states and from log-probs: the same, and what is left out of the sweep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops.head_chunks import Chunk
+from maestro_fast.training.batches import MicroBatch, TokenLogprobs
+from maestro_fast.training.forward import Sequences, completion_logprobs
+from maestro_fast.training.head import LanguageHead
+from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
+
+PROMPTS, COMPLETIONS = [[1, 2, 3], [4], [5, 6], [7, 8]], [[5, 1], [6, 7, 2, 9, 3], [8], [3, 3, 1]]
+TOKENS = sum(map(len, COMPLETIONS))
+TEMPERATURE = 0.8
+CONFIGS = {
+    "dapo": PolicyLossConfig("dapo"),
+    "gspo": PolicyLossConfig("grpo", ratio="sequence"),
+    "kl and entropy": PolicyLossConfig("bnpo", kl_coef=0.1, entropy_coef=0.1),
+}
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def head() -> LanguageHead:
+    module = nn.Linear(6, 13, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(draw(13, 6, seed=0))
+        module.bias.copy_(draw(13, seed=1))
+    return LanguageHead(module, scale=1.3, softcap=5.0)
+
+
+def batch(**logprobs: Tensor) -> MicroBatch:
+    """Two of the four responses have advantage 0."""
+    advantages = torch.tensor([0.0, 1.5, -0.5, 0.0], dtype=torch.float64)
+    bounds = torch.tensor([0, *map(len, COMPLETIONS)]).cumsum(0)
+    return MicroBatch(Sequences(PROMPTS, COMPLETIONS), advantages, bounds, TokenLogprobs(**logprobs), 17.0, 11.0)
+
+
+def hidden() -> Tensor:
+    return draw(TOKENS + sum(map(len, PROMPTS)), 6, seed=2).requires_grad_()
+
+
+def compared() -> dict[str, Tensor]:
+    old = -draw(TOKENS, seed=3).abs() - 2
+    return {"old_C": old, "ref_C": old + 0.2 * draw(TOKENS, seed=4)}
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Rows of hidden states that became logits, under "rows"."""
+    count: Counter[str] = Counter()
+    original = Chunk.logits
+
+    def logits(chunk: Chunk) -> Tensor:
+        count["rows"] += chunk.rows
+        return original(chunk)
+
+    monkeypatch.setattr(Chunk, "logits", logits)
+    return count
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_from_states_and_from_logprobs(config: PolicyLossConfig, on_policy: bool) -> None:
+    given = compared()
+    if on_policy:
+        given = {"ref_C": given["ref_C"]} if config.kl_coef else {}
+    h, w, parts = hidden(), head(), batch(**given)
+    ours = loss_of_states(h, parts, w, TEMPERATURE, config)
+    entropy: Any = "grad" if config.entropy_coef else "none"
+    logprobs, entropies = completion_logprobs(h, parts.sequences, w, TEMPERATURE, entropy)
+    expected = loss_of_logprobs(logprobs, entropies, parts, config)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+    leaves = [h, w.weight, w.module.bias]
+    for mine, wanted in zip(
+        torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(expected.loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-14)
+        assert wanted.abs().max() > 1e-4
+
+
+def test_on_policy_a_response_of_advantage_zero_is_not_even_forwarded(forwards: Counter[str]) -> None:
+    loss_of_states(hidden(), batch(), head(), TEMPERATURE, CONFIGS["dapo"])
+    assert forwards["rows"] == len(COMPLETIONS[1]) + len(COMPLETIONS[2])
+
+
+@pytest.mark.parametrize("name", ["old_C", "ref_C", "sampling_C"])
+def test_it_is_where_a_metric_reads_its_log_probs(forwards: Counter[str], name: str) -> None:
+    loss_of_states(hidden(), batch(**{name: compared()["old_C"]}), head(), TEMPERATURE, CONFIGS["dapo"])
+    assert forwards["rows"] == TOKENS
+
+
+def test_it_is_where_it_has_an_entropy_bonus(forwards: Counter[str]) -> None:
+    loss_of_states(hidden(), batch(), head(), TEMPERATURE, PolicyLossConfig("dapo", entropy_coef=0.1))
+    assert forwards["rows"] == TOKENS
+
+
+def test_all_advantages_zero_leave_metrics_and_gradients_of_zero() -> None:
+    h, w = hidden(), head()
+    loss, metrics = loss_of_states(h, replace(batch(), advantages_B=torch.zeros(4)), w, TEMPERATURE, CONFIGS["dapo"])
+    assert loss == 0 and metrics["ratio"] == 1
+    assert all((x == 0).all() for x in torch.autograd.grad(loss, [h, w.weight]))
