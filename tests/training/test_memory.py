@@ -72,8 +72,8 @@ def test_the_counter_counts_storages_once_and_forgets_what_is_freed() -> None:
     assert memory.live == 4600 and view.shape == (10, 10)
 
 
-def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossConfig) -> int:
-    """Bytes: the peak of one step of the trainer, from the scoring forward to the optimiser."""
+def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossConfig, micro_batch: int) -> int:
+    """Bytes: the peak of one step of the trainer, from the scoring forward, if there is one, to the optimiser."""
     model = tiny_model()
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     rewards = build_rewards(["entropy", parity])
@@ -86,7 +86,7 @@ def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossC
         TrainingArguments(
             str(folder), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
         ),
-        Method(SamplingConfig(group_size=4), BatchConfig(prompts_per_batch=2), loss),
+        Method(SamplingConfig(group_size=4), BatchConfig(prompts_per_batch=2, micro_batch=micro_batch), loss),
         generator=FixedGenerator(length),
     )
     with LiveMemory() as memory:
@@ -94,10 +94,13 @@ def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossC
     return memory.peak
 
 
-def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig) -> list[int]:
+def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig, micro_batch: int) -> list[int]:
     """Bytes that the larger vocabulary adds to the peak, at each number of tokens."""
     small, large = VOCABULARIES
-    return [peak_of_a_step(folder, large, n, loss) - peak_of_a_step(folder, small, n, loss) for n in LENGTHS]
+    large_peaks, small_peaks = (
+        [peak_of_a_step(folder, vocabulary, n, loss, micro_batch) for n in LENGTHS] for vocabulary in (large, small)
+    )
+    return [more - less for more, less in zip(large_peaks, small_peaks, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +108,18 @@ def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig) -> list[int
     [PolicyLossConfig(), PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)],
     ids=["entropy read", "entropy trained, with a reference"],
 )
-def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(tmp_path: Path, loss: PolicyLossConfig) -> None:
-    few, many = growth_with_the_vocabulary(tmp_path, loss)
+@pytest.mark.parametrize("micro_batch", [8, 4], ids=["log-probs, then the loss", "both in one sweep"])
+def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(
+    tmp_path: Path, loss: PolicyLossConfig, micro_batch: int
+) -> None:
+    few, many = growth_with_the_vocabulary(tmp_path, loss, micro_batch)
 
     assert many - few <= CHUNK < LOGITS / 10
     # weights, gradients, two moments, one in the making, the reference; and logits, probabilities, their gradients
     assert max(few, many) <= 6 * WEIGHTS + 4 * CHUNK < LOGITS
 
 
-@pytest.mark.parametrize("where", ["scoring", "training"])
+@pytest.mark.parametrize("where", ["log-probs", "sweep"])
 def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def all_logits(*args: Any, entropy: str = "none", **kwargs: Any) -> TokenLogprobs:
         return reference_token_logprobs(*args, **kwargs)
@@ -123,10 +129,10 @@ def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.Mon
         del kwargs["active"]
         return policy_loss(all_logits(hidden, lm_head, targets, **head).logprobs, *args, **kwargs)
 
-    if where == "scoring":
+    if where == "log-probs":
         monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)
     else:
         monkeypatch.setattr("maestro_fast.training.loss.linear_policy_loss", loss_of_all_logits)
-    few, many = growth_with_the_vocabulary(tmp_path, PolicyLossConfig())
+    few, many = growth_with_the_vocabulary(tmp_path, PolicyLossConfig(), 8 if where == "log-probs" else 4)
 
     assert many - few > LOGITS / 2 and many > LOGITS
