@@ -1,4 +1,4 @@
-"""The process of the control run: ``python -m maestro_fast.quickstart.control CONFIG [--resume]``.
+"""The process of the run with equal weights: ``python -m maestro_fast.quickstart.control CONFIG [--resume]``.
 
 Its standard input is a pipe that nothing is written to. The pipe closes with the process that holds its other end,
 whatever ends that, and this one ends then too: nobody would wait for it.

@@ -1,4 +1,4 @@
-"""The quickstart: two tiny models, a run with the Conductor, the same with shuffled hidden states, what came of it."""
+"""The quickstart: two tiny models, a run with the anchored Conductor, one with equal weights, what came of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from maestro_fast.quickstart.held_out import save, split, utilities, utility_table, verdict
 from maestro_fast.quickstart.model import make_checkpoint
 from maestro_fast.quickstart.reward_model import HeldOut, make_reward_model
-from maestro_fast.reporting import FamilySpread, Table, family_spread, format_table, read_jsonl
+from maestro_fast.reporting import Table, family_spread, format_table, read_jsonl
+from maestro_fast.reporting.prompt_weights import family_table, spread_sentence
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
+from maestro_fast.training import DataConfig, load_prompts
+from maestro_fast.training.prompt_weights import prompt_weights
 from maestro_fast.training.run_dir import locked
+from maestro_fast.training.saved_conductor import load_conductor
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 
@@ -45,11 +50,11 @@ def quickstart(
         limit: use so many prompts only.
 
     Returns:
-        The directory of the run with the Conductor.
+        The directory of the run with the anchored Conductor.
 
     Raises:
         FileExistsError: ``out`` is not empty, without ``resume``.
-        SettingsError: another quickstart, or the control run of one, still works in ``out``.
+        SettingsError: another quickstart, or the run beside it of one, still works in ``out``.
     """
     began = time.monotonic()
     if out.exists() and any(out.iterdir()) and not resume:
@@ -65,14 +70,18 @@ def quickstart(
             *_made(out / "reward_model", lambda folder: make_reward_model(EXAMPLE, folder, epochs=reward_epochs))
         )
         print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
-        with _control_run(out, limit, lock) as control:
-            print("3/4  MAESTRO-GRPO: the Conductor reads each response's terminal hidden state", flush=True)
-            if not (out / "conductor" / "final").exists():
-                recorded_train(_config(out, "conductor", {}, limit), resume=_to_resume(out / "conductor"))
-            print("4/4  Control, begun beside it: the same with the states shuffled between responses", flush=True)
-            _wait(control, out / "shuffled.log")
-        _conclude(out / "conductor", out / "shuffled", judged, time.monotonic() - began)
-    return out / "conductor"
+        split(EXAMPLE / "prompts.jsonl", out, limit)
+        with _control_run(out, lock) as control:
+            print(
+                "3/4  GRPO with the anchored Conductor: it learns from utilities of a quarter of the prompts",
+                flush=True,
+            )
+            if not (out / "anchored" / "final").exists():
+                recorded_train(_config(out, "anchored", {}), resume=_to_resume(out / "anchored"))
+            print("4/4  The same with equal weights, begun beside it; then both on held-out prompts", flush=True)
+            _wait(control, out / "equal.log")
+        _conclude(out, judged, began)
+    return out / "anchored"
 
 
 @contextlib.contextmanager
@@ -105,21 +114,21 @@ def _to_resume(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _control_run(out: Path, limit: int | None, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
-    """The control in a process of its own, ended with this one whatever happens; None if it is finished already.
+def _control_run(out: Path, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
+    """The run with equal weights in a process of its own, which ends with this one; None if it is finished already.
 
     It holds the ``lock`` on ``out`` too, so that no other quickstart begins there before it has ended.
     """
-    if (out / "shuffled" / "final").exists():
+    if (out / "equal" / "final").exists():
         yield None
         return
-    changes = {"weights.context": "shuffled", "trainer.disable_tqdm": True}
-    config = out / "shuffled.yaml"
-    config.write_text(yaml.safe_dump(_config(out, "shuffled", changes, limit), sort_keys=False), encoding="utf-8")
+    changes = {"weights": "equal", "trainer.disable_tqdm": True}
+    config = out / "equal.yaml"
+    config.write_text(yaml.safe_dump(_config(out, "equal", changes), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "maestro_fast.quickstart.control", str(config)]
-    if _to_resume(out / "shuffled"):
+    if _to_resume(out / "equal"):
         command.append("--resume")
-    with (out / "shuffled.log").open("ab") as log:
+    with (out / "equal.log").open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # closes with this process: see control.py
@@ -142,12 +151,10 @@ def _wait(process: subprocess.Popen[bytes] | None, log: Path) -> None:
         raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
 
 
-def _config(out: Path, name: str, changes: dict[str, Any], limit: int | None) -> dict[str, Any]:
+def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     raw = example_config(out)
     for dotted, value in {"run_dir": str(out / name), "trainer.disable_tqdm": False, **changes}.items():
         override(raw, dotted, value)
-    if limit is not None:
-        override(raw, "data.limit", limit)
     return raw
 
 
@@ -155,8 +162,9 @@ def example_config(out: Path) -> dict[str, Any]:
     """The bundled config, with the paths of this installation and of ``out``."""
     raw: dict[str, Any] = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
     override(raw, "model.path", str(out / "model"))
-    override(raw, "data.path", str(EXAMPLE / "prompts.jsonl"))
-    for entry in raw["rewards"]:
+    override(raw, "data.path", str(out / "train.jsonl"))
+    override(raw, "evaluation.data.path", str(out / "held_out.jsonl"))
+    for entry in [*raw["rewards"], raw["anchor"]]:
         if "function" in entry:
             entry["function"] = str(EXAMPLE / Path(entry["function"]).name)
         if "model" in entry:
@@ -164,55 +172,39 @@ def example_config(out: Path) -> dict[str, Any]:
     return raw
 
 
-def _conclude(adaptive: Path, control: Path, judged: HeldOut, seconds: float) -> None:
-    lines = read_jsonl(adaptive / "metrics.jsonl")
-    spread, shuffled = family_spread(lines), family_spread(read_jsonl(control / "metrics.jsonl"))
-    tables = [spread.table(), _change_table(lines, spread)]
+def _conclude(out: Path, judged: HeldOut, began: float) -> None:
+    run, equal = out / "anchored", out / "equal"
+    lines, raw = read_jsonl(run / "metrics.jsonl"), example_config(out)
+    held_out = load_prompts(DataConfig(str(out / "held_out.jsonl")))
+    models = {"warm start": out / "model", "equal weights": equal / "final", "anchored": run / "final"}
+    found = {label: utilities(raw, model, held_out) for label, model in models.items()}
+    save(found, out / "held_out_utilities.json")
+    weights = prompt_weights(load_conductor(run / "final"), held_out)
+    by_family = family_table(weights)
+    tables = [utility_table(found), *([by_family] if by_family else []), _change_table(lines)]
     summary = [
-        *verdict(spread.spread, shuffled.spread, _mean(lines, "conductor/self_flattery")),
+        *verdict(found["anchored"], found["equal weights"]),
+        f"Utilities were known for {_mean(lines, 'anchor/labelled'):.0%} of the responses in training.",
+        f"Weights on held-out prompts. {spread_sentence(weights) or ''}",
         f"The reward model behind `preference` {judged}.",
     ]
-    (adaptive / "spread.json").write_text(
-        json.dumps({"conductor": spread.spread, "shuffled": shuffled.spread}), encoding="utf-8"
-    )
     for table in tables:
         print("\n" + format_table(table))
     print("\n" + "\n".join(textwrap.fill(sentence, 100) for sentence in summary))
-    where = try_report(
-        adaptive, title="Quickstart", summary=summary, tables=tables, compare={"shuffled hidden states": control}
-    )
-    print(f"\n{where}\n{seconds:.0f} seconds in all.")
+    where = try_report(run, title="Quickstart", summary=summary, tables=tables, compare={"equal weights": equal})
+    print(f"\n{where}\nPrompt by prompt: maestro-fast conductor show {run}/final --on {out}/held_out.jsonl")
+    print(f"{time.monotonic() - began:.0f} seconds in all.")
 
 
-def verdict(spread: float, shuffled: float, flattery: float) -> list[str]:
-    """What the Conductor did, in sentences that do not claim more than the two runs show."""
-    exceeds = spread > shuffled
-    first = (
-        f"The spread of weights between task families is {spread:.4f}, "
-        f"{'above' if exceeds else 'NOT above'} the {shuffled:.4f} of the run with shuffled hidden states."
-    )
-    second = (
-        "So the weights follow what the hidden state says about the prompt, in this one run of each."
-        if exceeds
-        else "So this run does not show that the weights follow the hidden state."
-    )
-    healthy = "within" if abs(flattery) <= 0.05 else "outside"
-    third = (
-        f"Self-flattery (mean of weight times normalised reward) is {flattery:+.3f}, {healthy} the healthy +-0.05. "
-        "Different weights are not better weights: the published objective that was used here has no information on "
-        "which reward a task needs, and this program does not compare it with equal weights."
-    )
-    return [first, second, third]
-
-
-def _change_table(lines: list[dict[str, Any]], spread: FamilySpread) -> Table:
-    """Mean reward per family over the first and the last third of the run."""
+def _change_table(lines: list[dict[str, Any]]) -> Table:
+    """Mean reward per family over the first and the last third of the run with the anchored Conductor."""
     third = max(1, len(lines) // 3)
+    spread = family_spread(lines)
     rows = []
     for family in spread.families:
         keys = [f"families/{family}/rewards/{name}" for name in spread.rewards]
         rows.append((family, *(f"{_mean(lines[:third], k):.2f} > {_mean(lines[-third:], k):.2f}" for k in keys)))
-    return Table("Mean reward, first third > last third of the run", ("family", *spread.rewards), tuple(rows))
+    return Table("Anchored: mean reward, first third > last third of the run", ("family", *spread.rewards), tuple(rows))
 
 
 def _mean(lines: list[dict[str, Any]], key: str) -> float:

@@ -23,8 +23,8 @@ CURVES = (
     Curve("rewards_correlation/min", "Most opposed pair", "correlation"),
     Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise"),
     Curve("diagnostics/family_spread", "Between families", "spread of weights"),
-    Curve("anchor/utility", "Utility where it is known", "utility (its own units)"),
-    Curve("guard/utility", "Utility that the guard watches", "utility (its own units)"),
+    Curve("anchor/utility", "Known utility", "utility (its own units)"),
+    Curve("guard/utility", "Held-back utility", "utility (its own units)"),
 )
 
 

@@ -66,13 +66,21 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
             0.0, 0.6, "most groups have no spread, so nothing is learnt from them; use harder prompts or larger groups"
         ),
         "rewards_correlation/min": Range(
-            -0.9, 1.0, "two rewards are opposites and cancel each other; drop one or gate it by the other"
+            -0.9,
+            1.0,
+            "two rewards are opposites: with equal weights they cancel each other; weigh them by prompt (policy "
+            "'anchored', or where in the config), or leave one out",
         ),
         "conductor/gradient_snr": Range(
             0.3, math.inf, "the meta-gradient is mostly noise; use estimator 'all_actions', or a longer period"
         ),
     }
-    share = Range(-0.2, 0.85, "one reward makes nearly all of the advantage; lower its weight, or check its scale")
+    share = Range(
+        -0.2,
+        0.85,
+        "above: this reward makes nearly all of the advantage, lower its weight or check its scale; below: it is "
+        "outvoted, raise its weight or leave it out",
+    )
     return ranges | ({f"advantage_share/{name}": share for name in reward_names} if K > 1 else {})
 
 
@@ -110,6 +118,7 @@ def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
     total_B1 = expected_BK.abs().sum(1, keepdim=True)
     q_BK = expected_BK.abs() / torch.where(total_B1 > 0, total_B1, 1.0)
     entropy = -(q_BK * q_BK.clamp(min=1e-30).log()).sum(1).mean() / math.log(expected_BK.shape[1])
+    entropy = entropy.clamp(max=1.0)  # rounding puts that of equal weights beyond
     x_NGK = expected_BK.view(-1, group_size, expected_BK.shape[1])
     mean_N1K = x_NGK.mean(1, keepdim=True)
     within = (x_NGK - mean_N1K).square().mean((0, 1)).sum()

@@ -1,4 +1,4 @@
-"""The control run ends with the quickstart that began it, and two quickstarts do not share a directory."""
+"""The run with equal weights ends with the quickstart that began it, and two quickstarts do not share a directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(command, **options):
     return popen([sys.executable, "-c", sys.argv[2]], **{**options, "stdout": None})
 run.subprocess.Popen = start
 out = Path(sys.argv[1])
-with locked(out, "--out") as lock, run._control_run(out, None, lock) as control:
+with locked(out, "--out") as lock, run._control_run(out, lock) as control:
     print(control.pid, flush=True)
     time.sleep(600)
 """

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from maestro_fast.functions import load_function
+from maestro_fast.quickstart.held_out import Utilities, split, utility_table, verdict
 from maestro_fast.quickstart.model import build_tokenizer, read_pairs
 from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, margins, read_preferences
-from maestro_fast.quickstart.run import EXAMPLE, example_config, quickstart, verdict
+from maestro_fast.quickstart.run import EXAMPLE, example_config, quickstart
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import build_rewards
 
@@ -82,21 +84,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_runs_to_its_end(uninterrupted: tuple[Path, str]) -> None:
     out, printed = uninterrupted
-    run = out / "conductor"
-    first, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    spreads = json.loads((run / "spread.json").read_text())
+    run = out / "anchored"
+    first, *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    found = json.loads((out / "held_out_utilities.json").read_text())
 
     for name in ("config.yaml", "metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "report/report.html", "final"):
         assert (run / name).exists(), name
     assert len((run / "rollouts.jsonl").read_text().splitlines()) == 56 * 8
-    assert f"{spreads['conductor']:.4f}" in printed
-    assert f"{spreads['shuffled']:.4f}" in printed
-    assert "Self-flattery" in printed
-    assert "report.html" in printed
-    assert "held-out pairs" in printed
+    assert set(found) == {"warm start", "equal weights", "anchored"}
+    for label, one in found.items():
+        mean = sum(one["utility"]) / 8
+        assert re.search(rf"{label} +{mean:.3f} ± 0\.", printed), label
+    gap = sum(found["anchored"]["utility"]) / 8 - sum(found["equal weights"]["utility"]) / 8
+    assert f"Anchored minus equal weights: {gap:+.3f} ±" in printed
+    assert "conductor show" in printed and "report.html" in printed and "held-out pairs" in printed
     names = ("format", "brevity", "entropy", "perplexity", "preference", "richness")
     assert all(first[f"rewards/{name}/mean"] is not None for name in names)
     assert first["rewards/preference/std"] > 0
+    assert first["anchor/labelled"] == 1.0 and first["weights/format"] == pytest.approx(1 / 6)
+    assert abs(last["weights/format"] - 1 / 6) > 1e-3 and last["eval_utility_count"] == 16
     with pytest.raises(FileExistsError, match=r"--out: .* is not empty"):
         quickstart(out)
 
@@ -105,16 +111,18 @@ def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple
     whole, killed = uninterrupted[0], tmp_path / "killed"
     process = start(str(killed))
     deadline = time.monotonic() + 300
-    while not (killed / "conductor" / "checkpoint-5").exists():
+    while not (killed / "anchored" / "checkpoint-5").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (killed / "conductor" / "final").exists()
+    assert not (killed / "anchored" / "final").exists()
     finish(start(str(killed), "--resume"))
 
-    for run in ("conductor", "shuffled"):
+    name = "held_out_utilities.json"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    for run in ("anchored", "equal"):
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             assert (killed / run / name).read_bytes() == (whole / run / name).read_bytes(), f"{run}/{name}"
         for name in ("model.safetensors", "weight_policy.safetensors"):
@@ -123,12 +131,76 @@ def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple
             assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), f"{run}/{name}"
 
 
-def test_the_verdict_says_so_when_the_control_is_not_exceeded() -> None:
-    assert "above the 0.0100" in verdict(0.02, 0.01, 0.0)[0]
-    assert "NOT above" in verdict(0.01, 0.02, 0.0)[0]
-    assert "does not show" in verdict(0.01, 0.02, 0.0)[1]
-    assert "outside the healthy" in verdict(0.02, 0.01, 0.06)[2]
-    assert "within the healthy" in verdict(0.02, 0.01, -0.04)[2]
+def utilities(*means: float) -> Utilities:
+    return Utilities(["fact", "opening"] * (len(means) // 2), torch.tensor(means))
+
+
+def test_the_verdict_claims_no_more_than_the_interval() -> None:
+    equal = utilities(0.5, 0.5, 0.4, 0.4)
+    helped = verdict(utilities(0.61, 0.6, 0.5, 0.51), equal)
+    assert helped == [helped[0]] and "+0.105 ±" in helped[0] and "helped" in helped[0] and "NOT" not in helped[0]
+    assert "did HARM" in verdict(utilities(0.41, 0.4, 0.3, 0.31), equal)[0]
+    unclear = verdict(utilities(0.9, 0.3, 0.8, 0.3), equal)
+    assert "do NOT show that the anchored weights help" in unclear[0]
+    assert "lower than with equal weights in opening (-0.15)" in unclear[1]
+
+
+def test_utilities_stand_with_their_interval_and_by_family() -> None:
+    table = utility_table({"equal weights": utilities(0.2, 0.6, 0.4, 0.8)})
+    assert table.header == ("policy", "all", "fact", "opening")
+    # t quantile 3.182, std 0.258, n = 4
+    assert table.rows == (("equal weights", "0.500 ± 0.411", "0.30", "0.70"),)
+
+
+def test_the_split_is_balanced_and_whole(tmp_path: Path) -> None:
+    split(EXAMPLE / "prompts.jsonl", tmp_path, None)
+    lines = {name: (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "held_out")}
+    rows = {name: list(map(json.loads, text.splitlines())) for name, text in lines.items()}
+    for name, count in (("train", 288), ("held_out", 48)):
+        assert Counter(row["family"] for row in rows[name]) == dict.fromkeys(FAMILIES, count // 4)
+    prompts = {row["prompt"] for row in rows["train"]} | {row["prompt"] for row in rows["held_out"]}
+    assert len(prompts) == 336
+    split(EXAMPLE / "prompts.jsonl", tmp_path, 56)
+    assert [len((tmp_path / f"{n}.jsonl").read_text().splitlines()) for n in ("train", "held_out")] == [56, 8]
+
+
+utility = load_function(f"{EXAMPLE}/rewards.py:utility", field="function")
+
+
+@pytest.mark.parametrize(
+    ("family", "reference", "answer", "expected"),
+    [
+        ("fact", "Athens.", " athens", 1.0),
+        ("fact", "Athens.", "It is Athens.", 0.75),
+        ("fact", "Athens.", "It is Athens, my dear friend.", (2 / 7 + 3 / 6) / 2),
+        ("fact", "Athens.", "Rome.", 0.5),
+        ("fact", "Athens.", "<think> Athens or Rome? </think> <answer> Athens. </answer>", 1.0),
+        ("fact", "Athens.", "<think> Athens, I should say.", 0.0),
+        ("fact", "Athens.", "<think> Athens? <answer> Rome.", 0.5),
+        ("fact", "Athens.", "", 0.0),
+        ("format", "1. hammer 2. saw 3. ladder", "1. saw 2. hammer 3. ladder", 1.0),
+        ("format", "1. hammer 2. saw 3. ladder", "hammer; saw; ladder", 1 / 3),  # half of F1: 3 of 6 and 3 words
+        ("format", "name: fox; colour: red; size: small", "name: fire engine; colour: red; size: small", 0.5 + 5 / 13),
+        ("format", "no, because a cow has no wings.", "yes, because cows fly.", 0.5 + 1 / 11),
+        ("opening", "ignored", "word " * 20, 1 / 20),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(10)), 0.5),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(50)), 0.5),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(22)), 1.0),
+    ],
+)
+def test_the_utility_by_hand(family: str, reference: str, answer: str, expected: float) -> None:
+    found = utility([answer], family=[family], reference=[reference], prompts=["ignored"])
+    assert found == [pytest.approx(expected)]
+
+
+def test_references_are_worth_more_than_drafts() -> None:
+    rows = [json.loads(line) for line in (EXAMPLE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        answers = [row["reference"], *row["drafts"]]
+        best, *drafts = utility(answers, family=[row["family"]] * 6, reference=[row["reference"]] * 6)
+        # a draft may repeat no word where a reference does
+        assert best >= max(drafts) or (row["family"] == "opening" and best > 0.7)
+        assert best > sum(drafts) / 5
 
 
 def words(response: str) -> Counter[str]:

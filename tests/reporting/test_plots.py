@@ -54,6 +54,20 @@ def legend(fig: Figure) -> dict[str, str]:
     return {label: to_hex(h.get_color()) for label, h in by_label.items() if hasattr(h, "get_color")}
 
 
+def test_utility_on_held_out_prompts_has_a_panel_of_its_own() -> None:
+    lines = [
+        {"step": step, "rewards/tone/mean": 0.1, "eval_rewards/tone/mean": 0.2}
+        | ({"anchor/utility": 0.3} if step != 2 else {})
+        | ({"eval_utility": step / 10} if step == 3 else {})
+        for step in (1, 2, 3)
+    ]
+    tone, utility = plots.evaluation(History.of(lines)).axes
+    assert (tone.get_title("left"), utility.get_title("left")) == ("tone", "utility")
+    training, held_out = utility.lines
+    assert list(held_out.get_xdata()) == [3] and list(held_out.get_ydata()) == [0.3]
+    assert list(training.get_xdata()) == [1, 3]
+
+
 @pytest.mark.parametrize("name", PLOTS)
 def test_every_axis_has_a_label_with_a_unit(name: str, history: History) -> None:
     fig = PLOTS[name](history)

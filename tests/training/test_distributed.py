@@ -83,3 +83,10 @@ def test_two_processes_resume_in_their_second_epoch_and_load_the_best(
             assert torch.equal(whole["policy"][name], value), name
         for name, value in ranks[0]["whole"]["last"].items():
             assert torch.equal(resumed["last"][name], value), name
+
+
+def test_the_best_policy_reaches_every_process(tmp_path: Path) -> None:
+    launch(2, tmp_path, tmp_path / "out", 1, "best")
+    main, other = (torch.load(tmp_path / "out" / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert main == {"held": 2, "step": 1, "values": [[1.0], [1.0]]}
+    assert other == main | {"held": 0}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from maestro_fast.generation import SamplingConfig
@@ -14,6 +15,7 @@ from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.records import Prompts, Rollouts, StepRecord
 from maestro_fast.rewards import build_rewards
 from maestro_fast.training import BatchConfig, MaestroTrainer, Method, PromptDataset
+from maestro_fast.training.best import BestPolicy
 from maestro_fast.weighting import build_weight_policy
 
 GROUP = 4
@@ -144,6 +146,29 @@ def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
     torch.save(results, out / f"rank{trainer.args.process_index}.pt")
 
 
+def best(checkpoint: str, out: Path, micro_batches: int) -> None:
+    """The main process holds the best parameters, and both get them, whatever theirs are by then."""
+    del checkpoint, micro_batches
+    accelerator = Accelerator(cpu=True)
+    model, empty = torch.nn.Linear(3, 2), torch.zeros(1)
+    keeper = BestPolicy(holds=accelerator.is_main_process, window=1, first=0)
+    names = ["x"]
+    for step, utility in enumerate([0.1, 0.3, 0.2]):
+        for parameter in model.parameters():
+            parameter.data.fill_(float(step))
+        utilities = torch.tensor([utility])
+        record = StepRecord(
+            step, ("r",), names, names, names, *[empty[:, None]] * 3, *[empty] * 5, utilities_B=utilities
+        )
+        keeper.see(step, record, model)
+    held = len(keeper.parameters)
+    for parameter in model.parameters():
+        parameter.data.fill_(10.0 + accelerator.process_index)
+    keeper.load_into(model, accelerator)
+    found = {"held": held, "step": keeper.step, "values": [p.detach().unique().tolist() for p in model.parameters()]}
+    torch.save(found, out / f"rank{accelerator.process_index}.pt")
+
+
 def note_prompts(trainer: MaestroTrainer, prompts: list[list[str]]) -> None:
     """Those of this process, batch by batch."""
     next_batch = trainer._next_batch
@@ -167,5 +192,5 @@ class Last(TrainerCallback):
 
 
 if __name__ == "__main__":
-    scenario = resume if sys.argv[4:] == ["resume"] else compare
-    scenario(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    scenarios = {"compare": compare, "resume": resume, "best": best}
+    scenarios[(sys.argv[4:] or ["compare"])[0]](sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -71,6 +71,15 @@ def test_equal_weights_are_healthy() -> None:
             assert ranges[name].low <= value <= ranges[name].high, name
 
 
+@pytest.mark.parametrize("k", range(2, 13))
+def test_entropy_of_equal_weights_is_one_and_no_more(k: int) -> None:
+    rewards_BK, weights_BK = normal(16, k, seed=0), torch.full((16, k), 1 / k)
+    context = WeightContext(tuple(map(str, range(k))), 4, 0, rewards_BK)
+    advantages = group_advantages(rewards_BK, weights_BK, 4)
+    found = diagnose(Outcome(context, Weights(weights_BK, weights_BK), advantages))["diagnostics/entropy"]
+    assert 1 - 1e-6 < found <= 1.0
+
+
 def test_weights_that_follow_the_response_flatter() -> None:
     rewards_BK = normal(64, 2, seed=0)
     best_BK = torch.nn.functional.one_hot(group_advantages(rewards_BK, None, 8).normalized_rewards.argmax(1), 2).float()
