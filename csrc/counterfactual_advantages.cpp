@@ -87,9 +87,11 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
     const double divisor = std::max(count - p.ddof, 1.0);
     const Double4 variance = alone ? splat(raw ? 1.0 : 0.0) : (others.squares + apart * apart * share) / divisor;
     const Double4 spread = p.eps_in_variance ? sqrt4(variance + p.score_eps) : sqrt4(variance) + p.score_eps;
-    centred = spread > 0.0 ? centred / spread : zero;
+    centred = spread == 0.0 ? zero : centred / spread;
   }
-  const Mask4 spread_out = (own.raw > others.low) | (own.raw < others.top) | (splat(others.top) > others.low);
+  const Mask4 unknown = apart != apart;  // a score that is not a number is no lack of spread
+  const Mask4 spread_out =
+      (own.raw > others.low) | (own.raw < others.top) | (splat(others.top) > others.low) | unknown;
   const Mask4 counts = raw ? own.live : own.live & (alone ? Mask4{} : spread_out);
   return counts ? centred : zero;
 }

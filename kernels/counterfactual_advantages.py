@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.group_advantages import divisor, live_factors, normalized, reward_moments, switches
+from maestro_fast.kernels.moments import over
 
 _ROWS = 16  # responses j of one program
 _LARGEST = 1024  # responses of a group
@@ -132,7 +133,9 @@ def _counterfactuals(
     # Spread is judged before the KL.
     high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
     low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
+    unknown_J = tl.max(tl.where(others_JG & (raw_1G != raw_1G), 1, 0), 1)
     flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
+    flat_JA = flat_JA & (unknown_J[:, None] == 0) & (own_raw_JA == own_raw_JA)
 
     delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]
     alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
@@ -149,7 +152,7 @@ def _counterfactuals(
         freedom_J = tl.maximum(count_J + 1.0 - DDOF, 1.0)
         std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA)))
         std_JA = tl.where(alone_JA, 1.0 if RAW else 0.0, std_JA)
-        out_JA = tl.div_rn(out_JA, divisor(std_JA, score_eps, IN_VARIANCE))
+        out_JA = over(out_JA, divisor(std_JA, score_eps, IN_VARIANCE))
     if RAW:
         out_JA = tl.where(own_live_JA & (alone_JA | ~flat_JA), out_JA, 0.0)
     else:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.allocation import empty_floats
-from maestro_fast.kernels.moments import centred, deviation, scope_sum, spread
+from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
 
 _TILE = 64  # responses of one program: a warp reduces without shared memory, and 4,096 responses fill 64 SMs
 _WHOLE = 2048  # the largest batch that one program holds in registers
@@ -57,9 +57,9 @@ def normalized(
         else:
             out_NG, _ = centred(reward_NG, live_NG, counted_NG, CENTER, RAW)
         if SCALE == "split":
-            out_NG = tl.div_rn(out_NG, tl.load(moments_ptr + 4 * k + 2) + eps + zero_NG)
+            out_NG = over(out_NG, tl.load(moments_ptr + 4 * k + 2) + eps + zero_NG)
         elif SCALE != "none":
-            out_NG = tl.div_rn(out_NG, deviation(reward_NG, live_NG, counted_NG, SCALE, DDOF, RAW) + eps)
+            out_NG = over(out_NG, deviation(reward_NG, live_NG, counted_NG, SCALE, DDOF, RAW) + eps)
         SCOPE: tl.constexpr = CENTER if SCALE == "none" else SCALE
         if SCOPE == "split":
             out_NG = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero_NG) < 2.0, 0.0, out_NG)
@@ -241,7 +241,7 @@ def advantage_tile(
         tl.store(state_ptr + rows_NG, state_NG.to(tl.int8), mask=inside_NG)
     else:
         if SCORE_SCALE != "none":
-            out_NG = tl.div_rn(out_NG, divisor(std_NG, score_eps, IN_VARIANCE))
+            out_NG = over(out_NG, divisor(std_NG, score_eps, IN_VARIANCE))
         out_NG = tl.where(live_NG & (zero_NG == 0), out_NG, 0.0)
     tl.store(advantages_ptr + rows_NG, out_NG, mask=inside_NG)  # split: the centred score, if it is known here
 
@@ -432,7 +432,7 @@ def _finish(
     else:
         std_L = tl.load(std_ptr + b, mask=inside, other=0.0)
     if SCALE != "none":
-        out = tl.div_rn(out, divisor(std_L, score_eps, IN_VARIANCE))
+        out = over(out, divisor(std_L, score_eps, IN_VARIANCE))
     tl.store(advantages_ptr + b, tl.where(live & ((state & _ZERO) == 0), out, 0.0), mask=inside)
 
 

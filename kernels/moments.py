@@ -78,7 +78,15 @@ def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr
 
 @triton.jit
 def spread(x_NG, live_NG):
-    """int1 [BN, 1]: the live elements of a group are not all the same. One live element or none have no spread."""
+    """int1 [BN, 1]: the live elements of a group are not all the same. One live element or none have no spread; NaN,
+    which the maximum and minimum of a GPU pass over, is one."""
     top_N = tl.max(tl.where(live_NG, x_NG, float("-inf")), 1)
     low_N = tl.min(tl.where(live_NG, x_NG, float("inf")), 1)
-    return (top_N > low_N)[:, None]
+    unknown_N = tl.max(tl.where(live_NG & (x_NG != x_NG), 1, 0), 1)
+    return ((top_N > low_N) | (unknown_N > 0))[:, None]
+
+
+@triton.jit
+def over(x, divisor):
+    """x / divisor, rounded to nearest, 0 where the divisor is 0: so without an epsilon what has no spread is 0, too."""
+    return tl.where(divisor == 0.0, 0.0, tl.div_rn(x, tl.where(divisor == 0.0, 1.0, divisor)))

@@ -60,11 +60,11 @@ class Members:
         return std.expand_as(x_NG)
 
     def flat(self, x_NG: Tensor) -> Tensor:
-        """bool [N, 1, ...]: groups without spread; one live element or none have none."""
+        """bool [N, 1, ...]: groups without spread; one live element or none have none, NaN is one."""
         x_NG = x_NG.detach()
         top = torch.where(self.live_NG, x_NG, float("-inf")).amax(1, keepdim=True)
         low = torch.where(self.live_NG, x_NG, float("inf")).amin(1, keepdim=True)
-        return ~(top > low)
+        return top <= low
 
     @property
     def alone_N1(self) -> Tensor:
@@ -109,7 +109,7 @@ def standardise_scores(raw_NG: Tensor, scores_NG: Tensor, members: Members, prof
     if profile.score_scale != "none":
         inside = profile.score_eps_in == "variance"
         divisor_NG = (std_NG**2 + profile.score_eps).sqrt() if inside else std_NG + profile.score_eps
-        centred_NG = centred_NG / divisor_NG
+        centred_NG = over(centred_NG, divisor_NG)
     flat_N1 = members.flat(raw_NG)
     zero_N1 = flat_N1 & ~members.alone_N1 if profile.singleton == "raw" else flat_N1
     advantages_NG = torch.where(zero_N1 | ~members.live_NG, 0.0, centred_NG)
@@ -126,7 +126,7 @@ def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profi
     scope: Center = profile.reward_center
     if profile.reward_scale != "none":
         scope = profile.reward_scale
-        out_NGK = out_NGK / (members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
+        out_NGK = over(out_NGK, members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
     if profile.singleton == "zero" or scope == "batch":
         alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # one value has no place among others
         out_NGK = torch.where(alone, 0.0, out_NGK)
@@ -152,6 +152,11 @@ def sum_over_rewards(x: Tensor) -> Tensor:
     for k in range(1, x.shape[-1]):
         total = total + x[..., k]
     return total
+
+
+def over(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor, 0 where the divisor is 0: without an epsilon, what has no spread is 0 as with one."""
+    return torch.where(divisor == 0, 0.0, x / torch.where(divisor == 0, 1.0, divisor))
 
 
 def dims(scope: Scope) -> tuple[int, ...]:

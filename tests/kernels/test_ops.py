@@ -18,6 +18,7 @@ from maestro_fast.ops import (
     PolicyLossConfig,
 )
 from tests.kernels.helpers import DEVICE, assert_close
+from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
 
 B, K, D, H, G = 12, 3, 40, 8, 4
 BOUNDS = torch.tensor([0, 3, 4, 9, 11, 18, 19, 25, 27, 30, 33, 34, 40])
@@ -265,3 +266,13 @@ def test_the_interpreter_never_serves_unasked() -> None:
     by_default = ops.policy_loss(*arguments, normalizer=1.0, config=loss).loss
     by_torch = ops.policy_loss(*arguments, normalizer=1.0, config=replace(loss), backend="torch").loss
     assert torch.equal(by_default, by_torch)
+
+
+@pytest.mark.parametrize("profile", ops.PROFILES)
+def test_without_an_epsilon_no_spread_is_zero(profile: str) -> None:
+    check_no_epsilon_and_no_spread(profile, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("profile", ["maestro", "grpo", "verl_grpo"])
+def test_a_weight_that_is_not_a_number_shows(profile: str) -> None:
+    check_a_weight_that_is_not_a_number(profile, "triton", DEVICE)

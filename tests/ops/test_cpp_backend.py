@@ -23,6 +23,7 @@ from maestro_fast.ops import (
     maestro_advantages,
 )
 from maestro_fast.ops.profiles import Center, Scale, ScoreCenter, ScoreScale
+from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
 from tests.ops.helpers import assert_as_accurate
 
 NAN = float("nan")
@@ -289,3 +290,18 @@ def test_the_adaptive_step_is_its_two_parts() -> None:
     alone = conductor_weights(h, params, seed=4, backend="cpp")
     expected = group_advantages(arguments["rewards"], alone.weights, 10, backend="cpp")
     assert all(torch.equal(x, y) for x, y in zip((*sample, *advantages), (*alone, *expected), strict=True))
+
+
+# --- where backends could disagree ---
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_without_an_epsilon_no_spread_is_zero(profile: str, backend: Any) -> None:
+    check_no_epsilon_and_no_spread(profile, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("profile", ["maestro", "grpo", "verl_grpo"])
+def test_a_weight_that_is_not_a_number_shows(profile: str, backend: Any) -> None:
+    check_a_weight_that_is_not_a_number(profile, backend)
