@@ -29,8 +29,8 @@ from maestro_fast.ops.token_logprobs import check_head_inputs
 
 
 class LinearPolicyLoss(NamedTuple):
-    """``PolicyLoss``, and the log-probs [T] that it was taken from, without a graph: those given as ``old_logprobs``, or
-    0, in rows that were not worked."""
+    """``PolicyLoss``, and the log-probs [T] that it was taken from, without a graph. In rows that were not worked they
+    are those given as ``old_logprobs``, or 0."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
