@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
 [[ -n ${PEERS:-} ]] && export PYTHONPATH=$PEERS${PYTHONPATH:+:$PYTHONPATH}
 limit=470 # seconds of a slice
-ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights maestro_advantages policy_loss)
+ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights maestro_advantages policy_loss token_logprobs)
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -124,9 +124,21 @@ def losses() -> Iterator[tuple[str, Any]]:
         yield f"policy_loss, {config.normalization}", [loss, *metrics.values(), *torch.autograd.grad(loss, now)]
 
 
+def logprobs() -> Iterator[tuple[str, Any]]:
+    targets = torch.arange(T).to(DEVICE) % 70
+    targets[3] = -100
+    strategies: tuple[Any, ...] = ("chunked", "fused")
+    for strategy in strategies:
+        hidden, lm_head, bias = (x.requires_grad_() for x in (normal(T, D), normal(70, D) / 6, normal(70)))
+        given: dict[str, Any] = {"bias": bias, "softcap": 9.0, "temperature": 0.7, "entropy": "grad"}
+        values = ops.token_logprobs(hidden, lm_head, targets, **given, strategy=strategy, backend="triton")
+        total = values.logprobs.sum() + values.entropies.sum()
+        yield f"token_logprobs, {strategy}", [*values, *torch.autograd.grad(total, [hidden, lm_head, bias])]
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for group in (advantages, conductor, losses):
+    for group in (advantages, conductor, losses, logprobs):
         for name, results in group():
             tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
             bad = [i for i, x in enumerate(tensors) if not bool(x.isfinite().all())]
