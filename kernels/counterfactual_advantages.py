@@ -133,9 +133,9 @@ def _counterfactuals(
     # Spread is judged before the KL.
     high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
     low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
-    unknown_J = tl.max(tl.where(others_JG & (raw_1G != raw_1G), 1, 0), 1)
     flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
-    flat_JA = flat_JA & (unknown_J[:, None] == 0) & (own_raw_JA == own_raw_JA)
+    # Maxima leave NaN out, sums do not.
+    flat_JA = flat_JA & (squares_J == squares_J)[:, None] & (own_raw_JA == own_raw_JA)
 
     delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]
     alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0

@@ -21,6 +21,8 @@ RECIPES = EXAMPLES / "recipes"
 class Drafts:
     """Answers with the drafts of the bundled prompts, of which some have the format, and their reference in it."""
 
+    concurrent_parts = 0
+
     def __init__(self, *arguments: object, **options: object) -> None:
         """Takes what the trainer gives its own generator."""
 

@@ -55,7 +55,7 @@ class Generator(Protocol):
             whole groups, a batch is divided; ``generate`` is called for them at once, each in a thread of its own.
     """
 
-    concurrent_parts: int
+    concurrent_parts: int = 0
 
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
         """Samples with the current weights of ``model``; the same seed, prompts and weights give the same responses."""

@@ -80,7 +80,8 @@ def build_probe(
             on, over and over.
     """
     block = engine.cache_block
-    length = min(max(config.tokens, 2 * block + 8), engine.max_tokens - 1)  # the engine samples a token behind them
+    wanted = max(config.tokens, 2 * block + 8 if block else 0)
+    length = min(wanted, engine.max_tokens - 1)  # the engine samples a token behind them
     if block and (length - 1) % block == 0:  # else no log-prob would be computed from what the cache holds
         length -= 1
     sequences = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from maestro_fast.generation import SamplingConfig
-from maestro_fast.ops import PolicyLoss, PolicyLossConfig, policy_loss
+from maestro_fast.ops import LinearPolicyLoss, PolicyLossConfig, policy_loss
 from maestro_fast.ops.head_chunks import chunk_rows
 from maestro_fast.ops.token_logprobs import TokenLogprobs, reference_token_logprobs
 from maestro_fast.records import Prompts, Rollouts
@@ -44,6 +44,7 @@ class FixedGenerator:
     """Completions of one length, so that nothing is sampled and every T is what it says."""
 
     length: int
+    concurrent_parts = 0
 
     def generate(self, model: Any, prompts: Prompts, *, seed: int) -> Rollouts:
         completions = [[20 + (7 * i + 3 * t) % 200 for t in range(self.length)] for i in range(len(prompts))]
@@ -124,10 +125,13 @@ def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.Mon
     def all_logits(*args: Any, entropy: str = "none", **kwargs: Any) -> TokenLogprobs:
         return reference_token_logprobs(*args, **kwargs)
 
-    def loss_of_all_logits(hidden: Tensor, lm_head: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> PolicyLoss:
+    def loss_of_all_logits(
+        hidden: Tensor, lm_head: Tensor, targets: Tensor, *args: Any, **kwargs: Any
+    ) -> LinearPolicyLoss:
         head = {name: kwargs.pop(name) for name in ("bias", "logit_scale", "softcap", "temperature")}
         del kwargs["active"]
-        return policy_loss(all_logits(hidden, lm_head, targets, **head).logprobs, *args, **kwargs)
+        logprobs = all_logits(hidden, lm_head, targets, **head).logprobs
+        return LinearPolicyLoss(*policy_loss(logprobs, *args, **kwargs), logprobs.detach())
 
     if where == "log-probs":
         monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)

@@ -24,6 +24,8 @@ GROUP = 4
 class FixedGenerator:
     """Responses that follow from the prompt and the place in the group, so that they do not depend on the process."""
 
+    concurrent_parts = 0
+
     def generate(self, model: Any, prompts: Prompts, *, seed: int) -> Rollouts:
         del model, seed
         completions = []
