@@ -23,20 +23,18 @@ from torch import Tensor
 from bench.gpu_gate import gate, normal
 from bench.gpu_head import (
     DTYPE,
-    TRL,
-    VERL,
     Shape,
     clock,
     gate_gradients,
     inputs,
     measured,
-    peers,
     picked,
     products,
     true_gradients,
     truth,
     worst,
 )
+from bench.gpu_peers import TRL, VERL, peers
 from bench.gpu_race import DEVICE, DRY, MARKS, Contender, Target, race, ratio, report
 from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss, token_logprobs
 from tests.ops.trl_oracle import trl_policy_loss

@@ -21,22 +21,18 @@ from bench.gpu_gate import gate, normal
 from bench.gpu_head import (
     DTYPE,
     GATED,
-    LIGER,
-    TRL,
-    VERL,
-    Logprobs,
     Shape,
     clock,
     gate_gradients,
     inputs,
     measured,
-    peers,
     picked,
     products,
     true_gradients,
     truth,
     worst,
 )
+from bench.gpu_peers import LIGER, TRL, VERL, Logprobs, peers
 from bench.gpu_race import DEVICE, DRY, MARKS, Contender, Target, race, ratio, report
 from maestro_fast.ops import TokenLogprobs, token_logprobs
 

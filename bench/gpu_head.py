@@ -1,21 +1,10 @@
-"""What the benchmarks of the head pass share: shapes, inputs, peers, the truth in float64, memory.
-
-The peers are called as their trainers call them, with their own defaults. Liger's op of scaled cross entropy takes its
-CuTe kernel on sm_90, which needs nvidia-cutlass-dsl. **Not run yet**, since they need a CUDA device, so written from
-their sources alone: verl 0.9.1, cut-cross-entropy 25.1.1, that CuTe kernel.
-"""
+"""What the benchmarks of the head pass share: shapes, inputs, the truth in float64, memory."""
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +17,6 @@ from maestro_fast.ops.head_chunks import chunk_rows
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter is wrong in bfloat16
 ROUNDING = 1e-5 if DTYPE is torch.float32 else 2e-3  # of a gradient, beside its largest element
 GATED = 64  # rows, and tokens of the vocabulary, at which gradients are compared
-TRL, VERL, CCE = "TRL's chunked op", "verl's Triton kernel", "cut-cross-entropy"
-LIGER, LIGER_CHUNKED = "Liger's scaled cross entropy", "Liger's chunked log-probs"
 _SLICE = 180  # seconds of the clock for all races of a run, of the 470 that it may take
 
 
@@ -185,94 +172,3 @@ def measured(contenders: list[Contender], errors: Callable[[Any], float]) -> dic
         else:
             found["GB"][c.name] = "-" if used is None else f"{used / 1e9:.2f}"
     return found
-
-
-Logprobs = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """``load`` imports it, and gives what computes (log-probs, entropies) of (hidden, head, targets, entropy)."""
-
-    name: str
-    package: str
-    load: Callable[[], Logprobs]
-    entropy: bool
-    cuda_only: bool
-
-
-def available(peer: Peer) -> str | None:
-    """Why it cannot take part, or None."""
-    if find_spec(peer.package) is None:
-        return f"{peer.package} is not installed"
-    if peer.cuda_only and DEVICE.type == "cpu":
-        return "it needs a CUDA device"
-    try:
-        peer.load()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
-def peers(*, entropy: bool = False) -> tuple[dict[str, Logprobs], list[str]]:
-    """Those that are here, by name, and a line for each that is not."""
-    reasons = {p: "it has no entropy" if entropy and not p.entropy else available(p) for p in PEERS}
-    here = {p.name: p.load() for p, reason in reasons.items() if reason is None}
-    return here, [f"{p.name}: skipped, {reason}" for p, reason in reasons.items() if reason is not None]
-
-
-def _trl() -> Logprobs:
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    def run(hidden: Tensor, head: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        wanted = ("entropy",) if entropy else ()
-        given = hidden, head, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, wanted
-        logprobs, entropies, *_ = ChunkedLogProbFunction.apply(*given)
-        return logprobs, entropies
-
-    return run
-
-
-def _verl() -> Logprobs:
-    """Its packages' own __init__ import Ray and tensordict, which its kernel does without."""
-    spec = find_spec("verl")
-    assert spec is not None and spec.submodule_search_locations
-    for name in ("verl", "verl.utils"):
-        if name not in sys.modules:
-            package = ModuleType(name)
-            package.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
-            sys.modules[name] = package
-    op = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-    return lambda hidden, head, targets, entropy: tuple(op(hidden, head, targets, 1.0, "none"))
-
-
-def _liger() -> Logprobs:
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as op
-
-    def run(hidden: Tensor, head: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        found = op.apply(hidden, head, targets, return_entropy=entropy)
-        return (-found[0], found[1]) if entropy else (-found, None)
-
-    return run
-
-
-def _liger_chunked() -> Logprobs:
-    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase as op
-
-    return lambda hidden, head, targets, entropy: (op.chunk_forward(hidden[None], head, targets[None])[0], None)
-
-
-def _cce() -> Logprobs:
-    from cut_cross_entropy import linear_cross_entropy as op
-
-    return lambda hidden, head, targets, entropy: (-op(hidden, head, targets, reduction="none"), None)
-
-
-PEERS = [
-    Peer(TRL, "trl", _trl, entropy=True, cuda_only=False),
-    Peer(VERL, "verl", _verl, entropy=True, cuda_only=True),
-    Peer(LIGER, "liger_kernel", _liger, entropy=True, cuda_only=False),
-    Peer(LIGER_CHUNKED, "liger_kernel", _liger_chunked, entropy=False, cuda_only=False),
-    Peer(CCE, "cut_cross_entropy", _cce, entropy=False, cuda_only=True),
-]
