@@ -65,7 +65,7 @@ gpu-test: ## Of make gpu, the tests alone; ARGS="tests/kernels/test_pool_hidden.
 gpu-sanitize: ## Of make gpu, compute-sanitizer alone
 	@bash bench/gpu.sh sanitize
 
-gpu-bench: ## Of make gpu, the benchmarks alone; ARGS="pool_hidden policy_loss" picks
+gpu-bench: ## Of make gpu, the benchmarks alone; ARGS="pool_hidden linear_policy_loss:1024x32768x2048" picks
 	@bash bench/gpu.sh bench $(ARGS)
 
 clean: ## Remove what builds and checks leave behind; environments stay

@@ -14,6 +14,24 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--head", metavar="dxVxT,...", help="shapes for the benchmarks of the head pass")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``shape`` is a ``bench.gpu_head.Shape``, from --head or the default ones."""
+    if "shape" not in metafunc.fixturenames:
+        return
+    from bench.gpu_head import SHAPES, Shape
+
+    given = metafunc.config.getoption("--head")
+    try:
+        shapes = [Shape.parse(text) for text in given.split(",")] if given else SHAPES
+    except ValueError as error:
+        raise pytest.UsageError(f"--head: {error}") from None
+    metafunc.parametrize("shape", shapes, ids=str)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     import torch

@@ -3,10 +3,12 @@
 #
 #     bash bench/gpu.sh install|info|test|sanitize|bench|all [ARGS of pytest | names of ops for bench]
 #
+# An op of the head pass takes shapes, dxVxT: bench linear_policy_loss:4096x151936x2048,1024x32768x65536
 # Every part but `all` fits into ten minutes. JSON goes to bench/results/.
 #   PYTHON    the Python to use, where python3 is not the one
 #   COMMIT    written into the JSON where there is no git history
-#   PEERS     a folder on top of the path that holds trl, which is read, not run (pip install --target)
+#   PEERS     a folder on top of the path that holds the peers (pip install --no-deps --target): trl, liger-kernel, verl,
+#             cut-cross-entropy; one that is missing is skipped
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +18,8 @@ export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
 [[ -n ${PEERS:-} ]] && export PYTHONPATH=$PEERS${PYTHONPATH:+:$PYTHONPATH}
 limit=470 # seconds of a slice
-ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights maestro_advantages policy_loss token_logprobs)
+ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights maestro_advantages policy_loss token_logprobs
+  linear_policy_loss)
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -62,15 +65,17 @@ sanitize() {
 }
 
 bench() {
-  local names=("$@") status=0 op
+  local names=("$@") status=0 name op shapes head
   ((${#names[@]})) || names=("${ops[@]}")
   mkdir -p bench/results
-  for op in "${names[@]}"; do
-    say "benchmark of $op"
+  for name in "${names[@]}"; do
+    op=${name%%:*} shapes=${name#"${name%%:*}"} shapes=${shapes#:} head=()
+    [[ -n $shapes ]] && head=("--head=$shapes")
+    say "benchmark of $name"
     # warnings are torch.compile's, about the peers; the tests are strict about ours
     timeout $limit "$python" -m pytest -q -m gpu -W default -p no:cacheprovider --benchmark-quiet \
-      --benchmark-json="bench/results/gpu_$op.json" "bench/bench_gpu_$op.py" || {
-      echo "$op: exit status $?"
+      --benchmark-json="bench/results/gpu_$op${shapes:+_${shapes//,/_}}.json" "bench/bench_gpu_$op.py" "${head[@]}" || {
+      echo "$name: exit status $?"
       status=1
     }
   done
@@ -94,5 +99,5 @@ case $part in
     say "${failed[*]:+failed: }${failed[*]:-all passed}"
     ((${#failed[@]} == 0))
     ;;
-  *) sed -n '2,10p' "$0" && exit 2 ;;
+  *) sed -n '2,13p' "$0" && exit 2 ;;
 esac

@@ -93,12 +93,16 @@ def copy_of(moved: int) -> Contender:
     return Contender("torch copy of as many bytes", lambda: target.copy_(source))
 
 
-def race(contenders: list[Contender]) -> tuple[dict[str, Figures], dict[str, str]]:
-    """Figures by name, ours first, and why a peer that failed has none. Rounds go through the contenders in turn."""
+def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[dict[str, Figures], dict[str, str]]:
+    """Figures by name, ours first, and why a peer that failed has none. Rounds go through the contenders in turn.
+
+    ``seconds`` is for contenders that take milliseconds: rounds end after as many, but not before the third, and there
+    are no CUDA graphs, which would hold the memory of their calls.
+    """
     ready, failed = [], {}
     for contender in contenders:
         try:
-            for _ in range(1 if DRY else 3):
+            for _ in range(1 if DRY else 3 if seconds is None else 2):
                 contender.run()
         except Exception as error:
             if not contender.peer:
@@ -106,16 +110,16 @@ def race(contenders: list[Contender]) -> tuple[dict[str, Figures], dict[str, str
             failed[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             ready.append(contender)
-    wall = _in_turn({c.name: _wall_timer(c.run) for c in ready})
+    wall = _in_turn({c.name: _wall_timer(c.run) for c in ready}, seconds)
     if DEVICE.type == "cpu":
         return {name: Figures(us, None, None, None, None) for name, us in wall.items()}, failed
     syncs = {c.name: count_syncs(c.run) for c in ready}
     warm, cold = {}, {}
     for c in ready:
-        if syncs[c.name] == 0:
+        if syncs[c.name] == 0 and seconds is None:
             warm[c.name], cold[c.name] = _captured(c, _CALLS, flush=False), _captured(c, _COLD_CALLS, flush=True)
     graph = _in_turn({name: timer for name, timer in warm.items() if timer})
-    cold_us = _in_turn({name: timer for name, timer in cold.items() if timer} | {"": _flush_timer()})
+    cold_us = _in_turn({name: timer for name, timer in cold.items() if timer} | {"": _flush_timer()}) if cold else {}
     return {
         c.name: Figures(
             wall[c.name],
@@ -128,10 +132,13 @@ def race(contenders: list[Contender]) -> tuple[dict[str, Figures], dict[str, str
     }, failed
 
 
-def _in_turn(timers: dict[str, Callable[[], float]]) -> dict[str, float]:
+def _in_turn(timers: dict[str, Callable[[], float]], seconds: float | None = None) -> dict[str, float]:
     """Median of each over the rounds, A B C A B C ..."""
     values: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(ROUNDS):
+    start = time.perf_counter()
+    for done in range(ROUNDS):
+        if seconds is not None and done >= 3 and time.perf_counter() - start > seconds:
+            break
         for name, timer in timers.items():
             values[name].append(timer())
     return {name: median(v) for name, v in values.items()}
@@ -252,14 +259,17 @@ def report(
     moved: int,
     targets: list[Target],
     notes: list[str] | None = None,
+    columns: dict[str, dict[str, str]] | None = None,
 ) -> None:
     """Prints a block of the op's table, and leaves everything with pytest-benchmark.
 
     Args:
         moved: bytes that our op has to read and write.
         notes: further lines, e.g. which peers were left out.
+        columns: further ones by title, the cells by name of the contender; the same titles in all cases of an op.
     """
     figures, failed = raced
+    columns = columns or {}
     notes = [*(notes or []), *(f"{name}: left out, {why}" for name, why in failed.items())]
     lines = [f"{case}; {moved / 1e6:.2f} MB"]
     for name, f in figures.items():
@@ -268,6 +278,7 @@ def report(
         speed = "-" if not fastest else f"{moved / fastest / 1e3:.1f}"
         counts = "".join(f"{'-' if x is None else x:>10}" for x in (f.launches, f.syncs))
         lines.append(f"  {name:36}{times}{speed:>10}{counts}{_multiples(figures, name)}")
+        lines[-1] += "".join(f"{cells.get(name, '-'):>10}" for cells in columns.values())
     lines += [f"  {target}" for target in targets] + [f"  {note}" for note in notes]
     benchmark.extra_info |= {
         "bytes": moved,
@@ -275,8 +286,9 @@ def report(
         "figures": {name: vars(f) for name, f in figures.items()},
         "targets": [str(target) for target in targets],
         "notes": notes,
+        "columns": columns,
     }
-    names = ("wall us", "graph us", "cold us", "GB/s", "launches", "syncs", "x wall", "x graph")
+    names = ("wall us", "graph us", "cold us", "GB/s", "launches", "syncs", "x wall", "x graph", *columns)
     dry = " (dry run: the times mean nothing)" if DRY else ""
     emit(capsys, f"{op} by Triton{dry}", lines, header=[" " * 40 + "".join(f"{name:>10}" for name in names)])
 

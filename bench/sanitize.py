@@ -136,9 +136,31 @@ def logprobs() -> Iterator[tuple[str, Any]]:
         yield f"token_logprobs, {strategy}", [*values, *torch.autograd.grad(total, [hidden, lm_head, bias])]
 
 
+def sweep() -> Iterator[tuple[str, Any]]:
+    hidden, lm_head = (x.requires_grad_() for x in (normal(T, D), normal(70, D) / 6))
+    targets = torch.arange(T).to(DEVICE) % 70
+    targets[3] = -100
+    advantages = torch.randn(B)
+    advantages[::2] = 0.0
+    config = PolicyLossConfig("dapo")
+    found = ops.linear_policy_loss(
+        hidden,
+        lm_head,
+        targets,
+        advantages,
+        bounds(T).cpu(),
+        old_logprobs=-normal(T).abs(),
+        normalizer=float(T),
+        mean_entropy=True,
+        config=config,
+    )
+    gradients = torch.autograd.grad(found.loss, [hidden, lm_head])
+    yield "linear_policy_loss", [found.loss, *found.metrics.values(), found.logprobs, *gradients]
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for group in (advantages, conductor, losses, logprobs):
+    for group in (advantages, conductor, losses, logprobs, sweep):
         for name, results in group():
             tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
             bad = [i for i, x in enumerate(tensors) if not bool(x.isfinite().all())]

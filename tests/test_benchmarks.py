@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu_head import Shape
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "bench").glob("bench_gpu_*.py"))
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device there is make gpu")
@@ -26,9 +28,9 @@ def python(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
-def benchmarks(**variables: str) -> str:
+def benchmarks(*options: str, **variables: str) -> str:
     plain = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--benchmark-quiet"]
-    return python("-m", "pytest", *plain, *map(str, FILES), **variables)
+    return python("-m", "pytest", *plain, *map(str, FILES), *options, **variables)
 
 
 def test_without_a_device_they_are_skipped() -> None:
@@ -36,13 +38,22 @@ def test_without_a_device_they_are_skipped() -> None:
 
 
 def test_a_dry_run_passes_every_gate_and_prints_every_table() -> None:
-    printed = benchmarks(TRITON_INTERPRET="1", BENCH_DRY="1")
+    printed = benchmarks("--head=24x50x6", TRITON_INTERPRET="1", BENCH_DRY="1")
 
     for path in FILES:
         op = path.stem.removeprefix("bench_gpu_")
         assert f"{op} by Triton (dry run" in printed
+    assert printed.count("d = 24, V = 50, T = 6") == 7  # all of the head pass, at the shape that was asked for
     assert "left out" not in printed  # no peer failed
     assert " met" not in printed  # no target is judged
+
+
+@pytest.mark.parametrize("text", ["", "4096", "4096x151936", "4096x0x2048", "4096x151936x2048x1", "d4096x8x8"])
+def test_a_shape_of_a_head_that_is_none_is_refused(text: str) -> None:
+    assert Shape.parse("4096x151936x2048") == (4096, 151936, 2048)
+
+    with pytest.raises(ValueError, match=rf"shape of a head: '{text}', expected dxVxT"):
+        Shape.parse(text)
 
 
 def test_what_compute_sanitizer_runs_is_finite() -> None:

@@ -1,0 +1,179 @@
+"""linear_policy_loss with its gradients in bfloat16, beside its peers on the same batch.
+
+The limit is its own three products by torch.mm, into float32, in chunks of as many rows as ours, with every row.
+TRL is its head with its loss, padded, which reads its metrics on the host; Liger its fused linear GRPO loss, compiled
+as it comes; verl its kernel with our loss, the fastest there is. ``--head 1024x32768x2048,...`` takes other shapes than
+the default ones, ``make gpu-bench ARGS=linear_policy_loss:1024x32768x2048``.
+
+The column of errors holds the largest against float64: of the loss, and of gradients as shares of the largest element.
+Ours are gated; a peer's are only printed. A dry run on a CPU has PyTorch serve the rows: the op takes Triton by itself,
+on a CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu_gate import gate, normal
+from bench.gpu_head import (
+    DTYPE,
+    Shape,
+    clock,
+    gate_gradients,
+    inputs,
+    measured,
+    picked,
+    products,
+    true_gradients,
+    truth,
+    worst,
+)
+from bench.gpu_peers import TRL, VERL, peers
+from bench.gpu_race import DEVICE, DRY, MARKS, Contender, Target, race, ratio, report
+from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss, token_logprobs
+from tests.ops.trl_oracle import trl_policy_loss
+
+pytestmark = MARKS
+RESPONSES = 3 if DRY else 16
+CONFIG = PolicyLossConfig("dapo")
+LIGER = "Liger's linear GRPO loss"
+
+
+class Batch:
+    """Hidden states, head and targets of a shape, with as much of the loss as all contenders take."""
+
+    def __init__(self, shape: Shape, without_gradient: float) -> None:
+        self.hidden, self.head, self.targets = inputs(shape)
+        self.leaves = [self.hidden.requires_grad_(), self.head.requires_grad_()]
+        self.advantages = normal(RESPONSES, seed=3).cpu()  # the host knows whose are 0
+        self.advantages[: round(without_gradient * RESPONSES)] = 0.0
+        self.cu_seqlens = torch.arange(0, shape.T + 1, shape.T // RESPONSES)
+        self.old = truth(shape).logprobs.float() + 0.2 * normal(shape.T, seed=4)
+        self.on_device = self.advantages.to(DEVICE), self.cu_seqlens.to(DEVICE)
+        self.mask = torch.ones(RESPONSES, shape.T // RESPONSES, device=DEVICE)
+        self.tokens = float(shape.T)
+
+    def sweep(self, active: Tensor | None = None) -> Tensor:
+        return linear_policy_loss(
+            self.hidden,
+            self.head,
+            self.targets,
+            self.advantages,
+            self.cu_seqlens,
+            old_logprobs=self.old,
+            normalizer=self.tokens,
+            active=active,
+            config=CONFIG,
+        ).loss
+
+    def loss(self, logprobs: Tensor, backend: Any = None) -> Tensor:
+        advantages, cu_seqlens = self.on_device
+        old = self.old.to(logprobs)
+        given = {"old_logprobs": old, "normalizer": self.tokens, "config": CONFIG, "backend": backend}
+        return policy_loss(logprobs, advantages.to(logprobs), cu_seqlens, **given).loss
+
+    def trl_loss(self, logprobs: Tensor) -> Tensor:
+        padded = logprobs.view_as(self.mask), self.mask, self.on_device[0]
+        return trl_policy_loss(*padded, loss_type="dapo", old_logprobs_BT=self.old.view_as(self.mask))[0]
+
+    def liger_loss(self) -> Callable[[], Tensor]:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        op = LigerFusedLinearGRPOLoss(beta=0.0, compiled=not DRY, use_ref_model=False, loss_type="dapo")
+        shape = self.mask.shape
+        return lambda: op(
+            self.hidden.view(*shape, -1),
+            self.head,
+            self.targets.view(shape),
+            self.mask,
+            self.on_device[0],
+            old_per_token_logps=self.old.view(shape),
+        )[0]
+
+    def with_gradient(self, name: str, loss: Callable[[], Tensor], peer: bool = True) -> Contender:
+        def run() -> list[Tensor]:
+            value = loss()
+            return [value.detach(), *torch.autograd.grad(value, self.leaves)]
+
+        return Contender(name, run, peer)
+
+    def of(self, found: list[Tensor]) -> list[Tensor]:
+        return [found[0], *picked(self.targets, *found[1:])]
+
+
+def rivals(batch: Batch) -> tuple[list[Contender], list[str]]:
+    """Our two ops, those of the peers that are here, and a line for each that is not."""
+
+    def two_ops() -> Tensor:
+        return batch.loss(token_logprobs(batch.hidden, batch.head, batch.targets).logprobs)
+
+    theirs, missing = peers()
+    given = batch.hidden, batch.head, batch.targets, False
+    found = [batch.with_gradient("our two ops", two_ops, peer=False)]
+    if TRL in theirs:
+        found.append(batch.with_gradient(TRL, lambda: batch.trl_loss(theirs[TRL](*given)[0])))
+    if VERL in theirs:
+        found.append(batch.with_gradient(VERL, lambda: batch.loss(theirs[VERL](*given)[0])))
+    if find_spec("liger_kernel") is not None:
+        found.append(batch.with_gradient(LIGER, batch.liger_loss()))
+    else:
+        missing.append(f"{LIGER}: skipped, liger_kernel is not installed")
+    return found, [line for line in missing if line.startswith((TRL, VERL, LIGER))]
+
+
+@pytest.mark.parametrize("without_gradient", [0.0, 0.5])
+def test_linear_policy_loss(benchmark: Any, capsys: Any, request: Any, shape: Shape, without_gradient: float) -> None:
+    batch = Batch(shape, without_gradient)
+    logprobs = truth(shape).logprobs.detach().requires_grad_()
+    loss = batch.loss(logprobs)
+    (dlogprobs,) = torch.autograd.grad(loss, logprobs)
+    with torch.no_grad():
+        exact = [loss.detach(), *true_gradients(shape, dlogprobs)]
+    ours = [batch.with_gradient("one sweep", batch.sweep, peer=False)]
+    if without_gradient:
+        active = batch.advantages != 0
+        ours.append(batch.with_gradient("one sweep, active", lambda: batch.sweep(active), peer=False))
+
+    def reference() -> Tensor:
+        plain = token_logprobs(batch.hidden, batch.head, batch.targets, backend="torch").logprobs
+        return batch.loss(plain, "torch")
+
+    plain = batch.of(batch.with_gradient("torch reference", reference).run())
+    for c in ours:
+        found = batch.of(c.run())
+        gate(found[0], plain[0], exact[0], epsilon=2e-6, what=f"{c.name}, loss")
+        gate_gradients(found[1:], plain[1:], exact[1:], c.name)
+    others, missing = rivals(batch)
+    columns = measured([*ours, *others], lambda found: worst(batch.of(found), exact))
+    limit = products(shape, "xhw")
+    raced = race([*ours, *others, limit], seconds=clock(request))
+    used = columns["GB"]["one sweep"]
+    held = 3 + 4e-9 * shape.V * shape.d  # the float32 gradient of the head
+    goals = targets(raced[0], shape, limit.name, without_gradient)
+    gigabytes = None if used == "-" else float(used)
+    goals.append(Target("GB beyond inputs and outputs", gigabytes, held))
+    if gigabytes is not None and TRL in columns["GB"]:
+        goals.append(Target(f"GB, no more than {TRL}", gigabytes, float(columns["GB"][TRL])))
+    moved = 2 * sum(x.numel() * x.element_size() for x in batch.leaves)
+    case = f"d = {shape.d}, V = {shape.V}, T = {shape.T}, {without_gradient:.0%} of advantage 0, {DTYPE}, {DEVICE}"
+    report(benchmark, capsys, "linear_policy_loss", case, raced, moved, goals, missing, columns)
+    benchmark.pedantic(ours[0].run, rounds=1 if DRY else 3, iterations=1)
+
+
+def targets(figures: Any, shape: Shape, limit: str, without_gradient: float) -> list[Target]:
+    """Those of DESIGN.md; the milliseconds are of its own shape."""
+    if without_gradient:
+        ms = figures["one sweep"].wall / 1e3 if shape == (4096, 151936, 16384) else None
+        faster = Target(f"times as fast as {TRL}, wall", ratio(figures, TRL, "wall"), 2.1, at_least=True)
+        return [Target("ms, wall", ms, 60.0), faster]
+    bounds = {limit: 0.85, TRL: 1.35, VERL: 1.8, LIGER: 1.2}
+    return [
+        Target(f"times as fast as {name}, wall", ratio(figures, name, "wall"), bound, at_least=True)
+        for name, bound in bounds.items()
+    ]
