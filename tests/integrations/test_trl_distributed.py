@@ -31,10 +31,14 @@ def launch(processes: int, checkpoint: Path, out: Path, *arguments: str) -> None
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("iterations", "profile"), [("1", "gdpo"), ("2", "maestro")])
-def test_two_processes_equal_one(tmp_path: Path, checkpoint: Path, iterations: str, profile: str) -> None:
-    for processes in (1, 2):
-        launch(processes, checkpoint, tmp_path / str(processes), iterations, profile)
+@pytest.mark.parametrize(
+    ("iterations", "profile", "loss"),
+    [("1", "gdpo", "trl"), ("1", "gdpo", "maestro_fast"), ("2", "maestro", "trl")],
+)
+def test_two_processes_equal_one(tmp_path: Path, checkpoint: Path, iterations: str, profile: str, loss: str) -> None:
+    """One process trains by TRL's loss, two by the one that is named."""
+    for processes, used in ((1, "trl"), (2, loss)):
+        launch(processes, checkpoint, tmp_path / str(processes), iterations, profile, used)
     one = torch.load(tmp_path / "1" / "rank0.pt", weights_only=True)
     ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 

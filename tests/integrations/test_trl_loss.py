@@ -25,7 +25,7 @@ Make = Callable[..., Any]
 def micro_batch(trainer: Any) -> dict[str, Any]:
     """Sampled by the trainer; log-probs of other policies are made up, and the last response has no live token."""
     generator = torch.Generator().manual_seed(1)
-    rows = [trainer.train_dataset[i] for i in (0, 3) for _ in range(4)]
+    rows = [trainer.train_dataset[i] for i in (0, 13) for _ in range(4)]  # prompts of two lengths
     inputs = trainer._generate_and_score_completions(rows)
     mask = inputs["completion_mask"].clone()
     mask[0, 5:] = 0

@@ -53,7 +53,7 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float | 
     return [None if sum(ids) % 7 == 0 else -float(len(ids)) for ids in completion_ids]
 
 
-def main(checkpoint: str, out: Path, iterations: int, profile: str) -> None:
+def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -> None:
     """With two ``iterations`` TRL scores old log-probs, and hidden states come from that forward."""
     args = GRPOConfig(
         str(out / "run"),
@@ -90,6 +90,7 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str) -> None:
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
         weights=policy,
         profile=profile,
+        loss=loss,
     )
     trainer.records = []
     trainer.train()
@@ -105,4 +106,4 @@ CHECKPOINTING = (
 )
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from maestro_fast.kernels import policy_loss as kernel
-from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops import PolicyLossConfig, gpu_policy_loss
+from maestro_fast.ops.policy_loss import policy_gradient
 from maestro_fast.ops.policy_loss import policy_loss as reference
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 
@@ -165,3 +166,29 @@ def test_two_launches(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, name, Counted(name, getattr(kernel, name), launches))
     compare(make("bnpo"), chosen("old_logprobs", "token_mask" if masked else ""))
     assert launches == ["_sequences", "_reduce"] * 2
+
+
+@pytest.mark.parametrize("divisor", [97.0, torch.tensor(97)], ids=["number", "tensor"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("given_old", [False, True])
+def test_the_gradient_alone(given_old: bool, entropy_coef: float, divisor: Any) -> None:
+    """``policy_gradient`` by Triton, as the loss from hidden states asks for it, and by PyTorch in float64."""
+    config = make("grpo", kl_coef=0.04, entropy_coef=entropy_coef, sampler_correction="token_truncate", sampler_cap=1.2)
+    given = tensors() if given_old else {**tensors(), "old_logprobs": None}
+    logprobs, advantages = given.pop("logprobs"), given.pop("advantages")
+
+    def moved(to: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
+        tokenwise = {name: None if x is None else x if x.dtype is torch.bool else x.to(to) for name, x in given.items()}
+        return logprobs.to(to), advantages.to(to), CU_SEQLENS, tokenwise
+
+    exact = policy_gradient(*moved(torch.float64), divisor, 3 * divisor, config)
+    plain = policy_gradient(*moved(torch.float32), divisor, 3 * divisor, config)
+    one, two, bounds, tokenwise = moved(DEVICE)
+    there = {name: None if x is None else x.to(DEVICE) for name, x in tokenwise.items()}
+    ours = gpu_policy_loss.policy_gradient(one, two, bounds.to(DEVICE), there, (divisor, 3 * divisor), config)
+
+    assert exact[0].dtype is torch.float64 and (exact[1] is None) is (ours[1] is None) is (entropy_coef == 0)
+    for name, mine, truth, float32 in zip(("log-probs", "entropies"), ours, exact, plain, strict=True):
+        if truth is not None:
+            assert mine is not None
+            assert_close(mine, truth, float32, epsilon=EPSILON, what=name)

@@ -1,7 +1,8 @@
 """``ops.policy_loss`` in the place of TRL's loss, with TRL's names, values and normalisation.
 
-The log-probs come from TRL's own forward. What the two have in common gives the same loss and the same gradient. The
-normalisation of dapo and cispo is that of the newest TRL, on any version: by the tokens of one accumulation window.
+The log-probs come from TRL's own forward, or with their gradient from hidden states and ``ops.linear_policy_loss``;
+``head`` says where. What the two losses have in common gives the same value and the same gradient. The normalisation
+of dapo and cispo is that of the newest TRL, on any version: by the tokens of one accumulation window.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import PolicyLossConfig, policy_loss
+from maestro_fast.integrations.trl.head import completion_hidden, head_dtype
+from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.training.head import head_of
 
 _Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
@@ -40,36 +43,88 @@ def loss_config(trainer: Any) -> PolicyLossConfig:
 
 
 def packed_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar loss of one micro-batch; its metrics go to TRL's log."""
-    completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+    """The scalar loss of one micro-batch, from the log-probs of TRL's forward; its metrics go to TRL's log."""
+    completion_ids = inputs["completion_ids"]
     input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
-    attention_mask = torch.cat([inputs["prompt_mask"], mask], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     logprobs, entropies = trainer._get_per_token_logps_and_entropies(
         model, input_ids, attention_mask, completion_ids.shape[1], compute_entropy=True
     )[:2]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
-    live, lengths = mask.bool(), mask.sum(1)
-
-    def packed(name: str) -> Tensor | None:
-        return inputs[name][live] if name in inputs else None
-
-    steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
-    tokens = lengths.sum().clamp(min=1)
+    live = _live(inputs)
+    lengths = live.sum(1)
     out = policy_loss(
         logprobs[live],
         inputs["advantages"],
-        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-        old_logprobs=packed("old_per_token_logps"),
-        ref_logprobs=packed("ref_per_token_logps"),
-        sampling_logprobs=packed("sampling_per_token_logps") if config.sampler_correction != "none" else None,
+        _bounds(lengths),
         entropies=entropies[live] if config.entropy_coef > 0 else None,
-        normalizer=_normalizer(trainer, inputs, config, tokens, steps),
-        entropy_normalizer=tokens * steps,
+        **_given_logprobs(config, inputs, live),
+        **_divisors(trainer, config, inputs, lengths),
         config=config,
     )
-    _log(trainer, {**out.metrics, "entropy": entropies[live].detach().sum() / tokens}, lengths.sum())
+    tokens = lengths.sum()
+    mean_entropy = entropies[live].detach().sum() / tokens.clamp(min=1)
+    _log(trainer, {**out.metrics, "entropy": mean_entropy}, tokens)
     return out.loss
+
+
+def head_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The same from hidden states, head and loss in one sweep, where ``head.why_trls_logprobs`` has nothing against it.
+
+    What the host has to know of the batch it is told before the forward, so that it does not wait for that.
+    """
+    live = _live(inputs)
+    lengths = live.sum(1)
+    rows, bounds, advantages = live.nonzero(as_tuple=True), _bounds(lengths).cpu(), inputs["advantages"].cpu()
+    hidden = completion_hidden(trainer, model, inputs)
+    head = head_of(trainer.model)
+    weight = head.weight.to(head_dtype(trainer, head.weight))
+    out = linear_policy_loss(
+        hidden[rows].to(weight.device, weight.dtype),
+        weight,
+        inputs["completion_ids"][rows].to(weight.device),
+        advantages,
+        bounds,
+        **head.numbers,
+        temperature=trainer.temperature,
+        **_given_logprobs(config, inputs, live),
+        **_divisors(trainer, config, inputs, lengths),
+        mean_entropy=True,
+        config=config,
+    )
+    _log(trainer, out.metrics, lengths.sum())
+    return out.loss
+
+
+def _live(inputs: Mapping[str, Tensor]) -> Tensor:
+    """bool [B, C], the tokens that the policy sampled and the loss counts."""
+    mask = inputs["completion_mask"]
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    return mask.bool()
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _given_logprobs(config: PolicyLossConfig, inputs: Mapping[str, Tensor], live: Tensor) -> dict[str, Any]:
+    def packed(name: str) -> Tensor | None:
+        return inputs[name][live] if name in inputs else None
+
+    return {
+        "old_logprobs": packed("old_per_token_logps"),
+        "ref_logprobs": packed("ref_per_token_logps"),
+        "sampling_logprobs": packed("sampling_per_token_logps") if config.sampler_correction != "none" else None,
+    }
+
+
+def _divisors(trainer: Any, config: PolicyLossConfig, inputs: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Any]:
+    steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+    tokens = lengths.sum().clamp(min=1)
+    return {
+        "normalizer": _normalizer(trainer, inputs, config, tokens, steps),
+        "entropy_normalizer": tokens * steps,
+    }
 
 
 def _normalizer(

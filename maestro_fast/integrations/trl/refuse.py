@@ -64,13 +64,13 @@ _CONTEXT = (
         "prompt learning of PEFT (prompt or prefix tuning)",
         _NO_TERMINAL_STATE,
         "virtual tokens shift the hidden states against the attention mask",
-        lambda trainer, _policy: _prompt_learning(trainer.model),
+        lambda trainer, _policy: prompt_learning(trainer.model),
     ),
     Refusal(
         "a model whose forward takes no logits_to_keep, where TRL scores no old log-probs",
         _NO_TERMINAL_STATE,
         "the forward for hidden states would form all logits",
-        lambda trainer, _policy: not scores_old_logprobs(trainer) and not _keeps_logits(trainer.model),
+        lambda trainer, _policy: not scores_old_logprobs(trainer) and not keeps_logits(trainer.model),
     ),
 )
 _IN_LOSS = (
@@ -150,9 +150,11 @@ def check(trainer: Any, policy: WeightPolicy, loss: str) -> None:
             raise ValueError(f"{refusal.setting}: not with {refusal.where}: {refusal.reason}")
 
 
-def _prompt_learning(model: Any) -> bool:
+def prompt_learning(model: Any) -> bool:
+    """Whether an adapter puts virtual tokens in front of the prompt."""
     return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
-def _keeps_logits(model: Any) -> bool:
+def keeps_logits(model: Any) -> bool:
+    """Whether the forward can leave out the logits that nobody asks for."""
     return "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters

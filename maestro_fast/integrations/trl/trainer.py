@@ -26,7 +26,8 @@ from maestro_fast.integrations.trl.context import (
     reading_terminal_states,
     scores_old_logprobs,
 )
-from maestro_fast.integrations.trl.loss import loss_config, packed_policy_loss
+from maestro_fast.integrations.trl.head import takes_hidden_states
+from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss
 from maestro_fast.integrations.trl.metrics import replace_logged_advantages, weight_metrics
 from maestro_fast.integrations.trl.profile import apply_profile
 from maestro_fast.integrations.trl.versions import check_version
@@ -68,7 +69,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         profile: name of an advantage profile, or an ``AdvantageProfile``; None is TRL's own, by the config's
             ``scale_rewards`` and ``multi_objective_aggregation``. One of TRL's is computed by TRL, and groups of
             identical scores get exactly 0. A KL (``beta``) stays in TRL's loss, whatever the profile has it in.
-        loss: "trl", or "maestro_fast" for ``ops.policy_loss``.
+        loss: "trl", or "maestro_fast" for ``ops.policy_loss``; by ``ops.linear_policy_loss``, head and loss in one
+            sweep, where TRL scores neither old nor reference log-probs and the head can be read. The log says which.
 
     Attributes:
         weight_policy: the policy; every process holds the same one.
@@ -102,6 +104,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         refuse.check(self, weights, loss)
         self.profile, self._trl_aggregates = apply_profile(self, profile)
         self._loss_config = loss_config(self) if loss == "maestro_fast" else None
+        self._head_in_loss = self._loss_config is not None and takes_hidden_states(self)
         self._batches = 0  # generation batches trained on so far; keys the policy's random draws
         self._same_everywhere()
         self._say_what_context_costs()
@@ -246,6 +249,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:
+            if self._head_in_loss and "old_per_token_logps" not in inputs:
+                return head_policy_loss(self, self._loss_config, model, inputs)
             return packed_policy_loss(self, self._loss_config, model, inputs)
         loss: Tensor = super()._compute_loss(model, inputs)
         return loss
