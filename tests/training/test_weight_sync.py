@@ -215,14 +215,15 @@ def test_probe_sequences_are_real_prompts_that_fill_blocks_of_the_cache() -> Non
         return build_probe(ProbeConfig(**config), engine, asked, policy_logprobs).sequences
 
     assert sequences(tokens=2, sequences=3) == [
-        ([5, 6, 7, 8, 9] * 7)[:33],
-        ([8, 9, 5, 6, 7] * 7)[:33],
-        ([5, 6, 7, 8, 9] * 7)[:33],
+        ([5, 6, 7, 8, 9] * 8)[:40],
+        ([8, 9, 5, 6, 7] * 8)[:40],
+        ([5, 6, 7, 8, 9] * 8)[:40],
     ]
-    assert [len(ids) for ids in sequences(tokens=40)] == [40, 40]
+    assert [len(ids) for ids in sequences(tokens=50)] == [50, 50]
+    assert [len(ids) for ids in sequences(tokens=49)] == [48, 48]  # a log-prob of the third block is computed
     assert [len(ids) for ids in sequences(tokens=4000)] == [255, 255]
     engine.cache_block = 0
-    assert [len(ids) for ids in sequences(tokens=2)] == [2, 2]
+    assert [len(ids) for ids in sequences(tokens=2)] == [8, 8]
 
 
 @pytest.mark.parametrize(("dtype", "threshold"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5), (torch.float16, 0.1)])
