@@ -194,12 +194,15 @@ class MaestroTrainer(ExactCheckpoints):
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
         started = self.pipeline.start(model, rows, step // self._plan.updates, step)
-        self._remember(model)
-        with self._saved_if_it_fails(model):
-            sampled = self.pipeline.finish(model, started)
-            if self.pipeline.scoring.source == "training":
-                return [sampled]
-            return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+        try:
+            self._remember(model)
+            with self._saved_if_it_fails(model):
+                sampled = self.pipeline.finish(model, started)
+                if self.pipeline.scoring.source == "training":
+                    return [sampled]
+                return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+        finally:
+            started.wait()  # where a part failed: no other may use the engine when it is closed
 
     def _judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
         judged = self.pipeline.judge(model, sampled, outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,32 @@ def test_a_generator_that_fails_costs_no_lesson(raw: dict[str, Any], elsewhere: 
     assert_same_run(whole["run_dir"], raw["run_dir"])
 
 
+def test_no_part_is_under_way_any_more_when_a_run_has_failed(
+    raw: dict[str, Any], elsewhere: Callable[..., None]
+) -> None:
+    ended, failed = threading.Event(), threading.Event()
+
+    class OneFails(Elsewhere):
+        calls = 0
+
+        def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
+            with self.lock:
+                type(self).calls += 1
+                fails = type(self).calls == 1
+            if fails:
+                failed.set()
+                raise RuntimeError("gone")
+            assert failed.wait(PATIENCE)
+            time.sleep(0.5)  # a run that does not wait is over by then
+            ended.set()
+            return super().generate(model, prompts, seed=seed)
+
+    elsewhere(OneFails, parts=2)
+    with pytest.raises(RuntimeError, match="gone"):
+        run(raw)
+    assert ended.is_set()
+
+
 def test_calls_are_under_way_together_and_come_in_order() -> None:
     barrier = threading.Barrier(3, timeout=PATIENCE)
 
@@ -183,7 +210,8 @@ def test_calls_are_under_way_together_and_come_in_order() -> None:
         barrier.wait()  # passed only by all at once
         return i
 
-    assert [get() for get in under_way([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))] == [0, 1, 2]
+    results, _ = under_way([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))
+    assert [get() for get in results] == [0, 1, 2]
 
 
 def needing(name: str, **needs: bool) -> RewardSet:
