@@ -48,6 +48,13 @@ class Lessons:
         if not postpone:
             self.learn()
 
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def forget(self) -> None:
+        self._waiting.clear()
+
     def learn(self) -> dict[str, float]:
         """Catches up, before the next weights and before anything is saved. Returns the figures that are new."""
         known = self.weights.metrics()

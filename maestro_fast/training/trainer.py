@@ -195,7 +195,7 @@ class MaestroTrainer(ExactCheckpoints):
         step = self.state.global_step
         started = self.pipeline.start(model, rows, step // self._plan.updates, step)
         try:
-            self._remember(model)
+            self._remember()
             with self._saved_if_it_fails(model):
                 sampled = self.pipeline.finish(model, started)
                 if self.pipeline.scoring.source == "training":
@@ -274,7 +274,7 @@ class MaestroTrainer(ExactCheckpoints):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        self._remember(self.model_wrapped)
+        self._remember()
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.pipeline,
