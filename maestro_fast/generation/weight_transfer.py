@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from maestro_fast.generation.http import HttpClient, ServerRefused
 
 SHARD_BYTES = 4 * 2**30
+OURS = re.compile(r"weights-[0-9a-f]{32}(\.partial)?")
 WORKER = "maestro_fast.generation.vllm_worker.MaestroWorker"
 
 
@@ -97,7 +99,7 @@ class FolderTransfer:
     def _remove(self, but: Path | None) -> None:
         """What earlier updates left, also those of a run that was killed."""
         for path in self.folder.glob("weights-*"):
-            if path != but:
+            if path != but and OURS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -21,8 +21,11 @@ from maestro_fast.weighting import Outcome, WeightPolicy
 T = TypeVar("T")
 
 
-def under_way(calls: Sequence[Callable[[], T]], device: torch.device) -> list[Callable[[], T]]:
-    """Starts each call in a thread of its own. Returns the callables that wait for the results, in order.
+def under_way(
+    calls: Sequence[Callable[[], T]], device: torch.device
+) -> tuple[list[Callable[[], T]], Callable[[], None]]:
+    """Starts each call in a thread of its own. Returns the callables that wait for the results, in order, and one that
+    waits until all have ended, whatever came of them.
 
     ``device``: becomes the current one of the threads, which would be the first otherwise.
     """
@@ -30,7 +33,7 @@ def under_way(calls: Sequence[Callable[[], T]], device: torch.device) -> list[Ca
     executor = ThreadPoolExecutor(len(calls), "generate", here)
     futures = [executor.submit(call) for call in calls]
     executor.shutdown(wait=False)
-    return [future.result for future in futures]
+    return [future.result for future in futures], executor.shutdown
 
 
 @dataclass
@@ -44,6 +47,13 @@ class Lessons:
         self._waiting.append(outcome)
         if not postpone:
             self.learn()
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def forget(self) -> None:
+        self._waiting.clear()
 
     def learn(self) -> dict[str, float]:
         """Catches up, before the next weights and before anything is saved. Returns the figures that are new."""

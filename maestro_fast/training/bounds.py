@@ -47,6 +47,7 @@ class Bounds(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._trainer.learn()  # where a callback ended the run after its last step
         self._emit()
 
     def _emit(self) -> None:

@@ -124,6 +124,7 @@ class ExactCheckpoints(Trainer):
 
     def _load_best_model(self) -> None:
         """The weight policy goes with the policy that it was trained beside."""
+        self.learn()  # of the policy that it replaces
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_weight_policy(Path(self.state.best_model_checkpoint))
@@ -131,6 +132,7 @@ class ExactCheckpoints(Trainer):
     def restore_step(self) -> None:
         """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters."""
         state, self._restored = self._restored, None
+        self.pipeline.lessons.forget()  # of a ``train`` that failed
         if state is None:  # nothing of an earlier ``train`` may reach this one
             self._micro_batches, self._means = [], MetricMeans()
             return
@@ -152,17 +154,18 @@ class ExactCheckpoints(Trainer):
 
     def learn(self) -> None:
         """Lets the weight policy catch up with the last batch. Its figures go to the next line of the log."""
-        with self.clock.stage("conductor_update"):
+        if not self.pipeline.lessons.waiting:
+            return
+        if self._saves_failures:
+            self._before = self._snapshot()  # without this lesson, if it is that which fails
+        with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("conductor_update"):
             learnt = self.pipeline.lessons.learn()
         self.pipeline.watch.see(learnt)
         self._means.add(learnt)
 
-    def _remember(self, model: nn.Module) -> None:
+    def _remember(self) -> None:
         """Before something that may fail: what ``_saved_if_it_fails`` is to put back."""
-        if self._saves_failures:
-            self._before = self._snapshot()  # without the last lesson, if it is that which fails
-        with self._saved_if_it_fails(model):
-            self.learn()
+        self.learn()
         if self._saves_failures:
             self._before = self._snapshot()
 

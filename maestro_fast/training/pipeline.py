@@ -35,10 +35,11 @@ from maestro_fast.weighting.diagnostics import Watch, diagnose
 
 @dataclass(frozen=True)
 class Started:
-    """A generation batch of one process that is being sampled, in ``parts`` of whole groups."""
+    """A generation batch of one process that is being sampled, in ``parts`` of whole groups; ``wait`` until none is."""
 
     prompts: Prompts
     parts: list[Callable[[], Rollouts]]
+    wait: Callable[[], None]
     number: int
     step: int
 
@@ -116,8 +117,9 @@ class Pipeline:
         calls: list[Callable[[], Rollouts]] = [
             partial(self.generate, model, part, number, i) for i, part in enumerate(parts)
         ]
-        concurrent = self.generator.concurrent_parts > 0
-        return Started(prompts, under_way(calls, self.accelerator.device) if concurrent else calls, number, step)
+        if not self.generator.concurrent_parts:
+            return Started(prompts, calls, lambda: None, number, step)
+        return Started(prompts, *under_way(calls, self.accelerator.device), number, step)
 
     def finish(self, model: nn.Module, started: Started) -> Sampled:
         """Waits for the responses; of several parts, it judges one while the next are being sampled."""

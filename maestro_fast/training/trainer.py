@@ -194,12 +194,15 @@ class MaestroTrainer(ExactCheckpoints):
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
         step = self.state.global_step
         started = self.pipeline.start(model, rows, step // self._plan.updates, step)
-        self._remember(model)
-        with self._saved_if_it_fails(model):
-            sampled = self.pipeline.finish(model, started)
-            if self.pipeline.scoring.source == "training":
-                return [sampled]
-            return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+        try:
+            self._remember()
+            with self._saved_if_it_fails(model):
+                sampled = self.pipeline.finish(model, started)
+                if self.pipeline.scoring.source == "training":
+                    return [sampled]
+                return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+        finally:
+            started.wait()  # where a part failed: no other may use the engine when it is closed
 
     def _judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
         judged = self.pipeline.judge(model, sampled, outputs)
@@ -271,7 +274,7 @@ class MaestroTrainer(ExactCheckpoints):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        self._remember(self.model_wrapped)
+        self._remember()
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.pipeline,

@@ -35,7 +35,8 @@ class SyncedGenerator:
     """A ``Generator`` that samples with an engine, whose weights it renews when those of the policy have changed.
 
     Every renewal is probed, and so is every call without one: if a change of the policy went unnoticed, this does
-    not. Of calls from several threads the first renews.
+    not. Of calls from several threads the first renews and probes for those that come while it samples: the policy
+    does not change meanwhile. Sharded weights are probed at every call, which takes all processes.
     """
 
     def __init__(self, engine: Engine, probe: SyncProbe, clock: Clock) -> None:
@@ -47,6 +48,7 @@ class SyncedGenerator:
         self._clock = clock
         self._lock = threading.Lock()
         self._sent: list[int] | None = None  # fingerprint of the policy that the engine has
+        self._sampling = 0  # calls
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
@@ -57,10 +59,17 @@ class SyncedGenerator:
         """
         stage = contextlib.nullcontext() if self.concurrent_parts else self._clock.stage("sync")
         with self._lock, stage:
-            metrics = self._sync(model)
-        rollouts = self.engine.sample(prompts, seed=seed)
-        if not self.engine.sleep():
-            self._sent = None
+            known = self._sampling > 0 and not any(map(_sharded, model.parameters()))
+            metrics = {} if known else self._sync(model)
+            self._sampling += 1
+        try:
+            rollouts = self.engine.sample(prompts, seed=seed)
+        finally:
+            with self._lock:
+                self._sampling -= 1
+        with self._lock:
+            if not self._sampling and not self.engine.sleep():
+                self._sent = None
         return Rollouts(
             rollouts.prompts,
             rollouts.completion_ids,

@@ -342,3 +342,10 @@ def test_the_prefix_cache_is_reset_even_if_it_is_still_in_use(
     vllm.wrong["/reset_prefix_cache"] = [(200, {"success": False})] * 3
     with pytest.raises(ServerGone, match="the prefix cache is in use"):
         engine.reset_prefix_cache()
+
+
+def test_of_a_shared_folder_only_what_updates_leave_is_removed(tmp_path: Path) -> None:
+    for name in ("weights-best", f"weights-{'0a' * 16}", f"weights-{'1b' * 16}.partial"):
+        (tmp_path / name).mkdir()
+    FolderTransfer(HttpClient("http://127.0.0.1:1", timeout=1, retries=0), tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["weights-best"]

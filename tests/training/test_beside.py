@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from maestro_fast.generation import TransformersGenerator
 from maestro_fast.records import Prompts, RewardBatch, Rollouts
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.rewards import FunctionReward, RewardSet
-from maestro_fast.training import trainer
+from maestro_fast.training import parse_config, train, trainer
 from maestro_fast.training.beside import check_parts, under_way
 from maestro_fast.weighting.conductor import Conductor
 from tests.training.test_resume import assert_same_run, killed_and_resumed
@@ -176,6 +178,69 @@ def test_a_generator_that_fails_costs_no_lesson(raw: dict[str, Any], elsewhere: 
     assert_same_run(whole["run_dir"], raw["run_dir"])
 
 
+def test_a_lesson_that_fails_after_the_last_step_costs_no_step(
+    raw: dict[str, Any], elsewhere: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe = Conductor.observe
+
+    def failing(self: Conductor, outcome: Any) -> None:
+        observe(self, outcome)
+        if outcome.context.step == 3:
+            raise RuntimeError("no lesson")
+
+    monkeypatch.setattr(Conductor, "observe", failing)
+    elsewhere()
+    with pytest.raises(RuntimeError, match="no lesson") as caught:
+        run(raw)
+    assert "The run as it was after step 4 is in " in caught.value.__notes__[0]
+    assert (Path(raw["run_dir"]) / "checkpoint-4").is_dir()
+
+
+def test_a_lesson_is_learnt_however_a_run_ends_and_by_that_run_alone(
+    raw: dict[str, Any], elsewhere: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[int] = []
+
+    class Ends(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step == 2
+
+    monkeypatch.setattr(Conductor, "observe", lambda self, outcome: learnt.append(outcome.context.step))
+    raw["trainer"]["logging_steps"] = 1
+    elsewhere()
+    ended = train(parse_config(raw), raw, callbacks=[Ends()])
+    assert learnt == [0, 1]
+    ended.pipeline.lessons.add(None, postpone=True)  # type: ignore[arg-type] - as one that was interrupted leaves it
+    ended.train()
+    assert learnt == [0, 1, 0, 1]
+
+
+def test_no_part_is_under_way_any_more_when_a_run_has_failed(
+    raw: dict[str, Any], elsewhere: Callable[..., None]
+) -> None:
+    ended, failed = threading.Event(), threading.Event()
+
+    class OneFails(Elsewhere):
+        calls = 0
+
+        def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
+            with self.lock:
+                type(self).calls += 1
+                fails = type(self).calls == 1
+            if fails:
+                failed.set()
+                raise RuntimeError("gone")
+            assert failed.wait(PATIENCE)
+            time.sleep(0.5)  # a run that does not wait is over by then
+            ended.set()
+            return super().generate(model, prompts, seed=seed)
+
+    elsewhere(OneFails, parts=2)
+    with pytest.raises(RuntimeError, match="gone"):
+        run(raw)
+    assert ended.is_set()
+
+
 def test_calls_are_under_way_together_and_come_in_order() -> None:
     barrier = threading.Barrier(3, timeout=PATIENCE)
 
@@ -183,7 +248,8 @@ def test_calls_are_under_way_together_and_come_in_order() -> None:
         barrier.wait()  # passed only by all at once
         return i
 
-    assert [get() for get in under_way([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))] == [0, 1, 2]
+    results, _ = under_way([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))
+    assert [get() for get in results] == [0, 1, 2]
 
 
 def needing(name: str, **needs: bool) -> RewardSet:

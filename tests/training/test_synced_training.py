@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from maestro_fast.generation import GenerationConfig, SamplingConfig, Served, TransformersGenerator
+from maestro_fast.records import Prompts, Rollouts, StepRecord
 from maestro_fast.reporting.recorded_run import recorded_train
+from maestro_fast.rewards import FunctionReward, RewardSet
 from maestro_fast.settings import SettingsError
+from maestro_fast.training import parse_config, train
 from maestro_fast.training.sync_probe import StaleWeightsError
 from maestro_fast.training.synced import check_engine, check_room
+from maestro_fast.training.weight_sync import SyncedGenerator
+from tests.generation.helpers import same
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.copy_engine import CopyEngine
 
@@ -120,3 +127,40 @@ def test_a_sequence_that_the_engine_has_no_room_for_is_refused(
         recorded_train(raw_config | {"sampling": {"group_size": 4, "max_new_tokens": 6}})
     assert engines[0].calls == ["close"]
     check_room(CopyEngine(tiny_model()), 3, SamplingConfig(max_new_tokens=6))
+
+
+def test_of_two_parts_at_once_one_syncs_and_both_are_sampled_with_the_new_weights(
+    raw_config: dict[str, Any], engines: list[CopyEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part against what the policy itself samples of it."""
+    both, lock = threading.Barrier(2, timeout=60.0), threading.Lock()
+    engine_sample, generate = CopyEngine.sample, SyncedGenerator.generate
+    parts: list[tuple[int, list[Any]]] = []  # seed and prompts of each
+
+    def sample(self: CopyEngine, prompts: Prompts, *, seed: int) -> Rollouts:
+        both.wait()  # the second is here before the first goes on
+        with lock:
+            return engine_sample(self, prompts, seed=seed)
+
+    def checked(self: SyncedGenerator, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
+        rollouts = generate(self, model, prompts, seed=seed)
+        with lock:
+            own = engines[0]._generator.generate(model, prompts, seed=seed)
+            assert same(rollouts, own)
+            parts.append((seed, prompts.texts))
+        return rollouts
+
+    monkeypatch.setattr(CopyEngine, "concurrent_parts", 2)
+    monkeypatch.setattr(CopyEngine, "sample", sample)
+    monkeypatch.setattr(SyncedGenerator, "generate", checked)
+    codes = FunctionReward(lambda completions, **_: [float(sum(map(ord, text)) % 97) for text in completions], "codes")
+    monkeypatch.setattr("maestro_fast.training.run.build_rewards", lambda _: RewardSet([codes]))
+    raw_config["weights"] = "equal"
+    records: list[StepRecord] = []
+    train(parse_config(raw_config), raw_config, observers=[records.append])
+    scored, renewed = ["prompt_logprobs"], ["load_weights", "reset_prefix_cache", "prompt_logprobs"]
+    sampled = ["sample", "sample", "sleep"]
+    assert engines[0].calls[:-1] == [*renewed, *sampled, *2 * (scored + renewed + sampled)]
+    assert len({seed for seed, _ in parts}) == 6  # no two draw alike
+    for i, record in enumerate(records):
+        assert sorted(record.prompts) == sorted(text for _, texts in parts[2 * i : 2 * i + 2] for text in texts)
