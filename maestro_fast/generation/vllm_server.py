@@ -23,7 +23,6 @@ from maestro_fast.generation.weight_transfer import WeightTransfer, serve_comman
 from maestro_fast.records import Prompts, Rollouts
 
 logger = logging.getLogger(__name__)
-
 MOST_STOPS = 4  # of a request, the limit of the API that vLLM serves
 PARALLEL_CALLS = 128  # each waits for one group; the server batches what it has
 

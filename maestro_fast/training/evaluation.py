@@ -37,7 +37,8 @@ def evaluate_rewards(
         prompts = dataset.prompts(rows, pipeline.tokenizer).repeat(samples)
         # training counts its batches from 0: the draws are of negative ones
         sampled = Sampled(pipeline.generate(model, prompts, -1 - i), -1 - i, 0)
-        outputs = pipeline.outputs_for_rewards(model, sampled)
+        reads = pipeline.rewards.needs_entropy
+        outputs = pipeline.forward(model, sampled.sequences, entropy=True) if reads else None
         batch = reward_batch(pipeline, model, sampled.rollouts, outputs, sampled.number)
         rewards.append(pipeline.rewards(batch).view(len(rows), samples, -1))
         if pipeline.anchor is not None:

@@ -145,10 +145,6 @@ class Pipeline:
         with self.clock.stage("score"):
             return self.forward(model, sampled.sequences, entropy=True, context=context_mode(self.weights))
 
-    def outputs_for_rewards(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
-        """A forward for the rewards alone, outside training, if one of them reads it."""
-        return self.forward(model, sampled.sequences, entropy=True) if self.rewards.needs_entropy else None
-
     def judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> Judged:
         """Rewards, weights and advantages over all processes, and this process's micro-batches."""
         clock, rollouts = self.clock, sampled.rollouts
