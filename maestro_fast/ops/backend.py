@@ -21,13 +21,13 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "pool_hidden": ("triton", "torch"),
     "token_logprobs": ("triton", "torch"),
     "policy_loss": ("triton", "torch"),
-    "linear_policy_loss": ("torch",),
+    "linear_policy_loss": ("triton", "torch"),
     "pack_sequences": ("cpp",),
     "balance_sequences": ("cpp",),
 }
 
 
-_DIFFERENTIABLE = ("policy_loss", "token_logprobs")  # by Triton
+_DIFFERENTIABLE = ("policy_loss", "token_logprobs", "linear_policy_loss")  # by Triton
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head_chunks import Head, Rows
 from maestro_fast.ops.head_rows import EntropyMode, HeadSpec
 from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs
@@ -57,6 +58,7 @@ def linear_policy_loss(
     active: Tensor | None = None,
     mean_entropy: bool = False,
     config: PolicyLossConfig,
+    backend: Backend | None = None,
 ) -> LinearPolicyLoss:
     """``policy_loss`` of ``token_logprobs``: the same loss, metrics and gradients of hidden, lm_head and bias.
 
@@ -77,6 +79,8 @@ def linear_policy_loss(
         active: bool [B], False leaves a response out of every pass and of the metrics: its advantage is 0, so that it
             adds nothing to loss or gradient.
         mean_entropy: whether ``metrics["entropy"]``, the mean entropy of the live tokens in nats, is wanted.
+        backend: "triton", "torch", or None: Triton on a CUDA device unless there is float64. Triton has the rows of
+            logits and the loss; the GEMMs are PyTorch's.
 
     Returns:
         ``LinearPolicyLoss``. The gradient cannot be differentiated again. It is held from here to backward(): [T, d] in
@@ -89,6 +93,7 @@ def linear_policy_loss(
         TypeError: dtypes.
     """
     entropy: EntropyMode = "grad" if config.entropy_coef > 0 else "value" if mean_entropy else "none"
+    resolve("linear_policy_loss", backend, hidden, lm_head, bias)
     spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
     given = LossInputs(
@@ -103,6 +108,7 @@ def linear_policy_loss(
         whole=given.needs_whole_responses(config),
         known=given.known(targets, config),
         mean_entropy=mean_entropy,
+        backend=backend,
     )
     loss, values, logprobs = _LinearPolicyLoss.apply(hidden, lm_head, bias, targets, plan, *inputs)  # type: ignore[no-untyped-call]
     return LinearPolicyLoss(loss, dict(zip(_metric_names(inputs, plan), values.unbind(), strict=True)), logprobs)
@@ -116,6 +122,7 @@ class _Plan:
     whole: bool
     known: Known
     mean_entropy: bool
+    backend: Backend | None
 
     def steps(self, tokens: int, chunk: int) -> list[Step]:
         return sweep_steps(tokens, chunk, self.known, gradient=self.gradient, whole=self.whole)
@@ -127,7 +134,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan, *given: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets, worked_T = _without_left_out(LossInputs(*given), targets)
-        sweep = _Sweep(hidden, targets, inputs, Head.of(weight, bias, plan.spec), plan.config)
+        sweep = _Sweep(hidden, targets, inputs, Head.of(weight, bias, plan.spec, plan.backend), plan)
         if plan.gradient:
             sweep.want(*ctx.needs_input_grad[:3])
         for rows, gradient in plan.steps(hidden.shape[0], sweep.head.chunk):
@@ -155,10 +162,8 @@ class _Sweep:
     dweight: Tensor | None = None
     dbias: Tensor | None = None
 
-    def __init__(
-        self, hidden: Tensor, targets: Tensor, inputs: LossInputs, head: Head, config: PolicyLossConfig
-    ) -> None:
-        self.hidden, self.targets, self.inputs, self.head, self.config = hidden, targets, inputs, head, config
+    def __init__(self, hidden: Tensor, targets: Tensor, inputs: LossInputs, head: Head, plan: _Plan) -> None:
+        self.hidden, self.targets, self.inputs, self.head, self.plan = hidden, targets, inputs, head, plan
         dtype, tokens = wide(hidden[:0]).dtype, hidden.shape[0]
         self.logprobs = hidden.new_zeros(tokens, dtype=dtype)
         if inputs.old_logprobs is not None:  # a ratio of 1 where none is taken: an infinite one times 0 is NaN
@@ -190,7 +195,7 @@ class _Sweep:
             self.entropies[rows] = stats.entropies[: chunk.rows]
         if not gradient:
             return
-        dlogprobs, dentropies = self.inputs.gradient(self.logprobs, self.entropies, self.config)
+        dlogprobs, dentropies = self.inputs.gradient(self.logprobs, self.entropies, self.plan.config, self.plan.backend)
         dlogits = chunk.dlogits(x, stats, dlogprobs[rows], None if dentropies is None else dentropies[rows])
         if self.dhidden is not None:
             self.dhidden[rows] = chunk.dhidden(dlogits).to(self.dhidden.dtype)
@@ -216,9 +221,10 @@ def _without_left_out(inputs: LossInputs, targets: Tensor) -> tuple[LossInputs, 
 
 
 def _loss_and_metrics(sweep: _Sweep, worked_T: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    loss, metrics = sweep.inputs.loss(sweep.logprobs, sweep.entropies, plan.config)
+    known = sweep.logprobs, sweep.entropies, plan.config, plan.backend
+    loss, metrics = sweep.inputs.loss(*known)
     if sweep.inputs.active is not None:
-        metrics = sweep.inputs._replace(token_mask=worked_T).loss(sweep.logprobs, sweep.entropies, plan.config).metrics
+        metrics = sweep.inputs._replace(token_mask=worked_T).loss(*known).metrics
     if plan.mean_entropy:
         assert sweep.entropies is not None
         metrics["entropy"] = torch.where(worked_T, sweep.entropies, 0.0).sum() / worked_T.sum().clamp(min=1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maestro_fast.ops.backend import Backend
 from maestro_fast.ops.policy_loss import PolicyLoss, check_bounds, check_loss_inputs, policy_gradient, policy_loss
 from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.sweep import Known
@@ -37,7 +38,9 @@ class LossInputs(NamedTuple):
             "token_mask": self.token_mask,
         }
 
-    def loss(self, logprobs: Tensor, entropies: Tensor | None, config: PolicyLossConfig) -> PolicyLoss:
+    def loss(
+        self, logprobs: Tensor, entropies: Tensor | None, config: PolicyLossConfig, backend: Backend | None
+    ) -> PolicyLoss:
         return policy_loss(
             logprobs,
             self.advantages,
@@ -50,15 +53,16 @@ class LossInputs(NamedTuple):
             normalizer=self.normalizer,
             entropy_normalizer=self.entropy_normalizer,
             config=config,
+            backend=backend,
         )
 
     def gradient(
-        self, logprobs: Tensor, entropies: Tensor | None, config: PolicyLossConfig
+        self, logprobs: Tensor, entropies: Tensor | None, config: PolicyLossConfig, backend: Backend | None
     ) -> tuple[Tensor, Tensor | None]:
         """dL/dlog p and dL/dH [T]; None without an entropy bonus."""
         divisors = self.normalizer, self.entropy_normalizer
         tokenwise = self.tokenwise(entropies)
-        return policy_gradient(logprobs, self.advantages, self.cu_seqlens, tokenwise, *divisors, config)
+        return policy_gradient(logprobs, self.advantages, self.cu_seqlens, tokenwise, *divisors, config, backend)
 
     def known(self, targets: Tensor, config: PolicyLossConfig) -> Known:
         """What the host can read, without waiting for a device."""

@@ -220,6 +220,7 @@ def policy_gradient(
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
     config: PolicyLossConfig,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of ``policy_loss`` [T], of the log-probs and (None without a bonus) of the entropies, as values.
 
@@ -227,7 +228,7 @@ def policy_gradient(
         tokenwise: the [T] arguments of ``policy_loss`` by their names. All are checked already.
     """
     divisors = normalizer, entropy_normalizer
-    if resolve("policy_loss", None, logprobs, advantages, *tokenwise.values()) == "triton":
+    if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
         return gpu_policy_loss.policy_gradient(logprobs, advantages, cu_seqlens, tokenwise, divisors, config)
 
     def loss(logprobs: Tensor, entropies: Tensor | None) -> Tensor:

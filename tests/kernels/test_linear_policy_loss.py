@@ -1,0 +1,59 @@
+"""The loss from hidden states with backend="triton" against a float64 composition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.ops import gpu_head_rows, head_chunks
+from tests.kernels.helpers import DEVICE, DTYPES, assert_close
+from tests.ops.linear_policy_loss_batch import (
+    ALL_VARIANTS,
+    EVERYTHING,
+    Batch,
+    random_batch,
+    values_and_gradients,
+)
+
+EPSILON = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # rounded in the states and at the end
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 16)
+    monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 8)
+
+
+def there(batch: Batch) -> Batch:
+    """On the device, leaves again."""
+    leaves = [None if x is None else x.detach().to(DEVICE).requires_grad_() for x in batch.leaves]
+    moved = {name: None if x is None else x.to(DEVICE) for name, x in batch.tokenwise.items()}
+    hidden, lm_head, bias = leaves
+    assert hidden is not None and lm_head is not None
+    return replace(batch, hidden=hidden, lm_head=lm_head, bias=bias, targets=batch.targets.to(DEVICE), tokenwise=moved)
+
+
+CASES = [  # what differs in the sweep: whole responses, both gradients, none of the log-probs before
+    ("gspo, KL, entropy bonus", False),
+    ("gspo, two-sided clip, sampler", False),
+    ("gspo, two-sided clip, sampler", True),
+    ("cispo, entropy bonus", False),
+    ("dapo", False),
+    ("dapo", True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("variant", "on_policy"), CASES)
+def test_equals_the_composition(variant: str, on_policy: bool, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"old_logprobs": None} if on_policy else {}
+    batch = random_batch(masked=True).to(dtype)
+    config, exact = ALL_VARIANTS[variant], batch.to(torch.float64)
+    ours = values_and_gradients(Batch.ours, there(batch), config, EVERYTHING, backend="triton", **options)
+    plain = values_and_gradients(Batch.ours, batch, config, EVERYTHING, backend="torch", **options)
+    truth = values_and_gradients(Batch.composed, exact, config, EVERYTHING, **options)
+    for i, (mine, written, wanted) in enumerate(zip(ours, truth, plain, strict=True)):
+        assert_close(mine, written, wanted.detach().double(), epsilon=EPSILON[dtype], what=f"{variant} {i}")
