@@ -17,6 +17,7 @@ in place. AdamW (arXiv 1711.05101) as ``torch.optim.AdamW`` does it, weight deca
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.conductor_weights import hidden_parts, hidden_tile, padded, project
+from maestro_fast.kernels import conductor_weights
+from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.conductor_weights import head_parts, logits_tile, padded
 
 _ROWS = 32  # responses per step
 _UNIT_ROWS = 16  # of ``_units``, which spills a few registers with more
 _COLUMNS = 32  # columns of d, or units, of one program
-_ACTIVATION_ROWS, _ACTIVATION_INNER = 16, 64
+_PRODUCT_COLUMNS = 16  # the least that tl.dot takes, for tiles of rewards
 
 
 @triton.jit
@@ -442,50 +445,8 @@ def _first_layer(
     tl.store(squares_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), squares)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _linear_logits(
-    h_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    logits_ptr,
-    N,
-    d,
-    stride_hb,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    R: tl.constexpr,
-    BD: tl.constexpr,
-):
-    n_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    k = tl.arange(0, KP)
-    z_RK = project(
-        h_ptr,
-        n_R,
-        n_R < N,
-        n_R,
-        mean_ptr,
-        rstd_ptr,
-        weight_ptr,
-        k,
-        K,
-        0,
-        d,
-        d,
-        stride_hb,
-        "context",
-        1,
-        R,
-        KP,
-        BD,
-    )
-    z_RK += tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
-    tl.store(logits_ptr + n_R[:, None] * K + k[None, :], z_RK, mask=(n_R < N)[:, None] & (k < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["N"])
-def _mlp_logits(
+@triton.jit(do_not_specialize=["N", "splits"])
+def _logits(
     parts_ptr,
     hidden_bias_ptr,
     weight_ptr,
@@ -497,22 +458,25 @@ def _mlp_logits(
     splits,
     K: tl.constexpr,
     KP: tl.constexpr,
+    MLP: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
 ):
+    """z [N, K] and, of an MLP, u [N, H], from the parts of the first launch of ``conductor_weights``."""
     n_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = n_R < N
     k = tl.arange(0, KP)
-    for unit in range(0, H, HT):
-        unit_H = unit + tl.arange(0, HT)
-        mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
-        u_RH = tl.zeros([R, HT], tl.float32)
-        for s in range(0, splits):
-            part_R = parts_ptr + (s * N + n_R) * H
-            u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
-        u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
-        tl.store(u_ptr + n_R[:, None] * H + unit_H[None, :], u_RH, mask=mask_RH)
-    z_RK = hidden_tile(parts_ptr, hidden_bias_ptr, weight_ptr, n_R, inside_R, N, H, splits, K, KP, HT)
+    if MLP:
+        for unit in range(0, H, HT):
+            unit_H = unit + tl.arange(0, HT)
+            mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
+            u_RH = tl.zeros([R, HT], tl.float32)
+            for s in range(0, splits):
+                part_R = parts_ptr + (s * N + n_R) * H
+                u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
+            u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
+            tl.store(u_ptr + n_R[:, None] * H + unit_H[None, :], u_RH, mask=mask_RH)
+    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, n_R, inside_R, N, H, splits, K, KP, MLP, HT)
     z_RK += tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     tl.store(logits_ptr + n_R[:, None] * K + k[None, :], z_RK, mask=inside_R[:, None] & (k < K)[None, :])
 
@@ -569,41 +533,30 @@ class Update(NamedTuple):
 def activations(h: Tensor, params: Any) -> Activations:
     """z, and u of an MLP, of contexts [N, d] under an ``ops.ConductorParams``; N at least 1."""
     number, rewards = h.shape[0], params.weight.shape[0]
-    logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
-    grid = (triton.cdiv(number, _ACTIVATION_ROWS),)
-    shared = {"K": rewards, "KP": padded(rewards), "R": _ACTIVATION_ROWS, "num_warps": 4, "enable_fp_fusion": False}
-    if params.hidden_weight is None:
-        _linear_logits[grid](
-            h,
-            params.mean,
-            params.rstd,
-            params.weight,
-            params.bias,
-            logits,
-            number,
-            h.shape[1],
-            h.stride(0),
-            BD=_ACTIVATION_INNER,
-            **shared,
-        )
-        return Activations(logits, None)
-    parts = hidden_parts(h, params, number)
+    mlp = params.hidden_weight is not None
+    parts = head_parts(h, params, number)
     splits, _, units = parts.shape
-    u = torch.empty(number, units, device=h.device, dtype=torch.float32)
-    _mlp_logits[grid](
-        parts,
-        params.hidden_bias,
-        params.weight,
-        params.bias,
-        u,
-        logits,
-        number,
-        units,
-        splits,
-        HT=_ACTIVATION_INNER,
-        **shared,
+    logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
+    u = torch.empty(number, units, device=h.device, dtype=torch.float32) if mlp else None
+    _logits_launch(rewards, mlp, conductor_weights.ROWS, conductor_weights.UNITS)(
+        (triton.cdiv(number, conductor_weights.ROWS),),
+        parts_ptr=parts,
+        hidden_bias_ptr=params.hidden_bias,
+        weight_ptr=params.weight,
+        bias_ptr=params.bias,
+        u_ptr=u,
+        logits_ptr=logits,
+        N=number,
+        H=units,
+        splits=splits,
     )
     return Activations(logits, u)
+
+
+@lru_cache(maxsize=64)
+def _logits_launch(rewards: int, mlp: bool, rows: int, units: int) -> BoundLaunch:
+    constants = {"K": rewards, "KP": padded(rewards), "MLP": mlp, "R": rows, "HT": units}
+    return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(rows, mlp))
 
 
 def conductor_update(
@@ -641,7 +594,8 @@ def conductor_update(
     batch = (made.logits, actions, advantages, drawn_probs, live)
     last = (params.weight, *moments["weight"], params.bias, *moments["bias"])
     shared = {"R": _ROWS, "num_warps": 4, "enable_fp_fusion": False}
-    head = {"K": rewards, "KP": padded(rewards), "ALL": actions is None, "HAS_DRAWN": drawn_probs is not None}
+    columns = max(_PRODUCT_COLUMNS, padded(rewards))
+    head = {"K": rewards, "KP": columns, "ALL": actions is None, "HAS_DRAWN": drawn_probs is not None}
     given = {"HAS_LIVE": live is not None}
     tiles = triton.cdiv(h.shape[1], _COLUMNS)
     if made.u is None:

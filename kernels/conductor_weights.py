@@ -3,17 +3,27 @@
     z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
-One launch for a linear head: a program takes 16 responses over all of d. Two for an MLP, where a program that did so
-would stream all of the first layer: parts of d by themselves, [splits, B, H], then their sums in order and the rest.
-The number of splits depends on d alone, and tiles do not depend on B, so neither does the result of a response.
+Two launches. The first forms parts of the layer that is as long as a context: programs take ``_SPLIT`` elements of d by
+themselves, so that a small batch fills the GPU too. parts is [splits, B, K] for a linear head and [splits, B, H] for the
+first layer of an MLP. The second launch adds the parts in their order and does the rest. Neither the number of parts nor
+the tiles depend on B, so neither does the result of a response.
 
-Products of float32 go through the tensor cores as three of TF32 (relative error about 1e-6 of the sum of the terms'
-sizes, as for float32). There is no backward kernel: ``kernels/conductor_update.py`` has the meta-gradient in closed
-form, and autograd goes through the reference of ``ops/conductor_weights.py``.
+What the first launch should take for B = 512, d = 4096, K = 8 in bfloat16 on an H100 (132 processors of 4 schedulers at
+1.7 GHz). Linear: 128 programs read 4 MB of contexts, 1.4 us at 3 TB/s, and each scheduler issues 8 times 240
+instructions, 1.1 us; with one latency before and after, about 3 us. MLP with H = 256: 0.54 G multiply-adds as three of
+TF32 each, 1.6 G, on 128 programs at 1,024 a cycle and processor, 7 us; with loads, conversions and latencies about
+11 us. The second launch waits three times for memory: 3 us, and 4 us for an MLP, whose 16 rows read 64 KB of parts.
+
+A linear head, and the last layer of an MLP, are plain multiply-adds in float32: the tensor cores' tiles are at least 16
+wide, so most of their work would be for rewards that do not exist. The first layer of an MLP goes through the tensor
+cores as three products of TF32 (relative error about 1e-6 of the sum of the terms' sizes, as for float32). There is no
+backward kernel: ``kernels/conductor_update.py`` has the meta-gradient in closed form, and autograd goes through the
+reference of ``ops/conductor_weights.py``.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.allocation import empty_floats
+from maestro_fast.kernels.bound_launch import BoundLaunch
 
-_ROWS = 16  # responses of one program, the least that tl.dot takes
-_INNER = 128  # elements of d per step of a linear head
-_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 32, 32, 64  # tile of the first layer of an MLP
-_SPLIT = 1024  # elements of d of one part of the first layer
+ROWS = 16  # responses of one program of the second launch
+_LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of one program of a linear head
+_LINEAR_UNROLLED = 4  # steps whose loads are under way together
+_ACCUMULATORS = 2048  # of one program, which is one warp: 64 registers of a thread
+_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 32  # tile of the first layer of an MLP
+UNITS = 64  # of an MLP's hidden layer, per step of the second launch
+_SPLIT = 1024  # elements of d of one part
 
 
 @triton.jit
@@ -108,25 +121,54 @@ def project(
 
 
 @triton.jit
-def hidden_tile(
-    parts_ptr, bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K: tl.constexpr, KP: tl.constexpr, HT: tl.constexpr
+def logits_tile(
+    parts_ptr,
+    hidden_bias_ptr,
+    weight_ptr,
+    b_R,
+    inside_R,
+    B,
+    H,
+    splits,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    MLP: tl.constexpr,
+    HT: tl.constexpr,
 ):
-    """z [R, KP] without its bias, from the parts [splits, B, H] of the first layer, added in their order."""
+    """z [R, KP] without its bias, from the parts of the first launch, added in their order."""
+    R: tl.constexpr = b_R.shape[0]
     k = tl.arange(0, KP)
-    z_RK = tl.zeros([b_R.shape[0], KP], tl.float32)
-    for unit in range(0, H, HT):
-        unit_H = unit + tl.arange(0, HT)
-        mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
-        u_RH = tl.zeros(mask_RH.shape, tl.float32)
+    if MLP:
+        sum_RKH = tl.zeros([R, KP, HT], tl.float32)
+        for unit in range(0, H, HT):
+            unit_H = unit + tl.arange(0, HT)
+            mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
+            u_RH = tl.zeros([R, HT], tl.float32)
+            for s in range(0, splits):
+                part_R = parts_ptr + (s * B + b_R) * H
+                u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
+            u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
+            a_RH = u_RH * 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
+            mask_KH = (k < K)[:, None] & (unit_H < H)[None, :]
+            weight_KH = tl.load(weight_ptr + k[:, None] * H + unit_H[None, :], mask=mask_KH, other=0.0)
+            sum_RKH += a_RH[:, None, :] * weight_KH[None, :, :]
+        return tl.sum(sum_RKH, 2)
+    else:
+        mask_RK = inside_R[:, None] & (k < K)[None, :]
+        z_RK = tl.zeros([R, KP], tl.float32)
         for s in range(0, splits):
-            part_R = parts_ptr + (s * B + b_R) * H
-            u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
-        u_RH += tl.load(bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
-        a_RH = u_RH * 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
-        mask_HK = (unit_H < H)[:, None] & (k < K)[None, :]
-        weight_HK = tl.load(weight_ptr + k[None, :] * H + unit_H[:, None], mask=mask_HK, other=0.0)
-        z_RK = tl.dot(a_RH, weight_HK, z_RK, input_precision="tf32x3")
-    return z_RK
+            z_RK += tl.load(parts_ptr + (s * B + b_R)[:, None] * K + k[None, :], mask=mask_RK, other=0.0)
+        return z_RK
+
+
+@triton.jit
+def over_rewards(x_RK, K: tl.constexpr):
+    """Sum [R] of x [R, KP] over the K rewards in their order, so that the layout of the tile cannot change its bits."""
+    k = tl.arange(0, x_RK.shape[1])
+    total_R = tl.sum(tl.where((k == 0)[None, :], x_RK, 0.0), 1)
+    for i in tl.static_range(1, K):
+        total_R += tl.sum(tl.where((k == i)[None, :], x_RK, 0.0), 1)
+    return total_R
 
 
 @triton.jit
@@ -157,7 +199,7 @@ def decide(
     z_RK = z_RK + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     z_RK = tl.where((k < K)[None, :], tl.div_rn(z_RK, tl.zeros_like(z_RK) + tau), float("-inf"))
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
-    p_RK = span * tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK)) + floor
+    p_RK = span * tl.div_rn(e_RK, over_rewards(e_RK, K)[:, None] + tl.zeros_like(e_RK)) + floor
     p_RK = tl.where((k < K)[None, :], p_RK, 0.0)
     if SOFT:
         a_R = tl.argmax(tl.where((k < K)[None, :], p_RK, -1.0), 1)
@@ -177,83 +219,55 @@ def decide(
     tl.store(probs_ptr + b_R[:, None] * K + k[None, :], p_RK, mask=mask_RK)
     tl.store(actions_ptr + b_R, a_R.to(tl.int64), mask=inside_R)
     tl.store(log_probs_ptr + b_R, log_R, mask=inside_R)
-    tl.store(entropy_ptr + b_R, -tl.sum(p_RK * log_RK, 1), mask=inside_R)
+    tl.store(entropy_ptr + b_R, -over_rewards(p_RK * log_RK, K), mask=inside_R)
 
 
-@triton.jit(do_not_specialize=["B", "seed", "step", "offset"])
+@triton.jit(do_not_specialize=["B"])
 def _linear(
-    h_ptr,
+    x_ptr,
+    start_ptr,
+    length_ptr,
     mean_ptr,
     rstd_ptr,
     weight_ptr,
-    bias_ptr,
-    weights_ptr,
-    actions_ptr,
-    log_probs_ptr,
-    entropy_ptr,
-    probs_ptr,
+    parts_ptr,
     B,
     d,
-    stride_hb,
-    tau,
-    span,
-    floor,
-    equal,
-    alpha,
-    seed,
-    step,
-    offset,
+    stride_xb,
     K: tl.constexpr,
     KP: tl.constexpr,
-    SOFT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    CHUNK: tl.constexpr,
     R: tl.constexpr,
     BD: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
-    b_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    """parts [splits, B, K]: a linear head over STEPS * UNROLLED * BD elements of d.
+
+    The inner loop is unrolled, so that loads of later steps are under way while earlier ones are multiplied. Sums stay
+    apart by column until the end: then one reduction a response and reward does, instead of one a step. Programs of one
+    part of d follow one another by the number of parts, so those of one processor share their part of the weights.
+    """
+    b_R = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = b_R < B
+    s = tl.program_id(0)
+    row_R, there_R, length_R = context_rows(start_ptr, length_ptr, b_R, inside_R, SOURCE, CHUNK)
     k = tl.arange(0, KP)
-    z_RK = project(
-        h_ptr,
-        b_R,
-        inside_R,
-        b_R,
-        mean_ptr,
-        rstd_ptr,
-        weight_ptr,
-        k,
-        K,
-        0,
-        d,
-        d,
-        stride_hb,
-        "context",
-        1,
-        R,
-        KP,
-        BD,
-    )
-    decide(
-        z_RK,
-        b_R,
-        inside_R,
-        bias_ptr,
-        weights_ptr,
-        actions_ptr,
-        log_probs_ptr,
-        entropy_ptr,
-        probs_ptr,
-        tau,
-        span,
-        floor,
-        equal,
-        alpha,
-        seed,
-        step,
-        offset,
-        K,
-        KP,
-        SOFT,
-    )
+    sum_RKD = tl.zeros([R, KP, BD], tl.float32)
+    for i in range(0, STEPS):
+        for j in tl.static_range(UNROLLED):
+            column_D = ((s * STEPS + i) * UNROLLED + j) * BD + tl.arange(0, BD)
+            there_D = column_D < d
+            h_RD = context_tile(x_ptr, row_R, there_R, length_R, column_D, d, stride_xb, SOURCE, CHUNK)
+            mean_D = tl.load(mean_ptr + column_D, mask=there_D, other=0.0)
+            rstd_D = tl.load(rstd_ptr + column_D, mask=there_D, other=0.0)
+            x_RD = (h_RD - mean_D[None, :]) * rstd_D[None, :]
+            mask_KD = (k < K)[:, None] & there_D[None, :]
+            weight_KD = tl.load(weight_ptr + k[:, None] * d + column_D[None, :], mask=mask_KD, other=0.0)
+            sum_RKD += x_RD[:, None, :] * weight_KD[None, :, :]
+    mask_RK = inside_R[:, None] & (k < K)[None, :]
+    tl.store(parts_ptr + (s * B + b_R)[:, None] * K + k[None, :], tl.sum(sum_RKD, 2), mask=mask_RK)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -307,8 +321,8 @@ def _hidden(
     tl.store(parts_ptr + (s * B + b_R)[:, None] * H + unit_H[None, :], part_RH, mask=mask_RH)
 
 
-@triton.jit(do_not_specialize=["B", "seed", "step", "offset"])
-def _output(
+@triton.jit(do_not_specialize=["B", "splits", "seed", "step", "offset"])
+def _weights(
     parts_ptr,
     hidden_bias_ptr,
     weight_ptr,
@@ -332,12 +346,13 @@ def _output(
     K: tl.constexpr,
     KP: tl.constexpr,
     SOFT: tl.constexpr,
+    MLP: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
 ):
     b_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = b_R < B
-    z_RK = hidden_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, HT)
+    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, MLP, HT)
     decide(
         z_RK,
         b_R,
@@ -373,9 +388,23 @@ class Sample(NamedTuple):
 
     @staticmethod
     def empty(batch: int, rewards: int, device: torch.device) -> Sample:
-        table, one = (batch, rewards), (batch,)
-        weights, log_probs, entropy, probs = empty_floats(device, table, one, one, table)
-        return Sample(weights, torch.empty(batch, device=device, dtype=torch.int64), log_probs, entropy, probs)
+        return Sample(
+            weights=torch.empty(batch, rewards, device=device, dtype=torch.float32),
+            actions=torch.empty(batch, device=device, dtype=torch.int64),
+            log_probs=torch.empty(batch, device=device, dtype=torch.float32),
+            entropy=torch.empty(batch, device=device, dtype=torch.float32),
+            probs=torch.empty(batch, rewards, device=device, dtype=torch.float32),
+        )
+
+    def pointers(self) -> dict[str, Tensor]:
+        """By the names of the kernels' arguments."""
+        return {
+            "weights_ptr": self.weights,
+            "actions_ptr": self.actions,
+            "log_probs_ptr": self.log_probs,
+            "entropy_ptr": self.entropy,
+            "probs_ptr": self.probs,
+        }
 
 
 class Draw(NamedTuple):
@@ -407,11 +436,11 @@ class Draw(NamedTuple):
 
 
 def padded(rewards: int) -> int:
-    """Columns of a tile of logits: the least power of 2 that tl.dot takes."""
-    return max(16, 1 << (rewards - 1).bit_length())
+    """Columns of a tile of logits."""
+    return 1 << (rewards - 1).bit_length()
 
 
-def hidden_parts(
+def head_parts(
     x: Tensor,
     params: Any,
     batch: int,
@@ -421,33 +450,79 @@ def hidden_parts(
     length_B: Tensor | None = None,
     chunk: int = 1,
 ) -> Tensor:
-    """Parts [splits, B, H] of an MLP's first layer, without its bias; see ``context_rows`` for the sources."""
-    units, size = params.hidden_weight.shape
+    """Parts [splits, B, K] of a linear head, or [splits, B, H] of an MLP's first layer, without their bias.
+
+    Args:
+        x: see ``context_rows`` for the sources.
+        params: an ``ops.ConductorParams`` of contiguous float32.
+        batch: B, at least 1.
+    """
+    mlp = params.hidden_weight is not None
+    weight = params.hidden_weight if mlp else params.weight
+    units, size = weight.shape
     splits = triton.cdiv(size, _SPLIT)
     parts = torch.empty(splits, batch, units, device=x.device, dtype=torch.float32)
-    _hidden[(triton.cdiv(batch, _HIDDEN_ROWS), triton.cdiv(units, _HIDDEN), splits)](
-        x,
-        start_B,
-        length_B,
-        params.mean,
-        params.rstd,
-        params.hidden_weight,
-        parts,
-        batch,
-        units,
-        size,
-        x.stride(0),
-        SOURCE=source,
-        CHUNK=chunk,
-        SPLIT=_SPLIT,
-        R=_HIDDEN_ROWS,
-        HT=_HIDDEN,
-        BD=_HIDDEN_INNER,
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=False,
-    )
+    arguments = {
+        "x_ptr": x,
+        "start_ptr": start_B,
+        "length_ptr": length_B,
+        "mean_ptr": params.mean,
+        "rstd_ptr": params.rstd,
+        "weight_ptr": weight,
+        "parts_ptr": parts,
+        "B": batch,
+        "d": size,
+        "stride_xb": x.stride(0),
+    }
+    if mlp:
+        grid = (triton.cdiv(batch, _HIDDEN_ROWS), triton.cdiv(units, _HIDDEN), splits)
+        _hidden_launch(source, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(grid, H=units, **arguments)
+    else:
+        launch = _linear_launch(
+            source, chunk, units, min(size, _SPLIT), _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
+        )
+        launch((splits, triton.cdiv(batch, launch.constants["R"])), **arguments)
     return parts
+
+
+@lru_cache(maxsize=256)
+def _linear_launch(
+    source: str, chunk: int, rewards: int, split: int, rows: int, inner: int, unrolled: int, accumulators: int
+) -> BoundLaunch:
+    """More rewards than eight leave room for fewer responses, then for fewer columns. Powers of 2, as ``_SPLIT`` is."""
+    columns = padded(rewards)
+    rows = max(1, min(rows, accumulators // (columns * inner)))
+    inner = max(16, min(inner, accumulators // (columns * rows)))
+    steps = triton.cdiv(split, inner)
+    unrolled = min(unrolled, steps)
+    constants = {
+        "K": rewards,
+        "KP": columns,
+        "SOURCE": source,
+        "CHUNK": chunk,
+        "R": rows,
+        "BD": inner,
+        "STEPS": triton.cdiv(steps, unrolled),
+        "UNROLLED": unrolled,
+    }
+    return BoundLaunch(_linear, constants, num_warps=1, enable_fp_fusion=True)
+
+
+@lru_cache(maxsize=256)
+def _hidden_launch(source: str, chunk: int, split: int, rows: int, units: int, inner: int) -> BoundLaunch:
+    constants = {"SOURCE": source, "CHUNK": chunk, "SPLIT": split, "R": rows, "HT": units, "BD": inner}
+    return BoundLaunch(_hidden, constants, num_warps=4, num_stages=3)
+
+
+@lru_cache(maxsize=256)
+def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int) -> BoundLaunch:
+    constants = {"K": rewards, "KP": padded(rewards), "SOFT": soft, "MLP": mlp, "R": rows, "HT": units}
+    return BoundLaunch(_weights, constants, num_warps=tail_warps(rows, mlp))
+
+
+def tail_warps(rows: int, mlp: bool) -> int:
+    """One warp needs no barriers; the hidden layer's units are too many for it."""
+    return 4 if mlp or rows > 32 else 1
 
 
 def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Sample:
@@ -463,48 +538,17 @@ def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Samp
     out = Sample.empty(batch, rewards, h.device)
     if batch == 0:
         return out
-    columns = padded(rewards)
-    grid = (triton.cdiv(batch, _ROWS),)
-    if params.hidden_weight is None:
-        _linear[grid](
-            h,
-            params.mean,
-            params.rstd,
-            params.weight,
-            params.bias,
-            *out,
-            batch,
-            h.shape[1],
-            h.stride(0),
-            *draw,
-            K=rewards,
-            KP=columns,
-            SOFT=soft,
-            R=_ROWS,
-            BD=_INNER,
-            num_warps=4,
-            num_stages=3,
-            enable_fp_fusion=False,
-        )
-        return out
-    parts = hidden_parts(h, params, batch)
-    _output[grid](
-        parts,
-        params.hidden_bias,
-        params.weight,
-        params.bias,
-        *out,
-        batch,
-        parts.shape[2],
-        parts.shape[0],
-        *draw,
-        K=rewards,
-        KP=columns,
-        SOFT=soft,
-        R=_ROWS,
-        HT=_HIDDEN,
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=False,
+    parts = head_parts(h, params, batch)
+    _weights_launch(rewards, soft, params.hidden_weight is not None, ROWS, UNITS)(
+        (triton.cdiv(batch, ROWS),),
+        parts_ptr=parts,
+        hidden_bias_ptr=params.hidden_bias,
+        weight_ptr=params.weight,
+        bias_ptr=params.bias,
+        **out.pointers(),
+        B=batch,
+        H=parts.shape[2],
+        splits=parts.shape[0],
+        **draw._asdict(),
     )
     return out

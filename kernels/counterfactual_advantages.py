@@ -14,6 +14,7 @@ nothing cancels, and D and M are exactly 0 where all scores are the same.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maestro_fast.kernels.bound_launch import BoundLaunch
 from maestro_fast.kernels.group_advantages import divisor, live_factors, normalized, reward_moments, switches
 from maestro_fast.kernels.moments import over
 
@@ -192,31 +194,37 @@ def counterfactual_advantages(
         return out
     width = triton.next_power_of_2(size)
     rows = min(width, _ROWS)
-    _counterfactuals[(number, triton.cdiv(size, rows))](
-        index_NG,
-        rewards_BK,
-        weights_BK,
-        action_weights_AK,
-        rewards_BK if kl is None else kl,
-        reward_moments(rewards_BK, profile, False),
-        out,
-        size,
-        batch,
-        actions,
-        rewards_BK.stride(0),
-        rewards_BK.stride(1),
-        weights_BK.stride(0),
-        weights_BK.stride(1),
-        float(beta),
-        float(profile.reward_eps),
-        float(profile.score_eps),
-        K=rewards,
-        HAS_KL=kl is not None,
-        **switches(profile, False),
-        BJ=rows,
-        BG=width,
-        BA=triton.next_power_of_2(actions),
-        num_warps=min(8, max(1, rows * width // 256)),
-        enable_fp_fusion=False,
+    _launch(profile, rewards, kl is not None, rows, width, triton.next_power_of_2(actions))(
+        (number, triton.cdiv(size, rows)),
+        index_ptr=index_NG,
+        rewards_ptr=rewards_BK,
+        weights_ptr=weights_BK,
+        action_weights_ptr=action_weights_AK,
+        kl_ptr=kl,
+        moments_ptr=reward_moments(rewards_BK, profile, False),
+        out_ptr=out,
+        G=size,
+        B=batch,
+        A=actions,
+        stride_rb=rewards_BK.stride(0),
+        stride_rk=rewards_BK.stride(1),
+        stride_wb=weights_BK.stride(0),
+        stride_wk=weights_BK.stride(1),
+        beta=float(beta),
+        reward_eps=float(profile.reward_eps),
+        score_eps=float(profile.score_eps),
     )
     return out
+
+
+@lru_cache(maxsize=256)
+def _launch(profile: Any, rewards: int, has_kl: bool, rows: int, width: int, actions: int) -> BoundLaunch:
+    constants = {
+        "K": rewards,
+        "HAS_KL": has_kl,
+        **switches(profile, False),
+        "BJ": rows,
+        "BG": width,
+        "BA": actions,
+    }
+    return BoundLaunch(_counterfactuals, constants, num_warps=min(8, max(1, rows * width // 256)))

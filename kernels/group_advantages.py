@@ -16,6 +16,7 @@ rows get equal scores. There is no backward kernel: autograd goes through the re
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.allocation import empty_floats
+from maestro_fast.kernels.bound_launch import BoundLaunch
 from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
 
-_TILE = 64  # responses of one program: a warp reduces without shared memory, and 4,096 responses fill 64 SMs
+_TILE = 32  # responses of one program: one warp reduces them without a barrier, and 4,096 fill 128 processors
 _WHOLE = 2048  # the largest batch that one program holds in registers
 _MOST = 8192  # the largest group
 _SCAN = 1024  # responses per step of the reductions over a batch
@@ -449,12 +450,15 @@ class Outputs(NamedTuple):
     @staticmethod
     def empty(rewards_BK: Tensor) -> Outputs:
         batch, rewards = rewards_BK.shape
-        one = (batch,)
-        advantages, scores, normalized, mean, std = empty_floats(
-            rewards_BK.device, one, one, (batch, rewards), one, one
+        device, kind = rewards_BK.device, torch.float32
+        return Outputs(
+            advantages=torch.empty(batch, device=device, dtype=kind),
+            scores=torch.empty(batch, device=device, dtype=kind),
+            normalized_rewards=torch.empty(batch, rewards, device=device, dtype=kind),
+            mean=torch.empty(batch, device=device, dtype=kind),
+            std=torch.empty(batch, device=device, dtype=kind),
+            degenerate=torch.empty(batch, device=device, dtype=torch.bool),
         )
-        degenerate = torch.empty(batch, device=rewards_BK.device, dtype=torch.bool)
-        return Outputs(advantages, scores, normalized, mean, std, degenerate)
 
 
 class Tiles(NamedTuple):
@@ -472,9 +476,11 @@ class Tiles(NamedTuple):
     whole: bool
 
     @staticmethod
-    def of(index_NG: Tensor, wide: bool, smallest: int = _TILE) -> Tiles:
-        """``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch."""
-        number, size = index_NG.shape
+    def of(number: int, size: int, wide: bool, smallest: int = _TILE) -> Tiles:
+        """Of ``number`` groups of at most ``size`` responses.
+
+        ``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch.
+        """
         width = triton.next_power_of_2(size)
         if width > _MOST:
             raise ValueError(f"groups: one of {size} responses, expected at most {_MOST} with backend='triton'")
@@ -507,54 +513,62 @@ def switches(profile: Any, whole: bool) -> dict[str, Any]:
     }
 
 
-def reward_moments(rewards_BK: Tensor, profile: Any, whole: bool) -> Tensor:
-    """[K, 4] for ``advantage_tile``, where a reward's scope is a batch larger than a tile; else anything."""
+def reward_moments(rewards_BK: Tensor, profile: Any, whole: bool) -> Tensor | None:
+    """[K, 4] for ``advantage_tile``, where a reward's scope is a batch larger than a tile; else None."""
     if whole or "batch" not in (profile.reward_center, profile.reward_scale):
-        return rewards_BK
+        return None
     moments_K4 = torch.empty(rewards_BK.shape[1], 4, device=rewards_BK.device, dtype=torch.float32)
-    _reward_moments[(rewards_BK.shape[1],)](
-        rewards_BK,
-        moments_K4,
-        rewards_BK.shape[0],
-        rewards_BK.stride(0),
-        rewards_BK.stride(1),
-        DDOF=profile.ddof,
-        BLOCK=_SCAN,
-        num_warps=8,
-        enable_fp_fusion=False,
+    _reward_moments_launch(profile.ddof, _SCAN)(
+        (rewards_BK.shape[1],),
+        rewards_ptr=rewards_BK,
+        moments_ptr=moments_K4,
+        B=rewards_BK.shape[0],
+        stride_rb=rewards_BK.stride(0),
+        stride_rk=rewards_BK.stride(1),
     )
     return moments_K4
 
 
-def scratch(out: Outputs, profile: Any, whole: bool) -> Tensor:
-    """int8 [B] that carries what ``finish`` has to know; anything where there is nothing to finish."""
+@lru_cache(maxsize=16)
+def _reward_moments_launch(ddof: int, block: int) -> BoundLaunch:
+    return BoundLaunch(_reward_moments, {"DDOF": ddof, "BLOCK": block}, num_warps=8)
+
+
+def scratch(out: Outputs, profile: Any, whole: bool) -> Tensor | None:
+    """int8 [B] that carries what ``finish`` has to know; None where there is nothing to finish."""
     if whole or not is_wide(profile):
-        return out.degenerate
+        return None
     return torch.empty_like(out.degenerate, dtype=torch.int8)
 
 
-def finish(out: Outputs, state_B: Tensor, lengths: Tensor | None, profile: Any, whole: bool) -> None:
+def finish(out: Outputs, state_B: Tensor | None, lengths: Tensor | None, profile: Any, whole: bool) -> None:
     """The launch that a batch or token scope of the score needs, where one tile did not hold the batch."""
     if whole or {"batch", "tokens"}.isdisjoint((profile.score_center, profile.score_scale)):
         return
     batch = out.advantages.shape[0]
-    _finish[(triton.cdiv(batch, _SCAN),)](
-        out.scores,
-        state_B,
-        state_B if lengths is None else lengths,
-        out.advantages,
-        out.mean,
-        out.std,
-        batch,
-        float(profile.score_eps),
-        CENTER=profile.score_center,
-        SCALE=profile.score_scale,
-        DDOF=profile.ddof,
-        IN_VARIANCE=profile.score_eps_in == "variance",
-        BLOCK=_SCAN,
-        num_warps=8,
-        enable_fp_fusion=False,
+    _finish_launch(profile, _SCAN)(
+        (triton.cdiv(batch, _SCAN),),
+        scores_ptr=out.scores,
+        state_ptr=state_B,
+        lengths_ptr=lengths,
+        advantages_ptr=out.advantages,
+        mean_ptr=out.mean,
+        std_ptr=out.std,
+        B=batch,
+        score_eps=float(profile.score_eps),
     )
+
+
+@lru_cache(maxsize=64)
+def _finish_launch(profile: Any, block: int) -> BoundLaunch:
+    constants = {
+        "CENTER": profile.score_center,
+        "SCALE": profile.score_scale,
+        "DDOF": profile.ddof,
+        "IN_VARIANCE": profile.score_eps_in == "variance",
+        "BLOCK": block,
+    }
+    return BoundLaunch(_finish, constants, num_warps=8)
 
 
 def group_advantages(
@@ -579,34 +593,46 @@ def group_advantages(
     batch, rewards = rewards_BK.shape
     if batch == 0:
         return out
-    tiles = Tiles.of(index_NG, is_wide(profile))
+    number, size = index_NG.shape
+    tiles = Tiles.of(number, size, is_wide(profile))
     state_B = scratch(out, profile, tiles.whole)
-    _groups[(tiles.programs,)](
-        index_NG,
-        rewards_BK,
-        weights_BK,
-        rewards_BK if kl is None else kl,
-        rewards_BK if lengths is None else lengths,
-        reward_moments(rewards_BK, profile, tiles.whole),
-        *out,
-        state_B,
-        index_NG.shape[0],
-        index_NG.shape[1],
-        batch,
-        rewards_BK.stride(0),
-        rewards_BK.stride(1),
-        weights_BK.stride(0),
-        weights_BK.stride(1),
-        float(beta),
-        float(profile.reward_eps),
-        float(profile.score_eps),
-        K=rewards,
-        HAS_KL=kl is not None,
-        **switches(profile, tiles.whole),
-        BN=tiles.groups,
-        BG=tiles.width,
-        num_warps=tiles.warps,
-        enable_fp_fusion=False,
+    _groups_launch(profile, rewards, kl is not None, tiles)(
+        (tiles.programs,),
+        index_ptr=index_NG,
+        rewards_ptr=rewards_BK,
+        weights_ptr=weights_BK,
+        kl_ptr=kl,
+        lengths_ptr=lengths,
+        moments_ptr=reward_moments(rewards_BK, profile, tiles.whole),
+        advantages_ptr=out.advantages,
+        scores_ptr=out.scores,
+        normalized_ptr=out.normalized_rewards,
+        mean_ptr=out.mean,
+        std_ptr=out.std,
+        degenerate_ptr=out.degenerate,
+        state_ptr=state_B,
+        N=number,
+        G=size,
+        B=batch,
+        stride_rb=rewards_BK.stride(0),
+        stride_rk=rewards_BK.stride(1),
+        stride_wb=weights_BK.stride(0),
+        stride_wk=weights_BK.stride(1),
+        beta=float(beta),
+        reward_eps=float(profile.reward_eps),
+        score_eps=float(profile.score_eps),
     )
     finish(out, state_B, lengths, profile, tiles.whole)
     return out
+
+
+@lru_cache(maxsize=256)
+def _groups_launch(profile: Any, rewards: int, has_kl: bool, tiles: Tiles) -> BoundLaunch:
+    constants = {
+        "K": rewards,
+        "HAS_KL": has_kl,
+        **switches(profile, tiles.whole),
+        "BN": tiles.groups,
+        "BG": tiles.width,
+    }
+    return BoundLaunch(_groups, constants, num_warps=tiles.warps)

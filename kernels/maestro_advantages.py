@@ -1,38 +1,35 @@
-"""The adaptive step in one or two launches: contexts -> weights -> advantages.
+"""The adaptive step in two launches: contexts -> weights -> advantages.
 
-    linear head, contexts or last tokens   _linear                                      1 launch
-    MLP, contexts or last tokens           _hidden, _output                             2
-    linear head, means                     the chunks' sums, _linear                    2
-    MLP, means                             the chunks' sums, _hidden, _output           3
+    contexts or last tokens     the first launch of ``conductor_weights.py``, then ``_groups``       2 launches
+    means                       the chunks' sums before both                                         3
 
-A program of the last launch takes whole groups: it makes their weights, and then their advantages, which read the
-weights where they were just stored. So both halves are the very code of ``conductor_weights.py`` and
-``group_advantages.py``, and the numbers are theirs. Profiles whose scopes cross groups need the further launches of
-``group_advantages.py``: one for the scores, one for rewards over the batch.
+The first launch forms the parts of a linear head's logits, or of an MLP's first layer. A program of ``_groups`` takes
+whole groups: it adds their parts up, makes their weights, and then their advantages, which read the weights where they
+were just stored. Both halves are the very code of ``conductor_weights.py`` and ``group_advantages.py``, and the numbers
+are theirs, bit by bit. Profiles whose scopes cross groups need the further launches of ``group_advantages.py``: one for
+the scores, one for rewards over the batch.
 
-An MLP over means cannot do with two launches unless programs wait for each other: a mean is only known once all chunks
-are, and the second layer needs all of the first.
+One launch would have to hold all of d in one program. For B = 512, d = 4096, K = 8 that is 32 programs of 16 responses
+on 132 processors, each issuing 32 times 240 instructions a scheduler: 4.5 us, where the two launches take 3 us each on
+all processors, the second waiting for the first by about 1 us: 7 us in a CUDA graph. With d = 8192 or K = 16 the one
+launch would take twice as long, the two hardly longer. An MLP takes 11 + 4 + 1 us, see ``conductor_weights.py``.
+
+A mean is only known once all its chunks are, and the second layer needs all of the first, so means take a launch more.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from maestro_fast.kernels import conductor_weights as weighing
 from maestro_fast.kernels import pool_hidden as pooling
-from maestro_fast.kernels.conductor_weights import (
-    Draw,
-    Sample,
-    context_rows,
-    decide,
-    hidden_parts,
-    hidden_tile,
-    padded,
-    project,
-)
+from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.conductor_weights import Draw, Sample, decide, head_parts, logits_tile, padded
 from maestro_fast.kernels.group_advantages import (
     Outputs,
     advantage_tile,
@@ -43,19 +40,22 @@ from maestro_fast.kernels.group_advantages import (
     tile_rows,
 )
 
-_ROWS = 16  # responses of one program, the least that tl.dot takes
-_INNER = 128  # elements of d per step of a linear head, and half as many for groups of more than 32
-_HIDDEN = 64  # units per step of an MLP's second layer
-LARGEST_GROUP = 64  # a program holds [responses, _INNER] of its group
+_ROWS = 32  # responses of one program with a linear head: a warp
+_LARGEST = 64  # responses of a group
+
+
+def largest_group(mlp: bool) -> int:
+    """The largest group that ``_groups`` takes; the ops by themselves serve larger ones, in one launch more.
+
+    The units of an MLP's hidden layer are summed in the order of the tile's layout, which is that of
+    ``conductor_weights`` for as many rows alone.
+    """
+    return weighing.ROWS if mlp else _LARGEST
 
 
 @triton.jit(do_not_specialize=["N", "B", "splits", "seed", "step", "offset"])
 def _groups(
-    x_ptr,
-    start_ptr,
-    length_ptr,
-    mean_ptr,
-    rstd_ptr,
+    parts_ptr,
     hidden_bias_ptr,
     weight_ptr,
     bias_ptr,
@@ -79,10 +79,8 @@ def _groups(
     N,
     G,
     B,
-    d,
     H,
     splits,
-    stride_xb,
     stride_rb,
     stride_rk,
     tau,
@@ -100,8 +98,6 @@ def _groups(
     KP: tl.constexpr,
     SOFT: tl.constexpr,
     MLP: tl.constexpr,
-    SOURCE: tl.constexpr,
-    CHUNK: tl.constexpr,
     HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
@@ -113,40 +109,15 @@ def _groups(
     IN_VARIANCE: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
-    BD: tl.constexpr,
     HT: tl.constexpr,
 ):
-    """MLP: x holds the parts of the first layer, else what SOURCE says."""
     R: tl.constexpr = BN * BG
     r = tl.arange(0, R)
     n_R = (tl.program_id(0) * BN + r // BG).to(tl.int64)
     g_R = r % BG
     b_R = tl.load(index_ptr + n_R * G + g_R, mask=(n_R < N) & (g_R < G), other=B)
     inside_R = b_R < B
-    if MLP:
-        z_RK = hidden_tile(x_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, HT)
-    else:
-        row_R, there_R, length_R = context_rows(start_ptr, length_ptr, b_R, inside_R, SOURCE, CHUNK)
-        z_RK = project(
-            x_ptr,
-            row_R,
-            there_R,
-            length_R,
-            mean_ptr,
-            rstd_ptr,
-            weight_ptr,
-            tl.arange(0, KP),
-            K,
-            0,
-            d,
-            d,
-            stride_xb,
-            SOURCE,
-            CHUNK,
-            R,
-            KP,
-            BD,
-        )
+    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, MLP, HT)
     decide(
         z_RK,
         b_R,
@@ -228,17 +199,19 @@ def maestro_advantages(
         rewards_BK: float32 [B, K], any strides; NaN where a reward abstained.
         params: an ``ops.ConductorParams`` of contiguous float32.
         draw, soft: as in ``conductor_weights``.
-        index_NG: int64 [N, G_max] of ``ops.Groups``, G_max at most ``LARGEST_GROUP``.
+        index_NG: int64 [N, G_max] of ``ops.Groups``, G_max at most ``largest_group``.
         x: [B, d] contexts, or with source "last" or "mean" [T, d] hidden states; any floating dtype but float64.
         start_B, length_B: int [B] for these sources, as in ``pool_hidden``.
         profile, kl, beta, lengths: as in ``group_advantages``.
 
     Raises:
-        ValueError: a larger group; the ops by themselves serve it, in one launch more.
+        ValueError: a larger group than ``largest_group``.
     """
     number, size = index_NG.shape
-    if size > LARGEST_GROUP:
-        raise ValueError(f"groups: one of {size} responses, expected at most {LARGEST_GROUP} with backend='triton'")
+    mlp = params.hidden_weight is not None
+    if size > largest_group(mlp):
+        most = largest_group(mlp)
+        raise ValueError(f"groups: one of {size} responses, expected at most {most} with backend='triton'")
     batch, rewards = rewards_BK.shape
     sample, out = Sample.empty(batch, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
     if batch == 0:
@@ -248,59 +221,61 @@ def maestro_advantages(
         assert start_B is not None and length_B is not None
         chunk = pooling._CHUNK
         x = pooling.chunk_sums(x, start_B, length_B)
-    units, splits = 1, 1
-    mlp = params.hidden_weight is not None
-    if mlp:
-        x = hidden_parts(x, params, batch, source=source, start_B=start_B, length_B=length_B, chunk=chunk)
-        splits, _, units = x.shape
+    parts = head_parts(x, params, batch, source=source, start_B=start_B, length_B=length_B, chunk=chunk)
     width = triton.next_power_of_2(size)
-    groups = max(1, _ROWS // width)
+    groups = max(1, (weighing.ROWS if mlp else _ROWS) // width)
+    launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)
     state_B = scratch(out, profile, False)
-    _groups[(triton.cdiv(number, groups),)](
-        x,
-        start_B,
-        length_B,
-        params.mean,
-        params.rstd,
-        params.hidden_bias,
-        params.weight,
-        params.bias,
-        *sample,
-        index_NG,
-        rewards_BK,
-        rewards_BK if kl is None else kl,
-        rewards_BK if lengths is None else lengths,
-        reward_moments(rewards_BK, profile, False),
-        *out,
-        state_B,
-        number,
-        size,
-        batch,
-        params.mean.shape[0],
-        units,
-        splits,
-        x.stride(0),
-        rewards_BK.stride(0),
-        rewards_BK.stride(1),
-        *draw,
-        float(beta),
-        float(profile.reward_eps),
-        float(profile.score_eps),
-        K=rewards,
-        KP=padded(rewards),
-        SOFT=soft,
-        MLP=mlp,
-        SOURCE=source,
-        CHUNK=chunk,
-        HAS_KL=kl is not None,
-        **switches(profile, False),
-        BN=groups,
-        BG=width,
-        BD=_INNER if groups * width <= 32 else _INNER // 2,
-        HT=_HIDDEN,
-        num_warps=4 if groups * width <= 32 else 8,
-        num_stages=3,
-        enable_fp_fusion=False,
+    launch(
+        (triton.cdiv(number, groups),),
+        parts_ptr=parts,
+        hidden_bias_ptr=params.hidden_bias,
+        weight_ptr=params.weight,
+        bias_ptr=params.bias,
+        **sample.pointers(),
+        index_ptr=index_NG,
+        rewards_ptr=rewards_BK,
+        kl_ptr=kl,
+        lengths_ptr=lengths,
+        moments_ptr=reward_moments(rewards_BK, profile, False),
+        advantages_ptr=out.advantages,
+        scores_ptr=out.scores,
+        normalized_ptr=out.normalized_rewards,
+        mean_out_ptr=out.mean,
+        std_ptr=out.std,
+        degenerate_ptr=out.degenerate,
+        state_ptr=state_B,
+        N=number,
+        G=size,
+        B=batch,
+        H=parts.shape[2],
+        splits=parts.shape[0],
+        stride_rb=rewards_BK.stride(0),
+        stride_rk=rewards_BK.stride(1),
+        **draw._asdict(),
+        beta=float(beta),
+        reward_eps=float(profile.reward_eps),
+        score_eps=float(profile.score_eps),
     )
     finish(out, state_B, lengths, profile, False)
     return sample, out
+
+
+@lru_cache(maxsize=256)
+def _groups_launch(
+    profile: Any, rewards: int, soft: bool, mlp: bool, has_kl: bool, groups: int, width: int, units: int
+) -> BoundLaunch:
+    constants = {
+        "K": rewards,
+        "KP": padded(rewards),
+        "SOFT": soft,
+        "MLP": mlp,
+        "HAS_KL": has_kl,
+        **switches(profile, False),
+        "BN": groups,
+        "BG": width,
+        "HT": units,
+    }
+    warps = weighing.tail_warps(groups * width, mlp)
+    # For a program of one warp the compiler would aim at 32 programs a processor and spill; there are few programs.
+    return BoundLaunch(_groups, constants, num_warps=warps, **({"maxnreg": 128} if warps == 1 else {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,6 +48,13 @@ class ConductorParams:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
+
+    @property
+    def contiguous_floats(self) -> ConductorParams:
+        """The same in contiguous float32, as the kernels read them; itself where it is so already."""
+        if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in self.tensors):
+            return self
+        return ConductorParams(*(None if x is None else x.float().contiguous() for x in self.tensors))  # type: ignore[arg-type]
 
     @property
     def learned(self) -> dict[str, Tensor]:

@@ -19,13 +19,13 @@ known, such as ``pathwise`` of ``weighting.conductor``, goes in as that derivati
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maestro_fast.ops import gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.conductor_params import ConductorParams
 from maestro_fast.ops.conductor_state import (
@@ -35,6 +35,8 @@ from maestro_fast.ops.conductor_state import (
     check_experience,
     check_update,
 )
+from maestro_fast.ops.conductor_weights import kernel_rows
+from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.tensors import without_autocast
 
 
@@ -72,7 +74,7 @@ def conductor_update(
         chosen = resolve("conductor_update", backend, *tensors)
         after = replace(state, step=state.step + 1)
         if chosen == "triton":
-            objective, norm = gpu_advantages.conductor_update(after, batch, config)
+            objective, norm = _by_triton(batch.h, after, batch, config)
         else:
             objective, gradients = meta_gradient(state.params, batch, config)
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
@@ -146,3 +148,63 @@ def _adamw(
     moved = (parameter * (1 - config.learning_rate * decay)).addcdiv(new_first, divisor, value=-step_size)
     for old, new in ((parameter, moved), (first, new_first), (second, new_second)):
         old.copy_(new if learns is None else torch.where(learns, new, old))
+
+
+# --- Triton ---
+
+_LEARNED = ("weight", "bias", "hidden_weight", "hidden_bias")
+
+
+def _flat(h: Tensor, state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig) -> tuple[Any, ...]:
+    moments = (x.get(name) for x in (state.first, state.second) for name in _LEARNED)
+    given = batch.meta, batch.actions, batch.drawn_probs, batch.live
+    return (h, *state.params.tensors, *moments, *given, state.step, [float(x) for x in astuple(config)])
+
+
+def _whole(*given: Any) -> tuple[Any, ...]:
+    h, tensors, experience, step, config = given[0], given[1:15], given[15:19], given[19], given[20]
+    first, second = (
+        {name: x for name, x in zip(_LEARNED, tensors[at : at + 4], strict=True) if x is not None} for at in (6, 10)
+    )
+    state = ConductorState(ConductorParams(*tensors[:6]), first, second, step)
+    return h, state, ConductorBatch(h, *experience), ConductorUpdateConfig(*config)
+
+
+@operator(
+    "triton_conductor_update(Tensor h, Tensor mean, Tensor rstd, Tensor(a!) weight, Tensor(b!) bias,"
+    " Tensor(c!)? hidden_weight, Tensor(d!)? hidden_bias, Tensor(e!) weight_first, Tensor(f!) bias_first,"
+    " Tensor(g!)? hidden_weight_first, Tensor(h!)? hidden_bias_first, Tensor(i!) weight_second, Tensor(j!) bias_second,"
+    " Tensor(k!)? hidden_weight_second, Tensor(l!)? hidden_bias_second, Tensor meta, Tensor? actions,"
+    " Tensor? drawn_probs, Tensor? live, int step, float[] config) -> (Tensor, Tensor)",
+    lambda *given: (given[3].new_empty(()), given[3].new_empty(())),
+    flat=_flat,
+    whole=_whole,
+)
+def _by_triton(
+    h: Tensor, state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig
+) -> tuple[Tensor, Tensor]:
+    """Objective and norm of the gradient; ``state.step`` counts this update. ``h`` is the batch's."""
+    from maestro_fast.kernels import conductor_update as kernel
+
+    h, params = kernel_rows(h), state.params
+    others = (batch.actions, batch.meta, batch.drawn_probs, batch.live)
+    actions, meta, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
+    assert meta is not None
+    update = kernel.conductor_update(
+        h,
+        actions,
+        meta,
+        params,
+        {name: kernel.Moments(first, state.second[name]) for name, first in state.first.items()},
+        kernel.activations(h, params),
+        tau=config.tau,
+        min_prob=config.min_prob,
+        entropy_coef=config.entropy_coef,
+        adamw=kernel.AdamW(
+            state.step, config.learning_rate, config.weight_decay, config.beta1, config.beta2, config.eps
+        ),
+        drawn_probs=drawn_probs,
+        max_ratio=config.max_ratio,
+        live=live,
+    )
+    return update.objective, update.grad_norm

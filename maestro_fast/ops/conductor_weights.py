@@ -8,15 +8,16 @@ The head is linear, d -> K, or d -> H -> GELU (erf) -> K. Log-probs and entropy 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maestro_fast.ops import cpp_conductor, gpu_advantages
+from maestro_fast.ops import cpp_conductor
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.conductor_params import ConductorParams, check_params
+from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
 
 WeightMode = Literal["sample", "soft"]
@@ -30,6 +31,28 @@ class ConductorSample(NamedTuple):
     log_probs: Tensor
     entropy: Tensor
     probs: Tensor
+
+
+class Choice(NamedTuple):
+    """How probabilities become weights, and the key of the draws: see ``conductor_weights``."""
+
+    tau: float
+    min_prob: float
+    alpha: float
+    soft: bool
+    seed: int
+    step: int
+    offset: int
+
+    def plain(self) -> tuple[float | int | bool, ...]:
+        """As a registered operator takes it, whose integers are signed: the seed goes in two halves."""
+        numbers = float(self.tau), float(self.min_prob), float(self.alpha)
+        return (*numbers, self.soft, self.seed & 0xFFFFFFFF, self.seed >> 32, self.step, self.offset)
+
+    @staticmethod
+    def of_plain(given: tuple[Any, ...]) -> Choice:
+        tau, min_prob, alpha, soft, low, high, step, offset = given
+        return Choice(tau, min_prob, alpha, soft, low | high << 32, step, offset)
 
 
 def conductor_weights(
@@ -73,9 +96,9 @@ def conductor_weights(
         if mode == "sample":
             check_key(seed, step, offset)
         key = (seed, step, offset) if mode == "sample" else (0, 0, 0)
-        choice = (tau, min_prob, alpha, mode == "soft", *key)
+        choice = Choice(tau, min_prob, alpha, mode == "soft", *key)
         if chosen == "triton":
-            return ConductorSample(*gpu_advantages.conductor_weights(h, params, choice))
+            return ConductorSample(*_by_triton(h, params, choice))
         return _by_cpp(h, params, choice)
     probs = action_probs(params.logits(h), tau, min_prob)
     if mode == "soft":
@@ -92,7 +115,7 @@ def conductor_weights(
     return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)
 
 
-def _by_cpp(h: Tensor, params: ConductorParams, choice: cpp_conductor.Choice) -> ConductorSample:
+def _by_cpp(h: Tensor, params: ConductorParams, choice: Choice) -> ConductorSample:
     mean, rstd = (params.mean, params.rstd) if params.hidden_weight is None else (None, None)
     x = h if params.hidden_weight is None else params.features(h)
     return ConductorSample(*cpp_conductor.conductor_weights(x, mean, rstd, params.weight, params.bias, choice))
@@ -125,3 +148,44 @@ def check_choice(h: Tensor, params: ConductorParams, tau: float, min_prob: float
         raise ValueError(f"alpha: {alpha}, expected 0 < alpha <= 1")
     if mode not in ("sample", "soft"):
         raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
+
+
+# --- Triton ---
+
+PARAMS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? hidden_weight, Tensor? hidden_bias"
+CHOICE = "float tau, float min_prob, float alpha, bool soft, int seed_low, int seed_high, int step, int offset"
+
+
+def sample_shapes(batch: int, weight: Tensor) -> tuple[Tensor, ...]:
+    """Empty outputs of the operators that give the fields of ``ConductorSample``."""
+
+    def floating(*shape: int) -> Tensor:
+        return weight.new_empty(shape, dtype=torch.float32)
+
+    K, actions = weight.shape[0], weight.new_empty(batch, dtype=torch.int64)
+    return floating(batch, K), actions, floating(batch), floating(batch), floating(batch, K)
+
+
+def kernel_rows(x: Tensor) -> Tensor:
+    """Columns contiguous, as the kernels read rows."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def kernel_draw(rewards: int, choice: Choice) -> Any:
+    from maestro_fast.kernels.conductor_weights import Draw
+
+    tau, min_prob, alpha, _, seed, step, offset = choice
+    return Draw.of(rewards, tau=tau, min_prob=min_prob, alpha=alpha, seed=seed, step=step, offset=offset)
+
+
+@operator(
+    f"triton_conductor_weights(Tensor h, {PARAMS}, {CHOICE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda h, *rest: sample_shapes(h.shape[0], rest[2]),
+    flat=lambda h, params, choice: (h, *params.tensors, *choice.plain()),
+    whole=lambda h, *rest: (h, ConductorParams(*rest[:6]), Choice.of_plain(rest[6:])),
+)
+def _by_triton(h: Tensor, params: ConductorParams, choice: Choice) -> tuple[Tensor, ...]:
+    from maestro_fast.kernels import conductor_weights as kernel
+
+    draw = kernel_draw(params.num_rewards, choice)
+    return kernel.conductor_weights(kernel_rows(h), params.contiguous_floats, draw, soft=choice.soft)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages, gpu_advantages
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.group_advantages import as_matrices, check_inputs
+from maestro_fast.ops.gpu import floats, operator
+from maestro_fast.ops.group_advantages import as_matrices, check_inputs, kernel_matrices
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 
 
 def counterfactual_advantages(
@@ -62,11 +63,11 @@ def counterfactual_advantages(
     check_inputs(rewards, weights, kl, beta, prof)
     _check(rewards, action_weights, prof)
     chosen = resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl)
-    if chosen != "torch":
-        arguments = rewards, weights, action_weights, groups, kl, beta, prof
-        if chosen == "cpp":
-            return cpp_advantages.counterfactual_advantages(*arguments)
-        return gpu_advantages.counterfactual_advantages(*arguments)
+    if chosen == "cpp":
+        return cpp_advantages.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
+    if chosen == "triton":
+        index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
+        return _by_triton(rewards, weights, action_weights, kl, float(beta), index_NG, prof)
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, action_weights.to(rewards_BK.dtype), grouping, kl, beta, prof)
@@ -116,3 +117,31 @@ def _replaced(x_NGA: Tensor) -> Tensor:
     """[N, G, A + 1] -> [N, G, G, A]: column j holds the group as it is (the last action), but for j under action a."""
     own_GG = torch.eye(x_NGA.shape[1], dtype=torch.bool, device=x_NGA.device)
     return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
+
+
+@operator(
+    "triton_counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor actions, Tensor? kl, float beta,"
+    " Tensor index, int[] integers, float[] epsilons) -> Tensor",
+    lambda rewards, weights, actions, *rest: rewards.new_empty(
+        (rewards.shape[0], actions.shape[0]), dtype=torch.float32
+    ),
+    flat=lambda *given: (*given[:-1], *as_numbers(given[-1])),
+    whole=lambda *given: (*given[:-2], from_numbers(*given[-2:])),
+)
+def _by_triton(
+    rewards: Tensor,
+    weights: Tensor | None,
+    action_weights: Tensor,
+    kl: Tensor | None,
+    beta: float,
+    index_NG: Tensor,
+    profile: AdvantageProfile,
+) -> Tensor:
+    """[B, A]. Raises ValueError where a group is larger than the kernel's tile."""
+    from maestro_fast.kernels import counterfactual_advantages as kernel
+
+    rewards_BK, weights_BK = kernel_matrices(rewards, weights)
+    kl = None if kl is None else kl.contiguous()
+    return kernel.counterfactual_advantages(
+        rewards_BK, weights_BK, floats(action_weights), index_NG, profile=profile, kl=kl, beta=beta
+    )

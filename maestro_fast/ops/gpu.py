@@ -1,15 +1,17 @@
 """How tensors reach the Triton kernels: on a CUDA device (or in Triton's interpreter), without a graph of autograd.
 
-Triton is imported when the first kernel is wanted: ``import maestro_fast.ops`` does without. In eager mode an op
-launches its kernel itself; ``torch.compile`` takes the operator registered beside it, which it does not look into.
+Triton is imported when the first kernel is wanted: ``import maestro_fast.ops`` does without. ``operator`` is the one
+way from an op to its launch: eager calls run the launch itself, ``torch.compile`` takes the operator that is registered
+beside it, which it does not look into.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch.autograd import forward_ad
 library = torch.library.Library("maestro_fast", "FRAGMENT")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _PLAIN = (Tensor, torch.nn.Parameter)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable: bool = False) -> str | None:
@@ -27,10 +31,11 @@ def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable
         chosen: by name: then Triton's interpreter may serve tensors on the CPU (TRITON_INTERPRET=1), for tests.
         differentiable: the op has a backward pass of its own.
     """
-    given = [x for x in tensors if x is not None]
     if not _INSTALLED:
         return "triton is not installed"
-    for x in given:
+    for x in tensors:
+        if x is None:
+            continue
         if type(x) not in _PLAIN and not torch.compiler.is_compiling():
             return f"got a {type(x).__name__}, expected plain tensors"
         if not x.is_cuda and not (chosen and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -49,6 +54,60 @@ def floats(x: Tensor) -> Tensor:
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
+def operator(
+    signature: str,
+    shapes: Callable[..., Any],
+    *,
+    flat: Callable[..., Sequence[Any]] | None = None,
+    whole: Callable[..., Sequence[Any]] | None = None,
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a launch an op of its own, for eager calls and for ``torch.compile``.
+
+    The launch gets its arguments as they are in an eager call. Under ``torch.compile`` they pass through a registered
+    operator, which takes tensors, numbers and strings alone: ``flat`` takes records apart, ``whole`` puts them together.
+    The outputs of a launch must not share a storage.
+
+    Args:
+        signature: of the registered operator, as ``torch.library`` takes it, without the namespace.
+        shapes: the operator's arguments to empty outputs, for fake tensors.
+        flat, whole: between the launch's positional arguments and the operator's; None where they are the same.
+    """
+
+    def decorate(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+        guarded = on_its_device(launch)
+
+        def run(*given: Any) -> Any:
+            outputs = guarded(*(given if whole is None else whole(*given)))  # type: ignore[call-arg]
+            return tuple(outputs) if isinstance(outputs, tuple) else outputs  # of no class of ours
+
+        define(signature, run, shapes)
+        registered = getattr(torch.ops.maestro_fast, signature.partition("(")[0])
+
+        @functools.wraps(launch)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return registered(*(arguments if flat is None else flat(*arguments)))
+            return guarded(*arguments)  # type: ignore[call-arg]
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def on_its_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The launch with the device of its first argument made current: Triton launches on the current device."""
+
+    @functools.wraps(launch)
+    def run(*arguments: Any) -> Any:
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launch(*arguments)  # type: ignore[call-arg]
+        return launch(*arguments)  # type: ignore[call-arg]
+
+    return run  # type: ignore[return-value]
+
+
 def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     """Registers an operator of ours that compilation does not look into.
 
@@ -57,25 +116,8 @@ def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any
         launch: its work, on a CUDA device or in Triton's interpreter.
         shapes: the same arguments to empty outputs.
     """
-
-    def run(*arguments: Any) -> Any:
-        return _apart(launch(*arguments))
-
     name = signature.partition("(")[0]
     library.define(signature)
-    library.impl(name, run, "CUDA")
-    library.impl(name, run, "CPU")
+    library.impl(name, launch, "CUDA")
+    library.impl(name, launch, "CPU")
     torch.library.register_fake(f"maestro_fast::{name}", shapes, lib=library)
-
-
-def _apart(outputs: Any) -> Any:
-    """An operator's results must not share a storage, which those of an eager launch do to save allocations."""
-    if outputs is None or isinstance(outputs, Tensor):
-        return outputs
-    seen: set[int] = set()
-    apart = []
-    for x in outputs:
-        storage = x.untyped_storage().data_ptr()
-        apart.append(x.clone() if storage in seen else x)
-        seen.add(storage)
-    return tuple(apart)

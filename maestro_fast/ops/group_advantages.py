@@ -10,16 +10,17 @@ of identical rewards exactly 0, where (r - mean) would be rounding noise that th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages, gpu_advantages
+from maestro_fast.ops import cpp_advantages
 from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 from maestro_fast.ops.tensors import is_integer, readable, wide
 
 
@@ -81,9 +82,11 @@ def group_advantages(
     check_inputs(rewards, weights, kl, beta, prof)
     check_lengths(lengths, rewards, prof)
     chosen = resolve("group_advantages", backend, rewards, weights, kl, lengths)
-    if chosen != "torch":
-        by = cpp_advantages if chosen == "cpp" else gpu_advantages
-        return GroupAdvantages(*by.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+    if chosen == "cpp":
+        return GroupAdvantages(*cpp_advantages.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+    if chosen == "triton":
+        index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
+        return GroupAdvantages(*_by_triton(rewards, weights, kl, float(beta), lengths, index_NG, prof))
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
@@ -163,3 +166,44 @@ def _reference(
     out = standardise_scores(groups.gather(raw_B, 0.0), groups.gather(scores_B, 0.0), members, profile)
     advantages_B, mean_B, std_B, degenerate_B = (groups.scatter(x_NG) for x_NG in out)
     return GroupAdvantages(advantages_B, scores_B, normalized_BK, mean_B, std_B, degenerate_B)
+
+
+# --- Triton ---
+
+
+def advantage_shapes(rewards: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Empty outputs of the operators that give the fields of ``GroupAdvantages``."""
+    batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
+    one = [rewards.new_empty(batch, dtype=torch.float32) for _ in range(4)]
+    normalized = rewards.new_empty((batch, K), dtype=torch.float32)
+    return one[0], one[1], normalized, one[2], one[3], rewards.new_empty(batch, dtype=torch.bool)
+
+
+def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float32 [B, K] as the kernels take them; weights are expanded, since a stride of 0 costs nothing."""
+    rewards_BK = rewards.float() if rewards.ndim == 2 else rewards.float()[:, None]
+    weights = rewards_BK.new_ones(1) if weights is None else weights.float()
+    return rewards_BK, weights if weights.shape == rewards_BK.shape else weights.expand_as(rewards_BK)
+
+
+@operator(
+    "triton_group_advantages(Tensor rewards, Tensor? weights, Tensor? kl, float beta, Tensor? lengths, Tensor index,"
+    " int[] integers, float[] epsilons) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    advantage_shapes,
+    flat=lambda *given: (*given[:-1], *as_numbers(given[-1])),
+    whole=lambda *given: (*given[:-2], from_numbers(*given[-2:])),
+)
+def _by_triton(
+    rewards: Tensor,
+    weights: Tensor | None,
+    kl: Tensor | None,
+    beta: float,
+    lengths: Tensor | None,
+    index_NG: Tensor,
+    profile: AdvantageProfile,
+) -> tuple[Tensor, ...]:
+    from maestro_fast.kernels import group_advantages as kernel
+
+    rewards_BK, weights_BK = kernel_matrices(rewards, weights)
+    kl, lengths = (None if x is None else x.contiguous() for x in (kl, lengths))
+    return kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from maestro_fast.ops import gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_weights import ConductorSample, WeightMode, check_choice, conductor_weights
-from maestro_fast.ops.group_advantages import GroupAdvantages, check_inputs, check_lengths, group_advantages
-from maestro_fast.ops.groups import GroupsLike
+from maestro_fast.ops.conductor_weights import (
+    CHOICE,
+    PARAMS,
+    Choice,
+    ConductorSample,
+    WeightMode,
+    check_choice,
+    conductor_weights,
+    kernel_draw,
+    kernel_rows,
+    sample_shapes,
+)
+from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.group_advantages import (
+    GroupAdvantages,
+    advantage_shapes,
+    check_inputs,
+    check_lengths,
+    group_advantages,
+)
+from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.philox import check_key
 from maestro_fast.ops.pool_hidden import PoolMode, pool_hidden, segments
-from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 
 
 def maestro_advantages(
@@ -51,8 +70,8 @@ def maestro_advantages(
         kl, beta, lengths, profile: as in ``group_advantages``.
         backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
             or a gradient to compute. With C++, pooling and the first layer of an MLP head are PyTorch's; Triton takes
-            one launch for a linear head on contexts or last states, two for an MLP head or a mean, three for an MLP
-            head on means, and the launches of the single ops for groups of more than 64.
+            two launches for contexts or last states, three for means, and the launches of the single ops, one more,
+            for groups of more than 64, of more than 16 with an MLP head.
 
     Raises:
         ValueError, TypeError: as the ops it is made of, and unless exactly one of ``h`` and ``hidden`` is given.
@@ -109,7 +128,7 @@ def _fused(
     chance: tuple[float, float, float, WeightMode, int, int, int],
     comparison: tuple[Tensor | None, float, Tensor | None, AdvantageProfile],
 ) -> tuple[ConductorSample, GroupAdvantages] | None:
-    """All in one or two Triton launches; None for groups that are too large for it."""
+    """All of it by Triton's fused launches; None for groups that are too large for them."""
     (h, hidden, cu_seqlens, pool, prompt_lengths), (tau, min_prob, alpha, mode, *key) = contexts, chance
     kl, beta, lengths, profile = comparison
     source, start_B, length_B, x = "context", None, None, h
@@ -126,8 +145,67 @@ def _fused(
     check_lengths(lengths, rewards, profile)
     if mode == "sample":
         check_key(*key)
-    choice = (tau, min_prob, alpha, mode == "soft", *(key if mode == "sample" else (0, 0, 0)))
-    done = gpu_advantages.maestro_advantages(
-        rewards, conductor, choice, groups, x, source, start_B, length_B, kl, beta, lengths, profile
+    choice = Choice(tau, min_prob, alpha, mode == "soft", *(key if mode == "sample" else (0, 0, 0)))
+    from maestro_fast.kernels.maestro_advantages import largest_group
+
+    grouping = Groups.of(groups, rewards.shape[0])
+    if grouping.index_NG.shape[1] > largest_group(conductor.hidden_weight is not None):
+        return None
+    index_NG = grouping.to(rewards.device).index_NG
+    done = _by_triton(
+        rewards, conductor, choice, index_NG, x, source, start_B, length_B, kl, float(beta), lengths, profile
     )
-    return None if done is None else (ConductorSample(*done[:5]), GroupAdvantages(*done[5:]))
+    return ConductorSample(*done[:5]), GroupAdvantages(*done[5:])
+
+
+@operator(
+    f"triton_maestro_advantages(Tensor rewards, {PARAMS}, {CHOICE}, Tensor index, Tensor x, str source,"
+    " Tensor? start, Tensor? length, Tensor? kl, float beta, Tensor? lengths, int[] integers, float[] epsilons)"
+    f" -> ({', '.join(['Tensor'] * 11)})",
+    lambda rewards, *rest: (*sample_shapes(rewards.shape[0], rest[2]), *advantage_shapes(rewards)),
+    flat=lambda rewards, params, choice, *rest: (
+        *(rewards, *params.tensors, *choice.plain()),
+        *(*rest[:-1], *as_numbers(rest[-1])),
+    ),
+    whole=lambda rewards, *rest: (
+        *(rewards, ConductorParams(*rest[:6]), Choice.of_plain(rest[6:14])),
+        *(*rest[14:-2], from_numbers(*rest[-2:])),
+    ),
+)
+def _by_triton(
+    rewards: Tensor,
+    params: ConductorParams,
+    choice: Choice,
+    index_NG: Tensor,
+    x: Tensor,
+    source: str,
+    start_B: Tensor | None,
+    length_B: Tensor | None,
+    kl: Tensor | None,
+    beta: float,
+    lengths: Tensor | None,
+    profile: AdvantageProfile,
+) -> tuple[Any, ...]:
+    """The five fields of ``ConductorSample``, then the six of ``GroupAdvantages``.
+
+    Contexts ``x`` are [B, d] (source "context") or hidden states [T, d] ("last", "mean").
+    """
+    from maestro_fast.kernels import maestro_advantages as kernel
+
+    kl, lengths = (None if y is None else y.contiguous() for y in (kl, lengths))
+    sample, out = kernel.maestro_advantages(
+        rewards.float(),
+        params.contiguous_floats,
+        kernel_draw(params.num_rewards, choice),
+        index_NG,
+        kernel_rows(x),
+        soft=choice.soft,
+        source=source,
+        start_B=start_B,
+        length_B=length_B,
+        profile=profile,
+        kl=kl,
+        beta=beta,
+        lengths=lengths,
+    )
+    return (*sample, *out)

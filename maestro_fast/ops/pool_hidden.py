@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import gpu_advantages
 from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.tensors import is_integer, readable, wide
 
 PoolMode = Literal["last", "mean", "prompt_last", "prompt_mean"]
@@ -50,7 +50,7 @@ def pool_hidden(
     bounds, start_B, length_B, flat = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     if chosen == "triton":
         longest = None if hidden.ndim == 2 else hidden.shape[1]
-        return gpu_advantages.pool_hidden(flat, start_B, length_B, mode.endswith("mean"), longest)
+        return _by_triton(flat, start_B, length_B, mode.endswith("mean"), longest)
     if flat.shape[0] == 0:  # all sequences are empty: one row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
@@ -158,3 +158,14 @@ def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tenso
     clean = torch.where(inside_T[:, None], wide(flat), 0.0)  # padding may hold anything, NaN too
     total = torch.segment_reduce(clean, "sum", offsets=bounds, axis=0, initial=0)
     return total / length_B.clamp(min=1)[:, None]
+
+
+@operator(
+    "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",
+    lambda flat, start, *rest: flat.new_empty((start.shape[0], flat.shape[1]), dtype=torch.float32),
+)
+def _by_triton(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
+    from maestro_fast.kernels import pool_hidden as kernel
+
+    flat = flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+    return kernel.pool_hidden(flat, start_B, length_B, mean=mean, longest=longest)

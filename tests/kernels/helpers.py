@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -40,3 +42,18 @@ def assert_close(ours: Tensor, truth: Tensor, plain: Tensor | None = None, *, ep
     worst = int(torch.where(error.isnan(), float("inf"), error).argmax())
     got, expected = ours.flatten()[worst].item(), truth.flatten()[worst].item()
     raise AssertionError(f"{what} element {worst}: {got!r}, truth {expected!r}, allowed error {allowed:.3g}")
+
+
+def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that takes note of every bound launch from now on, by the name of its kernel."""
+    from maestro_fast.kernels.bound_launch import BoundLaunch
+
+    launches: list[str] = []
+    real = BoundLaunch.__call__
+
+    def call(self: Any, grid: Any, **arguments: Any) -> None:
+        launches.append(self.kernel.fn.__name__)
+        real(self, grid, **arguments)
+
+    monkeypatch.setattr(BoundLaunch, "__call__", call)
+    return launches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,17 @@ def widened(params: ConductorParams, moments: dict[str, kernel.Moments], step: i
     return ConductorState(moved(params, dtype=torch.float64, device="cpu"), first, second, step)
 
 
+def narrowed(value: Any) -> Any:
+    """A copy of a state or a batch in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: narrowed(x) for name, x in value.items()}
+    if isinstance(value, (ConductorParams, ConductorState, ConductorBatch)):
+        return type(value)(**{name: narrowed(x) for name, x in vars(value).items()})
+    return value
+
+
 @pytest.mark.parametrize(("kind", "masked"), [("drawn", False), ("drawn before", True), ("all actions", True)])
 @pytest.mark.parametrize("units", [None, 40])
 @pytest.mark.parametrize(("number", "rewards", "size"), [(1, 3, 32), (45, 1, 50), (40, 8, 130)])
@@ -82,6 +95,7 @@ def test_three_steps(number: int, rewards: int, size: int, units: int | None, ki
         if not masked:
             given = ConductorBatch(*(None if x is None else x[given.live] for x in list(vars(given).values())[:4]))
         update, same = stepped(ours, moments, given, step), stepped(again, other, given, step)
+        plain, _ = reference(narrowed(state), narrowed(truth), CONFIG, backend="torch")
         state, metrics = reference(state, truth, CONFIG, backend="torch")
         assert_close(update.objective, metrics["objective"], epsilon=EPSILON, what="objective")
         assert_close(update.grad_norm, metrics["grad_norm"], epsilon=EPSILON, what="grad_norm")
@@ -89,10 +103,16 @@ def test_three_steps(number: int, rewards: int, size: int, units: int | None, ki
         for name, x in ours.learned.items():
             assert_close(x, state.params.learned[name], epsilon=EPSILON, what=f"{name} after step {step}")
             assert torch.equal(x, again.learned[name]), f"{name} differs between two runs"
-            for mine, right in zip(moments[name], (state.first[name], state.second[name]), strict=True):
+            for mine, right, simple in zip(
+                moments[name],
+                (state.first[name], state.second[name]),
+                (plain.first[name], plain.second[name]),
+                strict=True,
+            ):
                 scale = right.abs().max().clamp(min=1e-12)
                 if scale > 1e-6:  # K = 1 has no gradient, only rounding
-                    assert_close(mine / scale.float().item(), right / scale, epsilon=EPSILON, what=f"moments of {name}")
+                    shares = mine / scale.float().item(), right / scale, simple / scale
+                    assert_close(*shares, epsilon=EPSILON, what=f"moments of {name}")
 
 
 @pytest.mark.parametrize("units", [None, 40])

@@ -12,7 +12,7 @@ from torch import Tensor
 from maestro_fast.kernels import group_advantages as kernel
 from maestro_fast.ops import PROFILES, AdvantageProfile, Groups
 from maestro_fast.ops.group_advantages import group_advantages as reference
-from tests.kernels.helpers import DEVICE, assert_close, on_device
+from tests.kernels.helpers import DEVICE, assert_close, counted_launches, on_device
 
 EPSILON = 2e-6  # times the largest truth; two normalisations and a sum over at most 8 rewards, in float32
 RAGGED = [3, 1, 1, 0, 3, 3, 3, 7, 1, 1, 1, 3, 3, 5, 5, 0, 2, 2, 2, 2]
@@ -137,10 +137,7 @@ def test_an_empty_batch() -> None:
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch for scopes of groups, and for a batch that fits a tile."""
-    launches: list[str] = []
-    for name in ("_groups", "_finish", "_reward_moments"):
-        real = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, Counted(name, real, launches))
+    launches = counted_launches(monkeypatch)
     rewards_BK, weights_BK, _, lengths = inputs(80, 2)
     for name, expected in (("maestro", 1), ("gdpo", 1), ("verl_gdpo", 1)):
         launched(rewards_BK, weights_BK, 4, PROFILES[name], None, lengths)

@@ -13,9 +13,9 @@ from maestro_fast.kernels import maestro_advantages as kernel
 from maestro_fast.kernels.conductor_weights import Draw
 from maestro_fast.ops import PROFILES, Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages as reference
-from tests.kernels.helpers import DEVICE, DTYPES, assert_close, on_device
+from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches, on_device
 from tests.kernels.test_conductor_weights import head, moved
-from tests.kernels.test_group_advantages import RAGGED, Counted, inputs
+from tests.kernels.test_group_advantages import RAGGED, inputs
 
 EPSILON = 4e-6  # that of the Conductor's forward, through two normalisations
 SETTINGS = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
@@ -28,8 +28,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         (pool_hidden, "_CHUNK", 8),
         (pool_hidden, "_COLUMNS", 128),
         (conductor_weights, "_SPLIT", 64),
-        (kernel, "_INNER", 64),
-        (kernel, "_HIDDEN", 16),
+        (conductor_weights, "_LINEAR_INNER", 32),
+        (conductor_weights, "_HIDDEN", 16),
+        (conductor_weights, "UNITS", 16),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -117,7 +118,7 @@ def test_sources_and_heads(source: str, units: int | None, groups: Any) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 33])
 def test_sizes_of_groups(groups: int) -> None:
     check("context", None, groups)
-    check("last", 24, groups, soft=True)
+    check("last", 24, min(groups, 11), soft=True)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gdpo", "verl_gdpo", "rloo"])
@@ -133,22 +134,41 @@ def test_numbers_of_rewards_and_dtypes(rewards: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(
     ("source", "units", "expected"),
-    [("context", None, 1), ("last", None, 1), ("last", 24, 2), ("mean", None, 2), ("mean", 24, 3)],
+    [("context", None, 2), ("last", None, 2), ("last", 24, 2), ("mean", None, 3), ("mean", 24, 3)],
 )
 def test_launches(source: str, units: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches: list[str] = []
-    for module, name in (
-        (pool_hidden, "_sums"),
-        (conductor_weights, "_hidden"),
-        (kernel, "_groups"),
-        (group_advantages, "_finish"),
-        (group_advantages, "_reward_moments"),
-    ):
-        monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launches))
+    launches = counted_launches(monkeypatch)
     check(source, units, 4)
     assert len(launches) == 2 * expected, launches  # check runs it twice
 
 
-def test_a_group_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="groups: one of 65 responses, expected at most 64"):
-        check("context", None, 65)
+@pytest.mark.parametrize("units", [None, 24])
+@pytest.mark.parametrize("groups", [5, 16, RAGGED, 40], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_bits_are_those_of_the_single_launches(groups: Any, units: int | None, soft: bool) -> None:
+    """The ops serve what does not fit into the fused launches by the others, and nobody should see which it was."""
+    batch = 20 if groups == RAGGED else 80
+    rewards_BK, _, kl, _ = inputs(batch, 5)
+    index_NG = Groups.of(groups, batch).index_NG
+    if index_NG.shape[1] > kernel.largest_group(units is not None):
+        pytest.skip("served by the single launches")
+    profile, params = PROFILES["maestro"], moved(head(SIZE, 5, units), device=DEVICE)
+    x = torch.randn(batch, SIZE, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    rewards_BK, index_NG, kl = on_device(rewards_BK, index_NG, kl)
+    assert rewards_BK is not None and index_NG is not None
+    draw = Draw.of(5, **SETTINGS)
+    sample, out = kernel.maestro_advantages(
+        rewards_BK, params, draw, index_NG, x, soft=soft, profile=profile, kl=kl, beta=0.1
+    )
+    alone = conductor_weights.conductor_weights(x, params, draw, soft=soft)
+    after = group_advantages.group_advantages(
+        rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=0.1
+    )
+    for name, fused, single in zip((*sample._fields, *out._fields), (*sample, *out), (*alone, *after), strict=True):
+        assert torch.equal(fused, single), name
+
+
+@pytest.mark.parametrize(("units", "most"), [(None, 64), (24, 16)])
+def test_a_group_that_does_not_fit(units: int | None, most: int) -> None:
+    with pytest.raises(ValueError, match=f"groups: one of {most + 1} responses, expected at most {most}"):
+        check("context", units, most + 1)

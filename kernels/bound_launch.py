@@ -1,0 +1,90 @@
+"""Launches that remember what Triton compiled for them.
+
+``kernel[grid](...)`` binds, specialises and looks up its arguments anew at every call, which costs the host more than
+the small kernels of this package cost the device. A ``BoundLaunch`` fixes the compile-time arguments once, and keeps
+the compiled kernel of each specialisation that it has met. The next launch of the same specialisation goes straight to
+the driver.
+
+What a launch is remembered by holds at least what Triton specialises on: the device, the dtype of every tensor and which
+are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a tensor whose
+address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+_MOST = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
+
+
+class BoundLaunch:
+    """A kernel with its compile-time arguments and compiler options; call it with a grid and all other arguments.
+
+    Tensors are the arguments whose names end in ``_ptr``, in the way of all kernels of this package.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        """
+        Args:
+            kernel: a ``triton.jit`` function.
+            constants: every ``tl.constexpr`` argument, by name.
+            options: ``num_warps``, ``num_stages``.
+        """
+        self.kernel = kernel
+        self.constants = constants
+        self.options = {"enable_fp_fusion": False, **options}
+        self._compiled: dict[Any, Any] = {}
+        self._native = isinstance(kernel, JITFunction)  # and not the interpreter's, which compiles nothing
+        if self._native:
+            given = [p for p in kernel.params if not p.is_constexpr]
+            self._pointers = [p.name for p in given if p.name.endswith("_ptr")]
+            numbers = [p for p in given if not p.name.endswith("_ptr")]
+            self._values = [p.name for p in numbers if not p.do_not_specialize]
+            self._widths = [p.name for p in numbers if p.do_not_specialize]
+            self._order = [p.name for p in kernel.params]
+
+    def __call__(self, grid: tuple[int, ...], **arguments: Any) -> None:
+        if not self._native or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            self._launch(grid, arguments)
+            return
+        key = self._key(arguments)
+        found = self._compiled.get(key) if key is not None else None
+        if found is None:
+            kernel = self._launch(grid, arguments)
+            if key is not None and kernel is not None:
+                if len(self._compiled) >= _MOST:
+                    self._compiled.clear()
+                self._compiled[key] = kernel
+            return
+        arguments.update(self.constants)
+        width, height, depth = (*grid, 1, 1)[:3]
+        stream = driver.active.get_current_stream(key[0])
+        in_order = [arguments[name] for name in self._order]
+        # The three None are for hooks, of which there are none.
+        found.run(width, height, depth, stream, found.function, found.packed_metadata, None, None, None, *in_order)
+
+    def _launch(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+        return self.kernel[grid](**arguments, **self.constants, **self.options)
+
+    def _key(self, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What the compiled kernel depends on, the device first; None where it is not worth remembering."""
+        low_bits = 0
+        kinds: list[torch.dtype | None] = []
+        for name in self._pointers:
+            tensor = arguments[name]
+            if tensor is None:
+                kinds.append(None)
+            else:
+                kinds.append(tensor.dtype)
+                low_bits |= tensor.data_ptr()
+        if low_bits & 15:
+            return None
+        # Triton does not specialise on floats.
+        values = [x if x.__class__ is int else None for x in map(arguments.__getitem__, self._values)]
+        widths = [arguments[name].bit_length() >> 5 for name in self._widths]
+        return driver.active.get_current_device(), *kinds, *values, *widths
