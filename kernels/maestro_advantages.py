@@ -40,7 +40,6 @@ from maestro_fast.kernels.group_advantages import (
     tile_rows,
 )
 
-_ROWS = 32  # responses of one program with a linear head: a warp
 _LARGEST = 64  # responses of a group
 
 
@@ -223,7 +222,7 @@ def maestro_advantages(
         x = pooling.chunk_sums(x, start_B, length_B)
     parts = head_parts(x, params, batch, source=source, start_B=start_B, length_B=length_B, chunk=chunk)
     width = triton.next_power_of_2(size)
-    groups = max(1, (weighing.ROWS if mlp else _ROWS) // width)
+    groups = max(1, weighing.ROWS // width)
     launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)
     state_B = scratch(out, profile, False)
     launch(
@@ -276,6 +275,4 @@ def _groups_launch(
         "BG": width,
         "HT": units,
     }
-    warps = weighing.tail_warps(groups * width, mlp)
-    # For a program of one warp the compiler would aim at 32 programs a processor and spill; there are few programs.
-    return BoundLaunch(_groups, constants, num_warps=warps, **({"maxnreg": 128} if warps == 1 else {}))
+    return BoundLaunch(_groups, constants, num_warps=weighing.tail_warps(groups * width, mlp))
