@@ -13,11 +13,15 @@
 responses. Where a divisor is the number of live tokens in the batch, which a mask hides from the host, the gradients
 are divided by it in the second launch. No autograd graph is built, no intermediate of size T is stored.
 
+The gradients and the sums share one allocation. Loss and metrics have theirs: a metric that is kept must not keep
+the gradients, nor may writing into it count as a change of the loss.
+
 Bytes moved: 4 T each for log-probs and gradient, and for every other input of a token what its dtype has.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +100,13 @@ def _divisor(tensor_ptr, value, FROM_TENSOR: tl.constexpr):
 
 
 @triton.jit
+def _divided(work_ptr, T, HAS_ENTROPY: tl.constexpr):
+    """Where the gradient of the log-probs [T], that of the entropies [T] if any, and the sums [B, _PARTS] begin."""
+    end_ptr = work_ptr + T.to(tl.int64)
+    return work_ptr, end_ptr, end_ptr + T if HAS_ENTROPY else end_ptr
+
+
+@triton.jit(do_not_specialize=["T"])
 def _sequences(
     logprobs_ptr,
     advantages_ptr,
@@ -107,9 +118,8 @@ def _sequences(
     mask_ptr,
     normalizer_ptr,
     entropy_normalizer_ptr,
-    d_logprobs_ptr,
-    d_entropies_ptr,
-    parts_ptr,
+    work_ptr,
+    T,
     normalizer,
     entropy_normalizer,
     per_length,
@@ -137,6 +147,7 @@ def _sequences(
     """per_length: a constant factor of the divisor (dr_grpo). A divisor of 1 stands for what the second launch
     knows."""
     b = tl.program_id(0).to(tl.int64)
+    d_logprobs_ptr, d_entropies_ptr, parts_ptr = _divided(work_ptr, T, HAS_ENTROPY)
     first = tl.load(cu_ptr + b).to(tl.int64)
     n = (tl.load(cu_ptr + b + 1).to(tl.int64) - first).to(tl.int32)
     advantage = tl.load(advantages_ptr + b).to(tl.float32)
@@ -239,11 +250,10 @@ def _sequences(
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _reduce(
-    parts_ptr,
+    work_ptr,
     entropy_normalizer_ptr,
-    d_logprobs_ptr,
-    d_entropies_ptr,
-    out_ptr,
+    loss_ptr,
+    values_ptr,
     B,
     T,
     entropy_normalizer,
@@ -255,7 +265,8 @@ def _reduce(
     BT: tl.constexpr,
     BB: tl.constexpr,
 ):
-    """out [8]: the loss, and means over the live tokens. DIVIDE: the loss, and the gradient, by the live tokens."""
+    """values [8]: the loss, and means over the live tokens. DIVIDE: the loss, and the gradient, by the live tokens."""
+    d_logprobs_ptr, d_entropies_ptr, parts_ptr = _divided(work_ptr, T, HAS_ENTROPY)
     part = tl.arange(0, _PARTS)
     sum_BP = tl.zeros([BB, _PARTS], tl.float32)
     for b0 in range(0, B, BB):
@@ -270,7 +281,8 @@ def _reduce(
             entropy = tl.sum(tl.where(part == 1, sum_P, 0.0), 0)
             count = live if DIVIDE_ENTROPY else _divisor(entropy_normalizer_ptr, entropy_normalizer, ENTROPY_TENSOR)
             loss -= entropy_coef * tl.div_rn(entropy, count)
-        tl.store(out_ptr + part, tl.where(part == 0, loss, mean_P))
+        tl.store(values_ptr + part, tl.where(part == 0, loss, mean_P))
+        tl.store(loss_ptr, loss)
     if DIVIDE or DIVIDE_ENTROPY:
         token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
         live_T = tl.zeros([BT], tl.float32) + live
@@ -283,19 +295,41 @@ def _reduce(
 
 
 class Loss(NamedTuple):
-    """float32: the loss at 0 and the metrics at ``METRICS`` of ``values``, and the loss's gradients [T]."""
+    """float32: the loss [], all of ``METRICS`` in values [8], and the loss's gradients.
 
+    The gradients [1 or 2, T] are those of the log-probs and, with an entropy bonus, of the entropies.
+    """
+
+    loss: Tensor
     values: Tensor
-    d_logprobs: Tensor
-    d_entropies: Tensor | None
-
-    @property
-    def loss(self) -> Tensor:
-        return self.values[0]
+    gradients: Tensor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        return {name: self.values[place] for name, place in METRICS.items()}
+        values = self.values.unbind()
+        return {name: values[place] for name, place in METRICS.items()}
+
+
+@lru_cache(maxsize=64)
+def _settings(config: Any) -> dict[str, Any]:
+    """What a configuration fixes of the first launch; made once, as it takes as long as an allocation."""
+    return {
+        "per_length": float(config.max_completion_length) if config.normalization == "dr_grpo" else 1.0,
+        "clip_low": float(config.clip_low),
+        "clip_high": float(config.clip_high),
+        "clip_max": float(config.clip_max or 0.0),
+        "kl_coef": float(config.kl_coef),
+        "entropy_coef": float(config.entropy_coef),
+        "sampler_cap": float(config.sampler_cap),
+        "HAS_KL": config.kl_coef > 0,
+        "HAS_CLIP_MAX": config.clip_max is not None,
+        "BY_LENGTH": config.normalization == "grpo",
+        "CISPO": config.objective == "cispo",
+        "SEQUENCE": config.ratio == "sequence",
+        "CORRECTION": config.sampler_correction,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
 
 
 def _default_divisor(config: Any, batch: int, tokens: int, masked: bool) -> float | None:
@@ -332,63 +366,49 @@ def policy_loss(
     if entropy_normalizer is None and not masked:
         entropy_normalizer = float(max(tokens, 1))
     divide, divide_entropy = normalizer is None, with_entropy and entropy_normalizer is None
-    d_logprobs = torch.empty(tokens, device=device, dtype=torch.float32)
-    d_entropies = torch.empty_like(d_logprobs) if with_entropy else None
-    parts = torch.empty(batch, _PARTS.value, device=device, dtype=torch.float32)
-    out = torch.empty(_PARTS.value, device=device, dtype=torch.float32)
-    entropy_number = 1.0 if isinstance(entropy_normalizer, Tensor) else float(entropy_normalizer or 1.0)
+    by_tensor, entropy_by_tensor = isinstance(normalizer, Tensor), isinstance(entropy_normalizer, Tensor)
+    entropy_number = 1.0 if entropy_by_tensor else float(entropy_normalizer or 1.0)
+    entropy_tensor = entropy_normalizer if entropy_by_tensor else None
+    gradients = tokens * (2 if with_entropy else 1)
+    work = torch.empty(gradients + batch * _PARTS.value, device=device, dtype=torch.float32)
+    values = torch.empty(_PARTS.value, device=device, dtype=torch.float32)
+    loss = torch.empty((), device=device, dtype=torch.float32)
     if batch:
         _sequences[(batch,)](
-            logprobs,
-            advantages,
-            cu_seqlens,
-            old_logprobs,
-            ref_logprobs,
-            sampling_logprobs,
-            entropies,
-            token_mask,
-            normalizer if isinstance(normalizer, Tensor) else None,
-            entropy_normalizer if isinstance(entropy_normalizer, Tensor) else None,
-            d_logprobs,
-            d_entropies,
-            parts,
-            1.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
-            entropy_number,
-            float(config.max_completion_length) if config.normalization == "dr_grpo" else 1.0,
-            float(config.clip_low),
-            float(config.clip_high),
-            float(config.clip_max or 0.0),
-            float(config.kl_coef),
-            float(config.entropy_coef),
-            float(config.sampler_cap),
+            logprobs_ptr=logprobs,
+            advantages_ptr=advantages,
+            cu_ptr=cu_seqlens,
+            old_ptr=old_logprobs,
+            ref_ptr=ref_logprobs,
+            sampling_ptr=sampling_logprobs,
+            entropies_ptr=entropies,
+            mask_ptr=token_mask,
+            normalizer_ptr=normalizer if by_tensor else None,
+            entropy_normalizer_ptr=entropy_tensor,
+            work_ptr=work,
+            T=tokens,
+            normalizer=1.0 if normalizer is None or by_tensor else float(normalizer),
+            entropy_normalizer=entropy_number,
             HAS_OLD=old_logprobs is not None,
             HAS_REF=ref_logprobs is not None,
             HAS_SAMPLING=sampling_logprobs is not None,
             HAS_ENTROPY=with_entropy,
             HAS_MASK=masked,
-            HAS_KL=config.kl_coef > 0,
-            HAS_CLIP_MAX=config.clip_max is not None,
-            NORMALIZER_TENSOR=isinstance(normalizer, Tensor),
-            ENTROPY_TENSOR=isinstance(entropy_normalizer, Tensor),
-            BY_LENGTH=config.normalization == "grpo",
-            CISPO=config.objective == "cispo",
-            SEQUENCE=config.ratio == "sequence",
-            CORRECTION=config.sampler_correction,
+            NORMALIZER_TENSOR=by_tensor,
+            ENTROPY_TENSOR=entropy_by_tensor,
             BT=_TOKENS,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **_settings(config),
         )
     _reduce[(max(1, triton.cdiv(tokens, _TOKENS)) if divide or divide_entropy else 1,)](
-        parts,
-        entropy_normalizer if isinstance(entropy_normalizer, Tensor) else None,
-        d_logprobs,
-        d_entropies,
-        out,
-        batch,
-        tokens,
-        entropy_number,
-        float(config.entropy_coef),
-        ENTROPY_TENSOR=isinstance(entropy_normalizer, Tensor),
+        work_ptr=work,
+        entropy_normalizer_ptr=entropy_tensor,
+        loss_ptr=loss,
+        values_ptr=values,
+        B=batch,
+        T=tokens,
+        entropy_normalizer=entropy_number,
+        entropy_coef=float(config.entropy_coef),
+        ENTROPY_TENSOR=entropy_by_tensor,
         HAS_ENTROPY=with_entropy,
         DIVIDE=divide,
         DIVIDE_ENTROPY=divide_entropy,
@@ -397,4 +417,4 @@ def policy_loss(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return Loss(out, d_logprobs, d_entropies)
+    return Loss(loss, values, work[:gradients].view(2 if with_entropy else 1, tokens))

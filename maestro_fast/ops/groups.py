@@ -1,12 +1,25 @@
-"""Which response belongs to which prompt: built once on the host, carried to the device with its offsets."""
+"""Which response belongs to which prompt: a partition that the host makes, and that devices get when they ask for it.
+
+A group size is enough to make the partition anywhere, so ``Groups.of(8, 4096)`` is remembered, and a device computes
+its own copy instead of waiting for one from the host. Ids belong to one batch: their partition is made anew each time,
+and what a device needs of it is copied through pinned memory, once for each ``Groups``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from maestro_fast.ops.tensors import readable
+
+_REMEMBERED = 64  # partitions by (group size, batch, device, stream); one is as large as its batch's indices
+_CPU = torch.device("cpu")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 @dataclass(frozen=True)
@@ -15,24 +28,21 @@ class Groups:
 
     Attributes:
         index_NG: int64 [N, G_max], the responses of each group in ascending order, padded with B.
-        slot_B: int64 [B], where response b stands in ``index_NG.flatten()``.
-        sizes_N: int64 [N], responses per group.
-        order_B: int64 [B], the responses group by group.
-        offsets_N1: int64 [N + 1], where each group begins in ``order_B``, and B.
         batch: B.
         size: G if the groups are consecutive and all of G responses, else 0.
+
+    Its tensors are shared between calls and must not be written to. Those that are properties reach a device when
+    they are first asked for there: the Triton kernels read ``index_NG`` alone.
 
     All reductions over a group run over the padded [N, G_max] layout: a gather and a masked reduction. This is
     deterministic on every device, which a scatter with floating-point atomics is not.
     """
 
     index_NG: Tensor
-    slot_B: Tensor
-    sizes_N: Tensor
-    order_B: Tensor
-    offsets_N1: Tensor
     batch: int
     size: int
+    _others: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _host: Groups | None = field(default=None, repr=False, compare=False)
     _on_device: dict[torch.device, Groups] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -55,24 +65,70 @@ class Groups:
         if isinstance(groups, bool):
             raise TypeError("groups: got a bool, expected an int, a [B] sequence of ids or Groups")
         if isinstance(groups, int):
-            return _equal_groups(groups, batch)
+            if groups < 1:
+                raise ValueError(f"groups: a group size of {groups}, expected at least 1")
+            if batch % groups:
+                raise ValueError(f"groups: {batch} responses do not divide into groups of {groups}")
+            return _computed(groups, batch, _CPU) if _recorded() else _remembered(groups, batch, _CPU, 0)
         return _ragged_groups(_checked_ids(groups, batch), batch)
 
     def to(self, device: torch.device) -> Groups:
-        """The same partition with its tensors on ``device``; copied once, then remembered."""
+        """The same partition for ops on ``device``, without waiting for the device.
+
+        Groups of one size are computed there, others are copied once; either is remembered with this object. A CUDA
+        graph, or a compiled function, that uses it should find it there: otherwise it computes groups of one size anew
+        at each replay, in one launch more, and it cannot use others.
+
+        Raises:
+            RuntimeError: the copy would have to be made while a CUDA graph is captured.
+        """
         if self.index_NG.device == device:
             return self
-        if device not in self._on_device:
-            self._on_device[device] = Groups(
-                self.index_NG.to(device),
-                self.slot_B.to(device),
-                self.sizes_N.to(device),
-                self.order_B.to(device),
-                self.offsets_N1.to(device),
-                self.batch,
-                self.size,
-            )
-        return self._on_device[device]
+        kind = device.type
+        if kind == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        host = self if self._host is None else self._host
+        if self.size and _recorded():
+            return host._on_device.get(device) or _computed(self.size, self.batch, device)
+        if self.size:
+            # A stream may not read what another has only been told to write, so each stream has a copy of its own.
+            stream = 0 if kind in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
+            host._on_device[device] = _remembered(self.size, self.batch, device, stream)
+        elif device not in host._on_device:
+            host._on_device[device] = Groups(_copied(host.index_NG, device), self.batch, 0, _host=host)
+        return host._on_device[device]
+
+    @property
+    def slot_B(self) -> Tensor:
+        """int64 [B], where response b stands in ``index_NG.flatten()``."""
+        return self._other("slot_B")
+
+    @property
+    def sizes_N(self) -> Tensor:
+        """int64 [N], responses per group."""
+        return self._other("sizes_N")
+
+    @property
+    def order_B(self) -> Tensor:
+        """int64 [B], the responses group by group."""
+        return self._other("order_B")
+
+    @property
+    def offsets_N1(self) -> Tensor:
+        """int64 [N + 1], where each group begins in ``order_B``, and B."""
+        return self._other("offsets_N1")
+
+    def _other(self, name: str) -> Tensor:
+        if name in self._others:
+            return self._others[name]
+        if self.size:
+            found = _of_consecutive(name, self.index_NG, self.size)
+        else:
+            assert self._host is not None  # a partition made from ids has all of them on the host
+            found = _copied(self._host._others[name], self.index_NG.device)
+        if not _recorded():
+            self._others[name] = found
+        return found
 
     @property
     def num_groups(self) -> int:
@@ -93,15 +149,51 @@ class Groups:
         return x_NG.flatten(0, 1)[self.slot_B]
 
 
-def _equal_groups(size: int, batch: int) -> Groups:
-    if size < 1:
-        raise ValueError(f"groups: a group size of {size}, expected at least 1")
-    if batch % size:
-        raise ValueError(f"groups: {batch} responses do not divide into groups of {size}")
-    slot_B = torch.arange(batch)
-    count = batch // size
-    offsets_N1 = torch.arange(count + 1) * size
-    return Groups(slot_B.view(-1, size), slot_B, torch.full((count,), size), slot_B, offsets_N1, batch, size)
+def _recorded() -> bool:
+    """Whether operations are written down, by torch.compile, fake tensors or a CUDA graph: nothing may be remembered.
+
+    Traced tensors hold no values. What a captured graph computes is there once the graph is replayed, and what it
+    reads has to live as long as it does, which a bounded cache cannot promise.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None or _captured()
+
+
+def _captured() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _remembered(size: int, batch: int, device: torch.device, stream: int) -> Groups:
+    return _computed(size, batch, device)
+
+
+def _computed(size: int, batch: int, device: torch.device) -> Groups:
+    with _lasting():
+        return Groups(torch.arange(batch, device=device).view(-1, size), batch, size)
+
+
+def _of_consecutive(name: str, index_NG: Tensor, size: int) -> Tensor:
+    with _lasting():
+        if name == "sizes_N":
+            return torch.full((index_NG.shape[0],), size, device=index_NG.device)
+        if name == "offsets_N1":
+            return torch.arange(index_NG.shape[0] + 1, device=index_NG.device) * size
+        return index_NG.view(-1)
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; a CUDA device fetches it from pinned memory in the order of its stream."""
+    with _lasting():
+        if device.type != "cuda" or not readable(x):
+            return x.to(device)
+        if _captured():
+            raise RuntimeError(f"groups: not on {device}, expected groups.to(device) before a CUDA graph is captured")
+        return x.pin_memory().to(device, non_blocking=True)
+
+
+def _lasting() -> AbstractContextManager[None]:
+    """An index made in inference mode could not serve a later backward pass."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
@@ -114,7 +206,7 @@ def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
             raise TypeError(f"groups: ids of dtype {groups.dtype}, expected int64 or int32")
         ids = groups.long()
     elif isinstance(groups, Sequence) and not isinstance(groups, str) and all(type(i) is int for i in groups):
-        ids = torch.tensor(groups, dtype=torch.int64)
+        ids = torch.tensor(groups, dtype=torch.int64, device=_CPU)
     else:
         raise TypeError(f"groups: got {type(groups).__name__}, expected an int, a [B] sequence of int ids or Groups")
     if ids.shape != (batch,):
@@ -124,18 +216,20 @@ def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
 
 def _ragged_groups(ids: Tensor, batch: int) -> Groups:
     _, compact_B, sizes_N = torch.unique(ids, return_inverse=True, return_counts=True)
+    position_B = torch.arange(batch, device=_CPU)
     order = torch.argsort(compact_B, stable=True)
     starts_N = torch.cumsum(sizes_N, 0) - sizes_N
     rank_B = torch.empty_like(order)
-    rank_B[order] = torch.arange(batch) - starts_N[compact_B[order]]
+    rank_B[order] = position_B - starts_N[compact_B[order]]
     width = int(sizes_N.max()) if batch else 0
     slot_B = compact_B * width + rank_B
-    index = torch.full((sizes_N.numel() * width,), batch, dtype=torch.int64)
-    index[slot_B] = torch.arange(batch)
+    index = torch.full((sizes_N.numel() * width,), batch, dtype=torch.int64, device=_CPU)
+    index[slot_B] = position_B
     index_NG = index.view(-1, width) if batch else index.view(0, 0)
-    offsets_N1 = torch.cat([starts_N, torch.tensor([batch])])
-    consecutive = bool((sizes_N == width).all()) and torch.equal(order, torch.arange(batch))
-    return Groups(index_NG, slot_B, sizes_N, order, offsets_N1, batch, width if consecutive else 0)
+    offsets_N1 = torch.cat([starts_N, torch.tensor([batch], device=_CPU)])
+    consecutive = bool((sizes_N == width).all()) and torch.equal(order, position_B)
+    others = {"slot_B": slot_B, "sizes_N": sizes_N, "order_B": order, "offsets_N1": offsets_N1}
+    return Groups(index_NG, batch, width if consecutive else 0, others)
 
 
 GroupsLike = int | Groups | Sequence[int] | Tensor

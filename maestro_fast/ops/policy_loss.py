@@ -20,15 +20,22 @@ values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from maestro_fast.ops import gpu_policy_loss
+from maestro_fast.ops import gpu
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.policy_loss_config import PolicyLossConfig
+from maestro_fast.ops.policy_loss_config import PolicyLossConfig, as_fields, from_fields
 from maestro_fast.ops.tensors import is_integer, readable, wide
+
+if TYPE_CHECKING:
+    from maestro_fast.kernels.policy_loss import Loss
+
+Divisor = float | Tensor | None  # normalizer, entropy_normalizer
 
 
 class PolicyLoss(NamedTuple):
@@ -89,8 +96,8 @@ def policy_loss(
     }
     check_loss_inputs(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
     if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
-        divisors = normalizer, entropy_normalizer
-        return PolicyLoss(*gpu_policy_loss.policy_loss(logprobs, advantages, cu_seqlens, tokenwise, divisors, config))
+        arguments = _arguments(logprobs, advantages, cu_seqlens, tokenwise, normalizer, entropy_normalizer, config)
+        return _loss_by_triton(logprobs, entropies if config.entropy_coef > 0 else None, arguments, config)
     segments = _Segments.of(cu_seqlens, logprobs.shape[0], token_mask)
     live_T = segments.live_T
     advantages_T = wide(advantages)[segments.sequence_T]
@@ -119,6 +126,55 @@ def policy_loss(
         assert entropies is not None
         loss = loss - config.entropy_coef * segments.mean(wide(entropies), entropy_normalizer)
     return PolicyLoss(loss, metrics)
+
+
+def check_loss_inputs(
+    logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    tokenwise: dict[str, Tensor | None],
+    normalizer: float | Tensor | None,
+    config: PolicyLossConfig,
+) -> None:
+    if logprobs.ndim != 1 or not logprobs.is_floating_point():
+        raise ValueError(f"logprobs: {logprobs.dtype} {tuple(logprobs.shape)}, expected floating [T]")
+    if advantages.ndim != 1 or cu_seqlens.shape != (advantages.shape[0] + 1,):
+        raise ValueError(
+            f"advantages, cu_seqlens: shapes {tuple(advantages.shape)} and {tuple(cu_seqlens.shape)}, "
+            "expected [B] and [B + 1]"
+        )
+    if not is_integer(cu_seqlens):
+        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected an integer dtype")
+    for name, tensor in tokenwise.items():
+        if tensor is not None and tensor.shape != logprobs.shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(logprobs.shape)}")
+    for name, tensor in {**tokenwise, "advantages": advantages, "cu_seqlens": cu_seqlens}.items():
+        if tensor is None:
+            continue
+        if tensor.device != logprobs.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {logprobs.device} as logprobs")
+        if name not in ("token_mask", "cu_seqlens") and not tensor.is_floating_point():
+            raise TypeError(f"{name}: dtype {tensor.dtype}, expected a floating dtype")
+    for name, needed in (
+        ("ref_logprobs", f"kl_coef={config.kl_coef}" if config.kl_coef > 0 else ""),
+        ("entropies", f"entropy_coef={config.entropy_coef}" if config.entropy_coef > 0 else ""),
+        ("sampling_logprobs", config.sampler_correction if config.sampler_correction != "none" else ""),
+    ):
+        if needed and tokenwise[name] is None:
+            raise ValueError(f"{name}: missing, expected [T] with {needed}")
+    if config.normalization == "dapo" and normalizer is None:
+        raise ValueError("normalizer: missing, expected the token count of the optimiser step with 'dapo'")
+    check_bounds(cu_seqlens, logprobs.shape[0])
+
+
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    if readable(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {tokens}")
+
+
+# --- PyTorch, the reference ---
 
 
 class _Segments(NamedTuple):
@@ -227,9 +283,12 @@ def policy_gradient(
     Args:
         tokenwise: the [T] arguments of ``policy_loss`` by their names. All are checked already.
     """
-    divisors = normalizer, entropy_normalizer
     if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
-        return gpu_policy_loss.policy_gradient(logprobs, advantages, cu_seqlens, tokenwise, divisors, config)
+        arguments = _arguments(logprobs, advantages, cu_seqlens, tokenwise, normalizer, entropy_normalizer, config)
+        rows = (
+            _operator(arguments, config)[2] if torch.compiler.is_compiling() else _launch(arguments, config).gradients
+        )
+        return rows[0], rows[1] if config.entropy_coef > 0 else None
 
     def loss(logprobs: Tensor, entropies: Tensor | None) -> Tensor:
         given = {**tokenwise, "entropies": entropies}
@@ -244,47 +303,153 @@ def policy_gradient(
     return gradient, None
 
 
-def check_loss_inputs(
+# --- Triton ---
+
+_TOKENWISE = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "entropies", "token_mask")
+
+
+def _arguments(
     logprobs: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
-    tokenwise: dict[str, Tensor | None],
-    normalizer: float | Tensor | None,
+    tokenwise: Mapping[str, Tensor | None],
+    normalizer: Divisor,
+    entropy_normalizer: Divisor,
     config: PolicyLossConfig,
-) -> None:
-    if logprobs.ndim != 1 or not logprobs.is_floating_point():
-        raise ValueError(f"logprobs: {logprobs.dtype} {tuple(logprobs.shape)}, expected floating [T]")
-    if advantages.ndim != 1 or cu_seqlens.shape != (advantages.shape[0] + 1,):
-        raise ValueError(
-            f"advantages, cu_seqlens: shapes {tuple(advantages.shape)} and {tuple(cu_seqlens.shape)}, "
-            "expected [B] and [B + 1]"
-        )
-    if not is_integer(cu_seqlens):
-        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected an integer dtype")
-    for name, tensor in tokenwise.items():
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(logprobs.shape)}")
-    for name, tensor in {**tokenwise, "advantages": advantages, "cu_seqlens": cu_seqlens}.items():
-        if tensor is None:
-            continue
-        if tensor.device != logprobs.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {logprobs.device} as logprobs")
-        if name not in ("token_mask", "cu_seqlens") and not tensor.is_floating_point():
-            raise TypeError(f"{name}: dtype {tensor.dtype}, expected a floating dtype")
-    for name, needed in (
-        ("ref_logprobs", f"kl_coef={config.kl_coef}" if config.kl_coef > 0 else ""),
-        ("entropies", f"entropy_coef={config.entropy_coef}" if config.entropy_coef > 0 else ""),
-        ("sampling_logprobs", config.sampler_correction if config.sampler_correction != "none" else ""),
-    ):
-        if needed and tokenwise[name] is None:
-            raise ValueError(f"{name}: missing, expected [T] with {needed}")
-    if config.normalization == "dapo" and normalizer is None:
-        raise ValueError("normalizer: missing, expected the token count of the optimiser step with 'dapo'")
-    check_bounds(cu_seqlens, logprobs.shape[0])
+) -> list[Any]:
+    """The arguments as the kernel takes them, in its order: contiguous, and divisors as numbers or on the device."""
+    arguments: list[Any] = [logprobs.contiguous(), advantages.contiguous(), cu_seqlens.contiguous()]
+    for name in _TOKENWISE:
+        x = tokenwise[name]
+        if name == "entropies" and config.entropy_coef == 0:
+            x = None  # nothing reads them
+        arguments.append(None if x is None else x.contiguous())
+    for divisor in (normalizer, entropy_normalizer):
+        if isinstance(divisor, Tensor) and divisor.device != logprobs.device:
+            divisor = float(divisor) if readable(divisor) else divisor.to(logprobs.device)
+        arguments.append(divisor.detach() if isinstance(divisor, Tensor) else divisor)
+    return arguments
 
 
-def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    if readable(cu_seqlens):
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {tokens}")
+def _loss_by_triton(
+    logprobs: Tensor, entropies: Tensor | None, arguments: list[Any], config: PolicyLossConfig
+) -> PolicyLoss:
+    from maestro_fast.kernels.policy_loss import METRICS
+
+    if torch.compiler.is_compiling():
+        loss, values, _ = _operator(arguments, config)
+    elif torch.is_grad_enabled() and (logprobs.requires_grad or (entropies is not None and entropies.requires_grad)):
+        launched = _TritonLoss.apply(logprobs, entropies, lambda: _launch(arguments, config))  # type: ignore[no-untyped-call]
+        loss, values, _ = launched
+    else:
+        loss, values, _ = _launch(arguments, config)
+    wanted = {"kl": arguments[4] is not None, "sampler_ratio": arguments[5] is not None}
+    return PolicyLoss(loss, {name: values[at] for name, at in METRICS.items() if wanted.get(name, True)})
+
+
+def _launch(arguments: list[Any], config: PolicyLossConfig) -> Loss:
+    from maestro_fast.kernels import policy_loss as kernel
+
+    logprobs, advantages, cu_seqlens, old, ref, sampling, entropies, mask, normalizer, entropy_normalizer = arguments
+    return kernel.policy_loss(
+        logprobs,
+        advantages,
+        cu_seqlens,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        sampling_logprobs=sampling,
+        entropies=entropies,
+        token_mask=mask,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        config=config,
+    )
+
+
+class _TritonLoss(torch.autograd.Function):
+    """The loss, with the gradients that its launch has already computed: backward only scales them.
+
+    It has no ``setup_context``, for which torch would inspect a signature at each call, longer than a launch takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, entropies: Tensor | None, launch: Callable[[], Loss]) -> Loss:
+        output = launch()
+        _remember(ctx, logprobs, entropies, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx, d_loss), None
+
+
+def _remember(ctx: Any, logprobs: Tensor, entropies: Tensor | None, output: tuple[Tensor, ...]) -> None:
+    _, values, gradients = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(values, gradients)
+    ctx.save_for_backward(gradients)
+    ctx.dtypes = logprobs.dtype, None if entropies is None else entropies.dtype
+
+
+def _scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of log-probs and entropies, in one launch where both have float32."""
+    (gradients,), (first, second) = ctx.saved_tensors, ctx.dtypes
+    if d_loss is None:
+        return None, None
+    if second in (None, torch.float32) and first is torch.float32:
+        rows = gradients * d_loss
+        return rows[0], None if second is None else rows[1]
+    return _product(gradients[0], d_loss, first), None if second is None else _product(gradients[1], d_loss, second)
+
+
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        return (x * y).to(dtype)
+    return torch.mul(x, y, out=torch.empty_like(x, dtype=dtype))  # rounded in the same launch
+
+
+# torch.compile does not look into the launch: it sees this operator.
+
+
+def _operator(arguments: list[Any], config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, one, two = arguments
+    divisors = [x if isinstance(x, Tensor) else None for x in (one, two)]
+    numbers = [None if x is None or isinstance(x, Tensor) else float(x) for x in (one, two)]
+    registered: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.maestro_fast.triton_policy_loss
+    return registered(*tensors, *divisors, *numbers, *as_fields(config))
+
+
+def _launch_operator(*given: Any) -> tuple[Tensor, ...]:
+    tensors, divisors, numbers, fields = given[:8], given[8:10], given[10:12], given[12:]
+    chosen = [number if tensor is None else tensor for tensor, number in zip(divisors, numbers, strict=True)]
+    return tuple(_launch([*tensors, *chosen], from_fields(*fields)))
+
+
+def _operator_shapes(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = 2 if rest[-3][-1] > 0 else 1
+    new = logprobs.new_empty
+    return new((), dtype=torch.float32), new(8, dtype=torch.float32), new((rows, len(logprobs)), dtype=torch.float32)
+
+
+gpu.define(
+    "triton_policy_loss(Tensor logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? old, Tensor? ref,"
+    " Tensor? sampling, Tensor? entropies, Tensor? mask, Tensor? normalizer, Tensor? entropy_normalizer,"
+    " float? number, float? entropy_number, str[] names, float[] numbers, float? clip_max, int? longest)"
+    " -> (Tensor loss, Tensor values, Tensor gradients)",
+    _launch_operator,
+    _operator_shapes,
+)
+
+
+def _operator_backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    first, second = _scaled(ctx, d_loss)
+    return (first, *[None] * 5, second, *[None] * 9)
+
+
+torch.library.register_autograd(
+    "maestro_fast::triton_policy_loss",
+    _operator_backward,
+    setup_context=lambda ctx, inputs, output: _remember(ctx, inputs[0], inputs[6], output),
+    lib=gpu.library,
+)

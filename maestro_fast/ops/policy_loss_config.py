@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 Objective = Literal["clip", "cispo"]
@@ -73,3 +74,40 @@ class PolicyLossConfig:
             raise ValueError(f"clip_max: {self.clip_max}, expected clip_max >= 1 or None")
         if not self.sampler_cap >= 1:
             raise ValueError(f"sampler_cap: {self.sampler_cap}, expected sampler_cap >= 1")
+
+
+# An operator that torch.compile sees takes strings and numbers, so a configuration goes there as these lists and back.
+Fields = tuple[list[str], list[float], float | None, int | None]
+
+
+def as_fields(config: PolicyLossConfig) -> Fields:
+    names = [config.normalization, config.objective, config.ratio, config.sampler_correction]
+    numbers = [config.clip_low, config.clip_high, config.kl_coef, config.sampler_cap, config.entropy_coef]
+    return [*names], [float(number) for number in numbers], config.clip_max, config.max_completion_length
+
+
+def from_fields(
+    names: list[str], numbers: list[float], clip_max: float | None, longest: int | None
+) -> PolicyLossConfig:
+    return _from_fields(tuple(names), tuple(numbers), clip_max, longest)
+
+
+@lru_cache(maxsize=64)
+def _from_fields(
+    names: tuple[Any, ...], numbers: tuple[float, ...], clip_max: float | None, longest: int | None
+) -> PolicyLossConfig:
+    normalization, objective, ratio, correction = names
+    clip_low, clip_high, kl_coef, sampler_cap, entropy_coef = numbers
+    return PolicyLossConfig(
+        normalization=normalization,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_coef=kl_coef,
+        max_completion_length=longest,
+        objective=objective,
+        ratio=ratio,
+        clip_max=clip_max,
+        sampler_correction=correction,
+        sampler_cap=sampler_cap,
+        entropy_coef=entropy_coef,
+    )

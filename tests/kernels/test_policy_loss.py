@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maestro_fast.kernels import policy_loss as kernel
-from maestro_fast.ops import PolicyLossConfig, gpu_policy_loss
-from maestro_fast.ops.policy_loss import policy_gradient
+from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops.policy_loss import policy_gradient, policy_loss
 from maestro_fast.ops.policy_loss import policy_loss as reference
-from tests.kernels.helpers import DEVICE, DTYPES, assert_close
+from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
+from tests.ops.helpers import outputs_and_gradients
 
 EPSILON = 1e-6
 LENGTHS = [13, 1, 40, 0, 7]
@@ -65,8 +68,8 @@ def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor 
         out = kernel.policy_loss(cu_seqlens=cu_seqlens.to(DEVICE), config=config, **there)
         needs = {"kl": "ref_logprobs", "sampler_ratio": "sampling_logprobs"}
         metrics = {name: x for name, x in out.metrics.items() if name not in needs or needs[name] in given}
-        named = {"loss": out.loss, **metrics, "d_logprobs": out.d_logprobs}
-        return out, named | ({} if out.d_entropies is None else {"d_entropies": out.d_entropies})
+        named = {"loss": out.loss, **metrics, **dict(zip(("d_logprobs", "d_entropies"), out.gradients, strict=False))}
+        return out, named
 
     (out, mine), (_, again) = ours(), ours()
     truth, plain = expected(torch.float64), expected(torch.float32)
@@ -139,7 +142,7 @@ def test_all_masked_and_what_masked_tokens_hold() -> None:
         given[name][~given["token_mask"]] = float("inf")
     config = make("bnpo", kl_coef=0.1, sampler_correction="token_truncate")
     out = compare(config, given)
-    assert (out.d_logprobs.cpu()[~given["token_mask"]] == 0).all()
+    assert (out.gradients[0].cpu()[~given["token_mask"]] == 0).all()
     compare(config, given | {"token_mask": torch.zeros(TOKENS)})
 
 
@@ -185,10 +188,147 @@ def test_the_gradient_alone(given_old: bool, entropy_coef: float, divisor: Any) 
     plain = policy_gradient(*moved(torch.float32), divisor, 3 * divisor, config)
     one, two, bounds, tokenwise = moved(DEVICE)
     there = {name: None if x is None else x.to(DEVICE) for name, x in tokenwise.items()}
-    ours = gpu_policy_loss.policy_gradient(one, two, bounds.to(DEVICE), there, (divisor, 3 * divisor), config)
+    ours = policy_gradient(one, two, bounds.to(DEVICE), there, divisor, 3 * divisor, config, "triton")
 
     assert exact[0].dtype is torch.float64 and (exact[1] is None) is (ours[1] is None) is (entropy_coef == 0)
     for name, mine, truth, float32 in zip(("log-probs", "entropies"), ours, exact, plain, strict=True):
         if truth is not None:
             assert mine is not None
             assert_close(mine, truth, float32, epsilon=EPSILON, what=name)
+
+
+# --- what autograd and torch.compile make of it ---
+
+VIEWS = {"select", "slice", "view", "detach", "alias", "unbind", "_unsafe_view"}  # they cost no launch, no memory
+
+
+class Operations(TorchDispatchMode):
+    """The operations that run under it, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.calls += [] if name in VIEWS else [name]
+        return func(*args, **(kwargs or {}))
+
+
+class NotStarted:
+    """Takes note of launches that do not happen: in the interpreter they would be operations, too."""
+
+    def __init__(self, name: str, launches: list[str]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.launches.append(self.name)
+
+
+def leaves(dtype: torch.dtype = torch.float32, *, entropy: bool) -> tuple[PolicyLossConfig, dict[str, Any]]:
+    """A configuration, and the arguments of the op, of which log-probs and entropies want a gradient."""
+    given = {name: x.to(DEVICE) for name, x in chosen("old_logprobs", "entropies" if entropy else "").items()}
+    for name in ("logprobs", "entropies") if entropy else ("logprobs",):
+        given[name] = given[name].to(dtype).requires_grad_()
+    return make("dapo", entropy_coef=0.1 if entropy else 0.0), {**given, "normalizer": 37.0}
+
+
+def by_triton(config: PolicyLossConfig, given: dict[str, Any]) -> Any:
+    return policy_loss(cu_seqlens=CU_SEQLENS.to(DEVICE), **given, config=config, backend="triton")
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_launches_and_one_for_the_gradient(
+    dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And three allocations: what backward needs, the metrics, the loss."""
+    launches: list[str] = []
+    for name in ("_sequences", "_reduce"):
+        monkeypatch.setattr(kernel, name, NotStarted(name, launches))
+    monkeypatch.setattr(sys.modules[policy_loss.__module__], "readable", lambda x: False)  # as on a device
+    config, given = leaves(dtype, entropy=entropy)
+    with Operations() as forward:
+        loss, _ = by_triton(config, given)
+    assert launches == ["_sequences", "_reduce"] and forward.calls == ["empty"] * 3
+    wanted = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+    with Operations() as backward:
+        torch.autograd.grad(loss, wanted)
+    products = 1 if dtype is torch.float32 else len(wanted)
+    assert sorted(x for x in backward.calls if not x.startswith("empty")) == ["mul"] * products + ["ones_like"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_backward_scales_the_gradient_of_the_forward(entropy: bool, dtype: torch.dtype) -> None:
+    config, given = leaves(dtype, entropy=entropy)
+    tokenwise = {name: given.get(name) for name in ("old_logprobs", "entropies")}
+    tokenwise = {**dict.fromkeys(("ref_logprobs", "sampling_logprobs", "token_mask")), **tokenwise}
+    fixed = given["logprobs"].detach(), given["advantages"], CU_SEQLENS.to(DEVICE)
+    with torch.no_grad():
+        expected = policy_gradient(*fixed, tokenwise, 37.0, None, config, "triton")
+    (by_triton(config, given).loss * 3.0).backward()
+    for name, gradient in zip(("logprobs", "entropies"), expected, strict=True):
+        if gradient is not None:
+            assert torch.equal(given[name].grad, (3.0 * gradient).to(dtype))
+
+
+def test_a_gradient_of_the_entropies_alone_or_of_the_log_probs_alone() -> None:
+    for wanted, other in (("entropies", "logprobs"), ("logprobs", "entropies")):
+        config, given = leaves(entropy=True)
+        both = torch.autograd.grad(by_triton(config, given).loss, [given[wanted], given[other]])
+        alone = by_triton(config, {**given, other: given[other].detach()}).loss
+        assert torch.equal(torch.autograd.grad(alone, given[wanted])[0], both[0])
+
+
+def test_metrics_may_be_kept_and_written_to() -> None:
+    """They hold neither the gradients' memory nor the loss."""
+    config, given = leaves(entropy=False)
+    loss, metrics = by_triton(config, given)
+    expected = torch.autograd.grad(loss, given["logprobs"], retain_graph=True)[0]
+    value = loss.item()
+    for x in metrics.values():
+        assert not x.requires_grad and x.untyped_storage().nbytes() <= 32
+        x.zero_()
+    assert loss.item() == value and loss.untyped_storage().nbytes() == 4
+    assert torch.equal(torch.autograd.grad(loss, given["logprobs"])[0], expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    config, given = leaves(entropy=False)
+    squared = by_triton(config, given).loss.square()
+    (slope,) = torch.autograd.grad(squared, given["logprobs"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_compiled_it_is_the_same(entropy: bool) -> None:
+    config, given = leaves(entropy=entropy)
+    names = [name for name, x in given.items() if isinstance(x, Tensor)]
+
+    def op(*tensors: Tensor) -> Any:
+        return by_triton(config, {**given, **dict(zip(names, tensors, strict=True))})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    tensors = [given[name] for name in names]
+    eager = outputs_and_gradients(op, *tensors)
+    for one, other in zip(outputs_and_gradients(compiled, *tensors), eager, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_divisor_on_another_device_is_read_where_that_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 0-dim tensor goes to the kernel as it is, whatever its dtype: a cast would be a launch."""
+    seen: list[Any] = []
+    monkeypatch.setattr(kernel, "policy_loss", lambda *a, **given: seen.append(given["normalizer"]) or OUTPUT)
+    config, given = leaves(entropy=False)
+    divisor = torch.tensor(37, device=DEVICE)
+    by_triton(config, {**given, "normalizer": divisor})
+    assert seen[0].data_ptr() == divisor.data_ptr() and seen[0].dtype is torch.int64
+    if not INTERPRETED:
+        by_triton(config, {**given, "normalizer": torch.tensor(37)})
+        assert seen[1] == 37.0 and isinstance(seen[1], float)
+
+
+OUTPUT = kernel.Loss(torch.zeros(()), torch.zeros(8), torch.zeros(1, TOKENS))
