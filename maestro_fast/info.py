@@ -10,7 +10,7 @@ import torch
 
 from maestro_fast import __version__
 from maestro_fast.generation.vllm import vllm_obstacle
-from maestro_fast.ops import SERVED_BY, gpu
+from maestro_fast.ops import SERVED_BY, cpp, gpu
 from maestro_fast.reporting import Table
 from maestro_fast.training.attention import attention_choice, attention_paths, default_device
 
@@ -71,9 +71,10 @@ def _devices() -> list[tuple[str, str]]:
 def _backend_reasons() -> list[tuple[str, str]]:
     here = gpu.obstacle((), chosen=False) or ("" if torch.cuda.is_available() else "there is no CUDA device")
     kernels = "serves CUDA tensors without float64; gradients by policy_loss alone; never run on a GPU by us"
+    compiled = "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"
     return [
         ("triton", f"{kernels}; here: {here or 'it can'}"),
-        ("cpp", "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"),
+        ("cpp", f"{compiled}; here: {cpp.obstacle(()) or 'it can'}"),
     ]
 
 

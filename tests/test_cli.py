@@ -12,6 +12,7 @@ import yaml
 
 from maestro_fast import __version__
 from maestro_fast.cli import main
+from maestro_fast.ops import cpp
 from tests.tiny import tiny_checkpoint
 
 
@@ -78,6 +79,19 @@ def test_info_says_what_serves_and_why_not_more(capsys: pytest.CaptureFixture[st
     for word in words:
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_info_says_whether_cpp_serves_here_and_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cpp_row() -> str:
+        assert main(["info"]) == 0
+        reasons = capsys.readouterr().out.partition("Why not others")[2].partition("Attention")[0]
+        return " ".join(reasons[reasons.index("\ncpp ") :].split())
+
+    assert cpp_row().endswith("here: it can")
+    monkeypatch.setattr(cpp, "_obstacle_here", "maestro_fast._C is not built; here is how")
+    assert cpp_row().endswith("here: maestro_fast._C is not built; here is how")
 
 
 def test_the_module_is_a_program() -> None:

@@ -10,8 +10,8 @@ from maestro_fast.ops import cpp, gpu
 
 Backend = Literal["torch", "cpp", "triton"]
 
-# Every op has the PyTorch reference. A backend is listed here once it exists and agrees with the reference; the first
-# that can take the tensors at hand serves them.
+# Every op has a reference that needs nothing compiled, "torch"; that of the last two is plain Python. A backend is
+# listed here once it exists and agrees with the reference; the first that can take the tensors at hand serves them.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "group_advantages": ("cpp", "triton", "torch"),
     "counterfactual_advantages": ("cpp", "triton", "torch"),
@@ -22,8 +22,8 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "token_logprobs": ("triton", "torch"),
     "policy_loss": ("triton", "torch"),
     "linear_policy_loss": ("triton", "torch"),
-    "pack_sequences": ("cpp",),
-    "balance_sequences": ("cpp",),
+    "pack_sequences": ("cpp", "torch"),
+    "balance_sequences": ("cpp", "torch"),
 }
 
 
@@ -48,7 +48,7 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
 
 
 def _obstacle(op: str, backend: Backend, tensors: tuple[Tensor | None, ...], chosen: bool) -> str | None:
-    """Why a backend cannot take these tensors, or None; PyTorch takes all."""
+    """Why a backend cannot take these tensors, or None; the reference takes all."""
     if backend == "triton":
         return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE)
     return cpp.obstacle(tensors) if backend == "cpp" else None

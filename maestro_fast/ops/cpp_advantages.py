@@ -8,8 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from maestro_fast import _C
-from maestro_fast.ops.cpp import CPU, address, floats, library
+from maestro_fast.ops.cpp import _C, CPU, address, floats, library
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.profiles import AdvantageProfile, as_numbers
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maestro_fast import _C
-from maestro_fast.ops.cpp import CPU, address, floats, library
+from maestro_fast.ops.cpp import _C, CPU, address, floats, library
 
 Choice = tuple[float, float, float, bool, int, int, int]  # tau, min_prob, alpha, soft, seed, step, offset
 

@@ -1,4 +1,4 @@
-"""balance_sequences against a naive largest differencing, its bounds, and the optimum by brute force."""
+"""balance_sequences, C++ and plain Python, against a naive one, its bounds, and the optimum by brute force."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maestro_fast.ops import balance_sequences
@@ -20,6 +20,11 @@ parts_and_even_lengths = st.integers(1, 5).flatmap(
         st.integers(1, 6).flatmap(lambda n: st.lists(st.integers(0, 60), min_size=n * parts, max_size=n * parts)),
     )
 )
+# Few values, and so many ties; all that int64 holds; and now and then a sum beyond it or a negative length.
+awkward_lengths = st.lists(st.sampled_from([0, 1, 2, 3, 5, 20]), max_size=60) | st.lists(
+    st.integers(0, 2**58) | st.sampled_from([-1, 0, 1, 2**62, 2**63 - 1]), max_size=20
+)
+both_backends = pytest.mark.parametrize("backend", ["cpp", "torch"])
 
 
 def naive_largest_differencing(lengths: list[int], parts: int, equal_size: bool) -> list[list[int]]:
@@ -52,16 +57,46 @@ def totals(lengths: list[int], split: list[list[int]]) -> list[int]:
     return [sum(lengths[i] for i in members) for members in split]
 
 
+def outcome(lengths: Any, parts: int, equal_size: bool, backend: Any) -> list[list[int]] | str:
+    """The lists, or the error in words."""
+    try:
+        return balance_sequences(lengths, parts, equal_size=equal_size, backend=backend)
+    except ValueError as error:
+        return str(error)
+
+
+@both_backends
 @given(parts_and_lengths)
-def test_equals_the_naive_algorithm(drawn: tuple[int, list[int]]) -> None:
+def test_equals_the_naive_algorithm(backend: Any, drawn: tuple[int, list[int]]) -> None:
     parts, lengths = drawn
-    assert balance_sequences(lengths, parts) == naive_largest_differencing(lengths, parts, False)
+    split = balance_sequences(lengths, parts, backend=backend)
+    assert split == naive_largest_differencing(lengths, parts, False)
 
 
+@both_backends
 @given(parts_and_even_lengths)
-def test_equals_the_naive_algorithm_with_equal_sizes(drawn: tuple[int, list[int]]) -> None:
+def test_equals_the_naive_algorithm_with_equal_sizes(backend: Any, drawn: tuple[int, list[int]]) -> None:
     parts, lengths = drawn
-    assert balance_sequences(lengths, parts, equal_size=True) == naive_largest_differencing(lengths, parts, True)
+    split = balance_sequences(lengths, parts, equal_size=True, backend=backend)
+    assert split == naive_largest_differencing(lengths, parts, True)
+
+
+@settings(max_examples=300)
+@given(awkward_lengths, st.integers(1, 12), st.booleans(), st.booleans())
+def test_backends_give_the_same_lists_and_errors(lengths: list[int], parts: int, equal_size: bool, cut: bool) -> None:
+    if cut:
+        lengths = lengths[: len(lengths) // parts * parts]
+    assert outcome(lengths, parts, equal_size, "torch") == outcome(lengths, parts, equal_size, "cpp")
+
+
+@pytest.mark.parametrize("longest", [0, 1, 40, 16_384])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 500, 1000])
+def test_backends_give_the_same_lists_of_many_sequences(parts: int, longest: int) -> None:
+    lengths = torch.randint(0, longest + 1, (parts * (1000 // parts),), generator=torch.Generator().manual_seed(parts))
+    for equal_size in (False, True):
+        split = balance_sequences(lengths, parts, equal_size=equal_size, backend="torch")
+        assert split == balance_sequences(lengths, parts, equal_size=equal_size, backend="cpp")
+        assert split == balance_sequences(lengths, parts, equal_size=equal_size)
 
 
 @given(parts_and_lengths)
@@ -116,6 +151,7 @@ def test_forms_of_lengths_agree(lengths: Any) -> None:
     assert balance_sequences(lengths, 2) == balance_sequences([3, 4, 5], 2)
 
 
+@both_backends
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -132,7 +168,12 @@ def test_forms_of_lengths_agree(lengths: Any) -> None:
         ({"lengths": torch.ones(2, 2).long()}, ValueError, r"lengths: got shape \(2, 2\)"),
     ],
 )
-def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"lengths": [3, 4, 5, 6], "parts": 2, **changes}
+def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str, backend: Any) -> None:
+    arguments: dict[str, Any] = {"lengths": [3, 4, 5, 6], "parts": 2, "backend": backend, **changes}
     with pytest.raises(error, match=message):
         balance_sequences(**arguments)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'triton' does not serve balance_sequences, expected one of cpp, torch"):
+        balance_sequences([1], 1, backend="triton")

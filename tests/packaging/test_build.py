@@ -1,8 +1,9 @@
-"""The sdist, the wheel that is built from it, and that wheel in a fresh environment."""
+"""The sdist, the wheel that is built from it, one without C++, and these wheels in fresh environments."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from maestro_fast.ops import balance_sequences, pack_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
@@ -35,8 +38,7 @@ class Built:
 
     @property
     def in_wheel(self) -> set[str]:
-        with zipfile.ZipFile(self.wheel) as archive:
-            return set(archive.namelist())
+        return files_in(self.wheel)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,32 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def fresh_python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(built.wheel, tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="module")
+def wheel_without_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It is built where there is no compiler: nothing is on the path, and CXX names nothing."""
+    out, empty = tmp_path_factory.mktemp("without_cpp"), tmp_path_factory.mktemp("empty")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--config-settings=wheel.cmake=false"]
+    bare = os.environ | {"PATH": str(empty), "CC": "no-compiler", "CXX": "no-compiler"}
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", *options, "--wheel-dir", str(out), str(ROOT), env=bare)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python_without_cpp(wheel_without_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(wheel_without_cpp, tmp_path_factory.mktemp("fresh_without_cpp"))
+
+
+def environment_with(wheel: Path, home: Path) -> Path:
     """The Python of a new environment that has the wheel, and borrows what the wheel depends on."""
-    home = tmp_path_factory.mktemp("fresh")
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin" / "python"
     run(
         *(sys.executable, "-m", "pip", "--python", str(python)),
-        *("install", "--quiet", "--no-deps", "--no-index", str(built.wheel)),
+        *("install", "--quiet", "--no-deps", "--no-index", str(wheel)),
     )
     (site_packages,) = home.glob("lib/python*/site-packages")
     lenders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
@@ -64,8 +85,8 @@ def fresh_python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path
     return python
 
 
-def run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -76,9 +97,15 @@ def ask(python: Path, code: str) -> Any:
     return json.loads(run(str(python), "-c", code, cwd=python.parent))
 
 
+def files_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
 def files_of(folder: str) -> set[str]:
+    """The sources in it: an editable install or a copy may have left a compiled module there."""
     files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
-    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts and path.suffix != ".so"}
 
 
 def test_sdist_holds_the_sources_and_nothing_else(built: Built) -> None:
@@ -146,3 +173,61 @@ def test_installed_kernels_are_a_namespace_package(fresh_python: Path) -> None:
 
     assert file is None
     assert Path(path).is_relative_to(fresh_python.parents[1])
+
+
+def test_a_wheel_without_cpp_is_the_same_for_every_machine_and_has_all_but_the_compiled_module(
+    wheel_without_cpp: Path,
+) -> None:
+    files = files_in(wheel_without_cpp)
+
+    assert wheel_without_cpp.name == "maestro_fast-0.1.0-py3-none-any.whl"
+    assert {name for name in files if Path(name).name.startswith("_C.")} == {"maestro_fast/_C.pyi"}
+    assert not any(name.endswith(".so") for name in files)
+    assert files >= files_of("maestro_fast")
+    for folder in ("kernels", "examples"):
+        assert files >= {f"maestro_fast/{name}" for name in files_of(folder)}
+
+
+WITHOUT_CPP = """
+import maestro_fast, torch
+from maestro_fast import ops
+
+torch.manual_seed(0)
+rewards, h, K = torch.randn(8, 3), torch.randn(8, 16), 3
+head = ops.ConductorParams(torch.zeros(16), torch.ones(16), torch.randn(K, 16), torch.zeros(K))
+sample, advantages = ops.maestro_advantages(rewards, head, 4, h=h)
+parts = ops.conductor_weights(h, head), ops.group_advantages(rewards, sample.weights, 4)
+states, lm_head = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16)
+bounds = torch.arange(0, 41, 5)
+loss = ops.linear_policy_loss(
+    states, lm_head, torch.arange(40), advantages.advantages, bounds, config=ops.PolicyLossConfig("grpo")
+).loss
+loss.backward()
+try:
+    ops.group_advantages(rewards, None, 4, backend="cpp")
+except ValueError as error:
+    refusal = str(error)
+answer = {
+    "path": maestro_fast.__file__,
+    "whole step is its parts": all(map(torch.equal, (*sample, *advantages), (*parts[0], *parts[1]))),
+    "own action": torch.allclose(
+        ops.counterfactual_advantages(rewards, sample.weights, sample.weights, 4).diagonal(),
+        advantages.advantages, atol=1e-5,
+    ),
+    "gradient": float(states.grad.abs().sum()),
+    "refusal": refusal,
+    "bins": ops.pack_sequences(range(1, 300), 512),
+    "parts": ops.balance_sequences(range(1, 301), 6, equal_size=True),
+}
+"""
+
+
+def test_a_package_without_cpp_works_and_says_what_it_lacks(python_without_cpp: Path) -> None:
+    answer = ask(python_without_cpp, WITHOUT_CPP)
+
+    assert Path(answer["path"]).is_relative_to(python_without_cpp.parents[1]), "another maestro_fast was imported"
+    assert answer["whole step is its parts"] and answer["own action"] and answer["gradient"] > 0
+    reason = "maestro_fast._C is not built; pip install . in a checkout builds it, where there is a C++ compiler"
+    assert answer["refusal"] == f"backend: 'cpp' cannot serve group_advantages here: {reason}"
+    assert answer["bins"] == pack_sequences(range(1, 300), 512, backend="cpp")
+    assert answer["parts"] == balance_sequences(range(1, 301), 6, equal_size=True, backend="cpp")
