@@ -81,5 +81,13 @@ def _nothing(*_: Tensor | float) -> None:
     """The operators return nothing: what they write has its shape already."""
 
 
-define("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", _product_into, _nothing)
-define("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", _add_product_, _nothing)
+define(
+    "head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()",
+    lambda *given: _product_into(*given),  # type: ignore[call-arg]
+    _nothing,
+)
+define(
+    "head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()",
+    lambda *given: _add_product_(*given),  # type: ignore[call-arg]
+    _nothing,
+)
