@@ -83,11 +83,11 @@ def _nothing(*_: Tensor | float) -> None:
 
 define(
     "head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()",
-    lambda *given: _product_into(*given),  # type: ignore[call-arg]
+    lambda *given: _product_into(*given),
     _nothing,
 )
 define(
     "head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()",
-    lambda *given: _add_product_(*given),  # type: ignore[call-arg]
+    lambda *given: _add_product_(*given),
     _nothing,
 )
