@@ -1,4 +1,4 @@
-"""Rows of logits: log-probs and entropies in one pass, and their gradient in place of the logits.
+"""Rows of logits: log-probs and entropies in one pass, and their gradient.
 
     u_v = scale x_v + b_v             y_v = cap tanh(u_v / cap), or u_v        gap_v = (y_v - peak) / T
     peak = max_v y_v                  total = sum_v exp gap_v                  p_v = exp(gap_v) / total
@@ -9,8 +9,8 @@ x [C, V] float32 is what a matrix product of hidden states and head wrote. One p
 a row depends on the others. Sums are kept relative to the largest y so far: an offset that all logits share costs no
 precision.
 
-dL/du may take the place of x: as float32, or as the 16-bit numbers that the next matrix product reads, in the first
-half of the row's memory. That saves a buffer, and the copy that would round: 6 bytes an element instead of 14.
+dL/du is written in the dtype that the next matrix product reads: as float32 in the place of x, or as 16-bit numbers to
+a buffer of their own, which that product then reads row after row without gaps.
 
 Bytes moved: 4 V C for the statistics, 8 V C or 6 V C for the gradient. A row that is ignored is not read, nor is one
 without a gradient, which is only zeroed.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -220,14 +219,9 @@ def _dlogits(
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
-    NARROWS: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out may lie in x: row by row in the same place, from its first byte on, with numbers as wide or half as wide.
-
-    Half as wide, a step's numbers go where this step's or earlier ones' were read, by other threads: hence NARROWS,
-    the barrier between.
-    """
+    """out is x, or lies apart from it."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     dlogprob = tl.load(dlogprobs_ptr + row).to(tl.float32)
@@ -252,8 +246,6 @@ def _dlogits(
                 dlogprob, dentropy, scale, softcap, temperature,
                 HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, ENTROPY, False,
             )  # fmt: skip
-            if NARROWS:
-                tl.debug_barrier()
             tl.store(to_ptr + v + lane, g.to(out_ptr.dtype.element_ty))
         if whole < V:
             column = whole + lane
@@ -263,8 +255,6 @@ def _dlogits(
                 dlogprob, dentropy, scale, softcap, temperature,
                 HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, ENTROPY, True,
             )  # fmt: skip
-            if NARROWS:
-                tl.debug_barrier()
             tl.store(to_ptr + column, g.to(out_ptr.dtype.element_ty), mask=column < V)
     else:
         zeros = tl.zeros([BV], out_ptr.dtype.element_ty)
@@ -339,7 +329,7 @@ def dlogits(
         x, targets, bias, spec: as for ``row_statistics``.
         stats: its result.
         dlogprobs, dentropies: [C], contiguous; None stands for 0.
-        out: [C, V], float32 or 16-bit, columns contiguous: ``x`` itself, ``narrow(x, dtype)``, or apart from it.
+        out: [C, V], float32 or 16-bit, columns contiguous: ``x`` itself, or apart from it.
     """
     if not x.shape[0]:
         return
@@ -359,13 +349,7 @@ def dlogits(
         **head_arguments(spec, bias),
         HAS_TEMPERATURE=spec.temperature != 1.0,
         ENTROPY=dentropies is not None,
-        NARROWS=out.dtype != x.dtype,
         BV=_LANES * _FOLDS,
         num_warps=_WARPS,
         enable_fp_fusion=False,
     )
-
-
-def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, V] of 16-bit numbers in the first half of each row of ``x``, float32 [C, V]."""
-    return x.view(dtype)[:, : x.shape[1]]

@@ -66,9 +66,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *fields, fused, wanted = more
     spec = HeadSpec(*fields)
-    hidden, targets = _columns_contiguous(hidden), targets.contiguous()
+    hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
     gradients = head_backward(
-        Head.of(_columns_contiguous(weight), bias, spec, "triton"),
+        Head.of(weight, bias, spec, "triton"),
         hidden,
         weight,
         bias,
@@ -89,8 +89,9 @@ def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 
 
 def _gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> tuple[Tensor, ...]:
+    """Contiguous, whatever the strides of the inputs are."""
     return tuple(
-        torch.empty_like(x) if x is not None and want else hidden.new_empty(0, dtype=torch.float32)
+        x.new_empty(x.shape) if x is not None and want else hidden.new_empty(0, dtype=torch.float32)
         for x, want in zip((hidden, weight, bias), more[-1], strict=True)
     )
 

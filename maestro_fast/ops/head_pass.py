@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.head_chunks import Chunk, Head
+from maestro_fast.ops.head_gradients import GradientSums, float16_unit
 from maestro_fast.ops.head_rows import RowStatistics
 from maestro_fast.ops.tensors import wide
 
@@ -56,17 +57,14 @@ def head_backward(
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = torch.zeros_like(weight, dtype=precision) if wanted[1] else None
     dbias = torch.zeros_like(bias, dtype=precision) if wanted[2] and bias is not None else None
+    unit = float16_unit(head, dlogprobs, dentropies) if head.scales else None
+    sums = GradientSums(head, dhidden, dweight, dbias, unit)
     for chunk, rows in _chunks(head, hidden, targets):
         x = chunk.logits()
         part = chunk.statistics(x) if stats is None else _part(head, stats, rows, dentropies is not None)
-        dlogits = chunk.dlogits(x, part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
-        if dbias is not None:
-            dbias += dlogits.sum(0, dtype=precision)
-        if dhidden is not None:
-            dhidden[rows] = chunk.dhidden(dlogits).to(hidden.dtype)
-        if dweight is not None:
-            chunk.add_dweight_(dweight, dlogits)
-        del x, dlogits  # their memory is the next chunk's
+        sums.add(chunk, rows, x, part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
+        del x  # its memory is the next chunk's
+    sums.finish()
     return HeadGradients(
         dhidden,
         None if dweight is None else dweight.to(weight.dtype),

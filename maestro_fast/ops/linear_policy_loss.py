@@ -1,10 +1,11 @@
 """The policy loss from hidden states: language-model head, loss and their gradients in one sweep over the rows.
 
-    x = h @ W.T -> log p, H -> dL/dlog p, dL/dH (``ops.policy_loss``) -> dL/dx in place of x -> dL/dh, dL/dW
+    x = h @ W.T -> log p, H -> dL/dlog p, dL/dH (``ops.policy_loss``) -> dL/dx -> dL/dh, dL/dW
 
 Three GEMMs of 2 T V d operations, where ``token_logprobs`` and ``policy_loss`` one after the other need four: that
 backward pass computes the logits a second time. So the gradient comes with the loss, and backward() only multiplies it.
-Chunks and row maths are those of ``token_logprobs``, whose log-probs are bitwise the same.
+Chunks and row maths are those of ``token_logprobs``, whose log-probs are bitwise the same. On a CUDA device a chunk of
+a 16-bit head is half of the rows that the gradient's two GEMMs take, see ``ops.head_gradients``.
 
 The loss of a chunk's rows is taken from ``policy_loss`` over the whole batch, with what log-probs there are: a row's
 gradient depends on its own, with ratios of sequences on those of its response, which ``ops.sweep`` then keeps together.
@@ -12,7 +13,7 @@ gradient depends on its own, with ratios of sequences on those of its response, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head_chunks import Head, Rows
+from maestro_fast.ops.head_gradients import GradientSums, float16_unit
 from maestro_fast.ops.head_rows import EntropyMode, HeadSpec
-from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs
+from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs, upload
 from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.sweep import Known, Step, sweep_steps
 from maestro_fast.ops.tensors import wide
@@ -128,6 +130,15 @@ class _Plan:
         return sweep_steps(tokens, chunk, self.known, gradient=self.gradient, whole=self.whole)
 
 
+def _uploaded(steps: list[Step], device: torch.device) -> list[Step]:
+    """The same steps with their indices on the device, all by one copy."""
+    indices = [rows for rows, _ in steps if isinstance(rows, Tensor)]
+    if not indices or device.type == "cpu":
+        return steps
+    parts = iter(upload("cu_seqlens", torch.cat(indices), device).split([len(rows) for rows in indices]))
+    return [Step(next(parts), kind) if isinstance(rows, Tensor) else Step(rows, kind) for rows, kind in steps]
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,9 +148,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         sweep = _Sweep(hidden, targets, inputs, Head.of(weight, bias, plan.spec, plan.backend), plan)
         if plan.gradient:
             sweep.want(*ctx.needs_input_grad[:3])
-        for rows, gradient in plan.steps(hidden.shape[0], sweep.head.chunk):
+        for rows, gradient in _uploaded(plan.steps(hidden.shape[0], sweep.head.chunk), hidden.device):
             sweep.step(rows, gradient)
-        ctx.save_for_backward(sweep.dhidden, sweep.dweight, sweep.dbias)
+        sweep.sums.finish()
+        ctx.save_for_backward(sweep.sums.hidden, sweep.sums.weight, sweep.sums.bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         loss, values = _loss_and_metrics(sweep, worked_T, plan)
         ctx.mark_non_differentiable(values, sweep.logprobs)
@@ -158,10 +170,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
 class _Sweep:
     """What is known of the batch so far: log-probs and entropies [T], and the sums of the gradients."""
 
-    dhidden: Tensor | None = None
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
-
     def __init__(self, hidden: Tensor, targets: Tensor, inputs: LossInputs, head: Head, plan: _Plan) -> None:
         self.hidden, self.targets, self.inputs, self.head, self.plan = hidden, targets, inputs, head, plan
         dtype, tokens = wide(hidden[:0]).dtype, hidden.shape[0]
@@ -170,22 +178,32 @@ class _Sweep:
             assert inputs.token_mask is not None
             self.logprobs.copy_(torch.where(inputs.token_mask, inputs.old_logprobs, 0.0))
         self.entropies = None if head.spec.entropy == "none" else torch.zeros_like(self.logprobs)
+        self.sums = GradientSums(head, None, None, None, None)
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Float16 would round a token's share of the loss to 0 before the loss is scaled up."""
-        dtype, head = self.logprobs.dtype, self.head
-        if hidden:
-            narrow = dtype if self.hidden.dtype is torch.float16 else self.hidden.dtype
-            self.dhidden = torch.zeros_like(self.hidden, dtype=narrow)
-        if weight:
-            self.dweight = torch.zeros_like(head.weight, dtype=dtype)
-        if bias and head.bias is not None:
-            self.dbias = torch.zeros_like(head.bias)
+        dtype, head, states = self.logprobs.dtype, self.head, self.hidden
+        narrow = dtype if states.dtype is torch.float16 else states.dtype
+        self.sums = GradientSums(
+            head,
+            torch.zeros_like(states, dtype=narrow) if hidden else None,
+            torch.zeros_like(head.weight, dtype=dtype) if weight else None,
+            torch.zeros_like(head.bias) if bias and head.bias is not None else None,
+            float16_unit(head, *self.foreseen_slopes()) if head.scales else None,
+        )
+
+    def foreseen_slopes(self) -> tuple[Tensor, Tensor | None]:
+        """About as large as dL/dlog p and dL/dH [T] will be: all ratios are 1, and no term cancels another."""
+        given, config = self.inputs, self.plan.config
+        logprobs = self.logprobs  # the old ones
+        if given.old_logprobs is None and given.sampling_logprobs is not None:
+            assert given.token_mask is not None
+            logprobs = torch.where(given.token_mask, given.sampling_logprobs, 0.0)
+        given = given._replace(advantages=given.advantages.abs() + config.kl_coef, ref_logprobs=None)
+        return given.gradient(logprobs, self.entropies, replace(config, kl_coef=0.0), self.plan.backend)
 
     def step(self, rows: Rows, gradient: bool) -> None:
-        """One chunk; its logits, and what becomes of them, end with it."""
-        if isinstance(rows, Tensor):
-            rows = rows.to(self.hidden.device)
+        """One chunk; its logits end with it."""
         chunk = self.head.chunk_of(self.hidden, self.targets, rows)
         x = chunk.logits()
         stats = chunk.statistics(x)
@@ -193,16 +211,11 @@ class _Sweep:
         self.logprobs[rows] = torch.where(worked, stats.logprobs[: chunk.rows], self.logprobs[rows])
         if self.entropies is not None and stats.entropies is not None:
             self.entropies[rows] = stats.entropies[: chunk.rows]
-        if not gradient:
-            return
-        dlogprobs, dentropies = self.inputs.gradient(self.logprobs, self.entropies, self.plan.config, self.plan.backend)
-        dlogits = chunk.dlogits(x, stats, dlogprobs[rows], None if dentropies is None else dentropies[rows])
-        if self.dhidden is not None:
-            self.dhidden[rows] = chunk.dhidden(dlogits).to(self.dhidden.dtype)
-        if self.dweight is not None:
-            chunk.add_dweight_(self.dweight, dlogits)
-        if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
+        if gradient:
+            slopes = self.inputs.gradient(self.logprobs, self.entropies, self.plan.config, self.plan.backend)
+            dlogprobs, dentropies = (None if slope is None else slope[rows] for slope in slopes)
+            assert dlogprobs is not None
+            self.sums.add(chunk, rows, x, stats, dlogprobs, dentropies)
 
 
 def _without_left_out(inputs: LossInputs, targets: Tensor) -> tuple[LossInputs, Tensor, Tensor]:

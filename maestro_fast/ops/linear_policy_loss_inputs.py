@@ -101,15 +101,39 @@ def loss_inputs(inputs: LossInputs, hidden: Tensor, config: PolicyLossConfig) ->
             continue
         if x.device.type != "cpu" and x.device != hidden.device:
             raise ValueError(f"{name}: on {x.device}, expected {hidden.device} as hidden, or the CPU")
-        moved[name] = x.to(hidden.device)
+        moved[name] = upload(name, x, hidden.device)
+    for name in ("normalizer", "entropy_normalizer"):  # else every chunk's loss would upload it again
+        x = getattr(inputs, name)
+        if isinstance(x, Tensor):
+            moved[name] = upload(name, x, hidden.device)
     here = inputs._replace(**moved)
-    tokens = torch.empty(hidden.shape[0], device=hidden.device)  # log-probs and entropies to come
+    tokens = hidden.new_empty(hidden.shape[0], dtype=torch.float32)  # log-probs and entropies to come
     check_loss_inputs(tokens, here.advantages, here.cu_seqlens, here.tokenwise(tokens), here.normalizer, config)
     check_bounds(inputs.cu_seqlens, hidden.shape[0])
     _check_active(inputs, config)
     if torch.compiler.is_compiling():  # which cannot pass one tensor to an autograd.Function under two names
         return here._replace(**{name: x.view_as(x) for name, x in here._asdict().items() if isinstance(x, Tensor)})
     return here
+
+
+def upload(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on the device. From the CPU to a GPU by way of pinned memory: from pageable memory, the host would wait for
+    all that is queued there.
+
+    Raises:
+        ValueError: while a CUDA graph is captured, whose replays would read what is no longer in that memory.
+    """
+    if x.device == device or x.device.type != "cpu" or device.type != "cuda":
+        return x.to(device)
+    if torch.compiler.is_compiling():
+        return x.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{name}: on the CPU while a CUDA graph is captured, expected {device}")
+    return _pinned(x).to(device, non_blocking=True)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return x.pin_memory()
 
 
 def _check_active(inputs: LossInputs, config: PolicyLossConfig) -> None:

@@ -7,14 +7,17 @@ The interpreter cannot be switched on in a running process (Triton decides when 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.helpers import INTERPRETED
+from tests.kernels.helpers import DEVICE, INTERPRETED
 
+# Without it, cuBLAS raises under deterministic algorithms. It is read when a process first uses cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 HERE = Path(__file__).resolve().parent
 HOST_ONLY = {"test_interpreter.py", "test_aot.py"}
 
@@ -33,3 +36,5 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    if DEVICE == "cuda" and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()  # other processes test on the same device

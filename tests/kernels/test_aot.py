@@ -158,7 +158,7 @@ def head_rows() -> Iterator[Callable[[], Any]]:
     for s, bias in ((spec("none"), None), (spec("grad"), None), (spec("grad", **EVERYTHING), x[0])):
         dentropies = slopes if s.entropy == "grad" else None
         yield lambda s=s, b=bias: kernel.row_statistics(x, targets, b, s)
-        for out in (x, kernel.narrow(x, torch.bfloat16)):
+        for out in (x, x.bfloat16(), x.half()):
             yield lambda s=s, b=bias, e=dentropies, o=out: kernel.dlogits(x, targets, b, stats, slopes, e, s, o)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from maestro_fast.ops import gpu_head_rows, head_chunks
-from tests.kernels.helpers import DEVICE, DTYPES, assert_close
+from maestro_fast.ops import gpu_head_rows, head_chunks, linear_policy_loss
+from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
+from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import (
     ALL_VARIANTS,
     EVERYTHING,
@@ -17,6 +19,7 @@ from tests.ops.linear_policy_loss_batch import (
     random_batch,
     values_and_gradients,
 )
+from tests.ops.test_token_logprobs import IGNORE_TRACING
 
 EPSILON = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # rounded in the states and at the end
 
@@ -25,6 +28,8 @@ EPSILON = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 16)
     monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 8)
+    if INTERPRETED:
+        half_products_on_the_cpu(monkeypatch)
 
 
 def there(batch: Batch) -> Batch:
@@ -57,3 +62,20 @@ def test_equals_the_composition(variant: str, on_policy: bool, dtype: torch.dtyp
     truth = values_and_gradients(Batch.composed, exact, config, EVERYTHING, **options)
     for i, (mine, written, wanted) in enumerate(zip(ours, truth, plain, strict=True)):
         assert_close(mine, written, wanted.detach().double(), epsilon=EPSILON[dtype], what=f"{variant} {i}")
+
+
+@IGNORE_TRACING
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_trained_head_compiles_to_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host knows nothing in a graph: to be bitwise the same, eager mode must not either."""
+    monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
+    batch = there(random_batch().to(dtype))
+    given = batch.targets, batch.advantages.to(DEVICE), batch.cu_seqlens.to(DEVICE)
+
+    def op(hidden: Tensor, lm_head: Tensor, bias: Tensor, *rest: Tensor) -> list[Tensor]:
+        loss, metrics, logprobs = linear_policy_loss(
+            hidden, lm_head, *rest, bias=bias, normalizer=50.0, config=ALL_VARIANTS["dapo"], backend="triton"
+        )
+        return [loss, *metrics.values(), logprobs]
+
+    assert_same_compiled(op, *batch.leaves, *given)

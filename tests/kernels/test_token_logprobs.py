@@ -13,7 +13,7 @@ from maestro_fast.kernels import token_logprobs as kernel
 from maestro_fast.kernels.token_logprobs import Tiles
 from maestro_fast.ops import TokenLogprobs, gpu_head_rows, head_chunks, token_logprobs
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
-from tests.ops.helpers import assert_same_compiled
+from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.test_token_logprobs import HEADS, Inputs, composed, random_inputs, with_gradients
 
 STRATEGIES = ["chunked", "fused"]
@@ -29,6 +29,8 @@ def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 8)
     monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 4)
+    if INTERPRETED:
+        half_products_on_the_cpu(monkeypatch)
     monkeypatch.setattr(kernel, "_PART", 64)
     monkeypatch.setattr(kernel, "_GROUP", 1)
     for name in ("_SINGLE", "_AMPERE", "_HOPPER"):
@@ -204,8 +206,10 @@ def test_operators_are_registered_properly() -> None:
     torch.library.opcheck(rows, (logits, x.targets, None, *spec), test_utils=checks[:2])
     _, peaks, totals, entropies = rows(logits, x.targets, None, *spec)
     slopes = torch.ones_like(peaks)
-    arguments = (logits, x.targets, None, peaks, totals, entropies, slopes, slopes, *spec, torch.float32)
+    arguments = (logits, x.targets, None, peaks, totals, entropies, slopes, slopes, *spec)
     torch.library.opcheck(torch.ops.maestro_fast.triton_dlogits_, arguments, test_utils=checks[:2])
+    into = torch.ops.maestro_fast.triton_dlogits_into
+    torch.library.opcheck(into, (logits.half(), *arguments), test_utils=checks[:2])
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from maestro_fast.ops import head_chunks, head_products
+from maestro_fast.ops.tensors import wide
 
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, *, epsilon: float) -> None:
@@ -41,6 +45,21 @@ def outputs_and_gradients(function: Callable[..., Any], *args: Tensor) -> list[T
         return outputs
     total = torch.stack([x.square().sum() for x in outputs if x.requires_grad]).sum()
     return [x.detach() for x in outputs] + list(torch.autograd.grad(total, wanted))
+
+
+def half_products_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 16 bits go the way that they go on a CUDA device, with products that add up in float32."""
+
+    def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+        out.copy_(a.float() @ b.float())
+
+    def add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+        assert a.dtype == b.dtype and total.dtype == torch.float32
+        total.addmm_(a.float(), b.float(), alpha=alpha)
+
+    monkeypatch.setattr(head_chunks, "operand", lambda x: x if head_products.is_half(x) else wide(x))
+    monkeypatch.setattr(head_products, "_product_into", product_into)
+    monkeypatch.setattr(head_products, "_add_product_", add_product_)
 
 
 def assert_same_fake(function: Callable[..., Any], *args: Tensor) -> None:
