@@ -16,11 +16,15 @@ from tests.ops.trl_oracle import GRPO_OPTIONS, trl_advantages
 pytestmark = MARKS
 G = 4 if DRY else 16
 SIZES = [(16, 3)] if DRY else [(512, 4), (4096, 8)]
+CASES = [
+    pytest.param(*size, profile, marks=pytest.mark.headline if size == SIZES[-1] and profile != "gdpo" else ())
+    for size in SIZES
+    for profile in ("grpo", "maestro", "gdpo")
+]
 
 
-@pytest.mark.parametrize("profile", ["grpo", "gdpo", "maestro"])
-@pytest.mark.parametrize(("B", "K"), SIZES)
-def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: str) -> None:
+@pytest.mark.parametrize(("B", "K", "profile"), CASES)
+def test_group_advantages(capsys: Any, B: int, K: int, profile: str) -> None:
     rewards_BK, weights_K = normal(B, K, seed=0), normal(K, seed=1).abs()
     rewards_BK[normal(B, K, seed=2) > 1] = torch.nan  # one in six abstains
     groups = Groups.of(G, B)
@@ -35,7 +39,7 @@ def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: 
     contenders = [
         Contender("triton", lambda: run("triton"), peer=False),
         Contender("torch reference", lambda: run("torch")),
-        Contender("torch.compile of it", compiled(lambda: run("torch"))),
+        *compiled(lambda: run("torch")),
         copy_of(moved),
     ]
     notes = []
@@ -52,9 +56,9 @@ def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: 
         Target("syncs", ours.syncs, 0),
         Target("us in a graph", ours.graph, 3.0),
         Target("us on the wall", ours.wall, 25.0),
+        Target("us on the host", ours.host, 25.0),
         Target("times as fast as TRL's block, wall", ratio(raced[0], "TRL's block", "wall"), 12.0, at_least=True),
     ]
-    published = profile == "grpo" and B == 4096  # the one that DESIGN.md sets targets for
+    published = profile == "grpo" and SIZES[-1][0] == B  # the one that DESIGN.md sets targets for
     case = f"{profile}, B = {B}, K = {K}, G = {G}, {DEVICE}"
-    report(benchmark, capsys, "group_advantages", case, raced, moved, targets if published else [], notes)
-    benchmark.pedantic(contenders[0].run, rounds=1 if DRY else 20, iterations=1)
+    report(capsys, "group_advantages", case, raced, moved, targets if published else [], notes)

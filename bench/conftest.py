@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-from importlib import metadata, util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--head", metavar="dxVxT,...", help="shapes for the benchmarks of the head pass")
+    parser.addoption("--no-compile", action="store_true", help="no torch.compile, which takes longer than all else")
+    parser.addoption(
+        "--no-peers", action="store_true", help="none of the head pass's peers, however many are installed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "headline: a case whose figures DESIGN.md sets targets for")
+    for what in ("compile", "peers"):  # read by bench.gpu_race, which no benchmark has imported yet
+        if config.getoption(f"--no-{what}"):
+            os.environ[f"BENCH_{what.upper()}"] = "0"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,36 +41,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", shapes, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def no_faults() -> Iterator[None]:
+    """Those of a case that ended before its report are not the next one's."""
+    from bench.gpu_race import faults
+
+    faults.clear()
+    yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    import torch
+    from bench.tables import machine
 
-    machine_info["packages"] = {
-        name: metadata.version(name) if util.find_spec(name) else None
-        for name in ("torch", "triton", "transformers", "trl", "numpy")
-    }
-    machine_info["threads"] = {"torch": torch.get_num_threads(), "cores": os.cpu_count(), "libc": platform.libc_ver()}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        machine_info["gpu"] = {
-            "name": properties.name,
-            "architecture": f"sm_{properties.major}{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-        }
+    machine_info |= machine()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """A copy of the tree without its history cannot tell: then ``make ... COMMIT=...`` does."""
+    """A copy of the tree without its history cannot tell: then the variable COMMIT does."""
     if given := os.environ.get("COMMIT"):
         commit_info["id"] = given
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown: {error}"

@@ -1,103 +1,127 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, on a machine without a network that already holds torch, Triton and pytest.
+# What needs a CUDA device, on a machine without a network that already holds torch, Triton and pytest. Nothing is
+# installed: the package is used from this folder, with its extension if maestro_fast/ holds one for this Python.
 #
-#     bash bench/gpu.sh install|info|test|sanitize|bench|all [ARGS of pytest | names of ops for bench]
+#     bash bench/gpu.sh first      the GPU tests, in at most 330 s
+#     bash bench/gpu.sh second     the figures that the README promises, in at most 360 s
+#     bash bench/gpu.sh third      whole training steps, in at most 100 s
+#     bash bench/gpu.sh sanitize   compute-sanitizer's memcheck of every kernel
+#     bash bench/gpu.sh bench [OP|OP:dxVxT,...]...   whole benchmarks of ops, all of them if none is named, without limit
 #
-# An op of the head pass takes shapes, dxVxT: bench linear_policy_loss:4096x151936x2048,1024x32768x65536
-# Every part but `all` fits into ten minutes. JSON goes to bench/results/.
-#   PYTHON    the Python to use, where python3 is not the one
-#   COMMIT    written into the JSON where there is no git history
-#   PEERS     a folder on top of the path that holds the peers (pip install --no-deps --target): trl, liger-kernel, verl,
-#             cut-cross-entropy; one that is missing is skipped
+# A step that fails or runs out of time stops nothing, and leaves what it had: figures are written line by line.
+#   OUT        the folder for logs and results, else bench/results
+#   PYTHON     the Python to use, where python3 is not the one
+#   COMMIT     written into the results where there is no git history
+#   PEERS      a folder on top of the path that holds the peers (pip install --no-deps --target): trl, liger-kernel, verl,
+#              cut-cross-entropy; one that is missing is skipped
+#   BENCH_DRY  1: rehearse with tiny sizes, without a device in Triton's interpreter
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 [[ -n ${VIRTUAL_ENV:-} ]] && python=$VIRTUAL_ENV/bin/python
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
 [[ -n ${PEERS:-} ]] && export PYTHONPATH=$PEERS${PYTHONPATH:+:$PYTHONPATH}
-limit=470 # seconds of a slice
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
+dry=0
+[[ ${BENCH_DRY:-0} == 1 ]] && dry=1 && export TRITON_INTERPRET=1
+out=${OUT:-bench/results}
+pytest=("$python" -m pytest -q -W default -p no:cacheprovider --tb=short) # warnings are torch.compile's, about the peers
 ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights maestro_advantages policy_loss token_logprobs
   linear_policy_loss)
 
 say() { printf '\n== %s\n' "$*"; }
 
-install() {
-  say "install"
-  "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
+# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 10 s later
+step() {
+  local name=$1 limit=$2 begun=$SECONDS status=0 left
+  shift 2
+  left=$((deadline - SECONDS))
+  ((limit > left)) && limit=$left
+  if ((limit < 5)); then
+    rows+=("$(printf '%-36s %6s    not begun, no time is left' "$name" -)") && failures=$((failures + 1))
+    return
+  fi
+  say "$name, at most $limit s"
+  # with SIGINT as it was: a shell ignores it for what runs in its background
+  timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" || status=$?
+  ((status)) && failures=$((failures + 1))
+  case $status in
+    0) status=passed ;;
+    124 | 137) status="out of time" ;;
+    *) status="failed, exit status $status" ;;
+  esac
+  rows+=("$(printf '%-36s %6d s of %4d  %s' "$name" $((SECONDS - begun)) "$limit" "$status")")
 }
 
-info() {
-  say "machine"
-  nvidia-smi || echo "no nvidia-smi"
-  "$python" -m maestro_fast info
+# part NAME SECONDS: runs the function of this name, its output also in a file, and sums up
+part() {
+  local name=$1
+  mkdir -p "$out"
+  export BENCH_JSON=$out/$name.jsonl
+  rm -f "$BENCH_JSON"
+  {
+    rows=() failures=0 deadline=$((SECONDS + $2 - 12)) # a step may need 10 s to end
+    "$name" "${@:3}"
+    say "$name: $failures of ${#rows[@]} steps failed, $SECONDS s"
+    printf '  %s\n' "${rows[@]}"
+    ((failures == 0))
+  } 2>&1 | tee "$out/$name.log"
 }
 
-gpu_tests() {
-  say "GPU tests"
-  local workers=()
+first() {
+  local workers=14 tests=(-m gpu tests/kernels tests/weighting/conductor/test_options.py tests/training/test_attention.py)
+  ((dry)) && workers=1 tests=(-m "not vllm" tests/kernels/test_pool_hidden.py)
+  ((dry)) || step "the device" 15 nvidia-smi -L
+  ((dry)) || step "the installation" 40 "$python" -m maestro_fast info
+  step "every kernel once" 80 "$python" -m bench.sanitize
   # a process that compiles kernels uses one core
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-  local files=("$@")
-  ((${#files[@]})) || files=(tests/kernels tests/training/test_attention.py)
-  timeout 570 "$python" -m pytest -q -m gpu --durations=10 "${workers[@]}" "${files[@]}"
+  step "GPU tests" 220 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
 }
+
+headline() { # NAME SECONDS ARGUMENTS...
+  step "$1" "$2" env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "${pytest[@]}" --no-peers -m "gpu and headline" "${@:3}"
+}
+
+# What is cheap comes first, and torch.compile, which takes the longest, last: an early end loses least.
+second() {
+  local heads=(--head=4096x151936x16384) narrow=(--head=1024x151936x16384)
+  ((dry)) && heads=() narrow=(--head=24x50x6)
+  step "ceilings" 30 "$python" -m bench.gpu_ceilings
+  headline "group_advantages" 40 --no-compile bench/bench_gpu_group_advantages.py
+  headline "maestro_advantages" 45 --no-compile bench/bench_gpu_maestro_advantages.py
+  headline "policy_loss" 40 --no-compile bench/bench_gpu_policy_loss.py
+  headline "pool_hidden" 40 --no-compile bench/bench_gpu_pool_hidden.py
+  headline "token_logprobs, d 4096" 70 --no-compile bench/bench_gpu_token_logprobs.py "${heads[@]}"
+  headline "linear_policy_loss, d 4096" 110 --no-compile bench/bench_gpu_linear_policy_loss.py "${heads[@]}"
+  headline "token_logprobs, d 1024" 60 --no-compile -k "not backward" bench/bench_gpu_token_logprobs.py "${narrow[@]}"
+  headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
+}
+
+third() { step "training steps" 90 "$python" -m bench.gpu_step; }
 
 sanitize() {
   local tool
-  tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null) || {
-    say "compute-sanitizer: skipped, it is neither on the PATH nor under CUDA_HOME"
-    return 0
-  }
-  say "every kernel once, by itself" # and compiled, so that the runs below need not
-  timeout 200 "$python" bench/sanitize.py || return
-  local status=0 check
-  for check in memcheck racecheck; do
-    say "compute-sanitizer --tool $check"
-    # torch's allocator hands out parts of large blocks, in which an access past the end is not seen
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 "$tool" --tool "$check" --error-exitcode 1 "$python" bench/sanitize.py || {
-      echo "$check: exit status $?"
-      status=1
-    }
-  done
-  return $status
+  tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer") || return
+  step "every kernel once" 200 "$python" -m bench.sanitize # compiled, so that the run below need not
+  # torch's allocator hands out parts of large blocks, in which an access past the end is not seen
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck" 380 "$tool" --tool memcheck --error-exitcode 1 "$python" -m bench.sanitize
 }
 
 bench() {
-  local names=("$@") status=0 name op shapes head
+  local names=("$@") name op shapes
   ((${#names[@]})) || names=("${ops[@]}")
-  mkdir -p bench/results
   for name in "${names[@]}"; do
-    op=${name%%:*} shapes=${name#"${name%%:*}"} shapes=${shapes#:} head=()
-    [[ -n $shapes ]] && head=("--head=$shapes")
-    say "benchmark of $name"
-    # warnings are torch.compile's, about the peers; the tests are strict about ours
-    timeout $limit "$python" -m pytest -q -m gpu -W default -p no:cacheprovider --benchmark-quiet \
-      --benchmark-json="bench/results/gpu_$op${shapes:+_${shapes//,/_}}.json" "bench/bench_gpu_$op.py" "${head[@]}" || {
-      echo "$name: exit status $?"
-      status=1
-    }
+    op=${name%%:*} shapes=${name#"$op"} shapes=${shapes#:}
+    step "$name" 86400 "${pytest[@]}" -m gpu "bench/bench_gpu_$op.py" ${shapes:+"--head=$shapes"}
   done
-  return $status
 }
 
-part=${1:-all}
-shift || true
-case $part in
-  install) install ;;
-  info) info ;;
-  test) install && gpu_tests "$@" ;;
-  sanitize) install && sanitize ;;
-  bench) install && bench "$@" ;;
-  all)
-    install && info || exit
-    failed=()
-    for step in gpu_tests sanitize bench; do
-      $step || failed+=("$step")
-    done
-    say "${failed[*]:+failed: }${failed[*]:-all passed}"
-    ((${#failed[@]} == 0))
-    ;;
-  *) sed -n '2,13p' "$0" && exit 2 ;;
+case ${1:-} in
+  first) part first 330 ;;
+  second) part second 360 ;;
+  third) part third 100 ;;
+  sanitize) part sanitize 600 ;;
+  bench) part bench 604800 "${@:2}" ;;
+  *) sed -n '2,17p' "$0" && exit 2 ;;
 esac

@@ -19,7 +19,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from bench.gpu_race import DEVICE
+from bench.gpu_race import DEVICE, HEAD_PEERS
 
 TRL, VERL, CCE = "TRL's chunked op", "verl's Triton kernel", "cut-cross-entropy"
 LIGER, LIGER_CHUNKED = "Liger's scaled cross entropy", "Liger's chunked log-probs"
@@ -40,6 +40,8 @@ class Peer:
 
 def available(peer: Peer) -> str | None:
     """Why it cannot take part, or None."""
+    if not HEAD_PEERS:
+        return "none are wanted"
     if find_spec(peer.package) is None:
         return f"{peer.package} is not installed"
     if peer.cuda_only and DEVICE.type == "cpu":

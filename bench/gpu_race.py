@@ -1,7 +1,8 @@
-"""Contenders on a CUDA device: time on the wall, time in a CUDA graph, launches, host syncs.
+"""Contenders on a CUDA device: time on the wall, on the host, in a CUDA graph, launches, host syncs.
 
 BENCH_DRY=1 runs every contender once, on small sizes, where there is no device in Triton's interpreter: it shows that
-the benchmarks work, and its times mean nothing.
+the benchmarks work, and its times mean nothing. Whatever fails is recorded as such, and everything else still measured;
+the test fails at its end.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from bench.tables import emit
+from bench.tables import emit, record
 
 DRY = os.environ.get("BENCH_DRY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,6 +31,11 @@ MARKS = [
         reason="a dry run without a CUDA device needs TRITON_INTERPRET=1",
     ),
 ]
+# --no-compile, --no-peers
+COMPILING, HEAD_PEERS = (os.environ.get(f"BENCH_{x}", "1") == "1" for x in ("COMPILE", "PEERS"))
+EMPTIES = "five torch.empty"
+COMPILED = "torch.compile of it"
+faults: list[str] = []  # what is wrong with ours in the case that runs: the report prints it, and fails
 _CALLS = 20  # of one round: on the wall, and copied into a CUDA graph
 _COLD_CALLS = 5
 _FLUSH_BYTES = 256 << 20  # several times the largest L2
@@ -50,17 +56,19 @@ class Figures:
 
     Attributes:
         wall: of calls one after another, the device waited for at the end.
+        host: of the same calls, until the last one has returned: what Python and the launches take.
         graph: replayed from a CUDA graph of many calls, so the inputs are in the L2 as far as they fit.
         cold: the same, the L2 overwritten before each call; the time of the overwriting is taken off.
         launches: kernels, copies and fills of one call.
         syncs: times that the host waited for the device in one call.
     """
 
-    wall: float
-    graph: float | None
-    cold: float | None
-    launches: int | None
-    syncs: int | None
+    wall: float | None
+    host: float | None = None
+    graph: float | None = None
+    cold: float | None = None
+    launches: int | None = None
+    syncs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,13 @@ class Target:
         return f"target: {self.what} {sign} {self.bound:g}: {self.value:.2f}, {'met' if met else 'MISSED'}"
 
 
-def compiled(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` by torch.compile, in one graph."""
+def compiled(run: Callable[[], Any]) -> list[Contender]:
+    """``run`` by torch.compile, in one graph; none of it with --no-compile."""
+    if not COMPILING:
+        return []
     torch._dynamo.reset()
-    return torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager" if DRY else "inductor")
+    whole = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager" if DRY else "inductor")
+    return [Contender(COMPILED, whole)]
 
 
 def copy_of(moved: int) -> Contender:
@@ -93,55 +104,88 @@ def copy_of(moved: int) -> Contender:
     return Contender("torch copy of as many bytes", lambda: target.copy_(source))
 
 
-def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[dict[str, Figures], dict[str, str]]:
-    """Figures by name, ours first, and why a peer that failed has none. Rounds go through the contenders in turn.
+def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[dict[str, Figures], list[str]]:
+    """Figures by name, ours first, and a line for each figure that is missing: why a contender that failed has none,
+    or why a call cannot be captured in a CUDA graph. Rounds go through the contenders in turn.
 
     ``seconds`` is for contenders that take milliseconds: rounds end after as many, but not before the third, and there
     are no CUDA graphs, which would hold the memory of their calls.
+
+    Raises:
+        Exception: that of the first contender, without which there is nothing to compare.
     """
-    ready, failed = [], {}
+    ready, notes = [], []
     for contender in contenders:
         try:
             for _ in range(1 if DRY else 3 if seconds is None else 2):
                 contender.run()
         except Exception as error:
-            if not contender.peer:
+            if contender is contenders[0]:
                 raise
-            failed[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            note = f"{contender.name}: left out, {reason(error)}"
+            notes.append(note) if contender.peer else faults.append(note)
         else:
             ready.append(contender)
-    wall = _in_turn({c.name: _wall_timer(c.run) for c in ready}, seconds)
+    timers = {c.name: _wall_timer(c.run) for c in ready}
+    if seconds is None:
+        timers[EMPTIES] = _wall_timer(_five_empties)
+    times = _in_turn(timers, seconds)
+    found = {name: Figures(wall, host) for name, (wall, host) in times.items()}
     if DEVICE.type == "cpu":
-        return {name: Figures(us, None, None, None, None) for name, us in wall.items()}, failed
-    syncs = {c.name: count_syncs(c.run) for c in ready}
-    warm, cold = {}, {}
+        return found, notes
     for c in ready:
-        if syncs[c.name] == 0 and seconds is None:
-            warm[c.name], cold[c.name] = _captured(c, _CALLS, flush=False), _captured(c, _COLD_CALLS, flush=True)
-    graph = _in_turn({name: timer for name, timer in warm.items() if timer})
-    cold_us = _in_turn({name: timer for name, timer in cold.items() if timer} | {"": _flush_timer()}) if cold else {}
-    return {
-        c.name: Figures(
-            wall[c.name],
-            graph.get(c.name),
-            max(0.0, cold_us[c.name] - cold_us[""]) if c.name in cold_us else None,
-            count_launches(c.run),
-            syncs[c.name],
-        )
-        for c in ready
-    }, failed
+        found[c.name] = replace(found[c.name], launches=count_launches(c.run), syncs=count_syncs(c.run))
+    return (found if seconds is not None else _in_graphs(ready, found, notes)), notes
 
 
-def _in_turn(timers: dict[str, Callable[[], float]], seconds: float | None = None) -> dict[str, float]:
-    """Median of each over the rounds, A B C A B C ..."""
-    values: dict[str, list[float]] = {name: [] for name in timers}
+def _in_graphs(ready: list[Contender], found: dict[str, Figures], notes: list[str]) -> dict[str, Figures]:
+    """``found`` with the times of what can be captured."""
+    warm, cold = {}, {"": _graph_timer(lambda: None, _COLD_CALLS, flush=True)}
+    for c in ready:
+        try:
+            if syncs := found[c.name].syncs:
+                raise RuntimeError(f"{syncs} host syncs")
+            timers = _graph_timer(c.run, _CALLS, flush=False), _graph_timer(c.run, _COLD_CALLS, flush=True)
+        except Exception as error:
+            torch.cuda.synchronize()
+            notes.append(f"{c.name}: not capturable: {reason(error)}")
+        else:
+            warm[c.name], cold[c.name] = timers
+    graph, evicted = _in_turn(warm), _in_turn(cold)
+    flush = evicted.pop("")
+    times = {name: {"graph": graph[name], "cold": max(0.0, us - flush)} for name, us in evicted.items()}
+    return {name: replace(figures, **times.get(name, {})) for name, figures in found.items()}
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _five_empties() -> None:
+    """What as many allocations take, the measure of a host path."""
+    for _ in range(5):
+        torch.empty(4096, device=DEVICE)
+
+
+Times = TypeVar("Times", float, tuple[float, float])
+
+
+def _in_turn(timers: dict[str, Callable[[], Times]], seconds: float | None = None) -> dict[str, Times]:
+    """Medians of each over the rounds, A B C A B C ..."""
+    values: dict[str, list[Times]] = {name: [] for name in timers}
     start = time.perf_counter()
     for done in range(ROUNDS):
         if seconds is not None and done >= 3 and time.perf_counter() - start > seconds:
             break
         for name, timer in timers.items():
             values[name].append(timer())
-    return {name: median(v) for name, v in values.items()}
+    return {name: _medians(v) for name, v in values.items()}
+
+
+def _medians(values: list[Times]) -> Times:
+    if isinstance(values[0], tuple):
+        return tuple(median(column) for column in zip(*values, strict=True))  # type: ignore[return-value, arg-type]
+    return median(values)
 
 
 def wait() -> None:
@@ -149,8 +193,8 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def _wall_timer(run: Callable[[], Any]) -> Callable[[], float]:
-    """As many calls a round as take 2 ms, at most ``_CALLS``."""
+def _wall_timer(run: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
+    """On the wall and on the host; a round is as many calls as take 2 ms, at most ``_CALLS``, which fill no queue."""
     calls = 1
     if not DRY:
         wait()
@@ -159,30 +203,16 @@ def _wall_timer(run: Callable[[], Any]) -> Callable[[], float]:
         wait()
         calls = max(1, min(_CALLS, int(2e-3 / (time.perf_counter() - start))))
 
-    def timer() -> float:
+    def timer() -> tuple[float, float]:
         wait()
         start = time.perf_counter()
         for _ in range(calls):
             run()
+        host = time.perf_counter() - start
         wait()
-        return 1e6 * (time.perf_counter() - start) / calls
+        return 1e6 * (time.perf_counter() - start) / calls, 1e6 * host / calls
 
     return timer
-
-
-def _captured(contender: Contender, calls: int, *, flush: bool) -> Callable[[], float] | None:
-    """A timer of replays, per call; None where a peer cannot be captured."""
-    try:
-        return _graph_timer(contender.run, calls, flush=flush)
-    except RuntimeError:
-        if not contender.peer:
-            raise
-        torch.cuda.synchronize()
-        return None
-
-
-def _flush_timer() -> Callable[[], float]:
-    return _graph_timer(lambda: None, _COLD_CALLS, flush=True)
 
 
 def _graph_timer(run: Callable[[], Any], calls: int, *, flush: bool) -> Callable[[], float]:
@@ -229,8 +259,8 @@ def count_syncs(run: Callable[[], Any]) -> int:
     return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
-def count_launches(run: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that one call has the device run."""
+def count_launches(run: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills that one call has the device run; None where the profiler sees nothing."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with warnings.catch_warnings():
@@ -240,7 +270,7 @@ def count_launches(run: Callable[[], Any]) -> int:
             torch.cuda.synchronize()
         events = profile.events() or []
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
+    return sum(not getattr(event, "is_user_annotation", False) for event in on_device) or None
 
 
 def ratio(figures: dict[str, Figures], peer: str, kind: str) -> float | None:
@@ -251,46 +281,43 @@ def ratio(figures: dict[str, Figures], peer: str, kind: str) -> float | None:
 
 
 def report(
-    benchmark: Any,
     capsys: Any,
     op: str,
     case: str,
-    raced: tuple[dict[str, Figures], dict[str, str]],
+    raced: tuple[dict[str, Figures], list[str]],
     moved: int,
     targets: list[Target],
     notes: list[str] | None = None,
     columns: dict[str, dict[str, str]] | None = None,
 ) -> None:
-    """Prints a block of the op's table, and leaves everything with pytest-benchmark.
+    """Prints a block of the op's table, leaves everything in the JSON, and fails if there are faults.
 
     Args:
         moved: bytes that our op has to read and write.
         notes: further lines, e.g. which peers were left out.
         columns: further ones by title, the cells by name of the contender; the same titles in all cases of an op.
+
+    Raises:
+        AssertionError: something of ours was wrong.
     """
-    figures, failed = raced
+    figures, missing = raced
     columns = columns or {}
-    notes = [*(notes or []), *(f"{name}: left out, {why}" for name, why in failed.items())]
+    notes = [*(notes or []), *missing, *(f"WRONG: {fault}" for fault in faults)]
     lines = [f"{case}; {moved / 1e6:.2f} MB"]
     for name, f in figures.items():
-        times = "".join(f"{'-' if x is None else format(x, '.1f'):>10}" for x in (f.wall, f.graph, f.cold))
+        times = "".join(f"{'-' if x is None else format(x, '.1f'):>10}" for x in (f.wall, f.host, f.graph, f.cold))
         fastest = f.cold or f.graph
-        speed = "-" if not fastest else f"{moved / fastest / 1e3:.1f}"
+        speed = "-" if not fastest or name == EMPTIES else f"{moved / fastest / 1e3:.1f}"
         counts = "".join(f"{'-' if x is None else x:>10}" for x in (f.launches, f.syncs))
         lines.append(f"  {name:36}{times}{speed:>10}{counts}{_multiples(figures, name)}")
         lines[-1] += "".join(f"{cells.get(name, '-'):>10}" for cells in columns.values())
     lines += [f"  {target}" for target in targets] + [f"  {note}" for note in notes]
-    benchmark.extra_info |= {
-        "bytes": moved,
-        "dry": DRY,
-        "figures": {name: vars(f) for name, f in figures.items()},
-        "targets": [str(target) for target in targets],
-        "notes": notes,
-        "columns": columns,
-    }
-    names = ("wall us", "graph us", "cold us", "GB/s", "launches", "syncs", "x wall", "x graph", *columns)
+    values = {"bytes": moved, "figures": {name: vars(f) for name, f in figures.items()}, "columns": columns}
+    record({"op": op, "case": case, "dry": DRY, **values, "targets": [str(x) for x in targets], "notes": notes})
+    names = ("wall us", "host us", "graph us", "cold us", "GB/s", "launches", "syncs", "x wall", "x graph", *columns)
     dry = " (dry run: the times mean nothing)" if DRY else ""
     emit(capsys, f"{op} by Triton{dry}", lines, header=[" " * 40 + "".join(f"{name:>10}" for name in names)])
+    assert not faults, faults
 
 
 def _multiples(figures: dict[str, Figures], name: str) -> str:

@@ -1,6 +1,8 @@
-"""One small run of every Triton kernel, for compute-sanitizer: python bench/sanitize.py
+"""One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize
 
-Exits with 1 where a result is not finite. Sizes do not divide by the tiles, so that every mask is needed.
+Exits with 1 where a result is not finite. No size divides by a tile and most are larger than one, so that loops run with
+and without their masks. The head pass is in bfloat16: its gradient of the logits is written in place of them, and its
+tiles are loaded by descriptors.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from maestro_fast.ops import ConductorParams, PolicyLossConfig
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-B, K, D, H, G, T = 15, 3, 37, 7, 5, 61
+B, K, D, H, G, T = 15, 3, 300, 7, 5, 61
+V, WIDTH = (137 if INTERPRETED else 10_007), 64  # of the head pass; the interpreter takes minutes for the larger one
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter is wrong in bfloat16
 LONG = 600  # tokens, more than one chunk of pooling
 
 
@@ -124,12 +128,19 @@ def losses() -> Iterator[tuple[str, Any]]:
         yield f"policy_loss, {config.normalization}", [loss, *metrics.values(), *torch.autograd.grad(loss, now)]
 
 
-def logprobs() -> Iterator[tuple[str, Any]]:
-    targets = torch.arange(T).to(DEVICE) % 70
+def head_pass() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the head's matrix, and targets from all over the vocabulary, one of them ignored."""
+    targets = (torch.arange(T) * 331 % V).to(DEVICE)
     targets[3] = -100
+    hidden, lm_head = ((normal(n, WIDTH) / WIDTH**0.25).to(DTYPE).requires_grad_() for n in (T, V))
+    return hidden, lm_head, targets
+
+
+def logprobs() -> Iterator[tuple[str, Any]]:
     strategies: tuple[Any, ...] = ("chunked", "fused")
     for strategy in strategies:
-        hidden, lm_head, bias = (x.requires_grad_() for x in (normal(T, D), normal(70, D) / 6, normal(70)))
+        hidden, lm_head, targets = head_pass()
+        bias = normal(V).to(DTYPE).requires_grad_()
         given: dict[str, Any] = {"bias": bias, "softcap": 9.0, "temperature": 0.7, "entropy": "grad"}
         values = ops.token_logprobs(hidden, lm_head, targets, **given, strategy=strategy, backend="triton")
         total = values.logprobs.sum() + values.entropies.sum()
@@ -137,9 +148,7 @@ def logprobs() -> Iterator[tuple[str, Any]]:
 
 
 def sweep() -> Iterator[tuple[str, Any]]:
-    hidden, lm_head = (x.requires_grad_() for x in (normal(T, D), normal(70, D) / 6))
-    targets = torch.arange(T).to(DEVICE) % 70
-    targets[3] = -100
+    hidden, lm_head, targets = head_pass()
     advantages = torch.randn(B)
     advantages[::2] = 0.0
     config = PolicyLossConfig("dapo")

@@ -1,8 +1,14 @@
-"""What a benchmark prints: one table per op, a line for each case as it is done."""
+"""What a benchmark prints and records: one table per op, a line for each case as it is done."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
 from collections.abc import Iterable
+from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 _begun: list[str] = []  # the tables of this session, the one that is being written last
@@ -17,3 +23,45 @@ def emit(capsys: Any, title: str, lines: Iterable[str], header: Iterable[str] = 
         for line in lines:
             print("\n  " + line, end="")
         print(flush=True, end="")
+
+
+def record(values: dict[str, Any]) -> None:
+    """Appends a line of JSON to the file that BENCH_JSON names, at once, so that what is stopped later leaves it.
+
+    The first line of the file says where it was measured.
+    """
+    if not (path := os.environ.get("BENCH_JSON")):
+        return
+    with Path(path).open("a") as file:
+        for line in [values] if file.tell() else [{"machine": machine()}, values]:
+            file.write(json.dumps(line) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, threads, the commit, and the CUDA device if there is one."""
+    import torch
+
+    names = ("torch", "triton", "transformers", "trl", "numpy")
+    facts: dict[str, Any] = {
+        "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) if util.find_spec(name) else None for name in names},
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count(), "libc": platform.libc_ver()},
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": properties.name,
+            "architecture": f"sm_{properties.major}{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return facts
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"

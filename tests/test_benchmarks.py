@@ -1,12 +1,13 @@
-"""The GPU benchmarks, which no CPU can time, still run: every contender once, in Triton's interpreter."""
+"""What runs on a GPU machine is rehearsed here: the same commands on tiny sizes, in Triton's interpreter."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,38 +15,89 @@ import torch
 from bench.gpu_head import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "bench").glob("bench_gpu_*.py"))
+OPS = [path.stem.removeprefix("bench_gpu_") for path in sorted((ROOT / "bench").glob("bench_gpu_*.py"))]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device there is make gpu")
 
 
-def python(*arguments: str, **variables: str) -> str:
-    # a child is no worker of this session: pytest-benchmark would refuse to time in one
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+def gpu_sh(*arguments: str, out: Path, python: str | Path = sys.executable) -> tuple[int, str]:
+    """Exit status and output of a rehearsal."""
+    # a child is no worker of this session, and the Python is this one's
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST") and k != "VIRTUAL_ENV"}
+    variables = {"BENCH_DRY": "1", "OUT": str(out), "PYTHON": str(python), "COMMIT": "of the rehearsal"}
+    command = ["bash", "bench/gpu.sh", *arguments]
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=own | variables, capture_output=True, text=True, timeout=900
+        command, cwd=ROOT, env=own | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+    return done.returncode, done.stdout
 
 
-def benchmarks(*options: str, **variables: str) -> str:
-    plain = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--benchmark-quiet"]
-    return python("-m", "pytest", *plain, *map(str, FILES), *options, **variables)
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_without_a_device_they_are_skipped() -> None:
-    assert re.search(r"^\d+ skipped in", benchmarks(TRITON_INTERPRET="0", BENCH_DRY="0"), re.MULTILINE)
+def test_first(tmp_path: Path) -> None:
+    status, printed = gpu_sh("first", out=tmp_path)
+
+    assert status == 0, printed[-6000:]
+    for op in OPS:
+        assert op in printed  # by the step that runs every kernel
+    assert 'failures="0"' in (tmp_path / "first.xml").read_text()
+    assert (tmp_path / "first.log").read_text() == printed
+    assert "first: 0 of 2 steps failed" in printed
 
 
-def test_a_dry_run_passes_every_gate_and_prints_every_table() -> None:
-    printed = benchmarks("--head=24x50x6", TRITON_INTERPRET="1", BENCH_DRY="1")
+def test_second(tmp_path: Path) -> None:
+    status, printed = gpu_sh("second", out=tmp_path)
 
-    for path in FILES:
-        op = path.stem.removeprefix("bench_gpu_")
-        assert f"{op} by Triton (dry run" in printed
-    assert printed.count("d = 24, V = 50, T = 6") == 7  # all of the head pass, at the shape that was asked for
-    assert "left out" not in printed  # no peer failed
-    assert " met" not in printed  # no target is judged
+    assert status == 0, printed[-6000:]
+    first, *cases = records(tmp_path / "second.jsonl")
+    assert first["machine"]["commit"] == "of the rehearsal"
+    found = [case["op"] for case in cases]
+    assert found == [
+        "ceilings", *["group_advantages"] * 2, *["maestro_advantages"] * 2, "policy_loss", "pool_hidden",
+        *["token_logprobs"] * 2, *["linear_policy_loss"] * 2, "token_logprobs", "maestro_advantages", "policy_loss",
+    ]  # fmt: skip
+    compiled = ["torch.compile of it" in case["figures"] for case in cases]
+    assert compiled == [False] * 12 + [True] * 2
+    assert "left out" not in printed  # no contender failed
+    assert " met" not in printed and "MISSED" not in printed  # no target is judged
+    assert "d = 24, V = 50, T = 6" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"second.jsonl", "second.log"}
+
+
+def test_third(tmp_path: Path) -> None:
+    status, printed = gpu_sh("third", out=tmp_path)
+
+    assert status == 0, printed[-6000:]
+    _, *blocks, summary = records(tmp_path / "third.jsonl")
+    assert len(blocks) == summary["blocks"] == 2
+    conductor, equal = summary["stages"]
+    assert {name for name in conductor if not equal.get(name)} == {"pooling", "adaptive step", "Conductor's update"}
+    assert summary["added_ms"] == pytest.approx(
+        sum(conductor[x] for x in ("pooling", "adaptive step", "Conductor's update")) - equal["advantages"]
+    )
+
+
+def test_cases_that_are_no_headline(tmp_path: Path) -> None:
+    """Those with code of their own; and TRL, where it is installed."""
+    rest = ["conductor_weights", "counterfactual_advantages", "linear_policy_loss:24x50x6"]
+    status, printed = gpu_sh("bench", *rest, out=tmp_path)
+
+    assert status == 0, printed[-6000:]
+    assert {case["op"] for case in records(tmp_path / "bench.jsonl")[1:]} == {x.split(":")[0] for x in rest}
+    assert "left out" not in printed
+
+
+def test_a_step_that_fails_stops_nothing(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 7\n")
+    broken.chmod(0o755)
+
+    status, printed = gpu_sh("second", out=tmp_path / "out", python=broken)
+
+    assert status == 1
+    assert "second: 9 of 9 steps failed" in printed
+    assert printed.count("failed, exit status 7") == 9
 
 
 @pytest.mark.parametrize("text", ["", "4096", "4096x151936", "4096x0x2048", "4096x151936x2048x1", "d4096x8x8"])
@@ -54,10 +106,3 @@ def test_a_shape_of_a_head_that_is_none_is_refused(text: str) -> None:
 
     with pytest.raises(ValueError, match=rf"shape of a head: '{text}', expected dxVxT"):
         Shape.parse(text)
-
-
-def test_what_compute_sanitizer_runs_is_finite() -> None:
-    printed = python("bench/sanitize.py", TRITON_INTERPRET="1")
-
-    for path in FILES:
-        assert path.stem.removeprefix("bench_gpu_") in printed
