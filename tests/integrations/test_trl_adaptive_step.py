@@ -23,6 +23,7 @@ from tests.weighting.one_op import FUSED, SINGLE, apart, counted
 Make = Callable[..., Any]
 CONDUCTOR = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
 MIXED = AdvantageProfile(score_eps_in="variance", score_eps=1e-3)
+TOKENS = AdvantageProfile(score_center="tokens", score_scale="tokens")
 
 
 class Keeping(MaestroGRPOTrainer):
@@ -101,7 +102,7 @@ def test_one_op_for_each_batch(
     [
         ({"profile": None}, {}),
         ({"profile": "gdpo"}, {}),
-        ({"profile": "verl_gdpo"}, {}),
+        ({"profile": TOKENS}, {}),
         ({"profile": "verl_grpo"}, {}),
         ({"profile": "maestro"}, {"reward_weights": [0.2, 3.0]}),
         ({"profile": "maestro", "weights": {**CONDUCTOR, "mode": "group"}}, {}),

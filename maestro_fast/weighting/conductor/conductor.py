@@ -105,7 +105,6 @@ class Conductor:
         return (
             getattr(self.weights, "__func__", None) is Conductor.weights  # a subclass may give weights of its own
             and self.config.mode != "group"
-            and context.context_Bd is not None
             and rewards_BK.device == self.weight.device
             and not any(
                 x is not None and (x.dtype == torch.float64 or x.requires_grad)
