@@ -22,8 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maestro_fast.ops import group_advantages
-from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, build_weight_policy, scored
+from maestro_fast.weighting import (
+    Comparison,
+    Outcome,
+    WeightContext,
+    WeightPolicy,
+    build_weight_policy,
+    weigh_and_compare,
+)
 from maestro_fast.weighting.diagnostics import Watch, diagnose, healthy_ranges
 
 REWARDS = ("brevity", "richness", "creativity", "facts", "format")
@@ -281,10 +287,9 @@ def _step(
                 utility[s].flatten(),
                 columns,
             )
-            found = policy.weights(context)
-            kl_B = kl[s].flatten()
-            result = group_advantages(*scored(context, found), config.group_size, kl=kl_B, beta=config.beta)
-            outcome = Outcome(context, found, result, "maestro", kl_B, config.beta)
+            comparison = Comparison("maestro", kl[s].flatten(), config.beta)
+            found, result = weigh_and_compare(policy, context, comparison)
+            outcome = Outcome(context, found, result, comparison.profile, comparison.kl_B, comparison.beta)
             with torch.enable_grad():
                 policy.observe(outcome)
             figures.append(diagnose(outcome) | policy.metrics())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
-from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig, group_advantages
+from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig
 from maestro_fast.records import PolicyOutputs, Prompts, Rollouts, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
@@ -29,7 +29,7 @@ from maestro_fast.training.rewarding import joined_rewards, own_rewards
 from maestro_fast.training.scoring import Scoring, context_mode
 from maestro_fast.training.timing import StageClock
 from maestro_fast.training.weighing import weight_context
-from maestro_fast.weighting import Outcome, WeightContext, WeightPolicy, Weights, scored
+from maestro_fast.weighting import Comparison, Outcome, WeightContext, WeightPolicy, Weights, compare, weigh
 from maestro_fast.weighting.diagnostics import Watch, diagnose
 
 
@@ -157,9 +157,11 @@ class Pipeline:
         kl_B = self._kl(rollouts, outputs, ref_logprobs_C)
         with clock.stage("weights"):
             context = weight_context(self, sampled, rewards_BK, outputs, utilities_B)
-            weights = self.weights.weights(context)
-        with clock.stage("advantages"):
-            advantages = self._advantages(rollouts, context, weights, kl_B)
+            comparison = self._comparison(rollouts, kl_B)
+            weights, advantages = weigh(self.weights, context, comparison)
+        if advantages is None:
+            with clock.stage("advantages"):
+                advantages = compare(context, weights, comparison)
         outcome = Outcome(context, weights, advantages, self.profile, kl_B, self.kl_in_score)
         with clock.stage("conductor_update"):
             self.lessons.add(outcome, postpone=self.generator.concurrent_parts > 0)
@@ -174,17 +176,9 @@ class Pipeline:
         )
         return Judged(self._micro_batches(sampled, advantages, logprobs), record, metrics)
 
-    def _advantages(
-        self, rollouts: Rollouts, context: WeightContext, weights: Weights, kl_B: Tensor | None
-    ) -> GroupAdvantages:
-        return group_advantages(
-            *scored(context, weights),
-            self.sampling.group_size,
-            kl=kl_B,
-            beta=self.kl_in_score,
-            lengths=self._lengths(rollouts) if self.profile.needs_lengths else None,
-            profile=self.profile,
-        )
+    def _comparison(self, rollouts: Rollouts, kl_B: Tensor | None) -> Comparison:
+        lengths_B = self._lengths(rollouts) if self.profile.needs_lengths else None
+        return Comparison(self.profile, kl_B, self.kl_in_score, lengths_B)
 
     @property
     def _rank(self) -> int:

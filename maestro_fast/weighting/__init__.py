@@ -1,5 +1,6 @@
 """Weight policies: who decides how much each reward counts."""
 
+from maestro_fast.weighting.adaptive_step import compare, weigh, weigh_and_compare
 from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
 from maestro_fast.weighting.build import POLICIES, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
@@ -8,7 +9,15 @@ from maestro_fast.weighting.equal import Equal
 from maestro_fast.weighting.exp3 import Exp3
 from maestro_fast.weighting.function import FunctionPolicy
 from maestro_fast.weighting.guard import GuardConfig, Guarded
-from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, WeightPolicy, Weights, check_profile
+from maestro_fast.weighting.policy import (
+    Comparison,
+    ContextKind,
+    Outcome,
+    WeightContext,
+    WeightPolicy,
+    Weights,
+    check_profile,
+)
 from maestro_fast.weighting.pretrained import from_pretrained, save_pretrained
 from maestro_fast.weighting.random import Random
 from maestro_fast.weighting.router import Router
@@ -22,6 +31,7 @@ __all__ = [
     "POLICIES",
     "Anchored",
     "AnchoredConfig",
+    "Comparison",
     "Conductor",
     "ConductorConfig",
     "ContextKind",
@@ -43,7 +53,10 @@ __all__ = [
     "Weights",
     "build_weight_policy",
     "check_profile",
+    "compare",
     "from_pretrained",
     "save_pretrained",
     "scored",
+    "weigh",
+    "weigh_and_compare",
 ]

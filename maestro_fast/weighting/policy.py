@@ -55,6 +55,20 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How scores become advantages: what ``group_advantages`` takes besides rewards, weights and groups.
+
+    Attributes:
+        kl_B, lengths_B: [B], on the device of the rewards.
+    """
+
+    profile: str | AdvantageProfile = "maestro"
+    kl_B: Tensor | None = None
+    beta: float = 0.0
+    lengths_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of the weights: the advantages of the same batch, and how they were made (``group_advantages``)."""
 

@@ -11,7 +11,7 @@ import torch
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, train
 from maestro_fast.training.forward import Sequences, last_hidden
-from maestro_fast.weighting import Conductor, WeightContext
+from maestro_fast.weighting import Conductor, Outcome, WeightContext
 from tests.tiny import tiny_model
 
 
@@ -35,13 +35,13 @@ def test_the_conductor_reads_what_it_asked_for(
     kl_coef: float,
 ) -> None:
     seen: list[WeightContext] = []
-    weights = Conductor.weights
+    observe = Conductor.observe
 
-    def spy(policy: Conductor, context: WeightContext) -> Any:
-        seen.append(context)
-        return weights(policy, context)
+    def spy(policy: Conductor, outcome: Outcome) -> None:
+        seen.append(outcome.context)
+        observe(policy, outcome)
 
-    monkeypatch.setattr(Conductor, "weights", spy)
+    monkeypatch.setattr(Conductor, "observe", spy)
     raw_config["weights"] |= {"context": kind}
     raw_config["loss"] = {"kl_coef": kl_coef}
     raw_config["batch"]["micro_batch"] = micro_batch

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from maestro_fast.ops import pool_hidden
+from maestro_fast.ops import GroupAdvantages, pool_hidden
 from maestro_fast.training.forward import Sequences
 from maestro_fast.training.head import backbone_of
 from maestro_fast.weighting import WeightContext, Weights
@@ -28,13 +28,14 @@ class GenerationBatch:
     Attributes:
         prompt_ids, completion_ids: token ids of its B responses.
         states: terminal hidden states [b, d], micro-batch after micro-batch.
-        weighed: what was asked of the weight policy and what it answered, over all processes.
+        weighed: what was asked of the weight policy and what it answered, over all processes; advantages as well
+            where one op gave them with the weights.
     """
 
     prompt_ids: Sequence[Sequence[int]] = ()
     completion_ids: Sequence[Sequence[int]] = ()
     states: list[Tensor] = field(default_factory=list)
-    weighed: tuple[WeightContext, Weights] | None = None
+    weighed: tuple[WeightContext, Weights, GroupAdvantages | None] | None = None
 
     @property
     def sequences(self) -> Sequences:

@@ -30,6 +30,7 @@ from maestro_fast.integrations.trl.head import takes_hidden_states
 from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss
 from maestro_fast.integrations.trl.metrics import replace_logged_advantages, weight_metrics
 from maestro_fast.integrations.trl.profile import apply_profile
+from maestro_fast.integrations.trl.scale import scales, weigh_scaled
 from maestro_fast.integrations.trl.versions import check_version
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, group_advantages
 from maestro_fast.training.checkpoint import WEIGHTS_FILE, load_weight_policy, save_weight_policy
@@ -170,13 +171,25 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             rewards_BK,
             self.accelerator.gather(self._context(batch)) if self.weight_policy.needs_context else None,
         )
-        weights = self.weight_policy.weights(context)
+        scale = 1.0 if isinstance(self.weight_policy, Static) else float(len(self._reward_names))
+        advantages: GroupAdvantages | None = None
+        if training and self._compares_at_once():
+            weights, advantages = weigh_scaled(self.weight_policy, context, self.profile, scale)
+        else:
+            weights = self.weight_policy.weights(context)
         if not training:  # an evaluation draws nothing
             weights = Weights(weights.expected_BK, weights.expected_BK)
         self._check_agreement(weights)
-        batch.weighed = (context, weights)
-        scale = 1.0 if isinstance(self.weight_policy, Static) else float(len(self._reward_names))
+        batch.weighed = (context, weights, advantages)
         self._row_weights = RowWeights(weights.weights_BK * (scale * self._fixed_weights.to(rewards_BK.device)))
+
+    def _compares_at_once(self) -> bool:
+        """Whether advantages can be made when the rewards are known, from the policy's weights times one number.
+
+        TRL computes its own profiles later, from the row weights; lengths are known later, too.
+        """
+        later = self._trl_aggregates or self.profile.needs_lengths
+        return not later and scales(self.profile) and bool((self._fixed_weights == 1).all())
 
     def _context(self, batch: GenerationBatch) -> Tensor:
         """Terminal states [b, d] of this process's responses."""
@@ -215,19 +228,21 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         output: dict[str, Any],
         context: WeightContext,
         weights: Weights,
+        advantages: GroupAdvantages | None,
         row_weights_BK: Tensor,
     ) -> None:
-        """Sets the advantages, and tells the policy and the log about them."""
+        """Sets the advantages, made here unless they are known, and tells the policy and the log about them."""
         mode = "train" if self.model.training else "eval"
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         lengths_B = self.accelerator.gather(mask.sum(1))
-        advantages = group_advantages(
-            context.rewards_BK,
-            row_weights_BK,
-            context.group_size,
-            lengths=lengths_B if self.profile.needs_lengths else None,
-            profile=self.profile,
-        )
+        if advantages is None:
+            advantages = group_advantages(
+                context.rewards_BK,
+                row_weights_BK,
+                context.group_size,
+                lengths=lengths_B if self.profile.needs_lengths else None,
+                profile=self.profile,
+            )
         self._set_advantages(output, advantages, mode)
         outcome = Outcome(context, weights, advantages)
         if mode == "train":

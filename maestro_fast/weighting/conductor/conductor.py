@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from maestro_fast.functions import load_function
 from maestro_fast.ops.conductor_params import ConductorParams
 from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
-from maestro_fast.ops.conductor_weights import action_probs, conductor_weights
-from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.ops.conductor_weights import ConductorSample, action_probs, conductor_weights
+from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
+from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.profiles import AdvantageProfile
 from maestro_fast.weighting.conductor.buffer import Buffer
 from maestro_fast.weighting.conductor.config import ConductorConfig
@@ -24,7 +26,7 @@ from maestro_fast.weighting.conductor.head import Head
 from maestro_fast.weighting.conductor.meta_rewards import meta_batch
 from maestro_fast.weighting.conductor.state import adamw_moments, check_state, with_moments
 from maestro_fast.weighting.conductor.statistics import RunningStatistics
-from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights
+from maestro_fast.weighting.policy import Comparison, ContextKind, Outcome, WeightContext, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +70,65 @@ class Conductor:
         return self.head.params(*self.statistics.standardisation())
 
     def weights(self, context: WeightContext) -> Weights:
-        config, h = self.config, self._context(context)
-        per_group = config.mode == "group"
-        sample = conductor_weights(
-            group_mean(h, context.group_size) if per_group else h,
+        h = self._context(context)
+        if self.config.mode == "group":
+            h = group_mean(h, context.group_size)
+        return self._weights(context, conductor_weights(h, self.params, **self._choice(context)))
+
+    def adaptive_step(self, context: WeightContext, comparison: Comparison) -> tuple[Weights, GroupAdvantages] | None:
+        """What ``weights`` gives and the advantages under it, by one op; None where that op has no such case.
+
+        Then nothing has been done, and ``weights`` serves the batch.
+        """
+        if not self._is_one_op(context, comparison):
+            return None
+        sample, advantages = maestro_advantages(
+            context.rewards_BK,
             self.params,
-            tau=config.tau,
-            min_prob=config.min_prob,
-            alpha=config.alpha,
-            mode="soft" if config.mode == "soft" else "sample",
-            seed=config.seed,
-            step=context.step,
+            context.group_size,
+            h=self._context(context),
+            kl=comparison.kl_B,
+            beta=comparison.beta,
+            lengths=comparison.lengths_B,
+            profile=comparison.profile,
+            **self._choice(context),
         )
+        return self._weights(context, sample), advantages
+
+    def _is_one_op(self, context: WeightContext, comparison: Comparison) -> bool:
+        """Whether ``maestro_advantages`` gives the bits of the single ops.
+
+        It has one context for each response, one device and one backend for all tensors. Float64 and gradients change
+        the backend of the advantages, and must not change that of the weights.
+        """
+        rewards_BK = context.rewards_BK
+        return (
+            getattr(self.weights, "__func__", None) is Conductor.weights  # a subclass may give weights of its own
+            and self.config.mode != "group"
+            and rewards_BK.device == self.weight.device
+            and not any(
+                x is not None and (x.dtype == torch.float64 or x.requires_grad)
+                for x in (rewards_BK, comparison.kl_B, comparison.lengths_B)
+            )
+        )
+
+    def _choice(self, context: WeightContext) -> dict[str, Any]:
+        """How an action is chosen, as the ops take it."""
+        config = self.config
+        return {
+            "tau": config.tau,
+            "min_prob": config.min_prob,
+            "alpha": config.alpha,
+            "mode": "soft" if config.mode == "soft" else "sample",
+            "seed": config.seed,
+            "step": context.step,
+        }
+
+    def _weights(self, context: WeightContext, sample: ConductorSample) -> Weights:
+        """Of every response, on the device of the rewards; the sample has one row per group in mode "group"."""
         self._metrics = {"conductor/entropy": sample.entropy.mean().item()}
         used, expected, actions = sample.weights, self.expected(sample.probs), sample.actions
-        if per_group:
+        if self.config.mode == "group":
             used, expected, actions = (x.repeat_interleave(context.group_size, 0) for x in (used, expected, actions))
         device = context.rewards_BK.device
         return Weights(used.to(device), expected.to(device), actions.to(device))
