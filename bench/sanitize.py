@@ -1,7 +1,7 @@
 """One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize
 
-Exits with 1 where a result is not finite. No size divides by a tile and most are larger than one, so that loops run with
-and without their masks. The head pass is in bfloat16: its gradient of the logits is written in place of them, and its
+Exits with 1 where a result is not finite. No size divides by a tile and most are larger than one, so that loops run
+with and without their masks. The head pass is in bfloat16: its gradient of the logits is written in place of them, and its
 tiles are loaded by descriptors.
 """
 

@@ -5,9 +5,9 @@ the small kernels of this package cost the device. A ``BoundLaunch`` fixes the c
 the compiled kernel of each specialisation that it has met. The next launch of the same specialisation goes straight to
 the driver.
 
-What a launch is remembered by holds at least what Triton specialises on: the device, the dtype of every tensor and which
-are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a tensor whose
-address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
+What a launch is remembered by holds at least what Triton specialises on: the device, the dtype of every tensor and
+which are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a tensor
+whose address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class BoundLaunch:
             self._launch(grid, arguments)
             return
         key = self._key(arguments)
-        found = self._compiled.get(key) if key is not None else None
+        if key is None:
+            self._launch(grid, arguments)
+            return
+        found = self._compiled.get(key)
         if found is None:
-            kernel = self._launch(grid, arguments)
-            if key is not None and kernel is not None:
-                if len(self._compiled) >= _MOST:
-                    self._compiled.clear()
-                self._compiled[key] = kernel
+            if len(self._compiled) >= _MOST:
+                self._compiled.clear()
+            self._compiled[key] = self._launch(grid, arguments)
             return
         arguments.update(self.constants)
         width, height, depth = (*grid, 1, 1)[:3]

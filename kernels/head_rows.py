@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.allocation import empty_floats
 
 _LANES = 1024  # columns that are folded apart: a warp reads 512 bytes in a row
 _FOLDS = 4  # of _LANES columns in one step
@@ -290,8 +289,8 @@ def row_statistics(
     """
     rows = x.shape[0]
     wants_entropy = spec.entropy != "none"
-    logprobs, peaks, totals, *rest = empty_floats(x.device, *[(rows,)] * (4 if wants_entropy else 3))
-    entropies = rest[0] if wants_entropy else None
+    logprobs, peaks, totals = (x.new_empty(rows) for _ in range(3))
+    entropies = x.new_empty(rows) if wants_entropy else None
     if rows:
         _statistics[(rows,)](
             x,

@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from maestro_fast.kernels.allocation import empty_floats
 from maestro_fast.kernels.head_rows import LOG2E, LOWEST, cap_logits, head_arguments
 
 _PART = 8192  # columns of the vocabulary for one program
@@ -306,13 +305,13 @@ def token_logprobs(
     """
     tokens, size, vocabulary = *hidden.shape, weight.shape[0]
     wants_entropy = spec.entropy != "none"
-    logprobs, peaks, totals, *rest = empty_floats(hidden.device, *[(tokens,)] * (4 if wants_entropy else 3))
-    entropies = rest[0] if wants_entropy else None
+    logprobs, peaks, totals = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+    entropies = torch.empty_like(logprobs) if wants_entropy else None
     if not tokens:
         return logprobs, peaks, totals, entropies
     by = by or tiles(hidden, weight, torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (8, 0))
     parts = triton.cdiv(vocabulary, _PART)
-    partial = empty_floats(hidden.device, *[(parts, tokens)] * (3 if wants_entropy else 2))
+    partial = hidden.new_empty((3 if wants_entropy else 2, parts, tokens), dtype=torch.float32)
     common = {
         "bias_ptr": bias,
         "largest_ptr": partial[0],

@@ -64,7 +64,8 @@ def operator(
     """Makes a launch an op of its own, for eager calls and for ``torch.compile``.
 
     The launch gets its arguments as they are in an eager call. Under ``torch.compile`` they pass through a registered
-    operator, which takes tensors, numbers and strings alone: ``flat`` takes records apart, ``whole`` puts them together.
+    operator, which takes tensors, numbers and strings alone: ``flat`` takes records apart, ``whole`` puts them
+    together.
     The outputs of a launch must not share a storage.
 
     Args:

@@ -161,9 +161,7 @@ def test_the_bits_are_those_of_the_single_launches(groups: Any, units: int | Non
         rewards_BK, params, draw, index_NG, x, soft=soft, profile=profile, kl=kl, beta=0.1
     )
     alone = conductor_weights.conductor_weights(x, params, draw, soft=soft)
-    after = group_advantages.group_advantages(
-        rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=0.1
-    )
+    after = group_advantages.group_advantages(rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=0.1)
     for name, fused, single in zip((*sample._fields, *out._fields), (*sample, *out), (*alone, *after), strict=True):
         assert torch.equal(fused, single), name
 
