@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 _LANES = 1024  # columns that are folded apart: a warp reads 512 bytes in a row
 _FOLDS = 4  # of _LANES columns in one step
 _WARPS = 8

@@ -3,6 +3,9 @@
 Importing this package imports nothing else of it. The functional API is in :mod:`maestro_fast.ops`.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("maestro-fast")
+try:
+    __version__ = version("maestro-fast")
+except PackageNotFoundError:  # a checkout that is used without being installed
+    __version__ = "0+unknown"
