@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maestro_fast.kernels import token_logprobs as kernel
 from maestro_fast.kernels.token_logprobs import Tiles
@@ -226,6 +227,23 @@ def test_operators_are_registered_properly() -> None:
     torch.library.opcheck(torch.ops.maestro_fast.triton_dlogits_, arguments, test_utils=checks[:2])
     into = torch.ops.maestro_fast.triton_dlogits_into
     torch.library.opcheck(into, (logits.half(), *arguments), test_utils=checks[:2])
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
+def test_gradients_of_transposed_inputs_have_the_strides_that_are_announced(wanted: tuple[bool, ...]) -> None:
+    x = there(random_inputs(5, 33, bias=True).to(torch.float32))
+    hidden, weight = x.hidden.T.contiguous().T, x.lm_head.T.contiguous().T
+    spec, slopes = (1.0, None, 0.7, -100, "none"), torch.ones(5, device=DEVICE)
+    _, peaks, totals, entropies = torch.ops.maestro_fast.triton_token_logprobs(
+        hidden, weight, x.bias, x.targets, *spec, False
+    )
+    given = hidden, weight, x.bias, x.targets, peaks, totals, entropies, slopes, slopes, *spec, False, wanted
+    backward = torch.ops.maestro_fast.triton_token_logprobs_backward
+    torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = backward(*given)
+    for fake, real in zip(fakes, backward(*given), strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @pytest.mark.parametrize(
