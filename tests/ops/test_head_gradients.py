@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from maestro_fast.ops.gpu_head_rows import logit_rows
 from maestro_fast.ops.head_chunks import Head
 from maestro_fast.ops.head_rows import HeadSpec
 from tests.ops.helpers import half_products_on_the_cpu
-from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, random_batch
+from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, gradients, random_batch, written_logprobs
 from tests.ops.test_token_logprobs import composed, ours, random_inputs
 
 
@@ -78,13 +79,15 @@ def test_the_log_probs_of_a_float16_head_do_as_well(size: float) -> None:
 
 @pytest.mark.parametrize("mode", ["token_mask", "token_truncate"])
 def test_an_on_policy_loss_with_a_sampler_correction_is_foreseen(mode: Any) -> None:
-    """The unit comes from ratios to the sampler, which would be e^5 and more if the log-probs were taken to be 0."""
+    """The unit comes from ratios to the sampler, which would all be e^4 if the log-probs were taken to be 0: then no
+    token would keep a slope with ``token_mask``."""
     config = PolicyLossConfig("dapo", sampler_correction=mode)
-    batch = random_batch(dtype=torch.float16, masked=False)
+    batch = random_batch(dtype=torch.float16, masked=False, bias=False)
+    batch = replace(batch, hidden=batch.hidden / 32)
+    batch.tokenwise["sampling_logprobs"] = written_logprobs(batch)[0]
     half, truth = batch.to(torch.float16), batch.to(torch.float64)
     options = {"normalizer": 100.0, "old_logprobs": None}
-    mine = torch.autograd.grad(half.ours(config, **options).loss, half.leaves)
-    wanted = torch.autograd.grad(truth.composed(config, **options).loss, truth.leaves)
+    mine, wanted = gradients(half.ours(config, **options), half), gradients(truth.composed(config, **options), truth)
     for one, other in zip(mine, wanted, strict=True):
         assert relative_error(one, other) < 2**-9
 
