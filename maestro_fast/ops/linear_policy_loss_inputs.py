@@ -117,19 +117,23 @@ def loss_inputs(inputs: LossInputs, hidden: Tensor, config: PolicyLossConfig) ->
 
 
 def upload(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on the device. From the CPU to a GPU by way of pinned memory: from pageable memory, the host would wait for
-    all that is queued there.
+    """``x`` on the device. From the CPU it goes through pinned memory: a copy from pageable memory would make the host
+    wait for all that is queued on the device.
 
     Raises:
         ValueError: while a CUDA graph is captured, whose replays would read what is no longer in that memory.
     """
-    if x.device == device or x.device.type != "cpu" or device.type != "cuda":
+    if device.type == "cpu" or x.device.type != "cpu":
         return x.to(device)
     if torch.compiler.is_compiling():
         return x.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
+    if _captures(device):
         raise ValueError(f"{name}: on the CPU while a CUDA graph is captured, expected {device}")
     return _pinned(x).to(device, non_blocking=True)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import gpu_head_rows, head_chunks, linear_policy_loss
+from maestro_fast.ops import gpu_head_rows, head_chunks, linear_policy_loss, token_logprobs
+from maestro_fast.ops.head_chunks import Chunk
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
 from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import (
@@ -79,3 +80,43 @@ def test_a_trained_head_compiles_to_one_graph(dtype: torch.dtype, monkeypatch: p
         return [loss, *metrics.values(), logprobs]
 
     assert_same_compiled(op, *batch.leaves, *given)
+
+
+@pytest.mark.parametrize("variant", ["dapo", "gspo"])
+def test_two_chunks_of_a_16_bit_head_share_the_products_of_the_gradient(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are float32 of at most 8 rows; the gradient's products have 16 rows, or as many as responses allow."""
+    rows: dict[str, list[int]] = {"logits": [], "dhidden": [], "add_dweight_": []}
+
+    def counted(name: str) -> Any:
+        original = getattr(Chunk, name)
+
+        def method(self: Chunk, *args: Any) -> Any:
+            rows[name].append(self.hidden.shape[0])
+            return original(self, *args)
+
+        return method
+
+    for name in rows:
+        monkeypatch.setattr(Chunk, name, counted(name))
+    batch = there(random_batch(masked=False).to(torch.float16))
+    loss = batch.ours(ALL_VARIANTS[variant], backend="triton")
+    torch.autograd.grad(loss.loss, batch.leaves)
+    tokens = len(batch.targets)
+    longer = sum(n for n in batch.lengths if n > 8) if variant == "gspo" else 0
+    assert max(rows["logits"]) == 8 and sum(rows["logits"]) == tokens + longer
+    assert rows["dhidden"] == rows["add_dweight_"] and sum(rows["dhidden"]) == tokens
+    assert max(rows["dhidden"]) == 16
+    if variant == "dapo":
+        assert rows["dhidden"] == [16] * (tokens // 16) + [tokens % 16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probs_are_bitwise_those_of_the_op(dtype: torch.dtype) -> None:
+    batch = there(random_batch(masked=False).to(dtype))
+    swept = batch.ours(ALL_VARIANTS["dapo"], EVERYTHING, backend="triton").logprobs
+    expected = token_logprobs(
+        batch.hidden, batch.lm_head, batch.targets, bias=batch.bias, **EVERYTHING, backend="triton"
+    )
+    assert torch.equal(swept, expected.logprobs)

@@ -63,7 +63,15 @@ def composed(
     x: Inputs, *, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
 ) -> TokenLogprobs:
     """What anyone would write, in the dtype of the inputs: all logits, then log_softmax."""
-    logits = torch.nn.functional.linear(x.hidden, x.lm_head) * logit_scale
+    logits = torch.nn.functional.linear(x.hidden, x.lm_head)
+    return composed_of_logits(logits, x, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+
+
+def composed_of_logits(
+    logits: Tensor, x: Inputs, *, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
+) -> TokenLogprobs:
+    """The same from the product of hidden states and head."""
+    logits = logits * logit_scale
     if x.bias is not None:
         logits = logits + x.bias
     if softcap is not None:
