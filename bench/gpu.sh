@@ -85,16 +85,15 @@ headline() { # NAME SECONDS ARGUMENTS...
 
 # What is cheap comes first, and torch.compile, which takes the longest, last: an early end loses least.
 second() {
-  local heads=(--head=4096x151936x16384) narrow=(--head=1024x151936x16384)
-  ((dry)) && heads=() narrow=(--head=24x50x6)
+  local wide=4096x151936x16384 narrow=1024x151936x16384
+  ((dry)) && wide=16x70x9 narrow=24x50x6
   step "ceilings" 30 "$python" -m bench.gpu_ceilings
   headline "group_advantages" 40 --no-compile bench/bench_gpu_group_advantages.py
   headline "maestro_advantages" 45 --no-compile bench/bench_gpu_maestro_advantages.py
   headline "policy_loss" 40 --no-compile bench/bench_gpu_policy_loss.py
   headline "pool_hidden" 40 --no-compile bench/bench_gpu_pool_hidden.py
-  headline "token_logprobs, d 4096" 70 --no-compile bench/bench_gpu_token_logprobs.py "${heads[@]}"
-  headline "linear_policy_loss, d 4096" 110 --no-compile bench/bench_gpu_linear_policy_loss.py "${heads[@]}"
-  headline "token_logprobs, d 1024" 60 --no-compile -k "not backward" bench/bench_gpu_token_logprobs.py "${narrow[@]}"
+  headline "token_logprobs" 100 --no-compile bench/bench_gpu_token_logprobs.py --head="$wide,$narrow"
+  headline "linear_policy_loss" 110 --no-compile bench/bench_gpu_linear_policy_loss.py --head="$wide"
   headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
 }
 
