@@ -32,7 +32,7 @@ ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights ma
 
 say() { printf '\n== %s\n' "$*"; }
 
-# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 10 s later
+# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 20 s later
 step() {
   local name=$1 limit=$2 begun=$SECONDS status=0 left
   shift 2
@@ -44,7 +44,7 @@ step() {
   fi
   say "$name, at most $limit s"
   # with SIGINT as it was: a shell ignores it for what runs in its background
-  timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" || status=$?
+  timeout -s INT -k 20 "$limit" env --default-signal=INT "$@" || status=$?
   ((status)) && failures=$((failures + 1))
   case $status in
     0) status=passed ;;
@@ -61,7 +61,7 @@ part() {
   export BENCH_JSON=$out/$name.jsonl
   rm -f "$BENCH_JSON"
   {
-    rows=() failures=0 deadline=$((SECONDS + $2 - 12)) # a step may need 10 s to end
+    rows=() failures=0 deadline=$((SECONDS + $2 - 15)) # what is interrupted needs some seconds to sum up: xdist ends its workers
     "$name" "${@:3}"
     say "$name: $failures of ${#rows[@]} steps failed, $SECONDS s"
     printf '  %s\n' "${rows[@]}"
