@@ -11,7 +11,7 @@ export PYTHON COMMIT PEERS
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-trl-oldest test-vllm lint bench gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help quickstart test test-trl-oldest test-vllm lint bench gpu gpu-sanitize gpu-bench gpu-rehearsal clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -56,17 +56,17 @@ bench: ## Set up, then run the CPU benchmarks: a table per op, and bench/results
 	@$(call in_environment,dev) && mkdir -p bench/results && \
 	"$$python" -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/cpu.json $(ARGS)
 
-gpu: ## On a GPU machine, without a network: install, GPU tests, compute-sanitizer, all GPU benchmarks
-	@bash bench/gpu.sh all
+gpu: ## On a GPU machine, without a network: GPU tests, headline figures, training steps; 13 minutes at most
+	@status=0; for part in first second third; do bash bench/gpu.sh $$part || status=1; done; exit $$status
 
-gpu-test: ## Of make gpu, the tests alone; ARGS="tests/kernels/test_pool_hidden.py" picks
-	@bash bench/gpu.sh test $(ARGS)
-
-gpu-sanitize: ## Of make gpu, compute-sanitizer alone
+gpu-sanitize: ## The same with compute-sanitizer's memcheck of every kernel
 	@bash bench/gpu.sh sanitize
 
-gpu-bench: ## Of make gpu, the benchmarks alone; ARGS="pool_hidden linear_policy_loss:1024x32768x2048" picks
+gpu-bench: ## The same with whole benchmarks; ARGS="pool_hidden linear_policy_loss:1024x32768x2048" picks
 	@bash bench/gpu.sh bench $(ARGS)
+
+gpu-rehearsal: ## Without a GPU: a rehearsal by PYTHON, which has the versions of the GPU machine
+	@"$${PYTHON:?the Python of such an environment}" -m bench.rehearse_gpu
 
 clean: ## Remove what builds and checks leave behind; environments stay
 	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

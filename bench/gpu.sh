@@ -32,7 +32,7 @@ ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights ma
 
 say() { printf '\n== %s\n' "$*"; }
 
-# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 10 s later
+# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 20 s later
 step() {
   local name=$1 limit=$2 begun=$SECONDS status=0 left
   shift 2
@@ -44,7 +44,7 @@ step() {
   fi
   say "$name, at most $limit s"
   # with SIGINT as it was: a shell ignores it for what runs in its background
-  timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" || status=$?
+  timeout -s INT -k 20 "$limit" env --default-signal=INT "$@" || status=$?
   ((status)) && failures=$((failures + 1))
   case $status in
     0) status=passed ;;
@@ -61,7 +61,7 @@ part() {
   export BENCH_JSON=$out/$name.jsonl
   rm -f "$BENCH_JSON"
   {
-    rows=() failures=0 deadline=$((SECONDS + $2 - 12)) # a step may need 10 s to end
+    rows=() failures=0 deadline=$((SECONDS + $2 - 15)) # what is interrupted needs some seconds to sum up: xdist ends its workers
     "$name" "${@:3}"
     say "$name: $failures of ${#rows[@]} steps failed, $SECONDS s"
     printf '  %s\n' "${rows[@]}"
@@ -85,16 +85,15 @@ headline() { # NAME SECONDS ARGUMENTS...
 
 # What is cheap comes first, and torch.compile, which takes the longest, last: an early end loses least.
 second() {
-  local heads=(--head=4096x151936x16384) narrow=(--head=1024x151936x16384)
-  ((dry)) && heads=() narrow=(--head=24x50x6)
+  local wide=4096x151936x16384 narrow=1024x151936x16384
+  ((dry)) && wide=16x70x9 narrow=24x50x6
   step "ceilings" 30 "$python" -m bench.gpu_ceilings
   headline "group_advantages" 40 --no-compile bench/bench_gpu_group_advantages.py
   headline "maestro_advantages" 45 --no-compile bench/bench_gpu_maestro_advantages.py
   headline "policy_loss" 40 --no-compile bench/bench_gpu_policy_loss.py
   headline "pool_hidden" 40 --no-compile bench/bench_gpu_pool_hidden.py
-  headline "token_logprobs, d 4096" 70 --no-compile bench/bench_gpu_token_logprobs.py "${heads[@]}"
-  headline "linear_policy_loss, d 4096" 110 --no-compile bench/bench_gpu_linear_policy_loss.py "${heads[@]}"
-  headline "token_logprobs, d 1024" 60 --no-compile -k "not backward" bench/bench_gpu_token_logprobs.py "${narrow[@]}"
+  headline "token_logprobs" 100 --no-compile bench/bench_gpu_token_logprobs.py --head="$wide,$narrow"
+  headline "linear_policy_loss" 110 --no-compile bench/bench_gpu_linear_policy_loss.py --head="$wide"
   headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
 }
 

@@ -1,8 +1,8 @@
 """One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize
 
-Exits with 1 where a result is not finite. No size divides by a tile and most are larger than one, so that loops run
-with and without their masks. The head pass is in bfloat16: its gradient of the logits is written in place of them, and its
-tiles are loaded by descriptors.
+Exits with 1 where a result is not finite. No size divides by a tile, and most are larger than one, so that loops run
+with and without their masks. The head pass is in bfloat16: its gradient of the logits is written in their place, and
+its tiles are loaded by descriptors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maestro_fast.ops import ConductorParams, PolicyLossConfig
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 B, K, D, H, G, T = 15, 3, 300, 7, 5, 61
-V, WIDTH = (137 if INTERPRETED else 10_007), 64  # of the head pass; the interpreter takes minutes for the larger one
+V, WIDTH = (70 if INTERPRETED else 10_007), 64  # of the head pass; the interpreter takes minutes for the larger one
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter is wrong in bfloat16
 LONG = 600  # tokens, more than one chunk of pooling
 

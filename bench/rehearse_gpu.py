@@ -1,0 +1,146 @@
+"""What can be tried of a run on a GPU machine without one, with the versions that it has: python -m bench.rehearse_gpu
+
+Run it by the Python of an environment that holds the GPU machine's versions of torch, Triton, numpy, transformers,
+pytest, scikit-build-core, pybind11, cmake and ninja. It builds the extension for this Python into maestro_fast/, for
+the GPU machine to take along; collects the tests and benchmarks marked ``gpu``; compiles every launch of
+tests/kernels/test_aot.py for sm_90 and sm_100, timed, from an empty cache; and rehearses bench/gpu.sh.
+
+Ends with a table of verdicts, and with 1 if one of them is bad.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = (90, 100)  # H100 and H200, B200
+PARTS = ("first", "second", "third")
+
+
+class Failed(Exception):
+    """What the table says about a step that failed."""
+
+
+def python(*arguments: str, **variables: str) -> str:
+    """Output of this Python.
+
+    Raises:
+        Failed: it ended with another status than 0.
+    """
+    return output([sys.executable, *arguments], **variables)
+
+
+def output(command: list[str], **variables: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout[-4000:] + done.stderr[-4000:])
+        raise Failed(f"exit status {done.returncode}, see above")
+    return done.stdout
+
+
+def versions() -> str:
+    names = ("torch", "triton", "numpy", "transformers")
+    found = python("-c", f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {names}))")
+    return f"Python {sys.version.split()[0]}, {found.strip()}"
+
+
+def extension() -> str:
+    """Builds it as a wheel does, and imports it from the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, str(ROOT))
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.startswith("maestro_fast/_C."))
+            archive.extract(member, ROOT)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if member != f"maestro_fast/_C{suffix}":
+        raise Failed(f"the wheel holds {member}, expected {suffix}")
+    # torch first: its libraries are the ones that the extension is linked against
+    return "imports: " + python("-c", "import torch, maestro_fast._C as c; print(c.__file__)").strip()
+
+
+def collection() -> str:
+    lines = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", "tests", "bench")
+    return lines.strip().splitlines()[-1]
+
+
+def compilation() -> str:
+    """Each launch by itself, so that the seconds are those that a GPU machine spends on it."""
+    from tests.kernels import test_aot
+    from tests.kernels.aot import compiled, recorded
+
+    def launches(arch: int) -> Iterator[tuple[str, Any]]:
+        makers: list[tuple[str, Callable[[], Any]]] = [(op.__name__, op) for op in test_aot.OPS]
+        makers.append(("head_product", lambda: test_aot.head_product(arch)))
+        for name, maker in makers:
+            for launcher in maker():
+                yield from ((name, launch) for launch in recorded(launcher))
+
+    seconds, bad, count = dict.fromkeys(ARCHITECTURES, 0.0), [], 0
+    for arch in ARCHITECTURES:
+        for name, launch in launches(arch):
+            start = time.perf_counter()
+            try:
+                needs = compiled(launch, arch)
+            except Exception as error:
+                verdict = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                verdict = f"{needs.stack} bytes spilled" if needs.stack else ""
+            took = time.perf_counter() - start
+            seconds[arch] += took
+            count += 1
+            print(f"  sm_{arch:<4}{name:28}{launch.name:44}{took:7.2f} s  {verdict}", flush=True)
+            bad += [f"{launch.name}, sm_{arch}: {verdict}"] if verdict else []
+    if bad:
+        raise Failed(f"{len(bad)} of {count} launches: " + "; ".join(bad[:3]))
+    sums = ", ".join(f"{total:.0f} s for sm_{arch}" for arch, total in seconds.items())
+    return f"{count} launches without a spill; sum {sums}"
+
+
+def instructions() -> str:
+    """The assertions of the test itself, about tensor cores and the like; nothing is compiled anew."""
+    found = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_aot.py", "-k", "90 or 100")
+    return found.strip().splitlines()[-1]
+
+
+def part(name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        lines = output(["bash", "bench/gpu.sh", name], BENCH_DRY="1", OUT=folder, PYTHON=sys.executable, VIRTUAL_ENV="")
+    return next(line for line in lines.splitlines() if line.startswith(f"== {name}:")).removeprefix("== ")
+
+
+def main() -> None:
+    steps: dict[str, Callable[[], str]] = {
+        "versions": versions,
+        "extension": extension,
+        "collection": collection,
+        "compilation": compilation,
+        "test_aot.py": instructions,
+        **{f"gpu.sh {name}": lambda name=name: part(name) for name in PARTS},
+    }
+    rows, failures = [], 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # before Triton is imported
+        for name, step in steps.items():
+            start = time.perf_counter()
+            try:
+                verdict = step()
+            except Failed as error:
+                verdict, failures = f"FAILED: {error}", failures + 1
+            rows.append(f"  {name:16}{time.perf_counter() - start:6.0f} s  {verdict}")
+            print(rows[-1], flush=True)
+    print("\n".join(["", "Rehearsal of a GPU run, no GPU in it", *rows]))
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
