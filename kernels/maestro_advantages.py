@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -247,7 +248,7 @@ def maestro_advantages(
     if source == "mean":
         assert start_B is not None and length_B is not None
         chunk = pooling._CHUNK
-        x = pooling.chunk_sums(x, start_B, length_B)
+        x = pooling.chunk_sums(x, torch.cat([start_B, start_B[-1:] + length_B[-1:]]), length_B)
     units, splits = 1, 1
     mlp = params.hidden_weight is not None
     if mlp:

@@ -1,4 +1,4 @@
-"""Advantages, the Conductor's weights and pooling by Triton: the launches, and the operators that compilation sees."""
+"""Advantages and the Conductor's weights by Triton: the launches, and the operators that compilation sees."""
 
 from __future__ import annotations
 
@@ -78,14 +78,6 @@ def conductor_update(
         given = batch.h, batch.meta, batch.actions, batch.drawn_probs, batch.live
         return registered(*state.params.tensors, *moments, *given, state.step, [float(x) for x in astuple(config)])
     return gpu_launches.conductor_update(state, batch, config)
-
-
-def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
-    """float32 [B, d]. The arguments are checked."""
-    if torch.compiler.is_compiling():
-        registered: Callable[..., Tensor] = torch.ops.maestro_fast.triton_pool_hidden
-        return registered(flat, start_B, length_B, mean, longest)
-    return gpu_launches.pool_hidden(flat, start_B, length_B, mean, longest)
 
 
 def maestro_advantages(
@@ -192,11 +184,6 @@ define(
         _state(given), ConductorBatch(*given[14:19]), ConductorUpdateConfig(*given[20])
     ),
     lambda *given: (given[2].new_empty(()), given[2].new_empty(())),
-)
-define(
-    "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",
-    gpu_launches.pool_hidden,
-    lambda flat, start, *rest: flat.new_empty((start.shape[0], flat.shape[1]), dtype=torch.float32),
 )
 define(
     f"triton_maestro_advantages(Tensor rewards, {_PARAMS}, {_CHOICE}, Tensor index, Tensor x, str source,"

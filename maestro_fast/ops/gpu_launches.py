@@ -85,12 +85,6 @@ def conductor_update(
     return update.objective, update.grad_norm
 
 
-def pool_hidden(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
-    from maestro_fast.kernels import pool_hidden as kernel
-
-    return kernel.pool_hidden(_rows(flat), start_B, length_B, mean=mean, longest=longest)
-
-
 def maestro_advantages(
     rewards: Tensor,
     params: ConductorParams,

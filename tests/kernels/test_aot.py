@@ -34,14 +34,17 @@ def group_advantages() -> Iterator[Callable[[], Any]]:
 
 
 def pool_hidden() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import mask_segments
     from maestro_fast.kernels.pool_hidden import pool_hidden as launch
 
-    start_B, length_B = torch.arange(64) * 16, torch.full((64,), 16)
+    bounds, limit_B = torch.arange(65) * 16, torch.full((64,), 16)
     for dtype in (torch.bfloat16, torch.float32):
         flat = torch.zeros(1024, 4096, dtype=dtype)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=True)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=True, longest=256)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=False)
+        for where, limit, width in ((bounds, None, None), (bounds, limit_B, 256), (None, limit_B, 512)):
+            for mean in (False, True):
+                yield lambda x=flat, b=where, n=limit, w=width, m=mean: launch(x, b, n, mean=m, width=w)
+    for prompt_B in (None, limit_B):
+        yield lambda p=prompt_B: mask_segments(torch.ones(64, 2048, dtype=torch.int64), p)
 
 
 def head(size: int, rewards: int, units: int | None) -> ConductorParams:
