@@ -19,9 +19,10 @@ one load deep up to 128 sequences, two up to 16,384.
 
 Bytes moved: the T d elements of the input, once, and 8 d per slot for the partial sums, which mostly stay in the L2.
 For T = 65,536, d = 4,096 in bfloat16 and B = 64: 537 MB + 10 MB, 0.127 ms at the 4.3 TB/s of an H200, 0.182 ms at
-the 3.0 TB/s of an H100. What is lost on top, as predicted from the tiles below: half a program's time at the end, while
-the processors run dry. 4 programs on each of 132 processors hold 35 MB of the 547, so about 3 %, and 2 us for the
-second launch: 0.133 ms or 0.94 of the bandwidth on an H200, 0.190 ms or 0.95 on an H100.
+the 3.0 TB/s of an H100. What comes on top is predicted, not measured: at the end the processors run dry, which takes
+half a program's time. 128 registers let 4 programs run on each of 132 processors, and these hold 35 MB of the 547, so
+that is about 3 %; the second launch takes 2 us. So 0.133 ms are expected on an H200 and 0.190 ms on an H100, 0.94 and
+0.94 of the bandwidth for the input alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch import Tensor
 _CHUNK = 256  # tokens of one program: with _COLUMNS 64 KB of bfloat16, 8,192 programs of full chunks in the case above
 _TOKENS = 64  # tokens of one step: 16 KB of bfloat16, eight loads of 16 bytes per thread
 _COLUMNS = 128  # columns of one program, 256 bytes of a bf16 row; programs that run at once read whole rows
-_STAGES = 3  # steps of which two are on their way: 32 KB per program, while 26 KB per processor cover the latency
+_STAGES = 3  # two steps are on their way, 32 KB per program; 26 KB per processor would cover 0.8 us of latency
 _PIVOTS = 128  # sequences that one step of the search compares, one per thread
 _AHEAD = 8  # chunks whose sums the second launch loads before it adds them
 

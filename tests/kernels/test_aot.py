@@ -214,6 +214,21 @@ def compile_all(launchers: Iterator[Callable[[], Any]], arch: int) -> dict[str, 
     return found
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_mean_of_hidden_states_loads_ahead(arch: int) -> None:
+    """Two steps are in shared memory on their way, and registers let four programs of 128 threads run at once."""
+    step = 64 * 128  # tokens and columns
+    for size, needs in zip((2, 4), compile_all(pool_means(), arch)["pool_hidden._sums"], strict=True):
+        assert needs.shared >= 2 * step * size and needs.registers <= 128
+
+
+def pool_means() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import pool_hidden as launch
+
+    for dtype in (torch.bfloat16, torch.float32):
+        yield lambda d=dtype: launch(torch.zeros(1024, 4096, dtype=d), torch.arange(65) * 16, mean=True)
+
+
 @pytest.mark.parametrize(
     ("arch", "product", "by_descriptor"), [(80, "HMMA", False), (90, "HGMMA", True), (100, "UTCHMMA", True)]
 )
