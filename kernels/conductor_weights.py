@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.pool_hidden import first_slot, segment
 
 ROWS = 16  # responses of one program of the second launch
 _LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of one program of a linear head
@@ -53,21 +54,22 @@ def uniform(seed, step, index_R):
 
 
 @triton.jit
-def context_rows(start_ptr, length_ptr, b_R, inside_R, SOURCE: tl.constexpr, CHUNK: tl.constexpr):
+def context_rows(
+    bounds_ptr, limit_ptr, b_R, inside_R, SOURCE: tl.constexpr, HAS_LIMIT: tl.constexpr, CHUNK: tl.constexpr
+):
     """Where the contexts of responses b are: row of x, whether there is one, and tokens. SOURCE says what x is:
 
     "context": the contexts [B, d]; "last": hidden states [T, d], of which the last token counts; "mean": the sums
-    of chunks [slots, d] of ``kernels/pool_hidden.py``.
+    of chunks [slots, d] of ``kernels/pool_hidden.py``, whose bounds and limit these are.
     """
     if SOURCE == "context":
         return b_R, inside_R, b_R
     else:
-        start_R = tl.load(start_ptr + b_R, mask=inside_R, other=0).to(tl.int64)
-        length_R = tl.load(length_ptr + b_R, mask=inside_R, other=0).to(tl.int64)
+        start_R, length_R = segment(bounds_ptr, limit_ptr, b_R, inside_R, HAS_LIMIT)
         if SOURCE == "last":
             return start_R + length_R - 1, inside_R & (length_R > 0), length_R
         else:
-            return start_R // CHUNK + b_R, inside_R, length_R
+            return first_slot(start_R, b_R, CHUNK), inside_R, length_R
 
 
 @triton.jit
@@ -225,8 +227,8 @@ def decide(
 @triton.jit(do_not_specialize=["B"])
 def _linear(
     x_ptr,
-    start_ptr,
-    length_ptr,
+    bounds_ptr,
+    limit_ptr,
     mean_ptr,
     rstd_ptr,
     weight_ptr,
@@ -237,6 +239,7 @@ def _linear(
     K: tl.constexpr,
     KP: tl.constexpr,
     SOURCE: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
     CHUNK: tl.constexpr,
     R: tl.constexpr,
     BD: tl.constexpr,
@@ -252,7 +255,7 @@ def _linear(
     b_R = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = b_R < B
     s = tl.program_id(0)
-    row_R, there_R, length_R = context_rows(start_ptr, length_ptr, b_R, inside_R, SOURCE, CHUNK)
+    row_R, there_R, length_R = context_rows(bounds_ptr, limit_ptr, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     k = tl.arange(0, KP)
     sum_RKD = tl.zeros([R, KP, BD], tl.float32)
     for i in range(0, STEPS):
@@ -273,8 +276,8 @@ def _linear(
 @triton.jit(do_not_specialize=["B"])
 def _hidden(
     x_ptr,
-    start_ptr,
-    length_ptr,
+    bounds_ptr,
+    limit_ptr,
     mean_ptr,
     rstd_ptr,
     weight_ptr,
@@ -284,6 +287,7 @@ def _hidden(
     d,
     stride_xb,
     SOURCE: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
@@ -295,7 +299,7 @@ def _hidden(
     inside_R = b_R < B
     unit_H = tl.program_id(1) * HT + tl.arange(0, HT)
     s = tl.program_id(2)
-    row_R, there_R, length_R = context_rows(start_ptr, length_ptr, b_R, inside_R, SOURCE, CHUNK)
+    row_R, there_R, length_R = context_rows(bounds_ptr, limit_ptr, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     end = tl.minimum((s + 1) * SPLIT, d)
     part_RH = project(
         x_ptr,
@@ -446,14 +450,14 @@ def head_parts(
     batch: int,
     *,
     source: str = "context",
-    start_B: Tensor | None = None,
-    length_B: Tensor | None = None,
+    bounds: Tensor | None = None,
+    limit_B: Tensor | None = None,
     chunk: int = 1,
 ) -> Tensor:
     """Parts [splits, B, K] of a linear head, or [splits, B, H] of an MLP's first layer, without their bias.
 
     Args:
-        x: see ``context_rows`` for the sources.
+        x, bounds, limit_B: see ``context_rows`` for the sources; contexts have neither bounds nor limit.
         params: an ``ops.ConductorParams`` of contiguous float32.
         batch: B, at least 1.
     """
@@ -464,8 +468,8 @@ def head_parts(
     parts = torch.empty(splits, batch, units, device=x.device, dtype=torch.float32)
     arguments = {
         "x_ptr": x,
-        "start_ptr": start_B,
-        "length_ptr": length_B,
+        "bounds_ptr": bounds,
+        "limit_ptr": limit_B,
         "mean_ptr": params.mean,
         "rstd_ptr": params.rstd,
         "weight_ptr": weight,
@@ -476,18 +480,25 @@ def head_parts(
     }
     if mlp:
         grid = (triton.cdiv(batch, _HIDDEN_ROWS), triton.cdiv(units, _HIDDEN), splits)
-        _hidden_launch(source, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(grid, H=units, **arguments)
+        _hidden_launch(source, limit_B is not None, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(grid, H=units, **arguments)
     else:
-        launch = _linear_launch(
-            source, chunk, units, min(size, _SPLIT), _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
-        )
+        tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
+        launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _SPLIT), *tiles)
         launch((splits, triton.cdiv(batch, launch.constants["R"])), **arguments)
     return parts
 
 
 @lru_cache(maxsize=256)
 def _linear_launch(
-    source: str, chunk: int, rewards: int, split: int, rows: int, inner: int, unrolled: int, accumulators: int
+    source: str,
+    has_limit: bool,
+    chunk: int,
+    rewards: int,
+    split: int,
+    rows: int,
+    inner: int,
+    unrolled: int,
+    accumulators: int,
 ) -> BoundLaunch:
     """More rewards than eight leave room for fewer responses, then for fewer columns. Powers of 2, as ``_SPLIT`` is."""
     columns = padded(rewards)
@@ -499,6 +510,7 @@ def _linear_launch(
         "K": rewards,
         "KP": columns,
         "SOURCE": source,
+        "HAS_LIMIT": has_limit,
         "CHUNK": chunk,
         "R": rows,
         "BD": inner,
@@ -509,8 +521,11 @@ def _linear_launch(
 
 
 @lru_cache(maxsize=256)
-def _hidden_launch(source: str, chunk: int, split: int, rows: int, units: int, inner: int) -> BoundLaunch:
-    constants = {"SOURCE": source, "CHUNK": chunk, "SPLIT": split, "R": rows, "HT": units, "BD": inner}
+def _hidden_launch(
+    source: str, has_limit: bool, chunk: int, split: int, rows: int, units: int, inner: int
+) -> BoundLaunch:
+    where = {"SOURCE": source, "HAS_LIMIT": has_limit, "CHUNK": chunk}
+    constants = {**where, "SPLIT": split, "R": rows, "HT": units, "BD": inner}
     return BoundLaunch(_hidden, constants, num_warps=4, num_stages=3)
 
 

@@ -185,8 +185,8 @@ def maestro_advantages(
     *,
     soft: bool,
     source: str = "context",
-    start_B: Tensor | None = None,
-    length_B: Tensor | None = None,
+    bounds: Tensor | None = None,
+    limit_B: Tensor | None = None,
     profile: Any,
     kl: Tensor | None = None,
     beta: float = 0.0,
@@ -200,7 +200,7 @@ def maestro_advantages(
         draw, soft: as in ``conductor_weights``.
         index_NG: int64 [N, G_max] of ``ops.Groups``, G_max at most ``largest_group``.
         x: [B, d] contexts, or with source "last" or "mean" [T, d] hidden states; any floating dtype but float64.
-        start_B, length_B: int [B] for these sources, as in ``pool_hidden``.
+        bounds, limit_B: int [B + 1] and [B] or None for these sources, as in ``pool_hidden``.
         profile, kl, beta, lengths: as in ``group_advantages``.
 
     Raises:
@@ -217,10 +217,9 @@ def maestro_advantages(
         return sample, out
     chunk = 1
     if source == "mean":
-        assert start_B is not None and length_B is not None
         chunk = pooling._CHUNK
-        x = pooling.chunk_sums(x, start_B, length_B)
-    parts = head_parts(x, params, batch, source=source, start_B=start_B, length_B=length_B, chunk=chunk)
+        x = pooling.chunk_sums(x, bounds, limit_B)
+    parts = head_parts(x, params, batch, source=source, bounds=bounds, limit_B=limit_B, chunk=chunk)
     width = triton.next_power_of_2(size)
     groups = max(1, weighing.ROWS // width)
     launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)

@@ -30,7 +30,7 @@ from maestro_fast.ops.group_advantages import (
 )
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.philox import check_key
-from maestro_fast.ops.pool_hidden import PoolMode, pool_hidden, segments
+from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
 from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 
 
@@ -131,11 +131,12 @@ def _fused(
     """All of it by Triton's fused launches; None for groups that are too large for them."""
     (h, hidden, cu_seqlens, pool, prompt_lengths), (tau, min_prob, alpha, mode, *key) = contexts, chance
     kl, beta, lengths, profile = comparison
-    source, start_B, length_B, x = "context", None, None, h
+    source, bounds, limit_B, x = "context", None, None, h
     if hidden is not None:
-        _, start_B, length_B, x = segments(hidden, pool, prompt_lengths, None, None, cu_seqlens)
+        x, bounds, limit_B, _ = layout(hidden, pool, prompt_lengths, None, None, cu_seqlens)
         source = "last" if pool.endswith("last") else "mean"
-        _check_contexts(len(start_B), "cu_seqlens", rewards)
+        assert bounds is not None
+        _check_contexts(len(bounds) - 1, "cu_seqlens", rewards)
     else:
         assert h is not None
         _check_contexts(len(h), "h", rewards)
@@ -153,14 +154,14 @@ def _fused(
         return None
     index_NG = grouping.to(rewards.device).index_NG
     done = _by_triton(
-        rewards, conductor, choice, index_NG, x, source, start_B, length_B, kl, float(beta), lengths, profile
+        rewards, conductor, choice, index_NG, x, source, bounds, limit_B, kl, float(beta), lengths, profile
     )
     return ConductorSample(*done[:5]), GroupAdvantages(*done[5:])
 
 
 @operator(
     f"triton_maestro_advantages(Tensor rewards, {PARAMS}, {CHOICE}, Tensor index, Tensor x, str source,"
-    " Tensor? start, Tensor? length, Tensor? kl, float beta, Tensor? lengths, int[] integers, float[] epsilons)"
+    " Tensor? bounds, Tensor? limit, Tensor? kl, float beta, Tensor? lengths, int[] integers, float[] epsilons)"
     f" -> ({', '.join(['Tensor'] * 11)})",
     lambda rewards, *rest: (*sample_shapes(rewards.shape[0], rest[2]), *advantage_shapes(rewards)),
     flat=lambda rewards, params, choice, *rest: (
@@ -179,8 +180,8 @@ def _by_triton(
     index_NG: Tensor,
     x: Tensor,
     source: str,
-    start_B: Tensor | None,
-    length_B: Tensor | None,
+    bounds: Tensor | None,
+    limit_B: Tensor | None,
     kl: Tensor | None,
     beta: float,
     lengths: Tensor | None,
@@ -201,8 +202,8 @@ def _by_triton(
         kernel_rows(x),
         soft=choice.soft,
         source=source,
-        start_B=start_B,
-        length_B=length_B,
+        bounds=bounds,
+        limit_B=limit_B,
         profile=profile,
         kl=kl,
         beta=beta,

@@ -6,7 +6,7 @@ prompt_last, prompt_mean: the same over the prompt's tokens alone
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,11 +46,10 @@ def pool_hidden(
         ValueError: shapes, or not exactly one description of the layout, or an unknown mode.
         TypeError: dtypes.
     """
-    chosen = resolve("pool_hidden", backend, hidden)
+    if resolve("pool_hidden", backend, hidden) == "triton":
+        where = layout(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+        return _by_triton(*where, mode.endswith("mean"))
     bounds, start_B, length_B, flat = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
-    if chosen == "triton":
-        longest = None if hidden.ndim == 2 else hidden.shape[1]
-        return _by_triton(flat, start_B, length_B, mode.endswith("mean"), longest)
     if flat.shape[0] == 0:  # all sequences are empty: one row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
@@ -61,31 +60,17 @@ def pool_hidden(
     return _segment_mean(flat, bounds, start_B, length_B)
 
 
-# Segment bounds [B + 1], first token [B] and tokens [B] of each sequence, and the flattened states [*, d].
-Layout = tuple[Tensor, Tensor, Tensor, Tensor]
+# --- what is given, checked ---
 
 
-def segments(
+def _check(
     hidden: Tensor,
     mode: str,
     prompt_lengths: Tensor | None,
     mask: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> Layout:
-    """What ``pool_hidden`` pools in this mode, checked."""
-    bounds, start_B, length_B, flat = _layout(hidden, mask, lengths, cu_seqlens)
-    if mode not in get_args(PoolMode):
-        raise ValueError(f"mode: {mode!r}, expected one of {get_args(PoolMode)}")
-    if mode.startswith("prompt"):
-        if prompt_lengths is None:
-            raise ValueError(f"prompt_lengths: missing, expected int [B] with mode={mode!r}")
-        _check_lengths("prompt_lengths", prompt_lengths, start_B.shape[0], None)
-        length_B = torch.minimum(prompt_lengths.to(length_B), length_B)
-    return bounds, start_B, length_B, flat
-
-
-def _layout(hidden: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+) -> None:
     named = (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens))
     given = [name for name, x in named if x is not None]
     if len(given) != 1:
@@ -93,20 +78,25 @@ def _layout(hidden: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_seql
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: dtype {hidden.dtype}, expected a floating dtype")
     if cu_seqlens is not None:
-        return _packed_layout(hidden, cu_seqlens)
-    if hidden.ndim != 3:
+        _check_bounds(hidden, cu_seqlens)
+        batch = cu_seqlens.shape[0] - 1
+    elif hidden.ndim != 3:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected [B, L, d] beside {given[0]}")
-    batch, width = hidden.shape[:2]
-    bounds = torch.arange(batch + 1, device=hidden.device) * width
-    if mask is not None:
-        start_B, length_B = _masked_rows(mask, batch, width, hidden.device)
-        return bounds, bounds[:-1] + start_B, length_B, hidden.flatten(0, 1)
-    assert lengths is not None
-    _check_lengths("lengths", lengths, batch, width)
-    return bounds, bounds[:-1], lengths.to(hidden.device, torch.int64), hidden.flatten(0, 1)
+    else:
+        batch, width = hidden.shape[:2]
+        if mask is not None:
+            _check_mask(mask, batch, width)
+        if lengths is not None:
+            _check_lengths("lengths", lengths, batch, width)
+    if mode not in get_args(PoolMode):
+        raise ValueError(f"mode: {mode!r}, expected one of {get_args(PoolMode)}")
+    if mode.startswith("prompt"):
+        if prompt_lengths is None:
+            raise ValueError(f"prompt_lengths: missing, expected int [B] with mode={mode!r}")
+        _check_lengths("prompt_lengths", prompt_lengths, batch, None)
 
 
-def _packed_layout(hidden: Tensor, cu_seqlens: Tensor) -> Layout:
+def _check_bounds(hidden: Tensor, cu_seqlens: Tensor) -> None:
     if hidden.ndim != 2 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"cu_seqlens: shape {tuple(cu_seqlens.shape)} beside hidden {tuple(hidden.shape)}, "
@@ -120,21 +110,17 @@ def _packed_layout(hidden: Tensor, cu_seqlens: Tensor) -> Layout:
             raise ValueError(
                 f"cu_seqlens: from {first} to {last}, expected non-decreasing in [0, T = {hidden.shape[0]}]"
             )
-    bounds = cu_seqlens.to(hidden.device, torch.int64)
-    return bounds, bounds[:-1], bounds.diff(), hidden
 
 
-def _masked_rows(mask: Tensor, batch: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First token [B] and tokens [B] of each row."""
+def _check_mask(mask: Tensor, batch: int, width: int) -> None:
     if mask.shape != (batch, width):
         raise ValueError(f"mask: shape {tuple(mask.shape)}, expected ({batch}, {width})")
-    live = mask.to(device) != 0
-    if readable(live):
+    if readable(mask):
+        live = mask != 0
         begins = live & ~torch.cat([live.new_zeros(batch, 1), live], 1)[:, :-1]
         if bool((begins.sum(1) > 1).any()):
             row = int((begins.sum(1) > 1).nonzero()[0])
             raise ValueError(f"mask: row {row} has gaps, expected padding on the left or on the right alone")
-    return (live.cumsum(1) == 0).sum(1), live.sum(1)  # argmax cannot take a width of 0
 
 
 def _check_lengths(name: str, lengths: Tensor, batch: int, most: int | None) -> None:
@@ -149,6 +135,46 @@ def _check_lengths(name: str, lengths: Tensor, batch: int, most: int | None) -> 
             raise ValueError(f"{name}: {int(lengths[wrong][0])}, expected {bound}")
 
 
+# --- PyTorch, the reference ---
+
+# Segment bounds [B + 1], first token [B] and tokens [B] of each sequence, and the flattened states [*, d].
+Segments = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def segments(
+    hidden: Tensor,
+    mode: str,
+    prompt_lengths: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Segments:
+    """What ``pool_hidden`` pools in this mode, checked."""
+    _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+    if cu_seqlens is not None:
+        bounds, flat = cu_seqlens.to(hidden.device, torch.int64), hidden
+        start_B, length_B = bounds[:-1], bounds.diff()
+    else:
+        batch, width = hidden.shape[:2]
+        bounds, flat = torch.arange(batch + 1, device=hidden.device) * width, hidden.flatten(0, 1)
+        start_B = bounds[:-1]
+        if mask is not None:
+            live = mask.to(hidden.device) != 0
+            start_B, length_B = start_B + _first_live(live), live.sum(1)
+        else:
+            assert lengths is not None
+            length_B = lengths.to(hidden.device, torch.int64)
+    if mode.startswith("prompt"):
+        assert prompt_lengths is not None
+        length_B = torch.minimum(prompt_lengths.to(length_B), length_B)
+    return bounds, start_B, length_B, flat
+
+
+def _first_live(live: Tensor) -> Tensor:
+    """[B], the width where a row has none; argmax cannot take a width of 0."""
+    return (live.cumsum(1) == 0).sum(1)
+
+
 def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tensor) -> Tensor:
     """Mean over the tokens [start, start + length) that each segment of ``bounds`` [B + 1] holds; no atomics."""
     position_T = torch.arange(flat.shape[0], device=flat.device)
@@ -160,12 +186,75 @@ def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tenso
     return total / length_B.clamp(min=1)[:, None]
 
 
+# --- Triton ---
+
+
+class Layout(NamedTuple):
+    """Where the kernels find the sequences, as ``kernels/pool_hidden.py`` says: without a computation of its own,
+    except for a mask, and for the prompts of padded rows with lengths."""
+
+    flat: Tensor
+    bounds: Tensor | None
+    limit_B: Tensor | None
+    width: int | None  # of padded rows
+
+
+def layout(
+    hidden: Tensor,
+    mode: str,
+    prompt_lengths: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    """What ``pool_hidden`` pools in this mode, checked, as the Triton kernels take it."""
+    _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+    limit_B = None
+    if mode.startswith("prompt"):
+        assert prompt_lengths is not None
+        limit_B = prompt_lengths.to(hidden.device).contiguous()
+    if cu_seqlens is not None:
+        return Layout(_rows(hidden), cu_seqlens.to(hidden.device).contiguous(), limit_B, None)
+    flat, width = _rows(hidden.flatten(0, 1)), hidden.shape[1]
+    if mask is not None:
+        return Layout(flat, *_mask_segments(mask.to(hidden.device), limit_B), width)
+    assert lengths is not None
+    length_B = lengths.to(hidden.device).contiguous()
+    return Layout(flat, None, length_B if limit_B is None else torch.minimum(length_B, limit_B), width)
+
+
+def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        from maestro_fast.kernels import pool_hidden as kernel
+
+        return kernel.mask_segments(mask, prompt_B)
+    batch, width = mask.shape
+    live = mask != 0
+    bounds = torch.arange(batch + 1, device=mask.device) * width
+    length_B = live.sum(1)
+    start_B = bounds[:-1] + _first_live(live)
+    return torch.cat([start_B, bounds[-1:]]), length_B if prompt_B is None else torch.minimum(length_B, prompt_B)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Columns contiguous, as the kernels read them."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _shapes(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None, *rest: object) -> Tensor:
+    if bounds is not None:
+        batch = bounds.shape[0] - 1
+    else:
+        assert limit_B is not None
+        batch = limit_B.shape[0]
+    return flat.new_empty((batch, flat.shape[1]), dtype=torch.float32)
+
+
 @operator(
-    "triton_pool_hidden(Tensor flat, Tensor start, Tensor length, bool mean, int? longest) -> Tensor",
-    lambda flat, start, *rest: flat.new_empty((start.shape[0], flat.shape[1]), dtype=torch.float32),
+    "triton_pool_hidden(Tensor flat, Tensor? bounds, Tensor? limit, int? width, bool mean) -> Tensor",
+    _shapes,
 )
-def _by_triton(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool, longest: int | None) -> Tensor:
+def _by_triton(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None, width: int | None, mean: bool) -> Tensor:
     from maestro_fast.kernels import pool_hidden as kernel
 
-    flat = flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-    return kernel.pool_hidden(flat, start_B, length_B, mean=mean, longest=longest)
+    return kernel.pool_hidden(flat, bounds, limit_B, mean=mean, width=width)

@@ -34,14 +34,17 @@ def group_advantages() -> Iterator[Callable[[], Any]]:
 
 
 def pool_hidden() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import mask_segments
     from maestro_fast.kernels.pool_hidden import pool_hidden as launch
 
-    start_B, length_B = torch.arange(64) * 16, torch.full((64,), 16)
+    bounds, limit_B = torch.arange(65) * 16, torch.full((64,), 16)
     for dtype in (torch.bfloat16, torch.float32):
         flat = torch.zeros(1024, 4096, dtype=dtype)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=True)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=True, longest=256)
-        yield lambda x=flat: launch(x, start_B, length_B, mean=False)
+        for where, limit, width in ((bounds, None, None), (bounds, limit_B, 256), (None, limit_B, 512)):
+            for mean in (False, True):
+                yield lambda x=flat, b=where, n=limit, w=width, m=mean: launch(x, b, n, mean=m, width=w)
+    for prompt_B in (None, limit_B):
+        yield lambda p=prompt_B: mask_segments(torch.ones(64, 2048, dtype=torch.int64), p)
 
 
 def head(size: int, rewards: int, units: int | None) -> ConductorParams:
@@ -84,8 +87,7 @@ def maestro_advantages() -> Iterator[Callable[[], Any]]:
             torch.zeros(512, 4096, dtype=torch.bfloat16),
             soft=False,
             source=o,
-            start_B=bounds[:-1],
-            length_B=bounds.diff(),
+            bounds=None if o == "context" else bounds,
             profile=PROFILES[p],
         )
 
@@ -209,6 +211,21 @@ def compile_all(launchers: Iterator[Callable[[], Any]], arch: int) -> dict[str, 
                 spilled.append(line)
     assert not spilled, "\n".join(spilled)
     return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_mean_of_hidden_states_loads_ahead(arch: int) -> None:
+    """Two steps are in shared memory on their way, and registers let four programs of 128 threads run at once."""
+    step = 64 * 128  # tokens and columns
+    for size, needs in zip((2, 4), compile_all(pool_means(), arch)["pool_hidden._sums"], strict=True):
+        assert needs.shared >= 2 * step * size and needs.registers <= 128
+
+
+def pool_means() -> Iterator[Callable[[], Any]]:
+    from maestro_fast.kernels.pool_hidden import pool_hidden as launch
+
+    for dtype in (torch.bfloat16, torch.float32):
+        yield lambda d=dtype: launch(torch.zeros(1024, 4096, dtype=d), torch.arange(65) * 16, mean=True)
 
 
 @pytest.mark.parametrize(

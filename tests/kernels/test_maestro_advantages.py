@@ -56,7 +56,7 @@ def check(
     x = flat[:batch] if source == "context" else flat
     kl_used = kl if profile.kl_in == "score" else None
     counts = lengths if profile.needs_lengths else None
-    arguments = on_device(rewards_BK, Groups.of(groups, batch).index_NG, x, bounds[:-1], length_B, kl_used, counts)
+    arguments = on_device(rewards_BK, Groups.of(groups, batch).index_NG, x, bounds, kl_used, counts)
     ours, again = (launched(arguments, params, profile, source, soft) for _ in range(2))
 
     def expected(dtype: torch.dtype) -> list[Tensor]:
@@ -89,7 +89,7 @@ def check(
 
 
 def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: str, soft: bool) -> Any:
-    rewards_BK, index_NG, x, start_B, length_B, kl, lengths = arguments
+    rewards_BK, index_NG, x, bounds, kl, lengths = arguments
     assert rewards_BK is not None and index_NG is not None and x is not None
     return kernel.maestro_advantages(
         rewards_BK,
@@ -99,8 +99,7 @@ def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: 
         x,
         soft=soft,
         source=source,
-        start_B=None if source == "context" else start_B,
-        length_B=None if source == "context" else length_B,
+        bounds=None if source == "context" else bounds,
         profile=profile,
         kl=kl,
         beta=0.0 if kl is None else 0.1,

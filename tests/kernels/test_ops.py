@@ -229,9 +229,8 @@ def test_operators_are_registered_properly() -> None:
     loss = (log, advantages, bounds, *[None] * 7, 40.0, None, *config)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(registered.triton_policy_loss, loss, test_utils=checks)
-    torch.library.opcheck(
-        registered.triton_pool_hidden, (rand(T, D), bounds[:-1], bounds.diff(), True, None), test_utils=checks
-    )
+    for given in ((bounds, None, True, None), (bounds, bounds.diff(), False, None), (None, bounds.diff(), True, 4)):
+        torch.library.opcheck(registered.triton_pool_hidden, (rand(T, D), *given), test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ["group", "counterfactual", "weights", "pool"])
