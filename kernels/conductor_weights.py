@@ -480,7 +480,9 @@ def head_parts(
     }
     if mlp:
         grid = (triton.cdiv(batch, _HIDDEN_ROWS), triton.cdiv(units, _HIDDEN), splits)
-        _hidden_launch(source, limit_B is not None, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(grid, H=units, **arguments)
+        _hidden_launch(source, limit_B is not None, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(
+            grid, H=units, **arguments
+        )
     else:
         tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
         launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _SPLIT), *tiles)
