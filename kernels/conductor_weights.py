@@ -538,8 +538,8 @@ def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int) 
 
 
 def tail_warps(rows: int, mlp: bool) -> int:
-    """One warp needs no barriers; the hidden layer's units are too many for it."""
-    return 4 if mlp or rows > 32 else 1
+    """One warp needs no barriers; the hidden layer's units are too many for it. As ``group_advantages`` has it."""
+    return 4 if mlp else max(1, rows // 32)
 
 
 def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Sample:

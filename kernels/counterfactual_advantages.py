@@ -82,6 +82,7 @@ def _counterfactuals(
         stride_wb,
         stride_wk,
         K,
+        1,
         RENORMALIZE,
     )
 

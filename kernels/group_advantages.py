@@ -27,7 +27,8 @@ from torch import Tensor
 from maestro_fast.kernels.bound_launch import BoundLaunch
 from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
 
-_TILE = 32  # responses of one program: one warp reduces them without a barrier, and 4,096 fill 128 processors
+TILE = 16  # responses of one program: one warp reduces them without a barrier
+_PER_THREAD = 8  # rewards of a thread at a time
 _WHOLE = 2048  # the largest batch that one program holds in registers
 _MOST = 8192  # the largest group
 _SCAN = 1024  # responses per step of the reductions over a batch
@@ -36,8 +37,8 @@ _LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)  # bits between the launches: li
 
 @triton.jit
 def normalized(
-    reward_NG,
-    live_NG,
+    reward,
+    live,
     k,
     moments_ptr,
     eps,
@@ -46,59 +47,43 @@ def normalized(
     DDOF: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """Reward k [BN, BG] over the profile's scopes; 0 where not live, and without another live one in its scope."""
+    """Rewards over the profile's scopes; 0 where not live, and without another live one in their scope.
+
+    The tile is [BN, BG] of one reward k, or [BN, BG, KB] of the rewards k [1, 1, KB].
+    """
     if CENTER == "none" and SCALE == "none":
-        return reward_NG
+        return reward
     else:
-        counted_NG = live_NG.to(tl.float32)
-        zero_NG = tl.zeros_like(reward_NG)
+        counted = live.to(tl.float32)
+        zero = tl.zeros_like(reward)
         if CENTER == "split":
             top, mean = tl.load(moments_ptr + 4 * k), tl.load(moments_ptr + 4 * k + 1)
-            out_NG = tl.where(live_NG, reward_NG - top, 0.0) - mean
+            out = tl.where(live, reward - top, 0.0) - mean
         else:
-            out_NG, _ = centred(reward_NG, live_NG, counted_NG, CENTER, RAW)
+            out, _ = centred(reward, live, counted, CENTER, RAW)
         if SCALE == "split":
-            out_NG = over(out_NG, tl.load(moments_ptr + 4 * k + 2) + eps + zero_NG)
+            out = over(out, tl.load(moments_ptr + 4 * k + 2) + eps + zero)
         elif SCALE != "none":
-            out_NG = over(out_NG, deviation(reward_NG, live_NG, counted_NG, SCALE, DDOF, RAW) + eps)
+            out = over(out, deviation(reward, live, counted, SCALE, DDOF, RAW) + eps)
         SCOPE: tl.constexpr = CENTER if SCALE == "none" else SCALE
         if SCOPE == "split":
-            out_NG = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero_NG) < 2.0, 0.0, out_NG)
+            out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)
         elif SCOPE == "batch" or not RAW:
-            out_NG = tl.where((scope_sum(counted_NG, SCOPE) + zero_NG) < 2.0, 0.0, out_NG)
-        return tl.where(live_NG, out_NG, 0.0)
+            out = tl.where((scope_sum(counted, SCOPE) + zero) < 2.0, 0.0, out)
+        return tl.where(live, out, 0.0)
 
 
 @triton.jit
-def _weighed(
-    k,
-    rows_NG,
-    inside_NG,
-    live_NG,
-    factor_NG,
-    rewards_ptr,
-    weights_ptr,
-    normalized_ptr,
-    moments_ptr,
-    stride_rb,
-    stride_rk,
-    stride_wb,
-    stride_wk,
-    eps,
-    K: tl.constexpr,
-    CENTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    DDOF: tl.constexpr,
-    RAW: tl.constexpr,
-):
-    """Stores the normalised reward k, and returns what it adds to the scores."""
-    reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
-    weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
-    present_NG = reward_NG == reward_NG
-    reward_NG = tl.where(present_NG, reward_NG, 0.0)
-    out_NG = normalized(reward_NG, present_NG, k, moments_ptr, eps, CENTER, SCALE, DDOF, RAW)
-    tl.store(normalized_ptr + rows_NG * K + k, out_NG, mask=inside_NG)
-    return tl.where(present_NG, weight_NG, 0.0) * factor_NG * out_NG
+def ordered_sum(x_NGK, KB: tl.constexpr):
+    """[BN, BG]: the sum over the last axis in its order, so that the layout of the tile cannot change its bits."""
+    if KB == 1:
+        return tl.sum(x_NGK, 2)
+    else:
+        k = tl.arange(0, KB)[None, None, :]
+        total_NG = tl.sum(tl.where(k == 0, x_NGK, 0.0), 2)
+        for i in tl.static_range(1, KB):
+            total_NG += tl.sum(tl.where(k == i, x_NGK, 0.0), 2)
+        return total_NG
 
 
 @triton.jit
@@ -112,21 +97,24 @@ def live_factors(
     stride_wb,
     stride_wk,
     K: tl.constexpr,
+    KB: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
     """Which responses count, and by what the weights of their live rewards are scaled up."""
-    # These loads depend on nothing, so all are in flight at once, and fill L1 for the second
-    # loop.
     whole_NG = tl.zeros(rows_NG.shape, tl.float32)
     rest_NG = tl.zeros(rows_NG.shape, tl.float32)
     present_NG = tl.zeros(rows_NG.shape, tl.int32)
-    for k in tl.static_range(K):
-        reward_NG = tl.load(rewards_ptr + rows_NG * stride_rb + k * stride_rk, mask=inside_NG, other=float("nan"))
-        present_NG += (reward_NG == reward_NG).to(tl.int32)
+    for block in tl.static_range(0, K, KB):
+        k = block + tl.arange(0, KB)[None, None, :]
+        mask_NGK = inside_NG[:, :, None] & (k < K)
+        reward_ptr = rewards_ptr + rows_NG[:, :, None] * stride_rb + k * stride_rk
+        reward_NGK = tl.load(reward_ptr, mask=mask_NGK, other=float("nan"))
+        present_NG += tl.sum((reward_NGK == reward_NGK).to(tl.int32), 2)
         if RENORMALIZE:
-            weight_NG = tl.load(weights_ptr + rows_NG * stride_wb + k * stride_wk, mask=inside_NG, other=0.0)
-            whole_NG += weight_NG
-            rest_NG += tl.where(reward_NG == reward_NG, weight_NG, 0.0)
+            weight_ptr = weights_ptr + rows_NG[:, :, None] * stride_wb + k * stride_wk
+            weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
+            whole_NG += ordered_sum(weight_NGK, KB)
+            rest_NG += ordered_sum(tl.where(reward_NGK == reward_NGK, weight_NGK, 0.0), KB)
     live_NG = present_NG > 0
     factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
     if RENORMALIZE:
@@ -161,6 +149,7 @@ def advantage_tile(
     reward_eps,
     score_eps,
     K: tl.constexpr,
+    KB: tl.constexpr,
     HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
@@ -171,7 +160,7 @@ def advantage_tile(
     RENORMALIZE: tl.constexpr,
     IN_VARIANCE: tl.constexpr,
 ):
-    """The advantages of BN groups: rows [BN, BG] are responses, ``inside`` those that exist.
+    """The advantages of BN groups: rows [BN, BG] are responses, ``inside`` those that exist; KB rewards at a time.
 
     A scope is what the profile says, "batch" and "tokens" meaning that this tile is the batch; or it is "split": the
     batch is larger. Rewards find their moments in memory then, scores are finished by ``_finish``.
@@ -186,31 +175,32 @@ def advantage_tile(
         stride_wb,
         stride_wk,
         K,
+        KB,
         RENORMALIZE,
     )
     raw_NG = tl.zeros(rows_NG.shape, tl.float32)
-    for k in tl.static_range(K):
-        raw_NG += _weighed(
-            k,
-            rows_NG,
-            inside_NG,
-            live_NG,
-            factor_NG,
-            rewards_ptr,
-            weights_ptr,
-            normalized_ptr,
+    for block in tl.static_range(0, K, KB):
+        k = block + tl.arange(0, KB)[None, None, :]
+        mask_NGK = inside_NG[:, :, None] & (k < K)
+        reward_ptr = rewards_ptr + rows_NG[:, :, None] * stride_rb + k * stride_rk
+        reward_NGK = tl.load(reward_ptr, mask=mask_NGK, other=float("nan"))
+        weight_ptr = weights_ptr + rows_NG[:, :, None] * stride_wb + k * stride_wk
+        weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
+        present_NGK = reward_NGK == reward_NGK
+        reward_NGK = tl.where(present_NGK, reward_NGK, 0.0)
+        out_NGK = normalized(
+            reward_NGK,
+            present_NGK,
+            tl.minimum(k, K - 1),
             moments_ptr,
-            stride_rb,
-            stride_rk,
-            stride_wb,
-            stride_wk,
             reward_eps,
-            K,
             REWARD_CENTER,
             REWARD_SCALE,
             DDOF,
             RAW,
         )
+        tl.store(normalized_ptr + rows_NG[:, :, None] * K + k, out_NGK, mask=mask_NGK)
+        raw_NG += ordered_sum(tl.where(present_NGK, weight_NGK, 0.0) * factor_NG[:, :, None] * out_NGK, KB)
     raw_NG = tl.where(live_NG, raw_NG, 0.0)
     flat_NG = tl.where(spread(raw_NG, live_NG), 0, 1) + tl.zeros(rows_NG.shape, tl.int32)
     zero_NG = flat_NG
@@ -291,6 +281,7 @@ def _groups(
     reward_eps,
     score_eps,
     K: tl.constexpr,
+    KB: tl.constexpr,
     HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
@@ -327,6 +318,7 @@ def _groups(
         reward_eps,
         score_eps,
         K,
+        KB,
         HAS_KL,
         REWARD_CENTER,
         REWARD_SCALE,
@@ -476,7 +468,7 @@ class Tiles(NamedTuple):
     whole: bool
 
     @staticmethod
-    def of(number: int, size: int, wide: bool, smallest: int = _TILE) -> Tiles:
+    def of(number: int, size: int, wide: bool, smallest: int = TILE) -> Tiles:
         """Of ``number`` groups of at most ``size`` responses.
 
         ``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch.
@@ -491,6 +483,12 @@ class Tiles(NamedTuple):
     @property
     def warps(self) -> int:
         return min(8, max(1, self.groups * self.width // 32))
+
+
+def rewards_at_once(rewards: int, slots: int, warps: int) -> int:
+    """KB of a tile of so many slots: all rewards where they fit into registers, a power of 2."""
+    room = max(1, _PER_THREAD * 32 * warps // slots)
+    return min(triton.next_power_of_2(rewards), 1 << (room.bit_length() - 1))
 
 
 def is_wide(profile: Any) -> bool:
@@ -630,6 +628,7 @@ def group_advantages(
 def _groups_launch(profile: Any, rewards: int, has_kl: bool, tiles: Tiles) -> BoundLaunch:
     constants = {
         "K": rewards,
+        "KB": rewards_at_once(rewards, tiles.groups * tiles.width, tiles.warps),
         "HAS_KL": has_kl,
         **switches(profile, tiles.whole),
         "BN": tiles.groups,

@@ -31,16 +31,18 @@ from maestro_fast.kernels import pool_hidden as pooling
 from maestro_fast.kernels.bound_launch import BoundLaunch
 from maestro_fast.kernels.conductor_weights import Draw, Sample, decide, head_parts, logits_tile, padded
 from maestro_fast.kernels.group_advantages import (
+    TILE,
     Outputs,
     advantage_tile,
     finish,
     reward_moments,
+    rewards_at_once,
     scratch,
     switches,
     tile_rows,
 )
 
-_LARGEST = 64  # responses of a group
+_LARGEST = 32  # responses of a group: a warp, which needs no barriers
 
 
 def largest_group(mlp: bool) -> int:
@@ -97,6 +99,7 @@ def _groups(
     KP: tl.constexpr,
     SOFT: tl.constexpr,
     MLP: tl.constexpr,
+    KB: tl.constexpr,
     HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
@@ -164,6 +167,7 @@ def _groups(
         reward_eps,
         score_eps,
         K,
+        KB,
         HAS_KL,
         REWARD_CENTER,
         REWARD_SCALE,
@@ -221,7 +225,7 @@ def maestro_advantages(
         x = pooling.chunk_sums(x, bounds, limit_B)
     parts = head_parts(x, params, batch, source=source, bounds=bounds, limit_B=limit_B, chunk=chunk)
     width = triton.next_power_of_2(size)
-    groups = max(1, weighing.ROWS // width)
+    groups = max(1, TILE // width)
     launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)
     state_B = scratch(out, profile, False)
     launch(
@@ -263,15 +267,17 @@ def maestro_advantages(
 def _groups_launch(
     profile: Any, rewards: int, soft: bool, mlp: bool, has_kl: bool, groups: int, width: int, units: int
 ) -> BoundLaunch:
+    warps = weighing.tail_warps(groups * width, mlp)
     constants = {
         "K": rewards,
         "KP": padded(rewards),
         "SOFT": soft,
         "MLP": mlp,
+        "KB": rewards_at_once(rewards, groups * width, warps),
         "HAS_KL": has_kl,
         **switches(profile, False),
         "BN": groups,
         "BG": width,
         "HT": units,
     }
-    return BoundLaunch(_groups, constants, num_warps=weighing.tail_warps(groups * width, mlp))
+    return BoundLaunch(_groups, constants, num_warps=warps)

@@ -1,10 +1,11 @@
-"""Device functions: means and deviations of a tile [BN, BG], BN groups of at most BG members each.
+"""Device functions: means and deviations of a tile of BN groups of at most BG members each.
 
     shifted = x - max      mean = sum(shifted) / n      std = sqrt(sum((shifted - mean)^2) / (n - ddof))
 
-The maximum goes first, so that identical values give exactly 0. ``SCOPE`` is "group" (each row of the tile), or
-"batch" or "tokens" (the whole tile, which then has to hold the whole batch). Divisions and roots are rounded to
-nearest, as on the host: the default ones of a GPU are not.
+A tile is [BN, BG], or [BN, BG, KB] for as many rewards at once, whose chains of dependent instructions then overlap.
+Results keep that rank, with 1 for what was reduced. The maximum goes first, so that identical values give exactly 0.
+``SCOPE`` is "group" (axis 1 of the tile), or "batch" or "tokens" (axes 0 and 1: the tile then has to hold the whole
+batch). Divisions and roots are rounded to nearest, as on the host: the default ones of a GPU are not.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import triton.language as tl
 
 @triton.jit
 def scope_sum(x_NG, SCOPE: tl.constexpr):
+    total = tl.sum(x_NG, 1, keep_dims=True)
     if SCOPE == "batch" or SCOPE == "tokens":
-        return tl.sum(tl.sum(x_NG, 1), 0)
-    else:
-        return tl.sum(x_NG, 1)[:, None]
+        total = tl.sum(total, 0, keep_dims=True)
+    return total
 
 
 @triton.jit
 def scope_max(x_NG, SCOPE: tl.constexpr):
+    top = tl.max(x_NG, 1, keep_dims=True)
     if SCOPE == "batch" or SCOPE == "tokens":
-        return tl.max(tl.max(x_NG, 1), 0)
-    else:
-        return tl.max(x_NG, 1)[:, None]
+        top = tl.max(top, 0, keep_dims=True)
+    return top
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
 
 @triton.jit
 def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
-    """x minus its scope's mean, and that mean, both [BN, BG].
+    """x minus its scope's mean, and that mean, both of the tile's shape.
 
     counted: how often each element counts, 0 where not live: 1, or its tokens in the scope "tokens".
     RAW: a group with one live element has mean 0.
@@ -63,7 +64,7 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
 
 @triton.jit
 def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr, RAW: tl.constexpr):
-    """Standard deviation over the scope, [BN, BG]; 0 for fewer than two live elements. RAW: 1 for a group of one."""
+    """Standard deviation over the scope, of the tile's shape; 0 for fewer than two live elements. RAW: 1 for a group of one."""
     shifted_NG, _ = scope_shifted(x_NG, live_NG, SCOPE)
     count = scope_sum(counted_NG, SCOPE)
     mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))

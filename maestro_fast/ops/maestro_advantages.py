@@ -71,7 +71,7 @@ def maestro_advantages(
         backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
             or a gradient to compute. With C++, pooling and the first layer of an MLP head are PyTorch's; Triton takes
             two launches for contexts or last states, three for means, and the launches of the single ops, one more,
-            for groups of more than 64, of more than 16 with an MLP head.
+            for groups of more than 32, of more than 16 with an MLP head.
 
     Raises:
         ValueError, TypeError: as the ops it is made of, and unless exactly one of ``h`` and ``hidden`` is given.

@@ -74,7 +74,7 @@ def maestro_advantages() -> Iterator[Callable[[], Any]]:
     draw, bounds = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
     for source, units, size, name in (
         ("context", None, 8, "maestro"),
-        ("context", None, 64, "gdpo"),
+        ("context", None, 32, "gdpo"),
         ("last", 256, 16, "maestro"),
         ("mean", None, 16, "maestro"),
         ("mean", 256, 16, "maestro"),
