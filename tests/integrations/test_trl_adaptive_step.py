@@ -158,7 +158,7 @@ def batch(k: int) -> WeightContext:
     return WeightContext(names, 4, 0, rewards_BK, normal(32, 6, seed=2))
 
 
-SCALED = {name: profile for name, profile in PROFILES.items() if scales(profile)} | {"variance": MIXED}
+SCALED = {name: PROFILES[name] for name in ("maestro", "grpo", "dr_grpo", "rloo")} | {"variance": MIXED}
 
 
 @pytest.mark.parametrize("name", SCALED)

@@ -34,15 +34,13 @@ def trained(raw: dict[str, Any], folder: str, **changes: Any) -> tuple[list[Step
         {},
         {"batch__micro_batch": 16},
         {"loss__kl_coef": 0.05},
-        {"advantages__profile": "verl_gdpo"},
-        {"weights__context": "reference_prompt_mean", "advantages__profile": "gdpo"},
+        {"weights__context": "reference_prompt_mean", "advantages__profile": "grpo"},
         {"weights__hidden": 8, "weights__estimator": "all_actions"},
     ],
     ids=[
         "a scoring forward",
         "the training forward",
         "a KL in the score",
-        "lengths",
         "the reference's states",
         "an MLP",
     ],
@@ -72,21 +70,27 @@ def test_one_op_for_each_batch(
 
 
 @pytest.mark.parametrize(
-    ("weights", "calls_of_a_batch"),
+    ("weights", "profile", "calls_of_a_batch"),
     [
-        ("equal", {"group_advantages": 1}),
-        ({"policy": "conductor", "mode": "group"}, SINGLE),
-        ({"policy": "conductor", "period": 1, "guard": {"window": 2, "warmup": 4}}, SINGLE),
+        ("equal", "maestro", {"group_advantages": 1}),
+        ({"policy": "conductor", "mode": "group"}, "maestro", SINGLE),
+        ({"policy": "conductor", "period": 1, "guard": {"window": 2, "warmup": 4}}, "maestro", SINGLE),
+        ("conductor", "gdpo", SINGLE),
+        ("conductor", "verl_gdpo", SINGLE),
     ],
-    ids=["no Conductor", "one action per group", "a guard"],
+    ids=["no Conductor", "one action per group", "a guard", "scores over the batch", "scores over tokens"],
 )
 def test_single_ops_elsewhere(
-    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, weights: Any, calls_of_a_batch: dict[str, int]
+    raw_config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Any,
+    profile: str,
+    calls_of_a_batch: dict[str, int],
 ) -> None:
     if "guard" in weights:
         raw_config["anchor"] = {"name": "truth", "kind": "length", "target": 3}
     calls = counted(monkeypatch)
-    trained(raw_config | {"weights": weights}, "")
+    trained(raw_config | {"weights": weights, "advantages": {"profile": profile}}, "")
     assert calls == {name: count * BATCHES for name, count in calls_of_a_batch.items()}
 
 

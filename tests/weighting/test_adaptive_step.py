@@ -26,6 +26,8 @@ from tests.weighting.helpers import NAMES, K, normal
 from tests.weighting.one_op import FUSED, SINGLE, counted
 
 B, G, D = 24, 4, 5
+WIDE = AdvantageProfile(reward_center="batch"), AdvantageProfile(reward_scale="batch")
+OVER_THE_BATCH = ("grpo_batch", "gdpo", "verl_gdpo")
 
 
 def conductor(kind: type[Conductor] = Conductor, **options: Any) -> Conductor:
@@ -72,8 +74,8 @@ def assert_same_bits(ours: tuple[Weights, GroupAdvantages], theirs: tuple[Weight
                 assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_one_op_under_every_profile(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
+@pytest.mark.parametrize("profile", [name for name in PROFILES if name not in OVER_THE_BATCH])
+def test_one_op_under_every_profile_that_compares_within_groups(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
     policy, how = conductor(), comparison(profile)
     theirs = by_two_ops(policy, batch(2), how)
     assert (theirs[0].weights_BK != theirs[0].weights_BK[0]).any() and theirs[1].advantages.abs().max() > 0.5
@@ -143,9 +145,17 @@ def test_a_subclass_has_its_say(monkeypatch: pytest.MonkeyPatch) -> None:
         (build_weight_policy({"policy": "conductor", "guard": {}}, NAMES, D), comparison()),
         (conductor(), replace(comparison(), kl_B=normal(B, seed=3).double())),
         (conductor(), replace(comparison(), kl_B=normal(B, seed=3).requires_grad_())),
-        (conductor(), replace(comparison("verl_gdpo"), lengths_B=torch.arange(1.0, B + 1, dtype=torch.float64))),
+        *((conductor(), comparison(profile)) for profile in (*OVER_THE_BATCH, *WIDE)),
     ],
-    ids=["one action per group", "a guard", "a KL in float64", "a KL with a gradient", "lengths in float64"],
+    ids=[
+        "one action per group",
+        "a guard",
+        "a KL in float64",
+        "a KL with a gradient",
+        *OVER_THE_BATCH,
+        "means of rewards over the batch",
+        "deviations of rewards over the batch",
+    ],
 )
 def test_two_ops_where_one_has_no_such_case(
     monkeypatch: pytest.MonkeyPatch, policy: WeightPolicy, how: Comparison

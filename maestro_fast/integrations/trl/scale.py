@@ -32,7 +32,7 @@ def weigh_scaled(
 ) -> tuple[Weights, GroupAdvantages | None]:
     """As ``weigh``: the policy's weights, but the advantages under ``factor`` times them.
 
-    ``profile`` is one that ``scales``; it takes no lengths here.
+    ``profile`` is one that ``scales``. Lengths are not needed: what is compared over tokens is compared afterwards.
     """
     inside = profile.score_eps_in == "variance"
     smaller = replace(profile, score_eps=profile.score_eps / (factor**2 if inside else factor))

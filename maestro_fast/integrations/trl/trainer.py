@@ -186,10 +186,10 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
     def _compares_at_once(self) -> bool:
         """Whether advantages can be made when the rewards are known, from the policy's weights times one number.
 
-        TRL computes its own profiles later, from the row weights; lengths are known later, too.
+        TRL computes its own profiles later, from the row weights.
         """
-        later = self._trl_aggregates or self.profile.needs_lengths
-        return not later and scales(self.profile) and bool((self._fixed_weights == 1).all())
+        plain = bool((self._fixed_weights == 1).all())
+        return plain and not self._trl_aggregates and scales(self.profile)
 
     def _context(self, batch: GenerationBatch) -> Tensor:
         """Terminal states [b, d] of this process's responses."""

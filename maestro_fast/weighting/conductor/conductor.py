@@ -17,7 +17,7 @@ from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
 from maestro_fast.ops.conductor_weights import ConductorSample, action_probs, conductor_weights
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.maestro_advantages import maestro_advantages
-from maestro_fast.ops.profiles import AdvantageProfile
+from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
 from maestro_fast.weighting.conductor.buffer import Buffer
 from maestro_fast.weighting.conductor.config import ConductorConfig
 from maestro_fast.weighting.conductor.contexts import group_mean, policy_contexts
@@ -99,12 +99,15 @@ class Conductor:
         """Whether ``maestro_advantages`` gives the bits of the single ops.
 
         It has one context for each response, one device and one backend for all tensors. Float64 and gradients change
-        the backend of the advantages, and must not change that of the weights.
+        the backend of the advantages, and must not change that of the weights. On a GPU, what is compared over the
+        batch is added up in another order than by ``group_advantages``, and saves no launch.
         """
-        rewards_BK = context.rewards_BK
+        rewards_BK, profile = context.rewards_BK, resolve_profile(comparison.profile)
+        scopes = {profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale}
         return (
             getattr(self.weights, "__func__", None) is Conductor.weights  # a subclass may give weights of its own
             and self.config.mode != "group"
+            and scopes.isdisjoint(("batch", "tokens"))
             and rewards_BK.device == self.weight.device
             and not any(
                 x is not None and (x.dtype == torch.float64 or x.requires_grad)

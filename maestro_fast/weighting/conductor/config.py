@@ -51,8 +51,9 @@ class ConductorConfig:
         staleness: an update leaves out batches that are older than so many batches; None: none.
         seed: key of the action draws.
         device: where the head lives and learns. "cpu", where a linear head costs little and all processes hold the
-            same bits; or a CUDA device, beside the model, for wide heads: there the op kernels of Triton serve it, and
-            contexts do not travel. Processes on GPUs of different kinds may then drift apart.
+            same bits; or a CUDA device, beside the model, for wide heads: there the op kernels of Triton serve it,
+            which fuse weights and advantages, and contexts do not travel. Processes on GPUs of different kinds may
+            then drift apart.
     """
 
     alpha: float = 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,18 @@ from torch import Tensor
 
 from maestro_fast.ops import counterfactual_advantages, group_advantages
 from maestro_fast.settings import SettingsError
-from maestro_fast.weighting import Conductor, ConductorConfig, Outcome, WeightContext, Weights, build_weight_policy
+from maestro_fast.weighting import (
+    Comparison,
+    Conductor,
+    ConductorConfig,
+    Outcome,
+    WeightContext,
+    Weights,
+    build_weight_policy,
+    weigh_and_compare,
+)
 from tests.weighting.helpers import NAMES, K, first_gradient, normal, play
+from tests.weighting.one_op import FUSED, counted
 
 B, G, D = 12, 4, 5
 
@@ -213,3 +224,25 @@ def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(options: dict[str, Any]) -
     for name, value in here.state_dict().items():
         torch.testing.assert_close(there.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert there.metrics() == pytest.approx(here.metrics(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["maestro", "grpo", "rloo"])
+@pytest.mark.parametrize("options", [{}, {"hidden": 8}, {"mode": "soft", "learning_rate": 0.0}])
+def test_on_a_gpu_one_op_gives_the_bits_of_two(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], profile: str
+) -> None:
+    policy, host = conductor(device="cuda", **options), at()
+    policy.weight.copy_(normal(*policy.weight.shape, seed=7))
+    assert host.context_Bd is not None
+    context = replace(host, rewards_BK=host.rewards_BK.to("cuda"), context_Bd=host.context_Bd.to("cuda"))
+    weights = policy.weights(context)
+    advantages = group_advantages(context.rewards_BK, weights.weights_BK, G, profile=profile)
+    calls = counted(monkeypatch)
+    found, compared = weigh_and_compare(policy, context, Comparison(profile))
+    assert calls == FUSED
+    assert torch.equal(found.weights_BK, weights.weights_BK) and torch.equal(found.expected_BK, weights.expected_BK)
+    assert found.actions_B is not None and weights.actions_B is not None
+    assert torch.equal(found.actions_B, weights.actions_B)
+    for name, expected in advantages._asdict().items():
+        assert torch.equal(getattr(compared, name), expected), name
