@@ -5,8 +5,8 @@
 Run it by the Python of an environment that holds the GPU machine's versions of torch, Triton, numpy, transformers,
 pytest, pytest-xdist, scikit-build-core, pybind11, cmake and ninja. It builds the extension for this Python into
 maestro_fast/, and maestro_fast.egg-info beside it, for the GPU machine to take along; collects what bench/gpu.sh runs;
-compiles the launches of tests/kernels/test_aot.py, and those of the kernels' tests, for sm_90 and sm_100, timed, from an
-empty cache; and rehearses bench/gpu.sh.
+compiles the launches of tests/kernels/test_aot.py, and those of the kernels' tests, for sm_90 and sm_100, timed, from
+an empty cache; and rehearses bench/gpu.sh.
 
 Ends with a table of verdicts, and with 1 if one of them is bad.
 """
