@@ -74,7 +74,7 @@ first() {
   local workers=14 marked tests
   mapfile -t marked < <(grep -rl "pytest.mark.gpu" tests --include="test_*.py")
   tests=(-m gpu tests/kernels "${marked[@]}")
-  ((dry)) && workers=1 tests=(-m "not vllm" tests/kernels/test_pool_hidden.py)
+  ((dry)) && workers=1 tests=(-m "not vllm" -k prompts tests/kernels/test_pool_hidden.py)
   ((dry)) || step "the device" 15 nvidia-smi -L
   ((dry)) || step "the installation" 40 "$python" -m maestro_fast info
   step "every kernel once" 80 "$python" -m bench.sanitize

@@ -28,6 +28,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (90, 100)  # H100 and H200, B200
 PARTS = ("first", "second", "third")
+# Triton 3.6's interpreter turns an array of one element into an integer, which NumPy 2.5 refuses; Triton 3.9's does not.
+MENDED_INTERPRETER = """
+import os
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+    plain = interpreter._patch_lang_tensor
+    def mended(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    interpreter._patch_lang_tensor = mended
+"""
 
 
 def python(*arguments: str, **variables: str) -> str:
@@ -163,8 +174,10 @@ def main() -> None:
     }
     wanted = sys.argv[1:] or list(steps)
     rows, failures = [], 0
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as first_on_the_path:
         os.environ["TRITON_CACHE_DIR"] = cache  # before Triton is imported
+        Path(first_on_the_path, "sitecustomize.py").write_text(MENDED_INTERPRETER)
+        os.environ["PYTHONPATH"] = first_on_the_path
         for name, step in ((name, steps[name]) for name in wanted):
             start = time.perf_counter()
             try:
