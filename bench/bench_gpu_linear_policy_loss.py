@@ -23,8 +23,8 @@ from torch import Tensor
 from bench.gpu_gate import gate, normal
 from bench.gpu_head import (
     DTYPE,
+    RACE,
     Shape,
-    clock,
     gate_gradients,
     inputs,
     measured,
@@ -129,7 +129,7 @@ def rivals(batch: Batch) -> tuple[list[Contender], list[str]]:
 
 @pytest.mark.headline
 @pytest.mark.parametrize("without_gradient", [0.0, 0.5])
-def test_linear_policy_loss(capsys: Any, request: Any, shape: Shape, without_gradient: float) -> None:
+def test_linear_policy_loss(capsys: Any, shape: Shape, without_gradient: float) -> None:
     batch = Batch(shape, without_gradient)
     logprobs = truth(shape).logprobs.detach().requires_grad_()
     loss = batch.loss(logprobs)
@@ -153,7 +153,7 @@ def test_linear_policy_loss(capsys: Any, request: Any, shape: Shape, without_gra
     others, missing = rivals(batch)
     columns = measured([*ours, *others], lambda found: worst(batch.of(found), exact))
     limit = products(shape, "xhw")
-    raced = race([*ours, *others, limit], seconds=clock(request))
+    raced = race([*ours, *others, limit], seconds=RACE)
     used = columns["GB"]["one sweep"]
     held = 3 + 4e-9 * shape.V * shape.d  # the float32 gradient of the head
     goals = targets(raced[0], shape, limit.name, without_gradient)

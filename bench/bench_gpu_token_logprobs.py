@@ -20,8 +20,8 @@ from bench.gpu_gate import gate, normal
 from bench.gpu_head import (
     DTYPE,
     GATED,
+    RACE,
     Shape,
-    clock,
     gate_gradients,
     inputs,
     measured,
@@ -68,7 +68,7 @@ def check(shape: Shape, strategy: Any) -> None:
 
 
 @pytest.mark.parametrize("work", [pytest.param(x, marks=HEADLINE if x in HEADLINES else ()) for x in WORK])
-def test_token_logprobs(capsys: Any, request: Any, shape: Shape, work: str) -> None:
+def test_token_logprobs(capsys: Any, shape: Shape, work: str) -> None:
     backward, frozen, entropy = WORK[work]
     hidden, head, targets = inputs(shape)
     hidden.requires_grad_(backward), head.requires_grad_(backward and not frozen)
@@ -105,7 +105,7 @@ def test_token_logprobs(capsys: Any, request: Any, shape: Shape, work: str) -> N
     contenders += [reference, *(contender(name, op) for name, op in theirs.items())]
     columns = measured(contenders, lambda found: worst(of(found), exact))
     limit = products(shape, "x" if not backward else "xxh" if frozen else "xxhw")
-    raced = race([*contenders, limit], seconds=clock(request))
+    raced = race([*contenders, limit], seconds=RACE)
     figures = raced[0]
     goals = [
         Target("of torch.mm, wall", ratio(figures, limit.name, "wall"), 0.85, at_least=True),

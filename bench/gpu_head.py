@@ -17,7 +17,7 @@ from maestro_fast.ops.head_chunks import chunk_rows
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter is wrong in bfloat16
 ROUNDING = 1e-5 if DTYPE is torch.float32 else 2e-3  # of a gradient, beside its largest element
 GATED = 64  # rows, and tokens of the vocabulary, at which gradients are compared
-_SLICE = 180  # seconds of the clock for all races of a run, of the 470 that it may take
+RACE = 10.0  # seconds of one
 
 
 class Shape(NamedTuple):
@@ -40,11 +40,6 @@ class Shape(NamedTuple):
 
 
 SHAPES = [Shape(16, 70, 9)] if DRY else [Shape(4096, 151936, 16384), Shape(1024, 151936, 16384)]
-
-
-def clock(request: Any) -> float:
-    """Seconds for a race: the run's tests share what there is, so that a slice ends."""
-    return min(25.0, _SLICE / len(request.session.items))
 
 
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

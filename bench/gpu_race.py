@@ -145,7 +145,7 @@ def _in_graphs(ready: list[Contender], found: dict[str, Figures], notes: list[st
     for c in ready:
         try:
             if syncs := found[c.name].syncs:
-                raise RuntimeError(f"{syncs} host syncs")
+                raise RuntimeError(f"the host waits {syncs} times")
             timers = _graph_timer(c.run, _CALLS, flush=False), _graph_timer(c.run, _COLD_CALLS, flush=True)
         except Exception as error:
             torch.cuda.synchronize()
@@ -159,6 +159,9 @@ def _in_graphs(ready: list[Contender], found: dict[str, Figures], notes: list[st
 
 
 def reason(error: BaseException) -> str:
+    """The first line of what went wrong first: a capture that is broken off fails once more at its end."""
+    while error.__context__ is not None:
+        error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

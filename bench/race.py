@@ -89,7 +89,7 @@ def report(benchmark: Any, capsys: Any, title: str, case: str, times: dict[str, 
     )
     emit(
         capsys,
-        f"{title}; median us of a call, multiples of ours: in turn, {_EVICTING >> 20} MiB written before each; in a loop",
+        f"{title}; median us, multiples of ours: in turn, {_EVICTING >> 20} MiB written before each call; in a loop",
         [f"{case:50}{figures}"],
         header=[f"  {'':50}{header}"],
     )

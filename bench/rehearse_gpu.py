@@ -1,15 +1,19 @@
-"""What can be tried of a run on a GPU machine without one, with the versions that it has: python -m bench.rehearse_gpu
+"""What can be tried of a run on a GPU machine without one, with the versions that it has.
+
+    python -m bench.rehearse_gpu [STEP...]
 
 Run it by the Python of an environment that holds the GPU machine's versions of torch, Triton, numpy, transformers,
-pytest, scikit-build-core, pybind11, cmake and ninja. It builds the extension for this Python into maestro_fast/, for
-the GPU machine to take along; collects the tests and benchmarks marked ``gpu``; compiles every launch of
-tests/kernels/test_aot.py for sm_90 and sm_100, timed, from an empty cache; and rehearses bench/gpu.sh.
+pytest, pytest-xdist, scikit-build-core, pybind11, cmake and ninja. It builds the extension for this Python into
+maestro_fast/, and maestro_fast.egg-info beside it, for the GPU machine to take along; collects what bench/gpu.sh runs;
+compiles the launches of tests/kernels/test_aot.py, and those of the kernels' tests, for sm_90 and sm_100, timed, from
+an empty cache; and rehearses bench/gpu.sh.
 
 Ends with a table of verdicts, and with 1 if one of them is bad.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -24,17 +28,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (90, 100)  # H100 and H200, B200
 PARTS = ("first", "second", "third")
-
-
-class Failed(Exception):
-    """What the table says about a step that failed."""
+# Triton 3.6's interpreter makes an integer of an array with one element, which NumPy 2.5 refuses.
+MENDED_INTERPRETER = """
+import os
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+    plain = interpreter._patch_lang_tensor
+    def mended(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    interpreter._patch_lang_tensor = mended
+"""
 
 
 def python(*arguments: str, **variables: str) -> str:
     """Output of this Python.
 
     Raises:
-        Failed: it ended with another status than 0.
+        RuntimeError: it ended with another status than 0.
     """
     return output([sys.executable, *arguments], **variables)
 
@@ -43,7 +54,7 @@ def output(command: list[str], **variables: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-4000:] + done.stderr[-4000:])
-        raise Failed(f"exit status {done.returncode}, see above")
+        raise RuntimeError(f"exit status {done.returncode}, see above")
     return done.stdout
 
 
@@ -59,49 +70,82 @@ def extension() -> str:
         python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, str(ROOT))
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.startswith("maestro_fast/_C."))
-            archive.extract(member, ROOT)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if member != f"maestro_fast/_C{suffix}":
-        raise Failed(f"the wheel holds {member}, expected {suffix}")
+            archive.extract(f"maestro_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", ROOT)
+            (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            info = ROOT / "maestro_fast.egg-info" / "PKG-INFO"  # the package is not installed, and asks its version
+            info.parent.mkdir(exist_ok=True)
+            info.write_bytes(archive.read(metadata))
     # torch first: its libraries are the ones that the extension is linked against
     return "imports: " + python("-c", "import torch, maestro_fast._C as c; print(c.__file__)").strip()
 
 
 def collection() -> str:
-    lines = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", "tests", "bench")
+    """What bench/gpu.sh runs: the other tests need packages that the GPU machine has not."""
+    marked = [path for path in ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    files = ["tests/kernels", *map(str, marked), *map(str, ROOT.glob("bench/bench_gpu_*.py"))]
+    lines = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *files)
     return lines.strip().splitlines()[-1]
 
 
 def compilation() -> str:
-    """Each launch by itself, so that the seconds are those that a GPU machine spends on it."""
+    """The launches of tests/kernels/test_aot.py, at the sizes that matter."""
     from tests.kernels import test_aot
-    from tests.kernels.aot import compiled, recorded
+    from tests.kernels.aot import recorded
 
-    def launches(arch: int) -> Iterator[tuple[str, Any]]:
-        makers: list[tuple[str, Callable[[], Any]]] = [(op.__name__, op) for op in test_aot.OPS]
-        makers.append(("head_product", lambda: test_aot.head_product(arch)))
-        for name, maker in makers:
-            for launcher in maker():
-                yield from ((name, launch) for launch in recorded(launcher))
+    def launches(arch: int) -> Iterator[Any]:
+        makers: list[Callable[[], Any]] = [*test_aot.OPS, lambda: test_aot.head_product(arch)]
+        for launcher in (launcher for maker in makers for launcher in maker()):
+            yield from recorded(launcher)
+
+    return compile_all(launches)
+
+
+def suite() -> str:
+    """The launches of the kernels' tests and of bench/sanitize.py, as they come in the interpreter."""
+    from bench.launches import read, rebuilt
+    from tests.kernels.aot import Launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder) / "launches"
+        given = {"TRITON_INTERPRET": "1", "LAUNCHES": str(noted)}
+        python("-m", "pytest", "-q", "-p", "bench.launches", "-p", "no:cacheprovider", "tests/kernels", **given)
+        python("-c", "import bench.launches, bench.sanitize; bench.sanitize.main()", **given)
+        found = read(noted)
+
+    def launches(arch: int) -> Iterator[Any]:
+        for launch in found:
+            kernel = getattr(importlib.import_module(launch.module), launch.name)
+            arguments = {name: rebuilt(value) for name, value in launch.arguments}
+            yield Launch(kernel, (), arguments, dict(launch.options))
+
+    return compile_all(launches)
+
+
+def compile_all(launches: Callable[[int], Iterator[Any]]) -> str:
+    """Each launch by itself; the seconds are the processor's, so that what else this machine does is not in them.
+
+    Raises:
+        RuntimeError: one did not compile, or spills.
+    """
+    from tests.kernels.aot import compiled
 
     seconds, bad, count = dict.fromkeys(ARCHITECTURES, 0.0), [], 0
     for arch in ARCHITECTURES:
-        for name, launch in launches(arch):
-            start = time.perf_counter()
+        for launch in launches(arch):
+            start = sum(os.times()[:4])  # with those of the assembler, a process of its own
             try:
                 needs = compiled(launch, arch)
             except Exception as error:
                 verdict = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
                 verdict = f"{needs.stack} bytes spilled" if needs.stack else ""
-            took = time.perf_counter() - start
+            took = sum(os.times()[:4]) - start
             seconds[arch] += took
             count += 1
-            print(f"  sm_{arch:<4}{name:28}{launch.name:44}{took:7.2f} s  {verdict}", flush=True)
+            print(f"  sm_{arch:<4}{launch.name:48}{took:7.2f} s  {verdict}", flush=True)
             bad += [f"{launch.name}, sm_{arch}: {verdict}"] if verdict else []
     if bad:
-        raise Failed(f"{len(bad)} of {count} launches: " + "; ".join(bad[:3]))
+        raise RuntimeError(f"{len(bad)} of {count} launches: " + "; ".join(bad[:3]))
     sums = ", ".join(f"{total:.0f} s for sm_{arch}" for arch, total in seconds.items())
     return f"{count} launches without a spill; sum {sums}"
 
@@ -125,18 +169,22 @@ def main() -> None:
         "collection": collection,
         "compilation": compilation,
         "test_aot.py": instructions,
+        "launches of tests": suite,
         **{f"gpu.sh {name}": lambda name=name: part(name) for name in PARTS},
     }
+    wanted = sys.argv[1:] or list(steps)
     rows, failures = [], 0
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as first_on_the_path:
         os.environ["TRITON_CACHE_DIR"] = cache  # before Triton is imported
-        for name, step in steps.items():
+        Path(first_on_the_path, "sitecustomize.py").write_text(MENDED_INTERPRETER)
+        os.environ["PYTHONPATH"] = first_on_the_path
+        for name, step in ((name, steps[name]) for name in wanted):
             start = time.perf_counter()
             try:
                 verdict = step()
-            except Failed as error:
-                verdict, failures = f"FAILED: {error}", failures + 1
-            rows.append(f"  {name:16}{time.perf_counter() - start:6.0f} s  {verdict}")
+            except Exception as error:
+                verdict, failures = f"FAILED: {type(error).__name__}: {error}", failures + 1
+            rows.append(f"  {name:20}{time.perf_counter() - start:6.0f} s  {verdict}")
             print(rows[-1], flush=True)
     print("\n".join(["", "Rehearsal of a GPU run, no GPU in it", *rows]))
     sys.exit(failures > 0)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import gpu_race
 from bench.gpu_head import Shape
+from bench.gpu_race import Contender, Figures, Target
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = [path.stem.removeprefix("bench_gpu_") for path in sorted((ROOT / "bench").glob("bench_gpu_*.py"))]
@@ -99,6 +101,39 @@ def test_a_step_that_fails_stops_nothing(tmp_path: Path) -> None:
     assert status == 1
     assert "second: 8 of 8 steps failed" in printed
     assert printed.count("failed, exit status 7") == 8
+
+
+def fail() -> None:
+    raise RuntimeError("broken")
+
+
+def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_race, "faults", faults := [])
+    contenders = [Contender("ours", int, False), Contender("ours, too", fail, False), Contender("a peer", fail)]
+
+    figures, notes = gpu_race.race([*contenders, Contender("another", int)])
+
+    assert set(figures) == {"ours", "another", "five torch.empty"}
+    assert notes == ["a peer: left out, RuntimeError: broken"]
+    assert faults == ["ours, too: left out, RuntimeError: broken"]
+    with pytest.raises(RuntimeError, match="broken"):
+        gpu_race.race(contenders[1:])
+
+
+def test_what_is_wrong_is_reported_with_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_race, "faults", ["element 3"])
+    monkeypatch.setenv("BENCH_JSON", str(path := tmp_path / "figures.jsonl"))
+    raced = {"triton": Figures(3.0, host=2.0, graph=1.5)}, []
+
+    with pytest.raises(AssertionError, match="element 3"):
+        gpu_race.report(capsys, "op", "case", raced, 3_000_000, [Target("us in a graph", 1.5, 1.0)])
+
+    _, case = records(path)
+    assert case["figures"]["triton"]["wall"] == 3.0
+    assert case["notes"] == ["WRONG: element 3"]
+    assert case["targets"] == ["target: us in a graph <= 1: 1.50, MISSED"]
 
 
 @pytest.mark.parametrize("text", ["", "4096", "4096x151936", "4096x0x2048", "4096x151936x2048x1", "d4096x8x8"])

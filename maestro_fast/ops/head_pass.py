@@ -57,7 +57,14 @@ def head_backward(
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = torch.zeros_like(weight, dtype=precision) if wanted[1] else None
     dbias = torch.zeros_like(bias, dtype=precision) if wanted[2] and bias is not None else None
-    unit = float16_unit(head, dlogprobs, dentropies) if head.scales else None
+    unit = None
+    if head.scales:
+        live = targets != head.spec.ignore_index  # an ignored row may be sent anything
+        unit = float16_unit(
+            head,
+            torch.where(live, dlogprobs, 0.0),
+            None if dentropies is None else torch.where(live, dentropies, 0.0),
+        )
     sums = GradientSums(head, dhidden, dweight, dbias, unit)
     for chunk, rows in _chunks(head, hidden, targets):
         x = chunk.logits()

@@ -87,8 +87,9 @@ def token_logprobs(
 
     Returns:
         ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are formed and summed in that
-        precision, under autocast too. By Triton a bfloat16 head's gradient is rounded to bfloat16 once per logit
-        before the products that sum it, in float32, as autograd of a bfloat16 head does.
+        precision, under autocast too. On a CUDA device the gradient of a 16-bit head is rounded to 16 bits once per
+        logit before the products that sum it, in float32, as autograd of such a head does; for float16 it is scaled by
+        a power of two while it is so, since float16 would round a token's share of the loss to 0.
 
     Raises:
         ValueError: shapes, a non-positive temperature or softcap, a target out of range (read on CPU tensors only; on a

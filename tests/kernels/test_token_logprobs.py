@@ -65,9 +65,10 @@ def computed(x: Inputs, **options: Any) -> list[Tensor]:
 
 
 def composed_on_the_device(x: Inputs, dtype: torch.dtype, **options: Any) -> TokenLogprobs:
-    """In float32 from a product of the device's tensor cores, which round otherwise than float32 on the CPU."""
+    """In float32 from the device's own product, whose tensor cores round otherwise than the CPU."""
     hidden, head = (y.detach().to(DEVICE, dtype) for y in (x.hidden, x.lm_head))
-    logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
+    half = {} if dtype is torch.float32 else {"out_dtype": torch.float32}
+    logits = torch.mm(hidden, head.T, **half)
     return composed_of_logits(logits.cpu(), x.to(torch.float32), **options)
 
 
@@ -83,7 +84,7 @@ def compare(
     weight = 0.5 if entropy == "grad" else 0.0
     truth = with_gradients(composed, x.to(torch.float64, leaves=True), weight, **options)
     plain = with_gradients(composed, x.to(torch.float32, leaves=True), weight, **options)
-    if dtype is not torch.float32 and not INTERPRETED:
+    if not INTERPRETED:
         plain[:2] = composed_on_the_device(x, dtype, **options)
     given = there(x.to(dtype, leaves=True))
     mine, again = (computed(given, entropy=entropy, strategy=strategy, **options) for _ in range(2))

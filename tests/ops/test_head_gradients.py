@@ -100,3 +100,12 @@ def test_slopes_that_no_one_foresaw_give_infinities_and_no_wrong_numbers() -> No
     loss = linear_policy_loss(*given, old_logprobs=old, config=PolicyLossConfig("bnpo")).loss
     dhidden, dweight = torch.autograd.grad(loss * 1e-4, [x.hidden, x.lm_head])
     assert not dhidden.isfinite().all(-1).any() and not dweight.isfinite().all()
+
+
+def test_what_an_ignored_row_is_sent_does_not_reach_the_others() -> None:
+    x = random_inputs(5, 61, dtype=torch.float16).to(torch.float16, leaves=True)
+    x.targets[2] = -100
+    slopes = torch.tensor([1.0, 2.0, torch.nan, -1.0, 0.5])
+    got = torch.autograd.grad(ours(x).logprobs, x.leaves, slopes)
+    expected = torch.autograd.grad(ours(x).logprobs, x.leaves, slopes.nan_to_num(0.0))
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(got, expected, strict=True))
