@@ -22,6 +22,16 @@ from triton.runtime.jit import JITFunction
 _MOST = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
 
 
+def blocks(total: int, size: int) -> int:
+    """How many blocks of a size cover the total. Triton's own ``cdiv`` takes the host several microseconds."""
+    return -(-total // size)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 that is not below a positive number; see ``blocks``."""
+    return 1 << (number - 1).bit_length()
+
+
 class BoundLaunch:
     """A kernel with its compile-time arguments and compiler options; call it with a grid and all other arguments.
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights
-from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 from maestro_fast.kernels.conductor_weights import head_parts, logits_tile, padded
 
 _ROWS = 32  # responses per step
@@ -539,7 +539,7 @@ def activations(h: Tensor, params: Any) -> Activations:
     logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
     u = torch.empty(number, units, device=h.device, dtype=torch.float32) if mlp else None
     _logits_launch(rewards, mlp, conductor_weights.ROWS, conductor_weights.UNITS)(
-        (triton.cdiv(number, conductor_weights.ROWS),),
+        (blocks(number, conductor_weights.ROWS),),
         parts_ptr=parts,
         hidden_bias_ptr=params.hidden_bias,
         weight_ptr=params.weight,
@@ -597,7 +597,7 @@ def conductor_update(
     columns = max(_PRODUCT_COLUMNS, padded(rewards))
     head = {"K": rewards, "KP": columns, "ALL": actions is None, "HAS_DRAWN": drawn_probs is not None}
     given = {"HAS_LIVE": live is not None}
-    tiles = triton.cdiv(h.shape[1], _COLUMNS)
+    tiles = blocks(h.shape[1], _COLUMNS)
     if made.u is None:
         squares = torch.empty(tiles, device=h.device, dtype=torch.float32)
         _linear[(tiles,)](
@@ -620,7 +620,7 @@ def conductor_update(
         )
         return Update(objective, squares)
     units = made.u.shape[1]
-    rows = triton.cdiv(units, _COLUMNS)
+    rows = blocks(units, _COLUMNS)
     squares = torch.empty(rows + rows * tiles, device=h.device, dtype=torch.float32)
     d_u, count = torch.empty_like(made.u), torch.empty_like(objective)
     _units[(rows,)](

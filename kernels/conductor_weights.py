@@ -3,7 +3,7 @@
     z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
-Two launches. The first forms parts of the layer that is as long as a context: programs take ``_SPLIT`` elements of d
+Two launches. The first forms parts of the layer that is as long as a context: programs take some elements of d
 by themselves, so that a small batch fills the GPU too. parts is [splits, B, K] for a linear head and [splits, B, H] for
 the first layer of an MLP. The second launch adds the parts in their order and does the rest. Neither the number of
 parts nor the tiles depend on B, so neither does the result of a response.
@@ -31,16 +31,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 from maestro_fast.kernels.pool_hidden import first_slot, segment
 
 ROWS = 16  # responses of one program of the second launch
-_LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of one program of a linear head
-_LINEAR_UNROLLED = 4  # steps whose loads are under way together
-_ACCUMULATORS = 2048  # of one program, which is one warp: 64 registers of a thread
+_LINEAR_ROWS, _LINEAR_INNER = 16, 128  # responses, and elements of d per step, of one program of a linear head
+_LINEAR_UNROLLED = 2  # steps whose loads are under way together
+_LINEAR_SPLIT = 512  # elements of d of one part of a linear head
+_LINEAR_WARPS = 4
+_ACCUMULATORS = _LINEAR_ROWS * 8 * _LINEAR_INNER  # of one program: 128 registers of a thread
 _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 32  # tile of the first layer of an MLP
 UNITS = 64  # of an MLP's hidden layer, per step of the second launch
-_SPLIT = 1024  # elements of d of one part
+_HIDDEN_SPLIT = 512  # elements of d of one part of it
 
 
 @triton.jit
@@ -464,7 +466,7 @@ def head_parts(
     mlp = params.hidden_weight is not None
     weight = params.hidden_weight if mlp else params.weight
     units, size = weight.shape
-    splits = triton.cdiv(size, _SPLIT)
+    splits = blocks(size, _HIDDEN_SPLIT if mlp else _LINEAR_SPLIT)
     parts = torch.empty(splits, batch, units, device=x.device, dtype=torch.float32)
     arguments = {
         "x_ptr": x,
@@ -479,14 +481,14 @@ def head_parts(
         "stride_xb": x.stride(0),
     }
     if mlp:
-        grid = (triton.cdiv(batch, _HIDDEN_ROWS), triton.cdiv(units, _HIDDEN), splits)
-        _hidden_launch(source, limit_B is not None, chunk, _SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(
+        grid = (blocks(batch, _HIDDEN_ROWS), blocks(units, _HIDDEN), splits)
+        _hidden_launch(source, limit_B is not None, chunk, _HIDDEN_SPLIT, _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER)(
             grid, H=units, **arguments
         )
     else:
-        tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
-        launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _SPLIT), *tiles)
-        launch((splits, triton.cdiv(batch, launch.constants["R"])), **arguments)
+        tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS, _LINEAR_WARPS
+        launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _LINEAR_SPLIT), *tiles)
+        launch((splits, blocks(batch, launch.constants["R"])), **arguments)
     return parts
 
 
@@ -501,12 +503,13 @@ def _linear_launch(
     inner: int,
     unrolled: int,
     accumulators: int,
+    warps: int,
 ) -> BoundLaunch:
-    """More rewards than eight leave room for fewer responses, then for fewer columns. Powers of 2, as ``_SPLIT`` is."""
+    """More rewards than eight leave room for fewer responses, then for fewer columns. All are powers of 2."""
     columns = padded(rewards)
     rows = max(1, min(rows, accumulators // (columns * inner)))
     inner = max(16, min(inner, accumulators // (columns * rows)))
-    steps = triton.cdiv(split, inner)
+    steps = blocks(split, inner)
     unrolled = min(unrolled, steps)
     constants = {
         "K": rewards,
@@ -516,10 +519,10 @@ def _linear_launch(
         "CHUNK": chunk,
         "R": rows,
         "BD": inner,
-        "STEPS": triton.cdiv(steps, unrolled),
+        "STEPS": blocks(steps, unrolled),
         "UNROLLED": unrolled,
     }
-    return BoundLaunch(_linear, constants, num_warps=1, enable_fp_fusion=True)
+    return BoundLaunch(_linear, constants, num_warps=warps, enable_fp_fusion=True)
 
 
 @lru_cache(maxsize=256)
@@ -557,7 +560,7 @@ def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Samp
         return out
     parts = head_parts(h, params, batch)
     _weights_launch(rewards, soft, params.hidden_weight is not None, ROWS, UNITS)(
-        (triton.cdiv(batch, ROWS),),
+        (blocks(batch, ROWS),),
         parts_ptr=parts,
         hidden_bias_ptr=params.hidden_bias,
         weight_ptr=params.weight,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.group_advantages import divisor, live_factors, normalized, reward_moments, switches
 from maestro_fast.kernels.moments import over
 
@@ -193,10 +193,10 @@ def counterfactual_advantages(
     out = torch.empty(batch, actions, device=rewards_BK.device, dtype=torch.float32)
     if batch == 0:
         return out
-    width = triton.next_power_of_2(size)
+    width = power_of_2(size)
     rows = min(width, _ROWS)
-    _launch(profile, rewards, kl is not None, rows, width, triton.next_power_of_2(actions))(
-        (number, triton.cdiv(size, rows)),
+    _launch(profile, rewards, kl is not None, rows, width, power_of_2(actions))(
+        (number, blocks(size, rows)),
         index_ptr=index_NG,
         rewards_ptr=rewards_BK,
         weights_ptr=weights_BK,

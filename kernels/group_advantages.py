@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
 
 TILE = 16  # responses of one program: one warp reduces them without a barrier
@@ -473,12 +473,12 @@ class Tiles(NamedTuple):
 
         ``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch.
         """
-        width = triton.next_power_of_2(size)
+        width = power_of_2(size)
         if width > _MOST:
             raise ValueError(f"groups: one of {size} responses, expected at most {_MOST} with backend='triton'")
-        whole = triton.next_power_of_2(number) * width <= (_WHOLE if wide else smallest)
-        groups = triton.next_power_of_2(number) if whole else max(1, smallest // width)
-        return Tiles(groups, width, triton.cdiv(number, groups), whole)
+        whole = power_of_2(number) * width <= (_WHOLE if wide else smallest)
+        groups = power_of_2(number) if whole else max(1, smallest // width)
+        return Tiles(groups, width, blocks(number, groups), whole)
 
     @property
     def warps(self) -> int:
@@ -488,7 +488,7 @@ class Tiles(NamedTuple):
 def rewards_at_once(rewards: int, slots: int, warps: int) -> int:
     """KB of a tile of so many slots: all rewards where they fit into registers, a power of 2."""
     room = max(1, _PER_THREAD * 32 * warps // slots)
-    return min(triton.next_power_of_2(rewards), 1 << (room.bit_length() - 1))
+    return min(power_of_2(rewards), 1 << (room.bit_length() - 1))
 
 
 def is_wide(profile: Any) -> bool:
@@ -545,7 +545,7 @@ def finish(out: Outputs, state_B: Tensor | None, lengths: Tensor | None, profile
         return
     batch = out.advantages.shape[0]
     _finish_launch(profile, _SCAN)(
-        (triton.cdiv(batch, _SCAN),),
+        (blocks(batch, _SCAN),),
         scores_ptr=out.scores,
         state_ptr=state_B,
         lengths_ptr=lengths,

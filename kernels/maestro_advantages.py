@@ -28,7 +28,7 @@ from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights as weighing
 from maestro_fast.kernels import pool_hidden as pooling
-from maestro_fast.kernels.bound_launch import BoundLaunch
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import Draw, Sample, decide, head_parts, logits_tile, padded
 from maestro_fast.kernels.group_advantages import (
     TILE,
@@ -224,12 +224,12 @@ def maestro_advantages(
         chunk = pooling._CHUNK
         x = pooling.chunk_sums(x, bounds, limit_B)
     parts = head_parts(x, params, batch, source=source, bounds=bounds, limit_B=limit_B, chunk=chunk)
-    width = triton.next_power_of_2(size)
+    width = power_of_2(size)
     groups = max(1, TILE // width)
     launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)
     state_B = scratch(out, profile, False)
     launch(
-        (triton.cdiv(number, groups),),
+        (blocks(number, groups),),
         parts_ptr=parts,
         hidden_bias_ptr=params.hidden_bias,
         weight_ptr=params.weight,

@@ -64,7 +64,10 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
 
 @triton.jit
 def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr, RAW: tl.constexpr):
-    """Standard deviation over the scope, of the tile's shape; 0 for fewer than two live elements. RAW: 1 for a group of one."""
+    """Standard deviation over the scope, of the tile's shape; 0 for fewer than two live elements.
+
+    RAW: 1 for a group of one.
+    """
     shifted_NG, _ = scope_shifted(x_NG, live_NG, SCOPE)
     count = scope_sum(counted_NG, SCOPE)
     mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))

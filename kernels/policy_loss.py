@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+
 _TOKENS = 1024  # of one step
 _PARTS = tl.constexpr(8)  # loss, entropy, clipped low, clipped high, ratio, kl, sampler ratio, live tokens
 METRICS = {"clip_low": 2, "clip_high": 3, "ratio": 4, "kl": 5, "sampler_ratio": 6}
@@ -311,8 +313,8 @@ class Loss(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _settings(config: Any) -> dict[str, Any]:
-    """What a configuration fixes of the first launch; made once, as it takes as long as an allocation."""
+def _settings(config: Any) -> dict[str, float]:
+    """The numbers of a configuration, as the first launch takes them."""
     return {
         "per_length": float(config.max_completion_length) if config.normalization == "dr_grpo" else 1.0,
         "clip_low": float(config.clip_low),
@@ -321,15 +323,38 @@ def _settings(config: Any) -> dict[str, Any]:
         "kl_coef": float(config.kl_coef),
         "entropy_coef": float(config.entropy_coef),
         "sampler_cap": float(config.sampler_cap),
+    }
+
+
+@lru_cache(maxsize=256)
+def _sequences_launch(config: Any, given: tuple[bool, ...], tokens: int) -> BoundLaunch:
+    """``given``: which of the optional arguments there are, in the order of the constants below."""
+    names = ("HAS_OLD", "HAS_REF", "HAS_SAMPLING", "HAS_ENTROPY", "HAS_MASK", "NORMALIZER_TENSOR", "ENTROPY_TENSOR")
+    constants = dict(zip(names, given, strict=True)) | {
         "HAS_KL": config.kl_coef > 0,
         "HAS_CLIP_MAX": config.clip_max is not None,
         "BY_LENGTH": config.normalization == "grpo",
         "CISPO": config.objective == "cispo",
         "SEQUENCE": config.ratio == "sequence",
         "CORRECTION": config.sampler_correction,
-        "num_warps": 4,
-        "enable_fp_fusion": False,
+        "BT": tokens,
     }
+    return BoundLaunch(_sequences, constants, num_warps=4)
+
+
+@lru_cache(maxsize=32)
+def _reduce_launch(
+    entropy_tensor: bool, with_entropy: bool, divide: bool, divide_entropy: bool, tokens: int
+) -> BoundLaunch:
+    constants = {
+        "ENTROPY_TENSOR": entropy_tensor,
+        "HAS_ENTROPY": with_entropy,
+        "DIVIDE": divide,
+        "DIVIDE_ENTROPY": divide_entropy,
+        "BT": tokens,
+        "BB": 128,
+    }
+    return BoundLaunch(_reduce, constants, num_warps=4)
 
 
 def _default_divisor(config: Any, batch: int, tokens: int, masked: bool) -> float | None:
@@ -374,7 +399,10 @@ def policy_loss(
     values = torch.empty(_PARTS.value, device=device, dtype=torch.float32)
     loss = torch.empty((), device=device, dtype=torch.float32)
     if batch:
-        _sequences[(batch,)](
+        others = old_logprobs, ref_logprobs, sampling_logprobs
+        given = (*(x is not None for x in others), with_entropy, masked, by_tensor, entropy_by_tensor)
+        _sequences_launch(config, given, _TOKENS)(
+            (batch,),
             logprobs_ptr=logprobs,
             advantages_ptr=advantages,
             cu_ptr=cu_seqlens,
@@ -389,17 +417,10 @@ def policy_loss(
             T=tokens,
             normalizer=1.0 if normalizer is None or by_tensor else float(normalizer),
             entropy_normalizer=entropy_number,
-            HAS_OLD=old_logprobs is not None,
-            HAS_REF=ref_logprobs is not None,
-            HAS_SAMPLING=sampling_logprobs is not None,
-            HAS_ENTROPY=with_entropy,
-            HAS_MASK=masked,
-            NORMALIZER_TENSOR=by_tensor,
-            ENTROPY_TENSOR=entropy_by_tensor,
-            BT=_TOKENS,
             **_settings(config),
         )
-    _reduce[(max(1, triton.cdiv(tokens, _TOKENS)) if divide or divide_entropy else 1,)](
+    _reduce_launch(entropy_by_tensor, with_entropy, divide, divide_entropy, _TOKENS)(
+        (max(1, blocks(tokens, _TOKENS)) if divide or divide_entropy else 1,),
         work_ptr=work,
         entropy_normalizer_ptr=entropy_tensor,
         loss_ptr=loss,
@@ -408,13 +429,5 @@ def policy_loss(
         T=tokens,
         entropy_normalizer=entropy_number,
         entropy_coef=float(config.entropy_coef),
-        ENTROPY_TENSOR=entropy_by_tensor,
-        HAS_ENTROPY=with_entropy,
-        DIVIDE=divide,
-        DIVIDE_ENTROPY=divide_entropy,
-        BT=_TOKENS,
-        BB=128,
-        num_warps=4,
-        enable_fp_fusion=False,
     )
     return Loss(loss, values, work[:gradients].view(2 if with_entropy else 1, tokens))

@@ -27,16 +27,21 @@ that is about 3 %; the second launch takes 2 us. So 0.133 ms are expected on an 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 
 _CHUNK = 256  # tokens of one program: with _COLUMNS 64 KB of bfloat16, 8,192 programs of full chunks in the case above
 _TOKENS = 64  # tokens of one step: 16 KB of bfloat16, eight loads of 16 bytes per thread
 _COLUMNS = 128  # columns of one program, 256 bytes of a bf16 row; programs that run at once read whole rows
 _STAGES = 3  # two steps are on their way, 32 KB per program; 26 KB per processor would cover 0.8 us of latency
 _PIVOTS = 128  # sequences that one step of the search compares, one per thread
+_LAST_COLUMNS, _COMBINED_COLUMNS = 1024, 256  # columns of one program of the other launches
 _AHEAD = 8  # chunks whose sums the second launch loads before it adds them
 
 
@@ -233,7 +238,8 @@ def mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor
     parts = torch.empty(2 * room, device=mask.device, dtype=torch.int64)
     bounds, limit_B = parts[: batch + 1], parts[room : room + batch]
     if batch:
-        _mask_segments[(batch,)](
+        _mask_launch(prompt_B is not None)(
+            (batch,),
             mask_ptr=mask,
             prompt_ptr=prompt_B,
             bounds_ptr=bounds,
@@ -242,12 +248,13 @@ def mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor
             width=width,
             stride_mb=mask.stride(0),
             stride_mt=mask.stride(1),
-            HAS_PROMPT=prompt_B is not None,
-            BW=1024,
-            num_warps=4,
-            enable_fp_fusion=False,
         )
     return bounds, limit_B
+
+
+@lru_cache(maxsize=2)
+def _mask_launch(has_prompt: bool) -> BoundLaunch:
+    return BoundLaunch(_mask_segments, {"HAS_PROMPT": has_prompt, "BW": 1024}, num_warps=4)
 
 
 def _launch_sums(
@@ -260,7 +267,9 @@ def _launch_sums(
     single: bool,
 ) -> None:
     size = flat.shape[1]
-    _sums[(out.shape[0] * triton.cdiv(size, _COLUMNS),)](
+    tiles = _CHUNK, _TOKENS, _COLUMNS, _PIVOTS, _STAGES
+    _sums_launch(single, bounds is not None, limit_B is not None, *tiles)(
+        (out.shape[0] * blocks(size, _COLUMNS),),
         x_ptr=flat,
         bounds_ptr=bounds,
         limit_ptr=limit_B,
@@ -269,17 +278,24 @@ def _launch_sums(
         width=width or 0,
         d=size,
         stride_xt=flat.stride(0),
-        CHUNK=_CHUNK,
-        SINGLE=single,
-        PACKED=bounds is not None,
-        HAS_LIMIT=limit_B is not None,
-        BT=_TOKENS,
-        BD=_COLUMNS,
-        BB=_PIVOTS,
-        STAGES=_STAGES,
-        num_warps=4,
-        enable_fp_fusion=False,
     )
+
+
+@lru_cache(maxsize=64)
+def _sums_launch(
+    single: bool, packed: bool, has_limit: bool, chunk: int, tokens: int, columns: int, pivots: int, stages: int
+) -> BoundLaunch:
+    constants = {
+        "SINGLE": single,
+        "PACKED": packed,
+        "HAS_LIMIT": has_limit,
+        "CHUNK": chunk,
+        "BT": tokens,
+        "BD": columns,
+        "BB": pivots,
+        "STAGES": stages,
+    }
+    return BoundLaunch(_sums, constants, num_warps=4)
 
 
 def chunk_sums(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None = None, width: int | None = None) -> Tensor:
@@ -314,22 +330,27 @@ def pool_hidden(
     out = torch.empty(batch, size, device=flat.device, dtype=torch.float32)
     if batch == 0 or size == 0:
         return out
-    where = {
-        "bounds_ptr": bounds,
-        "limit_ptr": limit_B,
-        "out_ptr": out,
-        "width": width or 0,
-        "d": size,
-        "PACKED": bounds is not None,
-        "HAS_LIMIT": limit_B is not None,
-        "num_warps": 4,
-        "enable_fp_fusion": False,
-    }
+    packed, has_limit = bounds is not None, limit_B is not None
+    where = {"bounds_ptr": bounds, "limit_ptr": limit_B, "out_ptr": out, "width": width or 0, "d": size}
     if not mean:
-        _last[(batch, triton.cdiv(size, 1024))](x_ptr=flat, stride_xt=flat.stride(0), BD=1024, **where)
+        grid = (batch, blocks(size, _LAST_COLUMNS))
+        _last_launch(packed, has_limit)(grid, x_ptr=flat, stride_xt=flat.stride(0), **where)
     elif min(flat.shape[0], flat.shape[0] if width is None else width) <= _CHUNK:
         _launch_sums(flat, bounds, limit_B, width, batch, out, True)
     else:
         sums = chunk_sums(flat, bounds, limit_B, width)
-        _combine[(batch, triton.cdiv(size, 256))](sums_ptr=sums, CHUNK=_CHUNK, AHEAD=_AHEAD, BD=256, **where)
+        grid = (batch, blocks(size, _COMBINED_COLUMNS))
+        _combine_launch(packed, has_limit, _CHUNK)(grid, sums_ptr=sums, **where)
     return out
+
+
+@lru_cache(maxsize=4)
+def _last_launch(packed: bool, has_limit: bool) -> BoundLaunch:
+    constants = {"PACKED": packed, "HAS_LIMIT": has_limit, "BD": _LAST_COLUMNS}
+    return BoundLaunch(_last, constants, num_warps=4)
+
+
+@lru_cache(maxsize=16)
+def _combine_launch(packed: bool, has_limit: bool, chunk: int) -> BoundLaunch:
+    constants = {"PACKED": packed, "HAS_LIMIT": has_limit, "CHUNK": chunk, "AHEAD": _AHEAD, "BD": _COMBINED_COLUMNS}
+    return BoundLaunch(_combine, constants, num_warps=4)

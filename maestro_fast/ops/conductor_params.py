@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,27 +64,29 @@ class ConductorParams:
 
 
 def check_params(h: Tensor, params: ConductorParams) -> None:
+    """Raises ValueError or TypeError that names the parameter; it stands before every launch, so it has to be quick."""
     if h.ndim != 2 or h.shape[1:] != params.mean.shape:
         raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
-    if (params.hidden_weight is None) != (params.hidden_bias is None):
+    mean, rstd, weight, bias, hidden_weight, hidden_bias = params.tensors
+    assert rstd is not None and weight is not None and bias is not None
+    if (hidden_weight is None) != (hidden_bias is None):
         raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
-    size, actions = h.shape[1], params.weight.shape[0]
-    inner = size if params.hidden_weight is None else params.hidden_weight.shape[0]
-    expected = {
-        "rstd": (size,),
-        "weight": (actions, inner),
-        "bias": (actions,),
-        "hidden_weight": (inner, size),
-        "hidden_bias": (inner,),
-    }
-    for item in fields(params):
-        tensor = getattr(params, item.name)
+    size, actions = h.shape[1], weight.shape[0]
+    inner = size if hidden_weight is None else hidden_weight.shape[0]
+    device, dtype = h.device, weight.dtype
+    for name, tensor, shape in (
+        ("mean", mean, (size,)),
+        ("rstd", rstd, (size,)),
+        ("weight", weight, (actions, inner)),
+        ("bias", bias, (actions,)),
+        ("hidden_weight", hidden_weight, (inner, size)),
+        ("hidden_bias", hidden_bias, (inner,)),
+    ):
         if tensor is None:
             continue
-        shape = expected.get(item.name, (size,))
         if tensor.shape != shape:
-            raise ValueError(f"params.{item.name}: shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != params.weight.dtype or not tensor.is_floating_point():
-            raise TypeError(f"params.{item.name}: dtype {tensor.dtype}, expected one floating dtype for all")
-        if tensor.device != h.device:
-            raise ValueError(f"params.{item.name}: on {tensor.device}, expected {h.device} as h")
+            raise ValueError(f"params.{name}: shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype is not dtype or not dtype.is_floating_point:
+            raise TypeError(f"params.{name}: dtype {tensor.dtype}, expected one floating dtype for all")
+        if tensor.device != device:
+            raise ValueError(f"params.{name}: on {tensor.device}, expected {device} as h")

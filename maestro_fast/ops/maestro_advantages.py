@@ -116,8 +116,8 @@ def maestro_advantages(
 
 
 def _check_contexts(contexts: int, name: str, rewards: Tensor) -> None:
-    if contexts != len(rewards):
-        raise ValueError(f"{name}: {contexts} contexts, expected {len(rewards)} as rewards")
+    if contexts != rewards.shape[0]:
+        raise ValueError(f"{name}: {contexts} contexts, expected {rewards.shape[0]} as rewards")
 
 
 def _fused(
@@ -136,10 +136,10 @@ def _fused(
         x, bounds, limit_B, _ = layout(hidden, pool, prompt_lengths, None, None, cu_seqlens)
         source = "last" if pool.endswith("last") else "mean"
         assert bounds is not None
-        _check_contexts(len(bounds) - 1, "cu_seqlens", rewards)
+        _check_contexts(bounds.shape[0] - 1, "cu_seqlens", rewards)
     else:
         assert h is not None
-        _check_contexts(len(h), "h", rewards)
+        _check_contexts(h.shape[0], "h", rewards)
     assert x is not None
     check_choice(x, conductor, tau, min_prob, alpha, mode)
     check_inputs(rewards, None, kl, beta, profile)

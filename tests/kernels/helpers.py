@@ -44,8 +44,11 @@ def assert_close(ours: Tensor, truth: Tensor, plain: Tensor | None = None, *, ep
     raise AssertionError(f"{what} element {worst}: {got!r}, truth {expected!r}, allowed error {allowed:.3g}")
 
 
-def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that takes note of every bound launch from now on, by the name of its kernel."""
+def counted_launches(monkeypatch: pytest.MonkeyPatch, *, start: bool = True) -> list[str]:
+    """A list that takes note of every bound launch from now on, by the name of its kernel.
+
+    Without ``start`` none is started, so the outputs hold nothing.
+    """
     from maestro_fast.kernels.bound_launch import BoundLaunch
 
     launches: list[str] = []
@@ -53,7 +56,8 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def call(self: Any, grid: Any, **arguments: Any) -> None:
         launches.append(self.kernel.fn.__name__)
-        real(self, grid, **arguments)
+        if start:
+            real(self, grid, **arguments)
 
     monkeypatch.setattr(BoundLaunch, "__call__", call)
     return launches

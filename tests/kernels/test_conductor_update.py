@@ -24,7 +24,8 @@ CONFIG = ConductorUpdateConfig(**SETTINGS, learning_rate=RATE, weight_decay=DECA
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_ROWS", 16), ("_COLUMNS", 32)):
         monkeypatch.setattr(kernel, name, value)
-    monkeypatch.setattr(conductor_weights, "_SPLIT", 64)
+    for name in ("_LINEAR_SPLIT", "_HIDDEN_SPLIT"):
+        monkeypatch.setattr(conductor_weights, name, 64)
 
 
 def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn") -> ConductorBatch:

@@ -150,14 +150,3 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         launched(rewards_BK, weights_BK, 4, profile, None, lengths)
         assert len(launches) == expected, (profile, launches)
         launches.clear()
-
-
-class Counted:
-    """A kernel that takes note of its launches."""
-
-    def __init__(self, name: str, kernel: Any, launches: list[str]) -> None:
-        self.name, self.kernel, self.launches = name, kernel, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches.append(self.name)
-        return self.kernel[grid]

@@ -27,7 +27,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (pool_hidden, "_CHUNK", 8),
         (pool_hidden, "_COLUMNS", 128),
-        (conductor_weights, "_SPLIT", 64),
+        (conductor_weights, "_LINEAR_SPLIT", 64),
+        (conductor_weights, "_HIDDEN_SPLIT", 64),
         (conductor_weights, "_LINEAR_INNER", 32),
         (conductor_weights, "_HIDDEN", 16),
         (conductor_weights, "UNITS", 16),

@@ -15,13 +15,14 @@ from maestro_fast.kernels import policy_loss as kernel
 from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.ops.policy_loss import policy_gradient, policy_loss
 from maestro_fast.ops.policy_loss import policy_loss as reference
-from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
+from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
 
 EPSILON = 1e-6
 LENGTHS = [13, 1, 40, 0, 7]
 TOKENS = sum(LENGTHS)
 CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0)
+BOUNDS = CU_SEQLENS.to(DEVICE)
 MODES = ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -162,11 +163,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_two_launches(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.kernels.test_group_advantages import Counted
-
-    launches: list[str] = []
-    for name in ("_sequences", "_reduce"):
-        monkeypatch.setattr(kernel, name, Counted(name, getattr(kernel, name), launches))
+    launches = counted_launches(monkeypatch)
     compare(make("bnpo"), chosen("old_logprobs", "token_mask" if masked else ""))
     assert launches == ["_sequences", "_reduce"] * 2
 
@@ -215,16 +212,6 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class NotStarted:
-    """Takes note of launches that do not happen: in the interpreter they would be operations, too."""
-
-    def __init__(self, name: str, launches: list[str]) -> None:
-        self.name, self.launches = name, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.launches.append(self.name)
-
-
 def leaves(dtype: torch.dtype = torch.float32, *, entropy: bool) -> tuple[PolicyLossConfig, dict[str, Any]]:
     """A configuration, and the arguments of the op, of which log-probs and entropies want a gradient."""
     given = {name: x.to(DEVICE) for name, x in chosen("old_logprobs", "entropies" if entropy else "").items()}
@@ -234,7 +221,7 @@ def leaves(dtype: torch.dtype = torch.float32, *, entropy: bool) -> tuple[Policy
 
 
 def by_triton(config: PolicyLossConfig, given: dict[str, Any]) -> Any:
-    return policy_loss(cu_seqlens=CU_SEQLENS.to(DEVICE), **given, config=config, backend="triton")
+    return policy_loss(cu_seqlens=BOUNDS, **given, config=config, backend="triton")
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -243,9 +230,7 @@ def test_two_launches_and_one_for_the_gradient(
     dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And three allocations: what backward needs, the metrics, the loss."""
-    launches: list[str] = []
-    for name in ("_sequences", "_reduce"):
-        monkeypatch.setattr(kernel, name, NotStarted(name, launches))
+    launches = counted_launches(monkeypatch, start=False)
     monkeypatch.setattr(sys.modules[policy_loss.__module__], "readable", lambda x: False)  # as on a device
     config, given = leaves(dtype, entropy=entropy)
     with Operations() as forward:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from maestro_fast.kernels import pool_hidden as kernel
 from maestro_fast.ops import pool_hidden as op
-from tests.kernels.helpers import DEVICE, DTYPES, assert_close
-from tests.kernels.test_group_advantages import Counted
+from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches
 from tests.kernels.test_policy_loss import Operations
 
 EPSILON = 1e-6  # one division, and a sum that is at most as long as the plain op's
@@ -218,19 +217,10 @@ def test_layouts_and_modes_by_the_op(layout: str, mode: Any, given: dict[str, An
         assert torch.equal(compiled(there["hidden"]), ours)
 
 
-class Silent(Counted):
-    """Takes note of launches that do not happen: in the interpreter they would be operations, too."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.launches.append(self.name)
-
-
 @pytest.mark.parametrize(("layout", "mode", "given"), CASES, ids=[f"{layout}, {mode}" for layout, mode, _ in CASES])
 def test_launches(layout: str, mode: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One for the last states, two for means; a mask takes one more, and so do prompts beside lengths."""
-    launches: list[str] = []
-    for name in ("_last", "_sums", "_combine", "_mask_segments"):
-        monkeypatch.setattr(kernel, name, Silent(name, getattr(kernel, name), launches))
+    launches = counted_launches(monkeypatch, start=False)
     monkeypatch.setattr(sys.modules[op.__module__], "readable", lambda x: False)  # as on a device
     there = {name: x.to(DEVICE) for name, x in given.items()}
     with Operations() as counted:

@@ -44,7 +44,7 @@ class Conductor:
         self.reward_names = reward_names
         self.context_kind: ContextKind = "response" if config.context == "shuffled" else config.context
         self.needs_group_scores = config.needs_group_scores
-        self.device = torch.device(config.device)
+        self.device = torch.device(config.chosen_device)
         self.head = Head(context_size, len(reward_names), config.hidden, config.seed, self.device)
         self.statistics = RunningStatistics(context_size, self.device)
         self.buffer = Buffer(config.period, config.capacity, config.staleness)

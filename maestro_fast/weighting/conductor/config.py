@@ -50,10 +50,9 @@ class ConductorConfig:
             actions; None: every batch serves one update.
         staleness: an update leaves out batches that are older than so many batches; None: none.
         seed: key of the action draws.
-        device: where the head lives and learns. "cpu", where a linear head costs little and all processes hold the
-            same bits; or a CUDA device, beside the model, for wide heads: there the op kernels of Triton serve it,
-            which fuse weights and advantages, and contexts do not travel. Processes on GPUs of different kinds may
-            then drift apart.
+        device: where the head lives and learns. "auto": the current CUDA device if there is one and this is the only
+            process, where Triton fuses weights and advantages and contexts do not travel; else "cpu", where all
+            processes hold the same bits. Or any device by name: processes on GPUs of different kinds may drift apart.
     """
 
     alpha: float = 0.3
@@ -75,7 +74,7 @@ class ConductorConfig:
     capacity: int | None = None
     staleness: int | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -132,13 +131,23 @@ class ConductorConfig:
         """Whether an update forms advantages anew, group by group."""
         return self.learning_rate > 0 and self.estimator != "reinforce"
 
+    @property
+    def chosen_device(self) -> str:
+        """``device``, or what "auto" stands for in this process."""
+        import torch
+
+        if self.device != "auto":
+            return self.device
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        return "cuda" if alone and torch.cuda.is_available() else "cpu"
+
     def build(self, reward_names: tuple[str, ...], context_size: int) -> Conductor:
         import torch
 
         from maestro_fast.weighting.conductor.conductor import Conductor
 
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, device=self.chosen_device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: {self.device!r}, expected one that is here: {error}") from error
         if not self.min_prob < 1 / len(reward_names):
