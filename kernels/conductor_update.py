@@ -445,7 +445,7 @@ def _first_layer(
     tl.store(squares_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), squares)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N"])
 def _logits(
     parts_ptr,
     hidden_bias_ptr,
@@ -455,12 +455,12 @@ def _logits(
     logits_ptr,
     N,
     H,
-    splits,
     K: tl.constexpr,
     KP: tl.constexpr,
     MLP: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """z [N, K] and, of an MLP, u [N, H], from the parts of the first launch of ``conductor_weights``."""
     n_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
@@ -471,12 +471,12 @@ def _logits(
             unit_H = unit + tl.arange(0, HT)
             mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
             u_RH = tl.zeros([R, HT], tl.float32)
-            for s in range(0, splits):
+            for s in tl.static_range(SPLITS):
                 part_R = parts_ptr + (s * N + n_R) * H
                 u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
             u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
             tl.store(u_ptr + n_R[:, None] * H + unit_H[None, :], u_RH, mask=mask_RH)
-    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, n_R, inside_R, N, H, splits, K, KP, MLP, HT)
+    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, n_R, inside_R, N, H, K, KP, MLP, HT, SPLITS)
     z_RK += tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     tl.store(logits_ptr + n_R[:, None] * K + k[None, :], z_RK, mask=inside_R[:, None] & (k < K)[None, :])
 
@@ -538,7 +538,7 @@ def activations(h: Tensor, params: Any) -> Activations:
     splits, _, units = parts.shape
     logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
     u = torch.empty(number, units, device=h.device, dtype=torch.float32) if mlp else None
-    _logits_launch(rewards, mlp, conductor_weights.ROWS, conductor_weights.UNITS)(
+    _logits_launch(rewards, mlp, conductor_weights.ROWS, conductor_weights.UNITS, splits)(
         (blocks(number, conductor_weights.ROWS),),
         parts_ptr=parts,
         hidden_bias_ptr=params.hidden_bias,
@@ -548,15 +548,14 @@ def activations(h: Tensor, params: Any) -> Activations:
         logits_ptr=logits,
         N=number,
         H=units,
-        splits=splits,
     )
     return Activations(logits, u)
 
 
 @lru_cache(maxsize=64)
-def _logits_launch(rewards: int, mlp: bool, rows: int, units: int) -> BoundLaunch:
-    constants = {"K": rewards, "KP": padded(rewards), "MLP": mlp, "R": rows, "HT": units}
-    return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(rows, mlp))
+def _logits_launch(rewards: int, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
+    constants = {"K": rewards, "KP": padded(rewards), "MLP": mlp, "R": rows, "HT": units, "SPLITS": splits}
+    return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(mlp))
 
 
 def conductor_update(

@@ -35,12 +35,11 @@ from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 from maestro_fast.kernels.pool_hidden import first_slot, segment
 
 ROWS = 16  # responses of one program of the second launch
-_LINEAR_ROWS, _LINEAR_INNER = 16, 128  # responses, and elements of d per step, of one program of a linear head
-_LINEAR_UNROLLED = 2  # steps whose loads are under way together
+_LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of one program of a linear head: a warp
+_LINEAR_UNROLLED = 8  # steps whose loads are under way together
 _LINEAR_SPLIT = 512  # elements of d of one part of a linear head
-_LINEAR_WARPS = 4
-_ACCUMULATORS = _LINEAR_ROWS * 8 * _LINEAR_INNER  # of one program: 128 registers of a thread
-_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 32  # tile of the first layer of an MLP
+_ACCUMULATORS = 2048  # of one program: 64 registers of a thread
+_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 64  # tile of the first layer of an MLP
 UNITS = 64  # of an MLP's hidden layer, per step of the second launch
 _HIDDEN_SPLIT = 512  # elements of d of one part of it
 
@@ -133,13 +132,16 @@ def logits_tile(
     inside_R,
     B,
     H,
-    splits,
     K: tl.constexpr,
     KP: tl.constexpr,
     MLP: tl.constexpr,
     HT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """z [R, KP] without its bias, from the parts of the first launch, added in their order."""
+    """z [R, KP] without its bias, from the parts of the first launch, added in their order.
+
+    The loops over the parts are unrolled, so that the loads of all of them are under way at once.
+    """
     R: tl.constexpr = b_R.shape[0]
     k = tl.arange(0, KP)
     if MLP:
@@ -148,7 +150,7 @@ def logits_tile(
             unit_H = unit + tl.arange(0, HT)
             mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
             u_RH = tl.zeros([R, HT], tl.float32)
-            for s in range(0, splits):
+            for s in tl.static_range(SPLITS):
                 part_R = parts_ptr + (s * B + b_R) * H
                 u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
             u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
@@ -160,7 +162,7 @@ def logits_tile(
     else:
         mask_RK = inside_R[:, None] & (k < K)[None, :]
         z_RK = tl.zeros([R, KP], tl.float32)
-        for s in range(0, splits):
+        for s in tl.static_range(SPLITS):
             z_RK += tl.load(parts_ptr + (s * B + b_R)[:, None] * K + k[None, :], mask=mask_RK, other=0.0)
         return z_RK
 
@@ -327,7 +329,7 @@ def _hidden(
     tl.store(parts_ptr + (s * B + b_R)[:, None] * H + unit_H[None, :], part_RH, mask=mask_RH)
 
 
-@triton.jit(do_not_specialize=["B", "splits", "seed", "step", "offset"])
+@triton.jit(do_not_specialize=["B", "seed", "step", "offset"])
 def _weights(
     parts_ptr,
     hidden_bias_ptr,
@@ -340,7 +342,6 @@ def _weights(
     probs_ptr,
     B,
     H,
-    splits,
     tau,
     span,
     floor,
@@ -355,10 +356,11 @@ def _weights(
     MLP: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     b_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = b_R < B
-    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, MLP, HT)
+    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, K, KP, MLP, HT, SPLITS)
     decide(
         z_RK,
         b_R,
@@ -486,7 +488,7 @@ def head_parts(
             grid, H=units, **arguments
         )
     else:
-        tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS, _LINEAR_WARPS
+        tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
         launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _LINEAR_SPLIT), *tiles)
         launch((splits, blocks(batch, launch.constants["R"])), **arguments)
     return parts
@@ -503,7 +505,6 @@ def _linear_launch(
     inner: int,
     unrolled: int,
     accumulators: int,
-    warps: int,
 ) -> BoundLaunch:
     """More rewards than eight leave room for fewer responses, then for fewer columns. All are powers of 2."""
     columns = padded(rewards)
@@ -522,7 +523,7 @@ def _linear_launch(
         "STEPS": blocks(steps, unrolled),
         "UNROLLED": unrolled,
     }
-    return BoundLaunch(_linear, constants, num_warps=warps, enable_fp_fusion=True)
+    return BoundLaunch(_linear, constants, num_warps=1, enable_fp_fusion=True)
 
 
 @lru_cache(maxsize=256)
@@ -535,14 +536,14 @@ def _hidden_launch(
 
 
 @lru_cache(maxsize=256)
-def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int) -> BoundLaunch:
+def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
     constants = {"K": rewards, "KP": padded(rewards), "SOFT": soft, "MLP": mlp, "R": rows, "HT": units}
-    return BoundLaunch(_weights, constants, num_warps=tail_warps(rows, mlp))
+    return BoundLaunch(_weights, constants | {"SPLITS": splits}, num_warps=tail_warps(mlp))
 
 
-def tail_warps(rows: int, mlp: bool) -> int:
-    """One warp needs no barriers; the hidden layer's units are too many for it. As ``group_advantages`` has it."""
-    return 4 if mlp else max(1, rows // 32)
+def tail_warps(mlp: bool) -> int:
+    """One warp needs no barriers; the units of a hidden layer are too many for it."""
+    return 4 if mlp else 1
 
 
 def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Sample:
@@ -554,12 +555,17 @@ def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Samp
         draw: numbers of the softmax and the key of the draws; ``offset`` + B below 2^63.
         soft: weights are the probabilities; else an action is drawn.
     """
-    batch, rewards = h.shape[0], params.weight.shape[0]
-    out = Sample.empty(batch, rewards, h.device)
-    if batch == 0:
-        return out
-    parts = head_parts(h, params, batch)
-    _weights_launch(rewards, soft, params.hidden_weight is not None, ROWS, UNITS)(
+    if h.shape[0] == 0:
+        return Sample.empty(0, params.weight.shape[0], h.device)
+    return weights_of(head_parts(h, params, h.shape[0]), params, draw, soft=soft)
+
+
+def weights_of(parts: Tensor, params: Any, draw: Draw, *, soft: bool) -> Sample:
+    """The second launch, from the ``head_parts`` of at least one response."""
+    splits, batch, units = parts.shape
+    rewards = params.weight.shape[0]
+    out = Sample.empty(batch, rewards, parts.device)
+    _weights_launch(rewards, soft, params.hidden_weight is not None, ROWS, UNITS, splits)(
         (blocks(batch, ROWS),),
         parts_ptr=parts,
         hidden_bias_ptr=params.hidden_bias,
@@ -567,8 +573,7 @@ def conductor_weights(h: Tensor, params: Any, draw: Draw, *, soft: bool) -> Samp
         bias_ptr=params.bias,
         **out.pointers(),
         B=batch,
-        H=parts.shape[2],
-        splits=parts.shape[0],
+        H=units,
         **draw._asdict(),
     )
     return out

@@ -29,36 +29,32 @@ from torch import Tensor
 from maestro_fast.kernels import conductor_weights as weighing
 from maestro_fast.kernels import pool_hidden as pooling
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
-from maestro_fast.kernels.conductor_weights import Draw, Sample, decide, head_parts, logits_tile, padded
+from maestro_fast.kernels.conductor_weights import (
+    Draw,
+    Sample,
+    decide,
+    head_parts,
+    logits_tile,
+    padded,
+    weights_of,
+)
 from maestro_fast.kernels.group_advantages import (
     TILE,
     Outputs,
     advantage_tile,
-    finish,
-    reward_moments,
+    group_advantages,
+    is_wide,
     rewards_at_once,
-    scratch,
     switches,
     tile_rows,
 )
 
-_LARGEST = 32  # responses of a group: a warp, which needs no barriers
+_LARGEST = 32  # responses of a group in the fused launch: a warp, which needs no barriers
 
 
-def largest_group(mlp: bool) -> int:
-    """The largest group that ``_groups`` takes; the ops by themselves serve larger ones, in one launch more.
-
-    The units of an MLP's hidden layer are summed in the order of the tile's layout, which is that of
-    ``conductor_weights`` for as many rows alone.
-    """
-    return weighing.ROWS if mlp else _LARGEST
-
-
-@triton.jit(do_not_specialize=["N", "B", "splits", "seed", "step", "offset"])
+@triton.jit(do_not_specialize=["N", "B", "seed", "step", "offset"])
 def _groups(
     parts_ptr,
-    hidden_bias_ptr,
-    weight_ptr,
     bias_ptr,
     weights_ptr,
     actions_ptr,
@@ -68,20 +64,15 @@ def _groups(
     index_ptr,
     rewards_ptr,
     kl_ptr,
-    lengths_ptr,
-    moments_ptr,
     advantages_ptr,
     scores_ptr,
     normalized_ptr,
-    mean_out_ptr,
+    mean_ptr,
     std_ptr,
     degenerate_ptr,
-    state_ptr,
     N,
     G,
     B,
-    H,
-    splits,
     stride_rb,
     stride_rk,
     tau,
@@ -98,7 +89,6 @@ def _groups(
     K: tl.constexpr,
     KP: tl.constexpr,
     SOFT: tl.constexpr,
-    MLP: tl.constexpr,
     KB: tl.constexpr,
     HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
@@ -111,7 +101,7 @@ def _groups(
     IN_VARIANCE: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
-    HT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     R: tl.constexpr = BN * BG
     r = tl.arange(0, R)
@@ -119,7 +109,7 @@ def _groups(
     g_R = r % BG
     b_R = tl.load(index_ptr + n_R * G + g_R, mask=(n_R < N) & (g_R < G), other=B)
     inside_R = b_R < B
-    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, b_R, inside_R, B, H, splits, K, KP, MLP, HT)
+    z_RK = logits_tile(parts_ptr, None, None, b_R, inside_R, B, K, K, KP, False, 1, SPLITS)
     decide(
         z_RK,
         b_R,
@@ -150,15 +140,15 @@ def _groups(
         rewards_ptr,
         weights_ptr,
         kl_ptr,
-        lengths_ptr,
-        moments_ptr,
+        None,
+        None,
         advantages_ptr,
         scores_ptr,
         normalized_ptr,
-        mean_out_ptr,
+        mean_ptr,
         std_ptr,
         degenerate_ptr,
-        state_ptr,
+        None,
         stride_rb,
         stride_rk,
         K,
@@ -202,56 +192,47 @@ def maestro_advantages(
         rewards_BK: float32 [B, K], any strides; NaN where a reward abstained.
         params: an ``ops.ConductorParams`` of contiguous float32.
         draw, soft: as in ``conductor_weights``.
-        index_NG: int64 [N, G_max] of ``ops.Groups``, G_max at most ``largest_group``.
+        index_NG: int64 [N, G_max] of ``ops.Groups``.
         x: [B, d] contexts, or with source "last" or "mean" [T, d] hidden states; any floating dtype but float64.
         bounds, limit_B: int [B + 1] and [B] or None for these sources, as in ``pool_hidden``.
         profile, kl, beta, lengths: as in ``group_advantages``.
 
     Raises:
-        ValueError: a larger group than ``largest_group``.
+        ValueError: a group of more than 8,192, see ``group_advantages``.
     """
     number, size = index_NG.shape
-    mlp = params.hidden_weight is not None
-    if size > largest_group(mlp):
-        most = largest_group(mlp)
-        raise ValueError(f"groups: one of {size} responses, expected at most {most} with backend='triton'")
     batch, rewards = rewards_BK.shape
-    sample, out = Sample.empty(batch, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
     if batch == 0:
-        return sample, out
+        return Sample.empty(0, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
     chunk = 1
     if source == "mean":
         chunk = pooling._CHUNK
         x = pooling.chunk_sums(x, bounds, limit_B)
     parts = head_parts(x, params, batch, source=source, bounds=bounds, limit_B=limit_B, chunk=chunk)
+    if params.hidden_weight is not None or size > _LARGEST or is_wide(profile):
+        sample = weights_of(parts, params, draw, soft=soft)
+        options = {"profile": profile, "kl": kl, "beta": beta, "lengths": lengths}
+        return sample, group_advantages(rewards_BK, sample.weights, index_NG, **options)
+    sample, out = Sample.empty(batch, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
     width = power_of_2(size)
     groups = max(1, TILE // width)
-    launch = _groups_launch(profile, rewards, soft, mlp, kl is not None, groups, width, weighing.UNITS)
-    state_B = scratch(out, profile, False)
-    launch(
+    _groups_launch(profile, rewards, soft, kl is not None, groups, width, parts.shape[0])(
         (blocks(number, groups),),
         parts_ptr=parts,
-        hidden_bias_ptr=params.hidden_bias,
-        weight_ptr=params.weight,
         bias_ptr=params.bias,
         **sample.pointers(),
         index_ptr=index_NG,
         rewards_ptr=rewards_BK,
         kl_ptr=kl,
-        lengths_ptr=lengths,
-        moments_ptr=reward_moments(rewards_BK, profile, False),
         advantages_ptr=out.advantages,
         scores_ptr=out.scores,
         normalized_ptr=out.normalized_rewards,
-        mean_out_ptr=out.mean,
+        mean_ptr=out.mean,
         std_ptr=out.std,
         degenerate_ptr=out.degenerate,
-        state_ptr=state_B,
         N=number,
         G=size,
         B=batch,
-        H=parts.shape[2],
-        splits=parts.shape[0],
         stride_rb=rewards_BK.stride(0),
         stride_rk=rewards_BK.stride(1),
         **draw._asdict(),
@@ -259,25 +240,23 @@ def maestro_advantages(
         reward_eps=float(profile.reward_eps),
         score_eps=float(profile.score_eps),
     )
-    finish(out, state_B, lengths, profile, False)
     return sample, out
 
 
 @lru_cache(maxsize=256)
 def _groups_launch(
-    profile: Any, rewards: int, soft: bool, mlp: bool, has_kl: bool, groups: int, width: int, units: int
+    profile: Any, rewards: int, soft: bool, has_kl: bool, groups: int, width: int, splits: int
 ) -> BoundLaunch:
-    warps = weighing.tail_warps(groups * width, mlp)
+    warps = weighing.tail_warps(False)
     constants = {
         "K": rewards,
         "KP": padded(rewards),
         "SOFT": soft,
-        "MLP": mlp,
         "KB": rewards_at_once(rewards, groups * width, warps),
         "HAS_KL": has_kl,
         **switches(profile, False),
         "BN": groups,
         "BG": width,
-        "HT": units,
+        "SPLITS": splits,
     }
     return BoundLaunch(_groups, constants, num_warps=warps)

@@ -69,9 +69,9 @@ def maestro_advantages(
         tau, min_prob, alpha, mode, seed, step, offset: as in ``conductor_weights``.
         kl, beta, lengths, profile: as in ``group_advantages``.
         backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
-            or a gradient to compute. With C++, pooling and the first layer of an MLP head are PyTorch's; Triton takes
-            two launches for contexts or last states, three for means, and the launches of the single ops, one more,
-            for groups of more than 32, of more than 16 with an MLP head.
+            or a gradient to compute. With C++, pooling and the first layer of an MLP head are PyTorch's. Triton takes
+            two launches for a linear head; one more for an MLP head, groups of more than 32, and profiles with a batch
+            or token scope; and one more for means.
 
     Raises:
         ValueError, TypeError: as the ops it is made of, and unless exactly one of ``h`` and ``hidden`` is given.
@@ -82,7 +82,7 @@ def maestro_advantages(
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}, expected [B, {conductor.num_rewards}]")
     chosen = resolve("maestro_advantages", backend, rewards, h, hidden, *conductor.tensors, kl, lengths)
     if chosen == "triton":
-        fused = _fused(
+        return _fused(
             rewards,
             conductor,
             groups,
@@ -90,12 +90,9 @@ def maestro_advantages(
             (tau, min_prob, alpha, mode, seed, step, offset),
             (kl, beta, lengths, resolve_profile(profile)),
         )
-        if fused is not None:
-            return fused
     if h is None:
         assert hidden is not None
-        pooled_by: Backend = "triton" if chosen == "triton" else "torch"
-        h = pool_hidden(hidden, cu_seqlens=cu_seqlens, mode=pool, prompt_lengths=prompt_lengths, backend=pooled_by)
+        h = pool_hidden(hidden, cu_seqlens=cu_seqlens, mode=pool, prompt_lengths=prompt_lengths, backend="torch")
     _check_contexts(len(h), "h" if hidden is None else "cu_seqlens", rewards)
     sample = conductor_weights(
         h,
@@ -127,8 +124,8 @@ def _fused(
     contexts: tuple[Tensor | None, Tensor | None, Tensor | None, PoolMode, Tensor | None],
     chance: tuple[float, float, float, WeightMode, int, int, int],
     comparison: tuple[Tensor | None, float, Tensor | None, AdvantageProfile],
-) -> tuple[ConductorSample, GroupAdvantages] | None:
-    """All of it by Triton's fused launches; None for groups that are too large for them."""
+) -> tuple[ConductorSample, GroupAdvantages]:
+    """All of it by Triton, from the contexts or straight from the hidden states."""
     (h, hidden, cu_seqlens, pool, prompt_lengths), (tau, min_prob, alpha, mode, *key) = contexts, chance
     kl, beta, lengths, profile = comparison
     source, bounds, limit_B, x = "context", None, None, h
@@ -147,12 +144,7 @@ def _fused(
     if mode == "sample":
         check_key(*key)
     choice = Choice(tau, min_prob, alpha, mode == "soft", *(key if mode == "sample" else (0, 0, 0)))
-    from maestro_fast.kernels.maestro_advantages import largest_group
-
-    grouping = Groups.of(groups, rewards.shape[0])
-    if grouping.index_NG.shape[1] > largest_group(conductor.hidden_weight is not None):
-        return None
-    index_NG = grouping.to(rewards.device).index_NG
+    index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
     done = _by_triton(
         rewards, conductor, choice, index_NG, x, source, bounds, limit_B, kl, float(beta), lengths, profile
     )

@@ -21,7 +21,14 @@ EPSILON = 3e-6  # three TF32 products stand for one of float32, over d = 200 ter
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_LINEAR_SPLIT", 64), ("_HIDDEN_SPLIT", 64), ("_LINEAR_INNER", 32), ("_HIDDEN", 16), ("_HIDDEN_INNER", 32), ("UNITS", 16)):
+    for name, value in (
+        ("_LINEAR_SPLIT", 64),
+        ("_HIDDEN_SPLIT", 64),
+        ("_LINEAR_INNER", 32),
+        ("_HIDDEN", 16),
+        ("_HIDDEN_INNER", 32),
+        ("UNITS", 16),
+    ):
         monkeypatch.setattr(kernel, name, value)
 
 
