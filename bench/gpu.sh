@@ -73,13 +73,12 @@ part() {
 first() {
   local workers=14 marked tests
   mapfile -t marked < <(grep -rl "pytest.mark.gpu" tests --include="test_*.py")
-  tests=(-m gpu tests/kernels "${marked[@]}")
-  ((dry)) && workers=1 tests=(-m "not vllm" -k prompts tests/kernels/test_pool_hidden.py)
+  tests=(-m gpu bench/sanitize.py tests/kernels "${marked[@]}")
+  ((dry)) && workers=1 tests=(-m "not vllm" -k "finite or prompts" bench/sanitize.py tests/kernels/test_pool_hidden.py)
   ((dry)) || step "the device" 15 nvidia-smi -L
   ((dry)) || step "the installation" 40 "$python" -m maestro_fast info
-  step "every kernel once" 80 "$python" -m bench.sanitize
   # a process that compiles kernels uses one core
-  step "GPU tests" 220 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
+  step "GPU tests" 290 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
 }
 
 headline() { # NAME SECONDS ARGUMENTS...
@@ -105,7 +104,7 @@ third() { step "training steps" 90 "$python" -m bench.gpu_step; }
 sanitize() {
   local tool
   tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer") || return
-  step "every kernel once" 200 "$python" -m bench.sanitize # compiled, so that the run below need not
+  step "every kernel once" 150 "${pytest[@]}" -n 5 -m gpu bench/sanitize.py # compiled, so that the run below need not
   # torch's allocator hands out parts of large blocks, in which an access past the end is not seen
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck" 380 "$tool" --tool memcheck --error-exitcode 1 "$python" -m bench.sanitize
 }
