@@ -23,7 +23,6 @@ python=${PYTHON:-python3}
 [[ -n ${VIRTUAL_ENV:-} ]] && python=$VIRTUAL_ENV/bin/python
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 [[ -n ${PEERS:-} ]] && export PYTHONPATH=$PEERS${PYTHONPATH:+:$PYTHONPATH}
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
 dry=0
 [[ ${BENCH_DRY:-0} == 1 ]] && dry=1 && export TRITON_INTERPRET=1
 out=${OUT:-bench/results}
@@ -77,6 +76,7 @@ first() {
   ((dry)) && workers=1 tests=(-m "not vllm" -k "finite or prompts" bench/sanitize.py tests/kernels/test_pool_hidden.py)
   ((dry)) || step "the device" 15 nvidia-smi -L
   ((dry)) || step "the installation" 40 "$python" -m maestro_fast info
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
   # a process that compiles kernels uses one core
   step "GPU tests" 290 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
 }
