@@ -23,7 +23,6 @@ python=${PYTHON:-python3}
 [[ -n ${VIRTUAL_ENV:-} ]] && python=$VIRTUAL_ENV/bin/python
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 [[ -n ${PEERS:-} ]] && export PYTHONPATH=$PEERS${PYTHONPATH:+:$PYTHONPATH}
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
 dry=0
 [[ ${BENCH_DRY:-0} == 1 ]] && dry=1 && export TRITON_INTERPRET=1
 out=${OUT:-bench/results}
@@ -73,13 +72,13 @@ part() {
 first() {
   local workers=14 marked tests
   mapfile -t marked < <(grep -rl "pytest.mark.gpu" tests --include="test_*.py")
-  tests=(-m gpu tests/kernels "${marked[@]}")
-  ((dry)) && workers=1 tests=(-m "not vllm" -k prompts tests/kernels/test_pool_hidden.py)
+  tests=(-m gpu bench/sanitize.py tests/kernels "${marked[@]}")
+  ((dry)) && workers=1 tests=(-m "not vllm" -k "finite or prompts" bench/sanitize.py tests/kernels/test_pool_hidden.py)
   ((dry)) || step "the device" 15 nvidia-smi -L
   ((dry)) || step "the installation" 40 "$python" -m maestro_fast info
-  step "every kernel once" 80 "$python" -m bench.sanitize
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask torch for determinism, to have its memory poisoned
   # a process that compiles kernels uses one core
-  step "GPU tests" 220 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
+  step "GPU tests" 290 "${pytest[@]}" -n $workers --dist worksteal -rfE --durations=15 --junitxml="$out/first.xml" "${tests[@]}"
 }
 
 headline() { # NAME SECONDS ARGUMENTS...
@@ -105,7 +104,7 @@ third() { step "training steps" 90 "$python" -m bench.gpu_step; }
 sanitize() {
   local tool
   tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer") || return
-  step "every kernel once" 200 "$python" -m bench.sanitize # compiled, so that the run below need not
+  step "every kernel once" 150 "${pytest[@]}" -n 5 -m gpu bench/sanitize.py # compiled, so that the run below need not
   # torch's allocator hands out parts of large blocks, in which an access past the end is not seen
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck" 380 "$tool" --tool memcheck --error-exitcode 1 "$python" -m bench.sanitize
 }

@@ -221,7 +221,7 @@ def report(done: list[Block], operations: float) -> None:
 
 
 def main() -> None:
-    until = time.monotonic() + (float(sys.argv[1]) if len(sys.argv) > 1 else 80.0)
+    until = time.monotonic() + (float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
     training = Training()
     micro = micro_batch(training)
     count = sum(x.numel() for x in training.model.parameters())

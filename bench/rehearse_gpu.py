@@ -82,7 +82,7 @@ def extension() -> str:
 def collection() -> str:
     """What bench/gpu.sh runs: the other tests need packages that the GPU machine has not."""
     marked = [path for path in ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text()]
-    files = ["tests/kernels", *map(str, marked), *map(str, ROOT.glob("bench/bench_gpu_*.py"))]
+    files = ["bench/sanitize.py", "tests/kernels", *map(str, marked), *map(str, ROOT.glob("bench/bench_gpu_*.py"))]
     lines = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *files)
     return lines.strip().splitlines()[-1]
 
@@ -107,9 +107,9 @@ def suite() -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "launches"
-        given = {"TRITON_INTERPRET": "1", "LAUNCHES": str(noted)}
-        python("-m", "pytest", "-q", "-p", "bench.launches", "-p", "no:cacheprovider", "tests/kernels", **given)
-        python("-c", "import bench.launches, bench.sanitize; bench.sanitize.main()", **given)
+        given = {"TRITON_INTERPRET": "1", "BENCH_DRY": "1", "LAUNCHES": str(noted)}
+        files = ["-m", "not vllm", "bench/sanitize.py", "tests/kernels"]
+        python("-m", "pytest", "-q", "-p", "bench.launches", "-p", "no:cacheprovider", *files, **given)
         found = read(noted)
 
     def launches(arch: int) -> Iterator[Any]:

@@ -1,6 +1,6 @@
-"""One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize
+"""One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize. To pytest it is five tests.
 
-Exits with 1 where a result is not finite. No size divides by a tile, and most are larger than one, so that loops run
+Fails where a result is not finite. No size divides by a tile, and most are larger than one, so that loops run
 with and without their masks. The head pass is in bfloat16: its gradient of the logits is written in their place, and
 its tiles are loaded by descriptors.
 """
@@ -8,18 +8,21 @@ its tiles are loaded by descriptors.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bench.gpu_race import MARKS
 from maestro_fast import ops
 from maestro_fast.kernels import conductor_update as update_kernel
 from maestro_fast.ops import ConductorParams, PolicyLossConfig
 
+pytestmark = MARKS
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 B, K, D, H, G, T = 15, 3, 300, 7, 5, 61
@@ -167,16 +170,19 @@ def sweep() -> Iterator[tuple[str, Any]]:
     yield "linear_policy_loss", [found.loss, *found.metrics.values(), found.logprobs, *gradients]
 
 
-def main() -> None:
+GROUPS = (advantages, conductor, losses, logprobs, sweep)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_results_are_finite(group: Callable[[], Iterator[tuple[str, Any]]]) -> None:
     torch.manual_seed(0)
-    for group in (advantages, conductor, losses, logprobs, sweep):
-        for name, results in group():
-            tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
-            bad = [i for i, x in enumerate(tensors) if not bool(x.isfinite().all())]
-            if not tensors or bad:
-                raise SystemExit(f"{name}: outputs {bad} of {len(tensors)} are not finite")
-            print(f"{name}: {len(tensors)} finite tensors", flush=True)
+    for name, results in group():
+        tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+        bad = [i for i, x in enumerate(tensors) if not bool(x.isfinite().all())]
+        assert tensors and not bad, f"{name}: outputs {bad} of {len(tensors)} are not finite"
+        print(f"{name}: {len(tensors)} finite tensors", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    for each in GROUPS:
+        test_results_are_finite(each)

@@ -42,11 +42,18 @@ def test_first(tmp_path: Path) -> None:
     status, printed = gpu_sh("first", out=tmp_path)
 
     assert status == 0, printed[-6000:]
-    for op in OPS:
-        assert op in printed  # by the step that runs every kernel
-    assert 'failures="0"' in (tmp_path / "first.xml").read_text()
+    found = (tmp_path / "first.xml").read_text()
+    assert 'errors="0" failures="0" skipped="0" tests="7"' in found
+    assert found.count('name="test_results_are_finite') == 5  # what compute-sanitizer runs
     assert (tmp_path / "first.log").read_text() == printed
-    assert "first: 0 of 2 steps failed" in printed
+    assert "first: 0 of 1 steps failed" in printed
+
+
+def test_compute_sanitizer_gets_every_op() -> None:
+    program = (ROOT / "bench" / "sanitize.py").read_text()
+
+    for op in OPS:
+        assert f"ops.{op}(" in program
 
 
 def test_second(tmp_path: Path) -> None:
