@@ -99,8 +99,8 @@ class Conductor:
         """Whether ``maestro_advantages`` gives the bits of the single ops.
 
         It has one context for each response, one device and one backend for all tensors. Float64 and gradients change
-        the backend of the advantages, and must not change that of the weights. On a GPU, what is compared over the
-        batch is added up in another order than by ``group_advantages``, and saves no launch.
+        the backend of the advantages, and must not change that of the weights. What is compared over the batch saves
+        no launch by being one op.
         """
         rewards_BK, profile = context.rewards_BK, resolve_profile(comparison.profile)
         scopes = {profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale}
