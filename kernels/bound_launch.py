@@ -97,5 +97,6 @@ class BoundLaunch:
             return None
         # Triton does not specialise on floats.
         values = [x if x.__class__ is int else None for x in map(arguments.__getitem__, self._values)]
-        widths = [arguments[name].bit_length() >> 5 for name in self._widths]
+        # 0 for what fits into 32 bits with its sign: so does -2^31, whose own bit_length is 32.
+        widths = [(x if x >= 0 else ~x).bit_length() >> 5 for x in map(arguments.__getitem__, self._widths)]
         return driver.active.get_current_device(), *kinds, *values, *widths

@@ -532,7 +532,7 @@ def _hidden_launch(
 ) -> BoundLaunch:
     where = {"SOURCE": source, "HAS_LIMIT": has_limit, "CHUNK": chunk}
     constants = {**where, "SPLIT": split, "R": rows, "HT": units, "BD": inner}
-    return BoundLaunch(_hidden, constants, num_warps=4, num_stages=3)
+    return BoundLaunch(_hidden, constants, num_warps=4, num_stages=4)
 
 
 @lru_cache(maxsize=256)

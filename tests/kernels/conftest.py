@@ -19,7 +19,7 @@ from tests.kernels.helpers import DEVICE, INTERPRETED
 # Without it, cuBLAS raises under deterministic algorithms. It is read when a process first uses cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 HERE = Path(__file__).resolve().parent
-HOST_ONLY = {"test_interpreter.py", "test_aot.py"}
+HOST_ONLY = {"test_interpreter.py", "test_aot.py", "test_bound_launch.py"}
 
 
 @pytest.hookimpl(tryfirst=True)
