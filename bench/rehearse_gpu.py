@@ -143,7 +143,10 @@ def compile_all(launches: Callable[[int], Iterator[Any]]) -> str:
             seconds[arch] += took
             count += 1
             print(f"  sm_{arch:<4}{launch.name:48}{took:7.2f} s  {verdict}", flush=True)
-            bad += [f"{launch.name}, sm_{arch}: {verdict}"] if verdict else []
+            if verdict:
+                bad.append(f"{launch.name}, sm_{arch}: {verdict}")
+                types = {n: str(x.dtype) for n, x in launch.arguments.items() if hasattr(x, "dtype")}
+                print(f"    {launch.arguments | types} {launch.options}")
     if bad:
         raise RuntimeError(f"{len(bad)} of {count} launches: " + "; ".join(bad[:3]))
     sums = ", ".join(f"{total:.0f} s for sm_{arch}" for arch, total in seconds.items())
