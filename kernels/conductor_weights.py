@@ -39,7 +39,7 @@ _LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of
 _LINEAR_UNROLLED = 8  # steps whose loads are under way together
 _LINEAR_SPLIT = 512  # elements of d of one part of a linear head
 _ACCUMULATORS = 2048  # of one program: 64 registers of a thread
-_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 64  # tile of the first layer of an MLP
+_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 32  # tile of the first layer of an MLP
 UNITS = 64  # of an MLP's hidden layer, per step of the second launch
 _HIDDEN_SPLIT = 512  # elements of d of one part of it
 
@@ -532,7 +532,7 @@ def _hidden_launch(
 ) -> BoundLaunch:
     where = {"SOURCE": source, "HAS_LIMIT": has_limit, "CHUNK": chunk}
     constants = {**where, "SPLIT": split, "R": rows, "HT": units, "BD": inner}
-    return BoundLaunch(_hidden, constants, num_warps=4, num_stages=4)
+    return BoundLaunch(_hidden, constants, num_warps=4, num_stages=3)
 
 
 @lru_cache(maxsize=256)
