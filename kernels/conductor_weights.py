@@ -8,11 +8,19 @@ by themselves, so that a small batch fills the GPU too. parts is [splits, B, K] 
 the first layer of an MLP. The second launch adds the parts in their order and does the rest. Neither the number of
 parts nor the tiles depend on B, so neither does the result of a response.
 
-What the first launch should take for B = 512, d = 4096, K = 8 in bfloat16 on an H100 (132 processors of 4 schedulers at
-1.7 GHz). Linear: 128 programs read 4 MB of contexts, 1.4 us at 3 TB/s, and each scheduler issues 8 times 240
-instructions, 1.1 us; with one latency before and after, about 3 us. MLP with H = 256: 0.54 G multiply-adds as three of
-TF32 each, 1.6 G, on 128 programs at 1,024 a cycle and processor, 7 us; with loads, conversions and latencies about
-11 us. The second launch waits three times for memory: 3 us, and 4 us for an MLP, whose 16 rows read 64 KB of parts.
+What the launches take for B = 512, d = 4096, K = 8 in bfloat16, from a CUDA graph (``bench/results/gpu_tiles.md``):
+
+    first, linear      predicted 3 us: 4 MB of contexts at 3 TB/s, 1.4 us, and 2,900 instructions a scheduler, 1.7 us.
+                       Measured 5.8 us on an H100. What was not counted: 1,024 programs of 4 responses read 24 MB of
+                       weights and moments, mostly from L2. Programs of 16 responses read a fourth, but move each tile
+                       through shared memory behind barriers, and took 7 to 12 us.
+    first, MLP 256     predicted 11 us: 1.6 G multiply-adds of TF32 at 1,024 a cycle and processor, 7 us, and latencies.
+                       Measured 27.7 us on an H200: both operands are split into two halves in registers, and the
+                       weights pass through shared memory a second time. Six products of bfloat16 with weights split
+                       beforehand took 17.0 us, which would want them split at every update.
+    second             predicted 3 us, three waits for memory. Measured on an H200 3.0 us for a linear head and 9.5 us
+                       for an MLP, both with a loop over the parts. It is unrolled since, so that all parts load at
+                       once: 2.5 us and 4 us are expected, not measured.
 
 A linear head, and the last layer of an MLP, are plain multiply-adds in float32: the tensor cores' tiles are at least 16
 wide, so most of their work would be for rewards that do not exist. The first layer of an MLP goes through the tensor

@@ -10,6 +10,10 @@ that are themselves normalised over the batch: no program waits for another, so 
 and every sum has one order. Programs of the second launch all repeat the same reduction over the B scores, which are
 in L2.
 
+For B = 4,096, K = 8, G = 16 in a CUDA graph on an H200: 3.1 us with the profile grpo (2.7 in another run), 4.4 (3.8)
+with maestro, where a copy of as many bytes takes 3.5 to 3.8. One reward after the other took 3.4 and 6.0 us on an H100:
+what counts is the chain of dependent instructions, so a tile holds as many rewards as its registers do.
+
 Rewards are added in the order of K, like everywhere in this package, and nothing is contracted into an FMA: equal
 rows get equal scores. There is no backward kernel: autograd goes through the reference of ``ops/group_advantages.py``.
 """

@@ -1,20 +1,23 @@
-"""The adaptive step in two launches: contexts -> weights -> advantages.
+"""The adaptive step: contexts -> weights -> advantages.
 
-    contexts or last tokens     the first launch of ``conductor_weights.py``, then ``_groups``       2 launches
-    means                       the chunks' sums before both                                         3
+    a linear head, contexts or last tokens     the first launch of ``conductor_weights.py``, ``_groups``     2 launches
+    an MLP, groups of more than ``_LARGEST``,  both launches of ``conductor_weights.py``, then that of
+    or a profile with a batch or token scope   ``group_advantages.py``                                       3
+    means                                      the chunks' sums before either                                1 more
 
-The first launch forms the parts of a linear head's logits, or of an MLP's first layer. A program of ``_groups`` takes
-whole groups: it adds their parts up, makes their weights, and then their advantages, which read the weights where they
-were just stored. Both halves are the very code of ``conductor_weights.py`` and ``group_advantages.py``, and the numbers
-are theirs, bit by bit. Profiles whose scopes cross groups need the further launches of ``group_advantages.py``: one for
-the scores, one for rewards over the batch.
+The first launch forms the parts of a linear head's logits. A program of ``_groups`` takes whole groups: it adds their
+parts up, makes their weights, and then their advantages, which read the weights where they were just stored. Both
+halves are the very code of ``conductor_weights.py`` and ``group_advantages.py`` on tiles of the same shape and as many
+warps, so the numbers are theirs, bit by bit. That is why an MLP is not fused: its second layer needs four warps, which
+add up a group in another order than one does.
 
-One launch would have to hold all of d in one program. For B = 512, d = 4096, K = 8 that is 32 programs of 16 responses
-on 132 processors, each issuing 32 times 240 instructions a scheduler: 4.5 us, where the two launches take 3 us each on
-all processors, the second waiting for the first by about 1 us: 7 us in a CUDA graph. With d = 8192 or K = 16 the one
-launch would take twice as long, the two hardly longer. An MLP takes 11 + 4 + 1 us, see ``conductor_weights.py``.
+One launch would have to hold all of d in one program: for B = 512, d = 4096, K = 8 that is 32 programs on 132
+processors, each scheduler of which would issue 7,600 instructions, 4.5 us at 1.7 GHz, and twice as many for d = 8192.
 
-A mean is only known once all its chunks are, and the second layer needs all of the first, so means take a launch more.
+For these sizes, bfloat16 contexts and G = 16, measured from a CUDA graph on an H200: 14.2 us, of which the first launch
+took 8.4 with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 5.8 us on
+an H100 and the loop unrolled, 5.8 + 4 us are expected, not measured. With an MLP 41.4 us were measured; 27.7 + 4 + 3.8
+us are expected now. In a training step of 64 responses (d = 1024, K = 4) it took 16 us of 3.16 s.
 """
 
 from __future__ import annotations

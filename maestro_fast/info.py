@@ -70,7 +70,9 @@ def _devices() -> list[tuple[str, str]]:
 
 def _backend_reasons() -> list[tuple[str, str]]:
     here = gpu.obstacle((), chosen=False) or ("" if torch.cuda.is_available() else "there is no CUDA device")
-    kernels = "serves CUDA tensors without float64; gradients by policy_loss alone; never run on a GPU by us"
+    kernels = (
+        "serves CUDA tensors without float64; gradients by policy_loss and the head pass; run on an H100 and an H200"
+    )
     compiled = "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"
     return [
         ("triton", f"{kernels}; here: {here or 'it can'}"),

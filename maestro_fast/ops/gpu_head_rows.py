@@ -12,14 +12,14 @@ from maestro_fast.ops.gpu import define
 from maestro_fast.ops.head_products import product_into
 from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
 
-# Rows of one product of hidden states and head: counted, not measured. On the 132 processors of an H100 or H200, tiles
-# of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096; over
-# 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3. The last
-# wave, which is not full, costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0, 1.3, 0.4 and 5.6 %. Besides, 2,048
-# rows would save one launch, and every second reading of W: at d = 1,024 that is 0.3 of the 1.9 GB that two products
-# move in 0.8 ms, at d = 4,096 1.2 of 3.7 GB in 3.2 ms, both within the bandwidth. They would cost 512 rows more of
-# padding in the mean of every call and of every chunk that is not full, and twice the time of a call of few rows: all
-# products have one shape, so that a row's bits do not depend on its batch.
+# Rows of one product of hidden states and head. On the 132 processors of an H100 or H200, tiles of 128 x 256 over a
+# vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096; over 129,280 they make 30.6,
+# 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3: the last wave, which is not full,
+# costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0, 1.3, 0.4 and 5.6 %. Measured on an H100, V = 151,936, into
+# float32: 728, 747 and 676 TFLOP/s for 1,024, 2,048 and 4,096 rows at d = 4,096, and 501, 516 and 560 at d = 1,024
+# (bench/results/gpu_tiles.md). So 2,048 rows gain 3 %. They would cost 512 rows more of padding in the mean of every
+# call and of every chunk that is not full, and twice the time of a call of few rows: all products have one shape, so
+# that a row's bits do not depend on its batch.
 _PRODUCT_ROWS = 1024
 _ALIGNED = 16  # columns: 64 bytes, so that every row can be read in whole vectors
 SPEC = "float scale, float? softcap, float temperature, int ignore_index, str entropy"
