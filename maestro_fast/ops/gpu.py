@@ -78,7 +78,7 @@ def operator(
         guarded = on_its_device(launch)
 
         def run(*given: Any) -> Any:
-            outputs = guarded(*(given if whole is None else whole(*given)))  # type: ignore[call-arg]
+            outputs = launch(*(given if whole is None else whole(*given)))  # type: ignore[call-arg]
             return tuple(outputs) if isinstance(outputs, tuple) else outputs  # of no class of ours
 
         define(signature, run, shapes)
@@ -96,11 +96,15 @@ def operator(
 
 
 def on_its_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The launch with the device of its first argument made current: Triton launches on the current device."""
+    """The launch with the device of its first tensor made current: Triton launches on the current device.
+
+    The first argument is that tensor, or a list that begins with it.
+    """
 
     @functools.wraps(launch)
     def run(*arguments: Any) -> Any:
-        device = arguments[0].device
+        first = arguments[0]
+        device = (first[0] if isinstance(first, list) else first).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return launch(*arguments)  # type: ignore[call-arg]
@@ -114,11 +118,11 @@ def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any
 
     Args:
         signature: as ``torch.library`` takes it, without the namespace.
-        launch: its work, on a CUDA device or in Triton's interpreter.
+        launch: its work, on the device of its first argument, a tensor, or in Triton's interpreter.
         shapes: the same arguments to empty outputs.
     """
     name = signature.partition("(")[0]
     library.define(signature)
-    library.impl(name, launch, "CUDA")
+    library.impl(name, on_its_device(launch), "CUDA")
     library.impl(name, launch, "CPU")
     torch.library.register_fake(f"maestro_fast::{name}", shapes, lib=library)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.gpu import define
+from maestro_fast.ops.gpu import define, on_its_device
 from maestro_fast.ops.head_products import product_into
 from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
 
@@ -59,6 +59,11 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
     if torch.compiler.is_compiling():
         found = RowStatistics(*torch.ops.maestro_fast.triton_row_statistics(x, targets, bias, *astuple(spec)))
         return found._replace(entropies=None) if spec.entropy == "none" else found
+    return _launch_statistics(x, targets, bias, spec)
+
+
+@on_its_device
+def _launch_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
     from maestro_fast.kernels import head_rows as kernel
 
     return RowStatistics(*kernel.row_statistics(x, targets, bias, spec))
@@ -87,6 +92,7 @@ def dlogits_(
     return x if out is None else out
 
 
+@on_its_device
 def _launch_dlogits(
     x: Tensor,
     out: Tensor,
@@ -109,9 +115,7 @@ def _launch_dlogits(
 
 
 def _statistics(x: Tensor, targets: Tensor, bias: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
-    from maestro_fast.kernels import head_rows as kernel
-
-    found = kernel.row_statistics(x, targets, bias, HeadSpec(*spec))
+    found = _launch_statistics(x, targets, bias, HeadSpec(*spec))
     return tuple(x.new_empty(0) if y is None else y for y in found)
 
 

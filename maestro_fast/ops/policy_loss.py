@@ -347,6 +347,7 @@ def _loss_by_triton(
     return PolicyLoss(loss, {name: values[at] for name, at in METRICS.items() if wanted.get(name, True)})
 
 
+@gpu.on_its_device
 def _launch(arguments: list[Any], config: PolicyLossConfig) -> Loss:
     from maestro_fast.kernels import policy_loss as kernel
 

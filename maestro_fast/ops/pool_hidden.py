@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.gpu import on_its_device, operator
 from maestro_fast.ops.tensors import is_integer, readable, wide
 
 PoolMode = Literal["last", "mean", "prompt_last", "prompt_mean"]
@@ -227,7 +227,7 @@ def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tenso
     if not torch.compiler.is_compiling():
         from maestro_fast.kernels import pool_hidden as kernel
 
-        return kernel.mask_segments(mask, prompt_B)
+        return on_its_device(kernel.mask_segments)(mask, prompt_B)
     batch, width = mask.shape
     live = mask != 0
     bounds = torch.arange(batch + 1, device=mask.device) * width
