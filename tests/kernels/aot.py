@@ -83,8 +83,9 @@ class Resources:
     instructions: dict[str, int] = field(default_factory=dict)
 
 
-# matrix products of a warp group (sm_90), of the tensor cores of sm_100, and of a warp; loads by tensor descriptor
-INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")
+# matrix products of a warp group (sm_90), of the tensor cores of sm_100, and of a warp; loads by tensor descriptor;
+# barriers of a program
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "BAR")
 
 
 def compiled(launch: Launch, arch: int) -> Resources:

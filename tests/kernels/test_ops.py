@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast import ops
+from maestro_fast.kernels import pool_hidden as pool_kernel
 from maestro_fast.ops import (
     ConductorBatch,
     ConductorParams,
@@ -17,7 +20,8 @@ from maestro_fast.ops import (
     ConductorUpdateConfig,
     PolicyLossConfig,
 )
-from tests.kernels.helpers import DEVICE, assert_close
+from tests.kernels.helpers import DEVICE, assert_close, counted_launches
+from tests.kernels.test_policy_loss import Operations
 from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
 
 B, K, D, H, G = 12, 3, 40, 8, 4
@@ -275,3 +279,34 @@ def test_without_an_epsilon_no_spread_is_zero(profile: str) -> None:
 @pytest.mark.parametrize("profile", ["maestro", "grpo", "verl_grpo"])
 def test_a_weight_that_is_not_a_number_shows(profile: str) -> None:
     check_a_weight_that_is_not_a_number(profile, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("name", "allocations", "expected"),
+    [
+        ("group", 6, ["_groups"]),
+        ("weights", 6, ["_linear", "_weights"]),
+        ("weights, MLP, soft", 6, ["_hidden", "_weights"]),
+        ("contexts", 12, ["_linear", "_groups"]),
+        ("last states", 12, ["_linear", "_groups"]),
+        ("means, soft", 13, ["_sums", "_linear", "_groups"]),
+    ],
+)
+def test_the_host_only_allocates_outputs_and_launches(
+    name: str, allocations: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy, no fill, no arithmetic of torch, in the second call as in all later ones; so nothing waits either."""
+    if name in STEP:
+        given = {**STEP[name], "rewards": rewards(), "conductor": params(), "backend": "triton"}
+        run = partial(ops.maestro_advantages, **given)
+    else:
+        run = partial(CASES[name][0], **CASES[name][1], backend="triton")
+    for module in ("pool_hidden", "group_advantages"):
+        monkeypatch.setattr(sys.modules[f"maestro_fast.ops.{module}"], "readable", lambda x: False)  # as on a device
+    monkeypatch.setattr(pool_kernel, "_CHUNK", 4)
+    launches = counted_launches(monkeypatch, start=False)
+    run()
+    launches.clear()
+    with Operations() as counted:
+        run()
+    assert launches == expected and counted.calls == ["empty"] * allocations
