@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-_MOST = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
+_MOST_REMEMBERED = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
 
 
 def blocks(total: int, size: int) -> int:
@@ -49,7 +49,8 @@ class BoundLaunch:
         self.constants = constants
         self.options = {"enable_fp_fusion": False, **options}
         self._compiled: dict[Any, Any] = {}
-        self._native = isinstance(kernel, JITFunction)  # and not the interpreter's, which compiles nothing
+        # The interpreter compiles nothing. On AMD's GPUs Triton also specialises on how large a tensor is.
+        self._native = isinstance(kernel, JITFunction) and torch.version.hip is None
         if self._native:
             given = [p for p in kernel.params if not p.is_constexpr]
             self._pointers = [p.name for p in given if p.name.endswith("_ptr")]
@@ -68,7 +69,7 @@ class BoundLaunch:
             return
         found = self._compiled.get(key)
         if found is None:
-            if len(self._compiled) >= _MOST:
+            if len(self._compiled) >= _MOST_REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = self._launch(grid, arguments)
             return

@@ -11,7 +11,7 @@ parts nor the tiles depend on B, so neither does the result of a response.
 What the launches take for B = 512, d = 4096, K = 8 in bfloat16, from a CUDA graph (``bench/results/gpu_tiles.md``):
 
     first, linear      predicted 3 us: 4 MB of contexts at 3 TB/s, 1.4 us, and 2,900 instructions a scheduler, 1.7 us.
-                       Measured 5.8 us on an H100. What was not counted: 1,024 programs of 4 responses read 24 MB of
+                       Measured 6.0 us on an H100. What was not counted: 1,024 programs of 4 responses read 24 MB of
                        weights and moments, mostly from L2. Programs of 16 responses read a fourth, but move each tile
                        through shared memory behind barriers, and took 7 to 12 us.
     first, MLP 256     predicted 11 us: 1.6 G multiply-adds of TF32 at 1,024 a cycle and processor, 7 us, and latencies.
@@ -44,7 +44,7 @@ from maestro_fast.kernels.pool_hidden import first_slot, segment
 
 ROWS = 16  # responses of one program of the second launch
 _LINEAR_ROWS, _LINEAR_INNER = 4, 64  # responses, and elements of d per step, of one program of a linear head: a warp
-_LINEAR_UNROLLED = 8  # steps whose loads are under way together
+_LINEAR_UNROLLED = 4  # steps whose loads are under way together
 _LINEAR_SPLIT = 512  # elements of d of one part of a linear head
 _ACCUMULATORS = 2048  # of one program: 64 registers of a thread
 _HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = 64, 64, 32  # tile of the first layer of an MLP
@@ -257,6 +257,7 @@ def _linear(
     BD: tl.constexpr,
     STEPS: tl.constexpr,
     UNROLLED: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """parts [splits, B, K]: a linear head over STEPS * UNROLLED * BD elements of d.
 
@@ -264,9 +265,9 @@ def _linear(
     apart by column until the end: then one reduction a response and reward does, instead of one a step. Programs of one
     part of d follow one another by the number of parts, so those of one processor share their part of the weights.
     """
-    b_R = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)
+    b_R = (tl.program_id(0) // SPLITS).to(tl.int64) * R + tl.arange(0, R)
     inside_R = b_R < B
-    s = tl.program_id(0)
+    s = tl.program_id(0) % SPLITS
     row_R, there_R, length_R = context_rows(bounds_ptr, limit_ptr, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     k = tl.arange(0, KP)
     sum_RKD = tl.zeros([R, KP, BD], tl.float32)
@@ -497,8 +498,8 @@ def head_parts(
         )
     else:
         tiles = _LINEAR_ROWS, _LINEAR_INNER, _LINEAR_UNROLLED, _ACCUMULATORS
-        launch = _linear_launch(source, limit_B is not None, chunk, units, min(size, _LINEAR_SPLIT), *tiles)
-        launch((splits, blocks(batch, launch.constants["R"])), **arguments)
+        launch = _linear_launch(source, limit_B is not None, chunk, units, splits, min(size, _LINEAR_SPLIT), *tiles)
+        launch((splits * blocks(batch, launch.constants["R"]),), **arguments)
     return parts
 
 
@@ -508,6 +509,7 @@ def _linear_launch(
     has_limit: bool,
     chunk: int,
     rewards: int,
+    splits: int,
     split: int,
     rows: int,
     inner: int,
@@ -518,7 +520,7 @@ def _linear_launch(
     columns = padded(rewards)
     rows = max(1, min(rows, accumulators // (columns * inner)))
     inner = max(16, min(inner, accumulators // (columns * rows)))
-    steps = blocks(split, inner)
+    steps = max(1, blocks(split, inner))
     unrolled = min(unrolled, steps)
     constants = {
         "K": rewards,
@@ -530,8 +532,10 @@ def _linear_launch(
         "BD": inner,
         "STEPS": blocks(steps, unrolled),
         "UNROLLED": unrolled,
+        "SPLITS": splits,
     }
-    return BoundLaunch(_linear, constants, num_warps=1, enable_fp_fusion=True)
+    # Left to itself the compiler gives a program of one warp 168 registers at times, and spills.
+    return BoundLaunch(_linear, constants, num_warps=1, maxnreg=248, enable_fp_fusion=True)
 
 
 @lru_cache(maxsize=256)

@@ -78,14 +78,14 @@ def normalized(
 
 
 @triton.jit
-def ordered_sum(x_NGK, KB: tl.constexpr):
-    """[BN, BG]: the sum over the last axis in its order, so that the layout of the tile cannot change its bits."""
+def add_in_order(total_NG, x_NGK, KB: tl.constexpr):
+    """total [BN, BG] plus the elements of the last axis, one after the other: neither the layout of the tile nor the
+    number of rewards that it holds can change the bits of a sum over all rewards."""
     if KB == 1:
-        return tl.sum(x_NGK, 2)
+        return total_NG + tl.sum(x_NGK, 2)
     else:
         k = tl.arange(0, KB)[None, None, :]
-        total_NG = tl.sum(tl.where(k == 0, x_NGK, 0.0), 2)
-        for i in tl.static_range(1, KB):
+        for i in tl.static_range(KB):
             total_NG += tl.sum(tl.where(k == i, x_NGK, 0.0), 2)
         return total_NG
 
@@ -117,8 +117,8 @@ def live_factors(
         if RENORMALIZE:
             weight_ptr = weights_ptr + rows_NG[:, :, None] * stride_wb + k * stride_wk
             weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
-            whole_NG += ordered_sum(weight_NGK, KB)
-            rest_NG += ordered_sum(tl.where(reward_NGK == reward_NGK, weight_NGK, 0.0), KB)
+            whole_NG = add_in_order(whole_NG, weight_NGK, KB)
+            rest_NG = add_in_order(rest_NG, tl.where(reward_NGK == reward_NGK, weight_NGK, 0.0), KB)
     live_NG = present_NG > 0
     factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
     if RENORMALIZE:
@@ -204,7 +204,7 @@ def advantage_tile(
             RAW,
         )
         tl.store(normalized_ptr + rows_NG[:, :, None] * K + k, out_NGK, mask=mask_NGK)
-        raw_NG += ordered_sum(tl.where(present_NGK, weight_NGK, 0.0) * factor_NG[:, :, None] * out_NGK, KB)
+        raw_NG = add_in_order(raw_NG, tl.where(present_NGK, weight_NGK, 0.0) * factor_NG[:, :, None] * out_NGK, KB)
     raw_NG = tl.where(live_NG, raw_NG, 0.0)
     flat_NG = tl.where(spread(raw_NG, live_NG), 0, 1) + tl.zeros(rows_NG.shape, tl.int32)
     zero_NG = flat_NG
@@ -480,7 +480,7 @@ class Tiles(NamedTuple):
         width = power_of_2(size)
         if width > _MOST:
             raise ValueError(f"groups: one of {size} responses, expected at most {_MOST} with backend='triton'")
-        whole = power_of_2(number) * width <= (_WHOLE if wide else smallest)
+        whole = wide and power_of_2(number) * width <= _WHOLE
         groups = power_of_2(number) if whole else max(1, smallest // width)
         return Tiles(groups, width, blocks(number, groups), whole)
 

@@ -15,8 +15,8 @@ One launch would have to hold all of d in one program: for B = 512, d = 4096, K 
 processors, each scheduler of which would issue 7,600 instructions, 4.5 us at 1.7 GHz, and twice as many for d = 8192.
 
 For these sizes, bfloat16 contexts and G = 16, measured from a CUDA graph on an H200: 14.2 us, of which the first launch
-took 8.4 with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 5.8 us on
-an H100 and the loop unrolled, 5.8 + 4 us are expected, not measured. With an MLP 41.4 us were measured; 27.7 + 4 + 3.8
+took 8.4 with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 6.0 us on
+an H100 and the loop unrolled, 6 + 4 us are expected, not measured. With an MLP 41.4 us were measured; 27.7 + 4 + 3.8
 us are expected now. In a training step of 64 responses (d = 1024, K = 4) it took 16 us of 3.16 s.
 """
 

@@ -392,7 +392,7 @@ def policy_loss(
         entropy_normalizer = float(max(tokens, 1))
     divide, divide_entropy = normalizer is None, with_entropy and entropy_normalizer is None
     by_tensor, entropy_by_tensor = isinstance(normalizer, Tensor), isinstance(entropy_normalizer, Tensor)
-    entropy_number = 1.0 if entropy_by_tensor else float(entropy_normalizer or 1.0)
+    entropy_number = 1.0 if entropy_by_tensor or entropy_normalizer is None else float(entropy_normalizer)
     entropy_tensor = entropy_normalizer if entropy_by_tensor else None
     gradients = tokens * (2 if with_entropy else 1)
     work = torch.empty(gradients + batch * _PARTS.value, device=device, dtype=torch.float32)

@@ -21,7 +21,15 @@ __all__ = ["CPU", "_C", "address", "check_build", "floats", "library", "obstacle
 CPU = torch.device("cpu")
 library = torch.library.Library("maestro_fast", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_NEEDED = ("AdvantageProfile", "Partition", "group_advantages", "counterfactual_advantages", "conductor_weights")
+_NEEDED = (
+    "AdvantageProfile",
+    "Partition",
+    "group_advantages",
+    "counterfactual_advantages",
+    "conductor_weights",
+    "pack_sequences",
+    "balance_sequences",
+)
 
 
 class _Missing:

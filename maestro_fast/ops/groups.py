@@ -43,7 +43,7 @@ class Groups:
     size: int
     _others: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _host: Groups | None = field(default=None, repr=False, compare=False)
-    _on_device: dict[torch.device, Groups] = field(default_factory=dict, repr=False, compare=False)
+    _on_device: dict[tuple[torch.device, int], Groups] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(groups: GroupsLike, batch: int) -> Groups:
@@ -88,15 +88,23 @@ class Groups:
         if kind == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         host = self if self._host is None else self._host
-        if self.size and _recorded():
-            return host._on_device.get(device) or _computed(self.size, self.batch, device)
-        if self.size:
-            # A stream may not read what another has only been told to write, so each stream has a copy of its own.
-            stream = 0 if kind in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
-            host._on_device[device] = _remembered(self.size, self.batch, device, stream)
-        elif device not in host._on_device:
-            host._on_device[device] = Groups(_copied(host.index_NG, device), self.batch, 0, _host=host)
-        return host._on_device[device]
+        if _recorded():
+            for (where, _), known in host._on_device.items():
+                if where == device:
+                    return known
+            return _computed(self.size, self.batch, device) if self.size else host._carried(device)
+        # A stream may not read what another has only been told to write, so each stream has a copy of its own, which
+        # lives as long as this object: a CUDA graph that was captured with it reads it at every replay.
+        stream = 0 if kind in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
+        found = host._on_device.get((device, stream))
+        if found is None:
+            found = _remembered(self.size, self.batch, device, stream) if self.size else host._carried(device)
+            host._on_device[device, stream] = found
+        return found
+
+    def _carried(self, device: torch.device) -> Groups:
+        """A copy of a partition made from ids."""
+        return Groups(_copied(self.index_NG, device), self.batch, 0, _host=self)
 
     @property
     def slot_B(self) -> Tensor:

@@ -95,7 +95,15 @@ def policy_loss(
         "token_mask": token_mask,
     }
     check_loss_inputs(logprobs, advantages, cu_seqlens, tokenwise, normalizer, config)
-    if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
+    chosen = resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values())
+    if chosen == "triton" and (name := _wants_a_gradient(advantages, tokenwise)):
+        if backend is not None:
+            raise ValueError(
+                f"backend: 'triton' cannot serve policy_loss here: {name} wants a gradient, which only log-probs and "
+                "entropies get"
+            )
+        chosen = "torch"
+    if chosen == "triton":
         arguments = _arguments(logprobs, advantages, cu_seqlens, tokenwise, normalizer, entropy_normalizer, config)
         return _loss_by_triton(logprobs, entropies if config.entropy_coef > 0 else None, arguments, config)
     segments = _Segments.of(cu_seqlens, logprobs.shape[0], token_mask)
@@ -268,6 +276,18 @@ def _metrics(ratio: Tensor, advantages_T: Tensor, segments: _Segments, config: P
     }
 
 
+def _wants_a_gradient(advantages: Tensor, tokenwise: Mapping[str, Tensor | None]) -> str | None:
+    """The name of an input whose gradient the Triton kernels do not compute, if one is wanted."""
+    if torch.is_grad_enabled():
+        for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
+            x = tokenwise[name]
+            if x is not None and x.requires_grad:
+                return name
+        if advantages.requires_grad:
+            return "advantages"
+    return None
+
+
 def policy_gradient(
     logprobs: Tensor,
     advantages: Tensor,
@@ -283,7 +303,15 @@ def policy_gradient(
     Args:
         tokenwise: the [T] arguments of ``policy_loss`` by their names. All are checked already.
     """
-    if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
+    chosen = resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values())
+    if chosen == "triton" and (name := _wants_a_gradient(advantages, tokenwise)):
+        if backend is not None:
+            raise ValueError(
+                f"backend: 'triton' cannot serve policy_loss here: {name} wants a gradient, which only log-probs and "
+                "entropies get"
+            )
+        chosen = "torch"
+    if chosen == "triton":
         arguments = _arguments(logprobs, advantages, cu_seqlens, tokenwise, normalizer, entropy_normalizer, config)
         rows = (
             _operator(arguments, config)[2] if torch.compiler.is_compiling() else _launch(arguments, config).gradients

@@ -66,7 +66,7 @@ def test_a_tensor_that_is_not_aligned_goes_the_long_way_every_time(started: list
 
 
 def test_what_is_remembered_is_bounded(started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bound_launch, "_MOST", 2)
+    monkeypatch.setattr(bound_launch, "_MOST_REMEMBERED", 2)
     launch = BoundLaunch(_kernel, {"SOFT": False})
     for stride in (1, 2, 3, 1):
         launch((1,), **arguments(stride=stride))

@@ -150,3 +150,15 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         launched(rewards_BK, weights_BK, 4, profile, None, lengths)
         assert len(launches) == expected, (profile, launches)
         launches.clear()
+
+
+@pytest.mark.parametrize("name", ["maestro", "gdpo"])
+def test_a_groups_bits_depend_on_no_other_group(name: str) -> None:
+    """Whatever tile a batch is worked in, and however many rewards a tile holds at a time."""
+    profile = replace(PROFILES[name], score_center="group", score_scale="group")
+    rewards_BK, weights_BK, kl, lengths = inputs(48, 32)
+    kl_used = kl if profile.kl_in == "score" else None
+    whole = launched(rewards_BK, weights_BK, 8, profile, kl_used, lengths)
+    alone = launched(rewards_BK[:8], weights_BK[:8], 8, profile, None if kl_used is None else kl[:8], lengths[:8])
+    for field, many, one in zip(whole._fields, whole, alone, strict=True):
+        assert torch.equal(many[:8], one), field

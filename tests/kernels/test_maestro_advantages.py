@@ -143,20 +143,28 @@ def test_launches(source: str, units: int | None, expected: int, monkeypatch: py
 
 @pytest.mark.parametrize("units", [None, 24])
 @pytest.mark.parametrize(
-    ("groups", "soft", "name"),
-    [(5, False, "maestro"), (16, True, "maestro"), (20, False, "grpo"), (40, False, "maestro"), (5, True, "gdpo")],
+    ("batch", "groups", "soft", "name", "rewards"),
+    [
+        (80, 5, False, "maestro", 5),
+        (80, 16, True, "maestro", 5),
+        (40, 20, False, "grpo", 5),
+        (80, 40, False, "maestro", 5),
+        (80, 5, True, "gdpo", 5),
+        (8, 8, False, "maestro", 32),
+    ],
 )
-def test_the_bits_are_those_of_the_single_launches(groups: Any, units: int | None, soft: bool, name: str) -> None:
+def test_the_bits_are_those_of_the_single_launches(
+    batch: int, groups: Any, units: int | None, soft: bool, name: str, rewards: int
+) -> None:
     """Whatever is fused, and whatever is not: nobody should see which it was."""
-    batch = 80
-    rewards_BK, _, kl, _ = inputs(batch, 5)
+    rewards_BK, _, kl, _ = inputs(batch, rewards)
     kl = kl if PROFILES[name].kl_in == "score" else None
     index_NG = Groups.of(groups, batch).index_NG
-    profile, params = PROFILES[name], moved(head(SIZE, 5, units), device=DEVICE)
+    profile, params = PROFILES[name], moved(head(SIZE, rewards, units), device=DEVICE)
     x = torch.randn(batch, SIZE, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     rewards_BK, index_NG, kl = on_device(rewards_BK, index_NG, kl)
     assert rewards_BK is not None and index_NG is not None
-    draw, beta = Draw.of(5, **SETTINGS), 0.0 if kl is None else 0.1
+    draw, beta = Draw.of(rewards, **SETTINGS), 0.0 if kl is None else 0.1
     sample, out = kernel.maestro_advantages(
         rewards_BK, params, draw, index_NG, x, soft=soft, profile=profile, kl=kl, beta=beta
     )

@@ -317,3 +317,22 @@ def test_a_divisor_on_another_device_is_read_where_that_stalls_nobody(monkeypatc
 
 
 OUTPUT = kernel.Loss(torch.zeros(()), torch.zeros(8), torch.zeros(1, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["advantages", "old_logprobs"])
+def test_a_gradient_that_triton_lacks_is_refused(name: str) -> None:
+    config, given = leaves(entropy=False)
+    given[name] = given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"'triton' cannot serve policy_loss here: {name} wants a gradient"):
+        by_triton(config, given)
+    with torch.no_grad():
+        assert by_triton(config, given).loss.isfinite()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="NumPy warns of the division")
+def test_a_divisor_of_zero_is_no_divisor_of_one() -> None:
+    config, given = leaves(entropy=True)
+    by_zero = {**given, "entropy_normalizer": 0.0}
+    ours = by_triton(config, by_zero).loss
+    expected = policy_loss(cu_seqlens=BOUNDS, **by_zero, config=config, backend="torch").loss
+    assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf()

@@ -138,7 +138,9 @@ def test_without_the_module_cpp_refuses_and_the_reference_serves(answers: dict[s
 def test_a_stale_build_is_named(answers: dict[str, dict[str, Any]]) -> None:
     check_build(_C)
     stale = SimpleNamespace(group_advantages=None, conductor_weights=None, counterfactual_advantages=None)
-    with pytest.raises(ImportError, match=r"_C has no AdvantageProfile, Partition: .* rebuild it"):
+    with pytest.raises(
+        ImportError, match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences: .* rebuild it"
+    ):
         check_build(stale)
     (raised,) = answers["stale"].values()
     assert raised.startswith("maestro_fast._C has no AdvantageProfile, Partition, counterfactual_advantages")

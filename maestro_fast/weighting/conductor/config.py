@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,8 +139,11 @@ class ConductorConfig:
 
         if self.device != "auto":
             return self.device
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-        return "cuda" if alone and torch.cuda.is_available() else "cpu"
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if several else int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 or not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{torch.cuda.current_device()}"
 
     def build(self, reward_names: tuple[str, ...], context_size: int) -> Conductor:
         import torch
