@@ -39,6 +39,8 @@ class _Missing:
         self._reason = reason
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python itself asks of any object
+            raise AttributeError(name)
         raise ImportError(self._reason)
 
 
