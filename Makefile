@@ -20,7 +20,7 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 	@$(call in_environment,report) && "$$python" -m maestro_fast quickstart $(ARGS)
 
 test: ## Set up, then run the tests
-	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
 # The newest TRL is in the environment of `make test`; the oldest has one of its own, which is made once and reused.
 # That TRL imports requests without asking for it.

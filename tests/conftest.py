@@ -25,14 +25,6 @@ if find_spec("hypothesis"):
     settings.load_profile("maestro_fast")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a module share what they set up, so one process gets them all, unless they say otherwise."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def vllm_serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A running vLLM server; it takes a minute or two to start, so all tests share one."""

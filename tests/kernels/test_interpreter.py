@@ -18,7 +18,7 @@ FILES = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is one of those that the test starts")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the kernels run on it: -m gpu")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FILES])
+@pytest.mark.parametrize("name", FILES)
 def test_in_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(HERE / name)]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
