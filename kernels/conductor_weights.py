@@ -96,42 +96,6 @@ def context_tile(x_ptr, row_R, there_R, length_R, column_D, d, stride_xb, SOURCE
 
 
 @triton.jit
-def project(
-    x_ptr,
-    row_R,
-    there_R,
-    length_R,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    unit_H,
-    units,
-    begin,
-    end,
-    d,
-    stride_xb,
-    SOURCE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    R: tl.constexpr,
-    HT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """(h - mean) * rstd times weight [units, d] transposed, [R, HT], over the elements begin .. end of d."""
-    out_RH = tl.zeros([R, HT], tl.float32)
-    for i in range(begin, end, BD):
-        column_D = i + tl.arange(0, BD)
-        there_D = column_D < end
-        h_RD = context_tile(x_ptr, row_R, there_R, length_R, column_D, end, stride_xb, SOURCE, CHUNK)
-        mean_D = tl.load(mean_ptr + column_D, mask=there_D, other=0.0)
-        rstd_D = tl.load(rstd_ptr + column_D, mask=there_D, other=0.0)
-        x_RD = (h_RD - mean_D[None, :]) * rstd_D[None, :]
-        mask_HD = (unit_H < units)[:, None] & there_D[None, :]
-        weight_HD = tl.load(weight_ptr + unit_H[:, None] * d + column_D[None, :], mask=mask_HD, other=0.0)
-        out_RH = tl.dot(x_RD, tl.trans(weight_HD), out_RH, input_precision="tf32x3")
-    return out_RH
-
-
-@triton.jit
 def logits_tile(
     parts_ptr,
     hidden_bias_ptr,
@@ -262,8 +226,8 @@ def _linear(
     """parts [splits, B, K]: a linear head over STEPS * UNROLLED * BD elements of d.
 
     The inner loop is unrolled, so that loads of later steps are under way while earlier ones are multiplied. Sums stay
-    apart by column until the end: then one reduction a response and reward does, instead of one a step. Programs of one
-    part of d follow one another by the number of parts, so those of one processor share their part of the weights.
+    apart by column until the end: then one reduction for each response and reward is enough, where every step would
+    need one. Neighbouring programs take the parts of d of the same responses.
     """
     b_R = (tl.program_id(0) // SPLITS).to(tl.int64) * R + tl.arange(0, R)
     inside_R = b_R < B
@@ -314,26 +278,17 @@ def _hidden(
     s = tl.program_id(2)
     row_R, there_R, length_R = context_rows(bounds_ptr, limit_ptr, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     end = tl.minimum((s + 1) * SPLIT, d)
-    part_RH = project(
-        x_ptr,
-        row_R,
-        there_R,
-        length_R,
-        mean_ptr,
-        rstd_ptr,
-        weight_ptr,
-        unit_H,
-        H,
-        s * SPLIT,
-        end,
-        d,
-        stride_xb,
-        SOURCE,
-        CHUNK,
-        R,
-        HT,
-        BD,
-    )
+    part_RH = tl.zeros([R, HT], tl.float32)
+    for i in range(s * SPLIT, end, BD):
+        column_D = i + tl.arange(0, BD)
+        there_D = column_D < end
+        h_RD = context_tile(x_ptr, row_R, there_R, length_R, column_D, end, stride_xb, SOURCE, CHUNK)
+        mean_D = tl.load(mean_ptr + column_D, mask=there_D, other=0.0)
+        rstd_D = tl.load(rstd_ptr + column_D, mask=there_D, other=0.0)
+        x_RD = (h_RD - mean_D[None, :]) * rstd_D[None, :]
+        mask_HD = (unit_H < H)[:, None] & there_D[None, :]
+        weight_HD = tl.load(weight_ptr + unit_H[:, None] * d + column_D[None, :], mask=mask_HD, other=0.0)
+        part_RH = tl.dot(x_RD, tl.trans(weight_HD), part_RH, input_precision="tf32x3")
     mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
     tl.store(parts_ptr + (s * B + b_R)[:, None] * H + unit_H[None, :], part_RH, mask=mask_RH)
 

@@ -472,7 +472,7 @@ class Tiles(NamedTuple):
     whole: bool
 
     @staticmethod
-    def of(number: int, size: int, wide: bool, smallest: int = TILE) -> Tiles:
+    def of(number: int, size: int, wide: bool) -> Tiles:
         """Of ``number`` groups of at most ``size`` responses.
 
         ``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch.
@@ -481,7 +481,7 @@ class Tiles(NamedTuple):
         if width > _MOST:
             raise ValueError(f"groups: one of {size} responses, expected at most {_MOST} with backend='triton'")
         whole = wide and power_of_2(number) * width <= _WHOLE
-        groups = power_of_2(number) if whole else max(1, smallest // width)
+        groups = power_of_2(number) if whole else max(1, TILE // width)
         return Tiles(groups, width, blocks(number, groups), whole)
 
     @property

@@ -54,7 +54,7 @@ class GradientSums:
         dlogprobs: Tensor,
         dentropies: Tensor | None,
     ) -> None:
-        """Of one chunk, which stands in ``rows`` of the batch; uses up its logits ``x``."""
+        """Adds the gradients of one chunk, which stands in ``rows`` of the batch. Its logits ``x`` are overwritten."""
         if self.unit is not None:
             dlogprobs = dlogprobs * self.unit
             dentropies = None if dentropies is None else dentropies * self.unit

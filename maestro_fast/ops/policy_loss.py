@@ -303,15 +303,7 @@ def policy_gradient(
     Args:
         tokenwise: the [T] arguments of ``policy_loss`` by their names. All are checked already.
     """
-    chosen = resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values())
-    if chosen == "triton" and (name := _wants_a_gradient(advantages, tokenwise)):
-        if backend is not None:
-            raise ValueError(
-                f"backend: 'triton' cannot serve policy_loss here: {name} wants a gradient, which only log-probs and "
-                "entropies get"
-            )
-        chosen = "torch"
-    if chosen == "triton":
+    if resolve("policy_loss", backend, logprobs, advantages, *tokenwise.values()) == "triton":
         arguments = _arguments(logprobs, advantages, cu_seqlens, tokenwise, normalizer, entropy_normalizer, config)
         rows = (
             _operator(arguments, config)[2] if torch.compiler.is_compiling() else _launch(arguments, config).gradients

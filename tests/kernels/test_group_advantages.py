@@ -31,7 +31,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "several tiles":
         for name, value in (("_WHOLE", 1), ("_SCAN", 16)):
             monkeypatch.setattr(kernel, name, value)
-        monkeypatch.setattr(kernel.Tiles.of, "__defaults__", (16,))
     return str(request.param)
 
 
@@ -145,7 +144,6 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         launches.clear()
     monkeypatch.setattr(kernel, "_WHOLE", 1)
     monkeypatch.setattr(kernel, "_SCAN", 64)
-    monkeypatch.setattr(kernel.Tiles.of, "__defaults__", (16,))
     for profile, expected in ((PROFILES["grpo"], 1), (PROFILES["gdpo"], 2), (CUSTOM["crossed"], 3)):
         launched(rewards_BK, weights_BK, 4, profile, None, lengths)
         assert len(launches) == expected, (profile, launches)

@@ -163,16 +163,21 @@ def test_the_number_of_remembered_partitions_is_bounded() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_each_stream_has_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stream reads, that stream has computed."""
+@pytest.mark.parametrize("groups", [2, [0, 1, 1, 0]], ids=["a size", "ids"])
+def test_each_stream_has_its_own_copy(groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stream reads, that stream has computed or fetched; a copy lives as long as the partition."""
     stream, device = SimpleNamespace(stream_id=3), torch.device("cuda:0")
-    on_cpu = Groups.of(2, 4)
+    on_cpu = Groups.of(groups, 4)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
     monkeypatch.setattr(module, "_computed", lambda size, batch, device: Groups(torch.arange(4).view(2, 2), 4, 2))
+    monkeypatch.setattr(module, "_copied", lambda x, device: x.clone())
     one = on_cpu.to(device)
     assert on_cpu.to(device) is one
     stream.stream_id = 4
-    assert on_cpu.to(device) is not one
+    two = on_cpu.to(device)
+    assert two is not one and two.index_NG is not one.index_NG
+    module._remembered.cache_clear()
+    assert on_cpu.to(device) is two
     stream.stream_id = 3
     assert on_cpu.to(device) is one
 

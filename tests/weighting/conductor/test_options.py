@@ -211,6 +211,29 @@ def test_errors_name_the_setting(options: dict[str, Any], words: str) -> None:
     assert str(caught.value).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("device", "cuda", "world_size", "chosen"),
+    [
+        ("auto", False, None, "cpu"),
+        ("auto", True, None, "cuda:1"),
+        ("auto", True, "1", "cuda:1"),
+        ("auto", True, "2", "cpu"),
+        ("cuda:3", True, "2", "cuda:3"),
+        ("cpu", True, None, "cpu"),
+    ],
+)
+def test_a_conductor_alone_lives_on_the_current_gpu(
+    device: str, cuda: bool, world_size: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes all hold the same bits, so theirs live on the CPU unless a device is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert ConductorConfig(device=device).chosen_device == chosen
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"hidden": 8}, {"estimator": "all_actions"}, {"capacity": 3}])
 def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(options: dict[str, Any]) -> None:
