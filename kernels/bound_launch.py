@@ -43,8 +43,8 @@ class BoundLaunch:
         Args:
             kernel: a ``triton.jit`` function.
             constants: every ``tl.constexpr`` argument, by name.
-            options: of the compiler, ``num_warps``, ``num_stages``, ``maxnreg``. Unless ``enable_fp_fusion`` is given, a
-                product and a sum stay two operations, which round as on the host.
+            options: of the compiler, ``num_warps``, ``num_stages``, ``maxnreg``. Unless ``enable_fp_fusion`` is given,
+                a product and a sum stay two operations, which round as on the host.
         """
         self.kernel = kernel
         self.constants = constants

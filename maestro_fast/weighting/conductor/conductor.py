@@ -128,7 +128,7 @@ class Conductor:
         }
 
     def _weights(self, context: WeightContext, sample: ConductorSample) -> Weights:
-        """The weights of every response, on the device of the rewards; in mode "group" the sample has a row per group."""
+        """Every response's weights, on the device of the rewards; in mode "group" the sample has one row per group."""
         self._metrics = {"conductor/entropy": sample.entropy.mean().item()}
         used, expected, actions = sample.weights, self.expected(sample.probs), sample.actions
         if self.config.mode == "group":
