@@ -150,13 +150,24 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         launches.clear()
 
 
-@pytest.mark.parametrize("name", ["maestro", "gdpo"])
-def test_a_groups_bits_depend_on_no_other_group(name: str) -> None:
-    """Whatever tile a batch is worked in, and however many rewards a tile holds at a time."""
-    profile = replace(PROFILES[name], score_center="group", score_scale="group")
-    rewards_BK, weights_BK, kl, lengths = inputs(48, 32)
-    kl_used = kl if profile.kl_in == "score" else None
-    whole = launched(rewards_BK, weights_BK, 8, profile, kl_used, lengths)
-    alone = launched(rewards_BK[:8], weights_BK[:8], 8, profile, None if kl_used is None else kl[:8], lengths[:8])
-    for field, many, one in zip(whole._fields, whole, alone, strict=True):
-        assert torch.equal(many[:8], one), field
+@pytest.mark.parametrize("size", [8, 40, 300])
+def test_rewards_are_added_in_their_order_however_many_a_tile_holds(size: int) -> None:
+    """So the bits of a score do not depend on the tile, nor that on the batch."""
+    held = {kernel.rewards_at_once(32, tiles.groups * tiles.width, tiles.warps) for tiles in tiles_of(size)}
+    assert max(held) < 32, "a tile that holds all of them shows nothing"
+    rewards_BK, weights_BK, _, lengths = inputs(2 * size, 32)
+    scores = launched(rewards_BK, weights_BK, size, PROFILES["grpo"], None, lengths).scores.cpu()
+    expected = torch.zeros(2 * size)
+    for k in range(32):
+        expected = expected + torch.where(rewards_BK[:, k].isnan(), 0.0, weights_BK[:, k] * rewards_BK[:, k])
+    assert torch.equal(scores, expected)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 32, 300])
+def test_a_tile_of_groups_has_one_shape_whatever_the_batch(size: int) -> None:
+    """Two batches of other sizes, and the fused adaptive step, then add up a group in one order."""
+    assert len({(tiles.groups, tiles.width, tiles.warps) for tiles in tiles_of(size)}) == 1
+
+
+def tiles_of(size: int) -> list[kernel.Tiles]:
+    return [kernel.Tiles.of(number, size, wide=False) for number in (1, 2, 7, 100, 4096)]
