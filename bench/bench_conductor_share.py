@@ -27,13 +27,14 @@ import torch
 
 from bench.tables import emit
 from maestro_fast.evals.statistics import paired_difference
+from maestro_fast.model import forward
 from maestro_fast.ops import pool_hidden
 from maestro_fast.quickstart.model import make_checkpoint
 from maestro_fast.quickstart.reward_model import make_reward_model
 from maestro_fast.quickstart.run import EXAMPLE, example_config
 from maestro_fast.records import StepRecord
 from maestro_fast.settings import override
-from maestro_fast.training import forward, parse_config, train
+from maestro_fast.training import parse_config, train
 
 BLOCKS, STEPS, WARM_UP = 8, 6, 1  # blocks of four runs; steps of a run, the first of which are not counted
 TARGET = 2.0  # per cent of a step

@@ -10,9 +10,9 @@ import torch
 
 from maestro_fast import __version__
 from maestro_fast.generation.vllm import vllm_obstacle
+from maestro_fast.model.attention import attention_choice, attention_paths, default_device
 from maestro_fast.ops import SERVED_BY, cpp, gpu
 from maestro_fast.reporting import Table
-from maestro_fast.training.attention import attention_choice, attention_paths, default_device
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
 _OPTIONAL = {

@@ -14,10 +14,11 @@ import pytest
 PACKAGE = "maestro_fast"
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
+    {"specs"},
     {"kernels", "_C"},
     {"ops"},
     {"records", "settings", "functions"},
-    {"rewards", "weighting"},
+    {"model", "rewards", "weighting"},
     {"generation"},
     {"training"},
     {"integrations"},

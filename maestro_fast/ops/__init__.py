@@ -5,8 +5,6 @@ Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V 
 
 from maestro_fast.ops.backend import SERVED_BY
 from maestro_fast.ops.balance_sequences import balance_sequences
-from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops.conductor_update import conductor_update
 from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weights
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
@@ -16,10 +14,17 @@ from maestro_fast.ops.linear_policy_loss import LinearPolicyLoss, linear_policy_
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.pack_sequences import pack_sequences
 from maestro_fast.ops.policy_loss import PolicyLoss, policy_loss
-from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.pool_hidden import pool_hidden
-from maestro_fast.ops.profiles import PROFILES, AdvantageProfile
 from maestro_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
+from maestro_fast.specs import (
+    PROFILES,
+    AdvantageProfile,
+    ConductorBatch,
+    ConductorParams,
+    ConductorState,
+    ConductorUpdateConfig,
+    PolicyLossConfig,
+)
 
 __all__ = [
     "PROFILES",

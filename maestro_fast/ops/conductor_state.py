@@ -1,91 +1,41 @@
-"""What an update of the Conductor starts from: its state, a batch of experience, and options."""
+"""Checks of what the Conductor's ops are given."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.conductor_params import ConductorParams, check_params
 from maestro_fast.ops.tensors import is_integer, readable
+from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig
 
 
-@dataclass(frozen=True)
-class ConductorState:
-    """A head and AdamW's moments of it.
-
-    Attributes:
-        params: contiguous, of one dtype, float32 (float64 for a reference).
-        first, second: moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight" and
-            "hidden_bias"; like the parameters, contiguous.
-        step: updates made so far.
-    """
-
-    params: ConductorParams
-    first: dict[str, Tensor]
-    second: dict[str, Tensor]
-    step: int = 0
-
-    @staticmethod
-    def start(params: ConductorParams) -> ConductorState:
-        """Of a head that has not learnt yet."""
-        first, second = ({name: torch.zeros_like(x) for name, x in params.learned.items()} for _ in range(2))
-        return ConductorState(params, first, second)
-
-
-@dataclass(frozen=True)
-class ConductorBatch:
-    """N responses to learn from.
-
-    Attributes:
-        h: [N, d] contexts, any floating dtype.
-        meta: [N] meta-rewards of the actions drawn (the paper's: their advantages; or those minus a baseline), or
-            without ``actions`` [N, K] of all actions.
-        actions: int [N], or None.
-        drawn_probs: [N] probabilities that the actions were drawn with, where that was not by these parameters: their
-            meta-rewards then count p / drawn_probs fold, at most ``max_ratio``.
-        live: bool [N], rows that count; all if None. The others may hold anything, NaN included.
-    """
-
-    h: Tensor
-    meta: Tensor
-    actions: Tensor | None = None
-    drawn_probs: Tensor | None = None
-    live: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ConductorUpdateConfig:
-    """Options of an update.
-
-    Attributes:
-        tau, min_prob: as in ``conductor_weights``.
-        entropy_coef: weight of the entropy of p in the objective.
-        learning_rate, weight_decay, beta1, beta2, eps: of AdamW. Biases do not decay.
-        max_ratio: importance ratios beyond it would let one old response rule an update.
-    """
-
-    tau: float = 1.0
-    min_prob: float = 0.05
-    entropy_coef: float = 0.3
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "eps", "max_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected a positive number")
-        for name in ("entropy_coef", "learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected a number >= 0")
-        for name in ("min_prob", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 <= {name} < 1")
+def check_params(h: Tensor, params: ConductorParams) -> None:
+    """Raises ValueError or TypeError that names the parameter; it stands before every launch, so it has to be quick."""
+    if h.ndim != 2 or h.shape[1:] != params.mean.shape:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
+    mean, rstd, weight, bias, hidden_weight, hidden_bias = params.tensors
+    assert rstd is not None and weight is not None and bias is not None
+    if (hidden_weight is None) != (hidden_bias is None):
+        raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
+    size, actions = h.shape[1], weight.shape[0]
+    inner = size if hidden_weight is None else hidden_weight.shape[0]
+    device, dtype = h.device, weight.dtype
+    for name, tensor, shape in (
+        ("mean", mean, (size,)),
+        ("rstd", rstd, (size,)),
+        ("weight", weight, (actions, inner)),
+        ("bias", bias, (actions,)),
+        ("hidden_weight", hidden_weight, (inner, size)),
+        ("hidden_bias", hidden_bias, (inner,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"params.{name}: shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype is not dtype or not dtype.is_floating_point:
+            raise TypeError(f"params.{name}: dtype {tensor.dtype}, expected one floating dtype for all")
+        if tensor.device != device:
+            raise ValueError(f"params.{name}: on {tensor.device}, expected {device} as h")
 
 
 def check_update(state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:

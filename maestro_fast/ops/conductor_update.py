@@ -27,17 +27,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_state import (
-    ConductorBatch,
-    ConductorState,
-    ConductorUpdateConfig,
-    check_experience,
-    check_update,
-)
+from maestro_fast.ops.conductor_state import check_experience, check_update
 from maestro_fast.ops.conductor_weights import kernel_rows
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.tensors import without_autocast
+from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig
 
 
 def conductor_update(

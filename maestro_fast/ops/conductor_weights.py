@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from maestro_fast.ops import cpp_conductor
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_params import ConductorParams, check_params
+from maestro_fast.ops.conductor_state import check_params
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
+from maestro_fast.specs import ConductorParams
 
 WeightMode = Literal["sample", "soft"]
 

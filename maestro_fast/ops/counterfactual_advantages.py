@@ -19,7 +19,7 @@ from maestro_fast.ops.gpu import floats, operator
 from maestro_fast.ops.group_advantages import as_matrices, check_inputs, kernel_matrices
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
+from maestro_fast.specs import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 
 
 def counterfactual_advantages(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_fast.ops.cpp import _C, CPU, address, floats, library
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.profiles import AdvantageProfile, as_numbers
+from maestro_fast.specs import AdvantageProfile, as_numbers
 
 
 def _rewards(rewards: Tensor) -> Tensor:

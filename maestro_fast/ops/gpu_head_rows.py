@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_fast.ops.gpu import define, on_its_device
 from maestro_fast.ops.head_products import product_into
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
+from maestro_fast.specs import HeadSpec, RowStatistics
 
 # Rows of one product of hidden states and head. On the 132 processors of an H100 or H200, tiles of 128 x 256 over a
 # vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096; over 129,280 they make 30.6,

@@ -12,7 +12,7 @@ from maestro_fast.ops.gpu import define, library
 from maestro_fast.ops.gpu_head_rows import SPEC
 from maestro_fast.ops.head_chunks import Head
 from maestro_fast.ops.head_pass import head_backward, head_forward
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
+from maestro_fast.specs import HeadSpec, RowStatistics
 
 _FIELDS = 5  # of a HeadSpec
 

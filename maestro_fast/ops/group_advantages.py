@@ -20,8 +20,8 @@ from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 from maestro_fast.ops.tensors import is_integer, readable, wide
+from maestro_fast.specs import AdvantageProfile, as_numbers, from_numbers, resolve_profile
 
 
 class GroupAdvantages(NamedTuple):

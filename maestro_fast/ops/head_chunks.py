@@ -16,8 +16,8 @@ from torch import Tensor
 from maestro_fast.ops import gpu_head_rows, head_rows
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head_products import add_product_, is_half, operand, product
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
 from maestro_fast.ops.tensors import wide
+from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # of the batch: a range, or int64 indices
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maestro_fast.ops import gpu_head_rows
 from maestro_fast.ops.head_chunks import Chunk, Head, Rows
-from maestro_fast.ops.head_rows import RowStatistics
+from maestro_fast.specs import RowStatistics
 
 _LARGEST = 2.0**6  # where the power of two of the largest slope of a float16 gradient goes
 _EXPONENT = 0x7F800000  # the bits of a positive float32 that are its power of two

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maestro_fast.ops.head_chunks import Chunk, Head
 from maestro_fast.ops.head_gradients import GradientSums, float16_unit
-from maestro_fast.ops.head_rows import RowStatistics
 from maestro_fast.ops.tensors import wide
+from maestro_fast.specs import RowStatistics
 
 
 class HeadGradients(NamedTuple):

@@ -11,41 +11,10 @@ Every row stands for itself: its results depend on no other row of its chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
 import torch
 from torch import Tensor
 
-EntropyMode = Literal["none", "value", "grad"]
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """What is applied to the output of the head's GEMM, see the module; ``ignore_index`` is the target of dead rows."""
-
-    scale: float
-    softcap: float | None
-    temperature: float
-    ignore_index: int
-    entropy: EntropyMode
-
-
-class RowStatistics(NamedTuple):
-    """Of C rows, each [C], in the dtype of the logits.
-
-    Attributes:
-        logprobs: log-prob of the target in nats; 0 in ignored rows.
-        peaks: max_v y_v, before the temperature.
-        totals: sum_v exp((y_v - peak) / T). Then logsumexp(z) = peak / T + log(total); in one number it would be
-            rounded to the size of the logits, which in float32 costs 1e-3 of every probability where they are near 1e4.
-        entropies: in nats; 0 in ignored rows. None with ``entropy="none"``.
-    """
-
-    logprobs: Tensor
-    peaks: Tensor
-    totals: Tensor
-    entropies: Tensor | None
+from maestro_fast.specs import HeadSpec, RowStatistics
 
 
 def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:

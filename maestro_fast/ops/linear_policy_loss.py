@@ -23,12 +23,11 @@ from torch.autograd.function import once_differentiable
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head_chunks import Head, Rows
 from maestro_fast.ops.head_gradients import GradientSums, float16_unit
-from maestro_fast.ops.head_rows import EntropyMode, HeadSpec
 from maestro_fast.ops.linear_policy_loss_inputs import IGNORED, LossInputs, loss_inputs, upload
-from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.sweep import Known, Step, sweep_steps
 from maestro_fast.ops.tensors import wide
 from maestro_fast.ops.token_logprobs import check_head_inputs
+from maestro_fast.specs import EntropyMode, HeadSpec, PolicyLossConfig
 
 
 class LinearPolicyLoss(NamedTuple):

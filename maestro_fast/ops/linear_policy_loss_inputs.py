@@ -9,9 +9,9 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend
 from maestro_fast.ops.policy_loss import PolicyLoss, check_bounds, check_loss_inputs, policy_gradient, policy_loss
-from maestro_fast.ops.policy_loss_config import PolicyLossConfig
 from maestro_fast.ops.sweep import Known
 from maestro_fast.ops.tensors import readable
+from maestro_fast.specs import PolicyLossConfig
 
 IGNORED = -100  # as a target
 

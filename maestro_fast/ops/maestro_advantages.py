@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_params import ConductorParams
 from maestro_fast.ops.conductor_weights import (
     CHOICE,
     PARAMS,
@@ -31,7 +30,7 @@ from maestro_fast.ops.group_advantages import (
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.philox import check_key
 from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
-from maestro_fast.ops.profiles import AdvantageProfile, as_numbers, from_numbers, resolve_profile
+from maestro_fast.specs import AdvantageProfile, ConductorParams, as_numbers, from_numbers, resolve_profile
 
 
 def maestro_advantages(

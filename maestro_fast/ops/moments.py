@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.groups import Groups
-from maestro_fast.ops.profiles import AdvantageProfile, Center, ScoreCenter, ScoreScale, Singleton
+from maestro_fast.specs import AdvantageProfile, Center, ScoreCenter, ScoreScale, Singleton
 
 Scope = ScoreCenter | ScoreScale
 

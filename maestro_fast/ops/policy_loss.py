@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from maestro_fast.ops import gpu
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.policy_loss_config import PolicyLossConfig, as_fields, from_fields
 from maestro_fast.ops.tensors import is_integer, readable, wide
+from maestro_fast.specs import PolicyLossConfig, as_fields, from_fields
 
 if TYPE_CHECKING:
     from maestro_fast.kernels.policy_loss import Loss

@@ -19,8 +19,9 @@ from maestro_fast.ops import gpu_token_logprobs
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head_chunks import Head
 from maestro_fast.ops.head_pass import head_backward, head_forward
-from maestro_fast.ops.head_rows import EntropyMode, HeadSpec, RowStatistics, capped_logits
+from maestro_fast.ops.head_rows import capped_logits
 from maestro_fast.ops.tensors import readable, without_autocast
+from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics
 
 Strategy = Literal["chunked", "fused"]
 

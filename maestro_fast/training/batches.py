@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.ops import PolicyLossConfig
-from maestro_fast.training.forward import Sequences
 
 
 @dataclass(frozen=True)

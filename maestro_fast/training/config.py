@@ -10,9 +10,9 @@ from typing import Any, Literal
 import yaml
 
 from maestro_fast.generation import SamplingConfig
+from maestro_fast.model.attention import Attention
 from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.settings import SettingsError, build, override
-from maestro_fast.training.attention import Attention
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
 from maestro_fast.training.method import Method

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from maestro_fast.model.text_scorer import encode_prompt
 from maestro_fast.records import Prompts, Text
 
 Row = dict[str, Any]
@@ -100,14 +101,6 @@ class PromptDataset(Dataset[Row]):
                 )
             longest = max(longest, tokens)
         return longest
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
-    """Token ids that the policy reads: a string as it is, messages through the chat template."""
-    if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
-    ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids)
 
 
 def load_prompts(config: DataConfig) -> PromptDataset:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from maestro_fast.model.forward import completion_states
+from maestro_fast.model.head import LanguageHead
 from maestro_fast.ops import LinearPolicyLoss, PolicyLoss, PolicyLossConfig, linear_policy_loss, policy_loss
 from maestro_fast.training.batches import MicroBatch
-from maestro_fast.training.forward import completion_states
-from maestro_fast.training.head import LanguageHead
 
 
 def loss_of_states(

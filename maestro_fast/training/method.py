@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from maestro_fast.generation import SamplingConfig
+from maestro_fast.model.head import causal_lm, head_of
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
-from maestro_fast.training.head import causal_lm, head_of
 
 logger = logging.getLogger(__name__)
 

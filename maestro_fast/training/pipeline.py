@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
+from maestro_fast.model.forward import Layout, Sequences, score
+from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, PolicyLossConfig
 from maestro_fast.records import PolicyOutputs, Prompts, Rollouts, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs, split_micro_batches
 from maestro_fast.training.beside import Lessons, under_way
 from maestro_fast.training.data import PromptDataset, Row
-from maestro_fast.training.forward import Layout, Sequences, score
-from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.metrics import batch_metrics, policy_metrics, response_means
-from maestro_fast.training.prompt_contexts import PromptContexts
-from maestro_fast.training.reference import Reference
 from maestro_fast.training.rewarding import joined_rewards, own_rewards
 from maestro_fast.training.scoring import Scoring, context_mode
 from maestro_fast.training.timing import StageClock
@@ -96,7 +95,10 @@ class Pipeline:
     seed: int
     watch: Watch
     lessons: Lessons
-    prompt_contexts: PromptContexts = field(default_factory=PromptContexts)
+
+    @cached_property
+    def prompt_contexts(self) -> PromptContexts:
+        return PromptContexts(self.layout, self.gather, self.accelerator.device)
 
     @property
     def kl_in_score(self) -> float:

@@ -12,9 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
-from maestro_fast.records import Rollouts, plain_text
-from maestro_fast.training.data import PromptDataset
-from maestro_fast.training.forward import (
+from maestro_fast.model.forward import (
     Layout,
     Sequences,
     choose_layout,
@@ -23,6 +21,8 @@ from maestro_fast.training.forward import (
     prompt_mean,
     terminal_states,
 )
+from maestro_fast.records import Rollouts, plain_text
+from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.run import load_policy
 from maestro_fast.training.saved_conductor import SavedConductor
 from maestro_fast.weighting import WeightContext

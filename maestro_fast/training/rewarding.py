@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from maestro_fast.records import PolicyOutputs, RewardBatch, Rollouts
+from maestro_fast.model.text_scorer import text_scorer
+from maestro_fast.records import PolicyOutputs, RewardBatch, Rollouts, Text
 from maestro_fast.training.metrics import response_means
-from maestro_fast.training.text_scorer import text_scorer
 
 if TYPE_CHECKING:
     from maestro_fast.training.pipeline import Pipeline
@@ -47,8 +48,16 @@ def reward_batch(
         rollouts.completion_ids,
         prompts.columns,
         entropies,
-        text_scorer(pipeline, model) if needs_policy else None,
+        policy_text_scorer(pipeline, model) if needs_policy else None,
         pipeline.accelerator.device,
         logprobs,
         number,
     )
+
+
+def policy_text_scorer(
+    pipeline: Pipeline, model: nn.Module
+) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
+    """``RewardBatch.score_texts`` under ``model``, over all processes."""
+    forward = partial(pipeline.forward, model, temperature=1.0)
+    return text_scorer(pipeline.tokenizer, forward, pipeline.gather, pipeline.accelerator.device)

@@ -31,17 +31,17 @@ from maestro_fast.generation import (
     generation_config,
 )
 from maestro_fast.generation.transformers import stop_ids
+from maestro_fast.model.attention import attention_choice, use_attention
+from maestro_fast.model.head import causal_lm
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import training_arguments
-from maestro_fast.training.attention import attention_choice, use_attention
 from maestro_fast.training.best import ABOUT_FILE
 from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
-from maestro_fast.training.head import causal_lm
 from maestro_fast.training.method import check_positions
 from maestro_fast.training.run_dir import run_directory
 from maestro_fast.training.synced import check_room

@@ -16,8 +16,8 @@ from torch import nn
 
 from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.ops.profiles import AdvantageProfile
 from maestro_fast.rewards import RewardSet
+from maestro_fast.specs import AdvantageProfile
 from maestro_fast.training.batches import BatchPlan
 from maestro_fast.weighting import WeightPolicy
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
-from maestro_fast.training.forward import Sequences
 from maestro_fast.training.metrics import MetricMeans
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, SamplingConfig
+from maestro_fast.model.forward import Sequences, score
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.forward import Sequences, score
 from maestro_fast.training.pipeline import Pipeline
 from maestro_fast.training.sync_probe import build_probe
 from maestro_fast.training.weight_sync import SyncedGenerator, check_syncable

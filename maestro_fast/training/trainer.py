@@ -16,11 +16,13 @@ from transformers import (
 )
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
+from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
+from maestro_fast.model.head import check_head, head_of
+from maestro_fast.model.reference import frozen_copy, reference_policy
 from maestro_fast.ops import policy_loss
-from maestro_fast.ops.head_rows import EntropyMode
-from maestro_fast.ops.profiles import resolve_profile
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
+from maestro_fast.specs import EntropyMode, resolve_profile
 from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import MicroBatch
 from maestro_fast.training.beside import Lessons, check_parts
@@ -29,14 +31,11 @@ from maestro_fast.training.bounds import Bounds
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.exact_checkpoints import ExactCheckpoints
-from maestro_fast.training.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
-from maestro_fast.training.head import check_head, head_of
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.method import Method, checked_plan
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps
 from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.progress import show_stages
-from maestro_fast.training.reference import frozen_copy, reference_policy
 from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
 from maestro_fast.training.synced import check_engine, synced

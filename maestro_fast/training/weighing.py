@@ -38,7 +38,7 @@ def _hidden(pipeline: Pipeline, rollouts: Rollouts, outputs: PolicyOutputs | Non
     if reads_reference(pipeline.weights):
         assert pipeline.reference is not None
         with pipeline.reference() as (model, _):
-            return pipeline.gather(pipeline.prompt_contexts(pipeline, model, rollouts.prompts.token_ids))
+            return pipeline.gather(pipeline.prompt_contexts(model, rollouts.prompts.token_ids))
     if outputs is None or outputs.context_Bd is None:
         return None
     return pipeline.gather(outputs.context_Bd)

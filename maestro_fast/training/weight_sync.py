@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maestro_fast.generation import Engine
+from maestro_fast.model.head import causal_lm, whole
 from maestro_fast.records import Prompts, Rollouts
-from maestro_fast.training.head import causal_lm, whole
 from maestro_fast.training.sync_probe import SyncProbe
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

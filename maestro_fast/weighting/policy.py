@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
-from maestro_fast.ops.profiles import AdvantageProfile
+from maestro_fast.specs import AdvantageProfile
 
 # Which hidden state a policy reads: the response's terminal one, or the prompt's last or mean one (one per group).
 ContextKind = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_mean"]

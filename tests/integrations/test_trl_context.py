@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from maestro_fast.integrations.trl import MaestroGRPOTrainer
 from maestro_fast.integrations.trl.context import GenerationBatch
-from maestro_fast.training.head import backbone_of
+from maestro_fast.model.head import backbone_of
 from maestro_fast.weighting import WeightContext, Weights
 from maestro_fast.weighting.policy import Stateless
 from tests.integrations.test_trl_training import FREE

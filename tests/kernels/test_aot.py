@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
+from maestro_fast.specs import HeadSpec, RowStatistics
 from tests.kernels.helpers import INTERPRETED
 
 if not INTERPRETED:

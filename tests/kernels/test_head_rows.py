@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_fast.kernels import head_rows as kernel
 from maestro_fast.ops import head_rows as reference
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics
+from maestro_fast.specs import HeadSpec, RowStatistics
 from tests.kernels.helpers import DEVICE, INTERPRETED, assert_close
 
 VALUES = 1e-6  # beyond the plain op's error, of the largest true value

@@ -22,7 +22,7 @@ from maestro_fast.ops import (
     group_advantages,
     maestro_advantages,
 )
-from maestro_fast.ops.profiles import Center, Scale, ScoreCenter, ScoreScale
+from maestro_fast.specs import Center, Scale, ScoreCenter, ScoreScale
 from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
 from tests.ops.helpers import assert_as_accurate
 

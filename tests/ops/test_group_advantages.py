@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maestro_fast.ops import PROFILES, AdvantageProfile, Groups, group_advantages
-from maestro_fast.ops.profiles import Center, Scale, ScoreCenter, ScoreScale, Singleton, resolve_profile
+from maestro_fast.specs import Center, Scale, ScoreCenter, ScoreScale, Singleton, resolve_profile
 from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake
 from tests.ops.trl_oracle import trl_advantages
 

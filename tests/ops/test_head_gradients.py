@@ -13,7 +13,7 @@ from torch import Tensor
 from maestro_fast.ops import PolicyLossConfig, head_gradients, linear_policy_loss
 from maestro_fast.ops.gpu_head_rows import logit_rows
 from maestro_fast.ops.head_chunks import Head
-from maestro_fast.ops.head_rows import HeadSpec
+from maestro_fast.specs import HeadSpec
 from tests.ops.helpers import half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, gradients, random_batch, written_logprobs
 from tests.ops.test_token_logprobs import composed, ours, random_inputs

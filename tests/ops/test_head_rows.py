@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.head_rows import HeadSpec, RowStatistics, dlogits_, row_statistics
+from maestro_fast.ops.head_rows import dlogits_, row_statistics
+from maestro_fast.specs import HeadSpec, RowStatistics
 
 C, V = 6, 41
 NAN = float("nan")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import PolicyLoss, PolicyLossConfig, policy_loss
-from maestro_fast.ops.policy_loss_config import Normalization
+from maestro_fast.specs import Normalization
 from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake
 from tests.ops.trl_oracle import trl_policy_loss
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from maestro_fast.ops import PROFILES, AdvantageProfile
-from maestro_fast.ops.profiles import resolve_profile
+from maestro_fast.specs import resolve_profile
 
 
 def test_names_resolve_and_profiles_pass_through() -> None:

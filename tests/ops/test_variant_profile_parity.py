@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import PROFILES
-from maestro_fast.ops.policy_loss_config import Normalization, Objective, Ratio, SamplerCorrection
+from maestro_fast.specs import Normalization, Objective, Ratio, SamplerCorrection
 from tests.ops.parity import CELLS, PEERS, VARIANTS, batch_for, config_of, our_advantages, our_loss, run_cell
 from tests.ops.parity_table import FILE, cells_of
 

@@ -26,13 +26,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from maestro_fast.model.attention import attention_choice, use_attention
+from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.head import head_of
+from maestro_fast.model.rows import rows_of
+from maestro_fast.model.varlen import VARLEN, bounds_mask, register_varlen, varlen_attention
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
-from maestro_fast.training.attention import attention_choice, use_attention
-from maestro_fast.training.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
-from maestro_fast.training.head import head_of
-from maestro_fast.training.rows import rows_of
-from maestro_fast.training.varlen import VARLEN, bounds_mask, register_varlen, varlen_attention
 from tests.tiny import tiny_model
 from tests.training.kernels import PlainKernels
 
@@ -304,7 +304,7 @@ def test_autocast_gives_the_kernel_one_half_precision_dtype(monkeypatch: pytest.
 def test_a_run_with_varlen_equals_one_with_sdpa(
     monkeypatch: pytest.MonkeyPatch, kernels: PlainKernels, raw_config: dict[str, Any], tmp_path: Path, lora: Any
 ) -> None:
-    monkeypatch.setattr("maestro_fast.training.attention.varlen_obstacle", lambda device, dtype=None: None)
+    monkeypatch.setattr("maestro_fast.model.attention.varlen_obstacle", lambda device, dtype=None: None)
     # a reward of the text alone: that of the entropy spreads by 1e-4 here, so its advantages are mostly noise
     own = tmp_path / "own.py"
     own.write_text("def letters(completions):\n    return [float(len(set(text))) for text in completions]\n")
@@ -334,7 +334,7 @@ def test_a_run_with_varlen_equals_one_with_sdpa(
 def test_a_run_that_asks_for_varlen_does_not_start_without_it(
     monkeypatch: pytest.MonkeyPatch, raw_config: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("maestro_fast.training.attention.varlen_obstacle", lambda device, dtype=None: None)
+    monkeypatch.setattr("maestro_fast.model.attention.varlen_obstacle", lambda device, dtype=None: None)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", mixing)
     override(raw_config, "model.attention", "varlen")
 

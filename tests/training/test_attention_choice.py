@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_fast.model.attention import attention_choice, attention_paths
+from maestro_fast.model.varlen import VARLEN
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.attention import attention_choice, attention_paths
 from maestro_fast.training.config import ModelConfig
 from maestro_fast.training.run import load_policy
-from maestro_fast.training.varlen import VARLEN
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,7 +27,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash else None)
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(
-            "maestro_fast.training.attention._FLASH",
+            "maestro_fast.model.attention._FLASH",
             {"flash_attention_2": ("flash_attn", lambda: accepted)},
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.ops import PolicyLossConfig, policy_loss
 from maestro_fast.records import cumulative
 from maestro_fast.training.batches import BatchConfig, BatchPlan, TokenLogprobs, split_micro_batches
-from maestro_fast.training.forward import Sequences
 
 LENGTHS = [3, 1, 4, 2, 5, 2, 1, 6]
 

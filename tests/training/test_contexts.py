@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_fast.model.forward import Sequences, last_hidden
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, train
-from maestro_fast.training.forward import Sequences, last_hidden
 from maestro_fast.weighting import Conductor, Outcome, WeightContext
 from tests.tiny import tiny_model
 

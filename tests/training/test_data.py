@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from maestro_fast.training.data import DataConfig, PromptDataset, encode_prompt, load_prompts
+from maestro_fast.model.text_scorer import encode_prompt
+from maestro_fast.training.data import DataConfig, PromptDataset, load_prompts
 from tests.tiny import tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "Name a colour."}]

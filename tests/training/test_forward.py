@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from maestro_fast.training.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
-from maestro_fast.training.head import LanguageHead, check_head, head_of
+from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.head import LanguageHead, check_head, head_of
 from tests.tiny import tiny_model
 
 SEQUENCES = Sequences(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maestro_fast.model.forward import Sequences, completion_logprobs
+from maestro_fast.model.head import LanguageHead
 from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.ops.head_chunks import Chunk
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
-from maestro_fast.training.forward import Sequences, completion_logprobs
-from maestro_fast.training.head import LanguageHead
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 
 PROMPTS, COMPLETIONS = [[1, 2, 3], [4], [5, 6], [7, 8]], [[5, 1], [6, 7, 2, 9, 3], [8], [3, 3, 1]]

@@ -134,7 +134,7 @@ def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.Mon
         return LinearPolicyLoss(*policy_loss(logprobs, *args, **kwargs), logprobs.detach())
 
     if where == "log-probs":
-        monkeypatch.setattr("maestro_fast.training.forward.token_logprobs", all_logits)
+        monkeypatch.setattr("maestro_fast.model.forward.token_logprobs", all_logits)
     else:
         monkeypatch.setattr("maestro_fast.training.loss.linear_policy_loss", loss_of_all_logits)
     few, many = growth_with_the_vocabulary(tmp_path, PolicyLossConfig(), 8 if where == "log-probs" else 4)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.training import MaestroTrainer, load_prompts, parse_config, train
-from maestro_fast.training.forward import Sequences
 from maestro_fast.training.prompt_weights import PromptWeights, prompt_weights, sample_responses
 from maestro_fast.training.saved_conductor import load_conductor
 from maestro_fast.training.scoring import context_mode
@@ -42,7 +42,7 @@ def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path:
     assert pipeline.reference is not None
     ids = [pipeline.tokenizer(row["prompt"])["input_ids"] for row in pipeline.dataset.rows]
     with pipeline.reference() as (reference, _):
-        states = pipeline.prompt_contexts(pipeline, reference, ids)
+        states = pipeline.prompt_contexts(reference, ids)
     expected = pipeline.weights.policy.weights_of(states)  # type: ignore[attr-defined]
 
     found = shown(raw_config, run_dir)  # final/ is found in it

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.training import checkpoint, train
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
 from maestro_fast.training.checkpoint import staged
-from maestro_fast.training.forward import Sequences
 from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.step_state import StepState, load_step_state, save_step_state
 from tests.training.test_trainer import run

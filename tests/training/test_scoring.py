@@ -14,8 +14,8 @@ from torch import nn
 from maestro_fast.records import PolicyOutputs
 from maestro_fast.training import MaestroTrainer
 from maestro_fast.training.pipeline import Pipeline
+from maestro_fast.training.rewarding import policy_text_scorer
 from maestro_fast.training.scoring import has_dropout
-from maestro_fast.training.text_scorer import text_scorer
 from tests.training.test_trainer import parameters, run
 
 CASES = {
@@ -105,7 +105,8 @@ def test_nothing_is_scored_for_nobody(raw_config: dict[str, Any]) -> None:
 
 def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    from maestro_fast.training import forward, trainer
+    from maestro_fast.model import forward
+    from maestro_fast.training import trainer
 
     original = forward.last_hidden
 
@@ -143,14 +144,14 @@ def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
     """Sharded models need the same number of forwards everywhere, from a process without a text to score as well."""
     trainer, _ = case(raw_config, "an extra forward", trainer={"max_steps": 1})
     texts = (["Name a colour.", "Sing."], ["it is", ""], [" red", "la la"])
-    alone = text_scorer(trainer.pipeline, trainer.model)(*texts)
+    alone = policy_text_scorer(trainer.pipeline, trainer.model)(*texts)
     calls: list[int] = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(Pipeline, "gather", lambda pipeline, own: torch.cat([own, torch.tensor([17])]))
-    together = text_scorer(trainer.pipeline, trainer.model)(*texts)
+    together = policy_text_scorer(trainer.pipeline, trainer.model)(*texts)
 
     assert len(calls) == 3  # 17 rows, 8 at a time
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert text_scorer(trainer.pipeline, trainer.model)([], [], []) == []
+    assert policy_text_scorer(trainer.pipeline, trainer.model)([], [], []) == []
     assert len(calls) == 6

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from maestro_fast.model.forward import Sequences
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import StepRecord
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import MaestroTrainer, parse_config, train
-from maestro_fast.training.forward import Sequences
 
 
 def run(raw: dict[str, Any], *, resume: bool = False, **changes: Any) -> tuple[MaestroTrainer, list[StepRecord]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, group_advantages
-from maestro_fast.ops.profiles import PROFILES
+from maestro_fast.specs import PROFILES
 from maestro_fast.weighting import (
     Comparison,
     Conductor,

@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from maestro_fast.model.forward import Sequences
+from maestro_fast.model.head import backbone_of
 from maestro_fast.ops import GroupAdvantages, pool_hidden
-from maestro_fast.training.forward import Sequences
-from maestro_fast.training.head import backbone_of
 from maestro_fast.weighting import WeightContext, Weights
 
 

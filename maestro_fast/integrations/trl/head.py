@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
-from maestro_fast.training.head import backbone_of, check_head, head_of
+from maestro_fast.model.head import backbone_of, check_head, head_of
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from maestro_fast.integrations.trl.head import completion_hidden, head_dtype
+from maestro_fast.model.head import head_of
 from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss
-from maestro_fast.training.head import head_of
 
 _Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maestro_fast.ops.profiles import PROFILES, AdvantageProfile, resolve_profile
+from maestro_fast.specs import PROFILES, AdvantageProfile, resolve_profile
 
 # profile: (multi_objective_aggregation, scale_rewards) of GRPOConfig
 TRL_OPTIONS = {

@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from transformers import ProcessorMixin
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
-from maestro_fast.training.head import causal_lm
+from maestro_fast.model.head import causal_lm
 from maestro_fast.weighting import Static, WeightPolicy
 
 

@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from maestro_fast.functions import load_function
-from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_state import ConductorBatch, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
 from maestro_fast.ops.conductor_weights import ConductorSample, action_probs, conductor_weights
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.maestro_advantages import maestro_advantages
-from maestro_fast.ops.profiles import AdvantageProfile, resolve_profile
+from maestro_fast.specs import (
+    AdvantageProfile,
+    ConductorBatch,
+    ConductorParams,
+    ConductorState,
+    ConductorUpdateConfig,
+    resolve_profile,
+)
 from maestro_fast.weighting.conductor.buffer import Buffer
 from maestro_fast.weighting.conductor.config import ConductorConfig
 from maestro_fast.weighting.conductor.contexts import group_mean, policy_contexts

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.ops.profiles import AdvantageProfile
+from maestro_fast.specs import AdvantageProfile
 
 WEAKNESS = (
     "The Conductor's meta-objective 'advantage' is the published one. The group-normalised advantage carries no "

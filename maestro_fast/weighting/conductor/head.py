@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.conductor_params import ConductorParams
+from maestro_fast.specs import ConductorParams
 
 
 class Head:

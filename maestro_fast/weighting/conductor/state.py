@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from maestro_fast.ops.conductor_params import ConductorParams
-from maestro_fast.ops.conductor_state import ConductorState
+from maestro_fast.specs import ConductorParams, ConductorState
 
 
 def moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ import torch
 from torch.nn.attention import varlen as torch_varlen
 from transformers import utils as transformers_utils
 
+from maestro_fast.model.varlen import VARLEN, register_varlen
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.varlen import VARLEN, register_varlen
 
 Layout = Literal["flash", "varlen", "packed", "padded"]
 Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "eager"]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from maestro_fast.model.attention import Layout, layout_of
+from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm
+from maestro_fast.model.rows import rows_of
 from maestro_fast.ops import pool_hidden, token_logprobs
-from maestro_fast.ops.head_rows import EntropyMode
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import PolicyOutputs, cumulative
-from maestro_fast.training.attention import Layout, layout_of
-from maestro_fast.training.head import LanguageHead, backbone_of, causal_lm
-from maestro_fast.training.rows import rows_of
+from maestro_fast.specs import EntropyMode
 
 logger = logging.getLogger(__name__)
 __all__ = [

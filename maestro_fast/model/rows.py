@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestro_fast.model.attention import Layout
+from maestro_fast.model.varlen import bounds_mask
 from maestro_fast.ops import pack_sequences
 from maestro_fast.records import cumulative
-from maestro_fast.training.attention import Layout
-from maestro_fast.training.varlen import bounds_mask
 
 
 @dataclass(frozen=True)
