@@ -11,16 +11,20 @@ from torch import Tensor
 def spread_between_families(
     weights_NK: Tensor, families: Sequence[str], *, shuffles: int, seed: int
 ) -> tuple[float, Tensor] | None:
-    """Root of the summed variances, over families, of each family's mean weights; and the same by chance.
+    """How far the mean weights of the task families lie apart, and how far they would by chance.
+
+    The figure is the root of the summed variances, over the families, of each family's mean weights.
 
     Args:
-        weights_NK: one row per prompt.
-        families: N names, "" for none; rows without a family are left out.
-        shuffles: of the families among the prompts; weights that depend on the family exceed these.
-        seed: of the shuffles.
+        weights_NK: One row of weights per prompt.
+        families: N names of families. Prompts of the family "" belong to none and are left out.
+        shuffles: How often the families are dealt out among the prompts at random. Weights that depend on the family
+            lie further apart than after a shuffle.
+        seed: The seed of the shuffles.
 
     Returns:
-        The spread, and float64 [shuffles]; None where there are fewer than two families.
+        The spread, and float64 [shuffles] with the spread after each shuffle. None if there are fewer than two
+        families.
     """
     rows = [i for i, family in enumerate(families) if family]
     known = sorted({families[i] for i in rows})
@@ -47,8 +51,8 @@ def family_metrics(
 ) -> dict[str, float]:
     """Figures for the log: each family's mean completion length, expected weights and rewards.
 
-    Responses of the family "" have none and are left out, and so is the mean of a reward that abstained from all of a
-    family.
+    Responses of the family "" belong to none and are left out. A reward that abstained from all responses of a family
+    has no mean there.
     """
     metrics: dict[str, float] = {}
     for family in sorted(set(families) - {""}):

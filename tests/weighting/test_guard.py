@@ -116,14 +116,14 @@ def test_stop(caplog: pytest.LogCaptureFixture) -> None:
 def test_held_back_labels_reach_nobody_else() -> None:
     guarded = policy({"policy": "anchored", "hybrid": True})
     context = batch(0, 1.0, 0.0)
-    watched_N = guarded._watched(context)
-    assert 0 < watched_N.sum() < N
+    held_back_N = guarded._held_back(context)
+    assert 0 < held_back_N.sum() < N
     weights = run(guarded, context)
     assert weights.direct_B is not None
-    assert torch.equal(weights.direct_B[::G], ~watched_N)
-    assert guarded.policy.labelled == int((~watched_N).sum())  # type: ignore[attr-defined]
+    assert torch.equal(weights.direct_B[::G], ~held_back_N)
+    assert guarded.policy.labelled == int((~held_back_N).sum())  # type: ignore[attr-defined]
     assert context.utilities_B is not None
-    held_back = context.utilities_B.view(N, G)[watched_N].mean().item()
+    held_back = context.utilities_B.view(N, G)[held_back_N].mean().item()
     assert guarded.metrics()["guard/utility"] == pytest.approx(held_back)
 
 

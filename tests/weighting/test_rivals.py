@@ -1,4 +1,4 @@
-"""Schedule, callable, router, SAW, DVAO, weakest first and Exp3: each formula by hand, and what each refuses."""
+"""SAW, DVAO, weakest first and Exp3: each formula by hand, and what each policy refuses."""
 
 from __future__ import annotations
 
@@ -31,66 +31,6 @@ def see(policy: WeightPolicy, context: WeightContext) -> Weights:
     advantages = group_advantages(context.rewards_BK, weights.weights_BK, context.group_size)
     policy.observe(Outcome(context, weights, advantages))
     return weights
-
-
-POINTS = [
-    {"step": 0, "values": {"a": 1, "b": 0}},
-    {"step": 4, "values": {"a": 0.5, "b": 1}},
-    {"step": 10, "values": {"a": 0, "b": 2}},
-]
-
-
-@pytest.mark.parametrize(
-    ("between", "expected"),
-    [
-        ("constant", {0: (1, 0), 3: (1, 0), 4: (0.5, 1), 9: (0.5, 1), 10: (0, 2), 99: (0, 2)}),
-        ("linear", {0: (1, 0), 1: (0.875, 0.25), 4: (0.5, 1), 7: (0.25, 1.5), 10: (0, 2), 99: (0, 2)}),
-    ],
-)
-def test_schedule(between: str, expected: dict[int, tuple[float, float]]) -> None:
-    policy = build("schedule", points=POINTS, between=between)
-    for step, row in expected.items():
-        weights = policy.weights(at([[0.0, 0.0]] * 2, step=step))
-        assert torch.equal(weights.weights_BK, torch.tensor([row] * 2).float())
-        assert torch.equal(weights.expected_BK, weights.weights_BK)
-
-
-def by_step(context: WeightContext) -> Tensor:
-    return torch.tensor([context.step, 1.0])
-
-
-def by_column(context: WeightContext) -> Tensor:
-    return torch.tensor([[float(x), 0.0] for x in context.columns["hard"]])
-
-
-def wrong(context: WeightContext) -> Tensor:
-    return torch.zeros(3)
-
-
-def infinite(context: WeightContext) -> Tensor:
-    return torch.tensor([1.0, math.inf])
-
-
-def test_callable() -> None:
-    rows = [[0.0, 0.0]] * 2
-    policy = build("callable", function=by_step)
-    assert policy.weights(at(rows, step=3)).weights_BK.tolist() == [[3.0, 1.0]] * 2
-    policy = build("callable", function=f"{__file__}:by_column", columns=["hard"])
-    assert policy.needs_columns == ("hard",)
-    assert policy.weights(at(rows, columns={"hard": [2, 5]})).weights_BK.tolist() == [[2.0, 0.0], [5.0, 0.0]]
-    with pytest.raises(ValueError, match=r"^weights\.function: returned shape \(3,\), expected a tensor \(2, 2\) or"):
-        build("callable", function=wrong).weights(at(rows))
-    with pytest.raises(ValueError, match=r"^weights\.function: returned weights that are not finite"):
-        build("callable", function=infinite).weights(at(rows))
-
-
-def test_router() -> None:
-    routes = {"poem": {"a": 0.9, "b": 0.1}, "1": {"a": 0, "b": 1}}
-    policy = build("router", column="kind", routes=routes, default={"a": 0.5, "b": 0.5})
-    found = policy.weights(at([[0.0, 0.0]] * 3, group_size=1, columns={"kind": ["poem", 1, "essay"]}))
-    torch.testing.assert_close(found.weights_BK, torch.tensor([[0.9, 0.1], [0.0, 1.0], [0.5, 0.5]]))
-    with pytest.raises(ValueError, match=r"^weights\.routes: none for kind 'essay', expected one of poem, 1, or"):
-        build("router", column="kind", routes=routes).weights(at([[0.0, 0.0]], columns={"kind": ["essay"]}))
 
 
 def test_saw_by_hand() -> None:
@@ -203,17 +143,6 @@ def test_a_resumed_policy_has_the_same_future(name: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"policy": "schedule", "points": []}, "weights.points: start at step None, expected 0"),
-        ({"policy": "schedule", "points": [POINTS[1]]}, "weights.points: start at step 4, expected 0"),
-        (
-            {"policy": "schedule", "points": [POINTS[0], POINTS[0]]},
-            "weights.points: at steps [0, 0], expected ascending",
-        ),
-        ({"policy": "schedule", "points": [{"step": 0, "values": {"a": 1}}]}, "weights.points[0].values.b: missing"),
-        ({"policy": "callable", "function": 3}, "weights.function: 3, expected a function or its name"),
-        ({"policy": "callable", "function": "json:nothing"}, "weights.function: json has no 'nothing'"),
-        ({"policy": "router", "column": "k", "routes": {"x": {"a": 1}}}, "weights.routes.x.b: missing"),
-        ({"policy": "router", "column": "k", "routes": {"x": {"c": 1}}}, "weights.routes.x.c: there is no such reward"),
         ({"policy": "saw", "delta": 0}, "weights.delta: 0.0, expected a number above 0"),
         ({"policy": "saw", "priorities": {"a": 0}}, "weights.priorities.a: 0.0, expected a number above 0"),
         ({"policy": "saw", "minima": {"c": 0}}, "weights.minima.c: there is no such reward, expected one of a, b"),

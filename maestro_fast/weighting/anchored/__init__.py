@@ -1,4 +1,4 @@
-"""The anchored Conductor: weights learnt from known utilities."""
+"""The anchored Conductor, which learns weights from known utilities."""
 
 from maestro_fast.weighting.anchored.anchored import Anchored
 from maestro_fast.weighting.anchored.config import AnchoredConfig

@@ -13,7 +13,7 @@ from torch.nn import functional
 from maestro_fast.functions import load_function
 from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
 from maestro_fast.ops.conductor_weights import ConductorSample, action_probs, conductor_weights
-from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
+from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.specs import (
     AdvantageProfile,
@@ -31,6 +31,7 @@ from maestro_fast.weighting.conductor.head import Head
 from maestro_fast.weighting.conductor.meta_rewards import meta_batch
 from maestro_fast.weighting.conductor.state import adamw_moments, check_state, with_moments
 from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.diagnostics import self_flattery
 from maestro_fast.weighting.policy import Comparison, ContextKind, Outcome, WeightContext, Weights
 
 logger = logging.getLogger(__name__)
@@ -256,13 +257,3 @@ class Conductor:
         self._state = with_moments(self.params, state)
         self.statistics.load_state_dict(state, "statistics.")
         self.buffer.load_state_dict(state, self.device)
-
-
-def self_flattery(outcome: Outcome) -> float:
-    """Mean of w . r', r' normalised within its group: 0 for weights that do not depend on the response.
-
-    Positive: a response gets weight where it already looks good. Healthy within +-0.05.
-    """
-    context = outcome.context
-    normalized_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
-    return (outcome.weights.weights_BK * normalized_BK).sum(-1).mean().item()

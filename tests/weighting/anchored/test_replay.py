@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from maestro_fast.weighting.anchored.objective import correlation, entropy, standardised
+from maestro_fast.weighting.anchored.anchored import correlation, entropy, standardised
 from maestro_fast.weighting.anchored.replay import Replay
 from tests.weighting.anchored.test_anchored import anchored, run, world
 from tests.weighting.helpers import normal
