@@ -22,9 +22,8 @@ from maestro_fast.weighting.anchored.objective import (
 )
 from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.conductor import self_flattery
-from maestro_fast.weighting.conductor.contexts import policy_contexts
-from maestro_fast.weighting.conductor.state import load_moments, moments
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
+from maestro_fast.weighting.conductor.network import load_moments, moments
 from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
