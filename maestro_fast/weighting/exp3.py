@@ -129,5 +129,5 @@ class Exp3(WithoutContext):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a ``state_dict``. A ValueError names a tensor that is missing or has another shape."""
-        check_shapes(state, self._state)
+        check_shapes(state, {name: tuple(tensor.shape) for name, tensor in self._state.items()})
         self._state = {name: state[name].clone() for name in self._state}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maestro_fast.ops.philox import uniform
 from maestro_fast.settings import SettingsError, build
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.conductor.experience import RunningStatistics
 from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights, in_reward_order, same_weights
 from maestro_fast.weighting.utilities import hide_utilities, labelled_groups
 

@@ -190,16 +190,16 @@ def check_profile(policy: WeightPolicy, profile: AdvantageProfile) -> None:
         )
 
 
-def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Checks a saved state against tensors of the shapes that it should have; more tensors than these may be in it.
+def check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that a saved state holds tensors of these shapes. It may hold others beside them.
 
     Raises:
         ValueError: A tensor is missing or has another shape.
     """
-    for name, tensor in expected.items():
-        if name not in state or state[name].shape != tensor.shape:
+    for name, shape in shapes.items():
+        if name not in state or state[name].shape != shape:
             came = f"shape {tuple(state[name].shape)}" if name in state else "missing"
-            raise ValueError(f"state.{name}: {came}, expected shape {tuple(tensor.shape)}")
+            raise ValueError(f"state.{name}: {came}, expected shape {shape}")
 
 
 def in_reward_order(

@@ -65,7 +65,7 @@ def test_same_weights_for_every_response() -> None:
 
 
 def test_a_state_that_does_not_fit_is_named() -> None:
-    expected = {"mean": torch.zeros(3)}
+    expected = {"mean": (3,)}
     check_shapes({"mean": torch.ones(3), "more": torch.ones(1)}, expected)
     with pytest.raises(ValueError, match=r"^state\.mean: missing, expected shape \(3,\)"):
         check_shapes({}, expected)

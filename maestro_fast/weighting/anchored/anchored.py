@@ -16,6 +16,7 @@ again. It may, because nothing that is kept (context, standardised rewards, util
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,7 @@ from torch import Tensor
 from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.anchored.config import AnchoredConfig
 from maestro_fast.weighting.anchored.replay import Replay
-from maestro_fast.weighting.conductor.contexts import policy_contexts
-from maestro_fast.weighting.conductor.state import load_moments, moments
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
 from maestro_fast.weighting.diagnostics import self_flattery
 from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
@@ -196,7 +195,7 @@ class Anchored:
         return {
             **{name: tensor.detach().clone() for name, tensor in self.params.named().items()},
             **self.statistics.state_dict("statistics."),
-            **moments(self._optimizer, self.params.named()),
+            **self._moments(),
             **self.replay.state_dict(),
         }
 
@@ -206,10 +205,28 @@ class Anchored:
         Raises:
             ValueError: A tensor is missing or has another shape. Nothing has been changed then.
         """
-        check_shapes(state, {**self.params.named(), **self.statistics.state_dict("statistics.")})
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.params.named().items()}
+        check_shapes(state, shapes | self.statistics.saved_shapes("statistics."))
         self.replay.check(state)
         for name, parameter in self.params.named().items():
             parameter.data.copy_(state[name])
-        load_moments(self._optimizer, self.params.named(), state)
+        self._load_moments(state)
         self.statistics.load_state_dict(state, "statistics.")
         self.replay.load_state_dict(state)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Adam's state of each parameter, as ``optimizer.<parameter>.<key>``; nothing before the first step."""
+        return {
+            f"optimizer.{name}.{key}": value.detach().clone()
+            for name, parameter in self.params.named().items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces Adam's state by what ``_moments`` returned."""
+        for name, parameter in self.params.named().items():
+            prefix = f"optimizer.{name}."
+            found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self._optimizer.state.pop(parameter, None)
+            if found:
+                self._optimizer.state[parameter] = {key: value.clone() for key, value in found.items()}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
+from maestro_fast.weighting.conductor.experience import RunningStatistics
 from tests.weighting.helpers import normal
 
 D = 3
