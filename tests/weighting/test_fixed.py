@@ -1,4 +1,4 @@
-"""The policies that learn nothing: equal, static, random, schedule, router and callable."""
+"""Equal, static, random, schedule, router and callable give the weights of their formulas."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_errors_of_static_name_the_reward(values: Any, words: str) -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_random_is_uniform_on_the_simplex(k: int) -> None:
-    """The moments of Dirichlet(1, ..., 1), and the distribution of one weight, P(w <= x) = 1 - (1 - x)^(k - 1)."""
+    """Weights have the moments of Dirichlet(1, ..., 1), and each has P(w <= x) = 1 - (1 - x)^(k - 1)."""
     count = 20_000
     weights_BK = Random(3).weights(context(count, step=5, k=k)).weights_BK.double()
     assert (weights_BK > 0).all()

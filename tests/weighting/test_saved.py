@@ -1,4 +1,4 @@
-"""Conductors in directories of their own."""
+"""A Conductor that is saved into a folder comes back as it was, and files that do not fit are refused."""
 
 from __future__ import annotations
 
