@@ -1,7 +1,9 @@
-"""Takes note of what tests launch in Triton's interpreter, to be compiled later: pytest -p bench.launches
+"""Records what tests launch in Triton's interpreter, so that the same launches can be compiled for a GPU later.
 
-``LAUNCHES`` names the file that gets a pickle of each distinct ``Noted``. The interpreter has no bfloat16, whose place
-in tests float16 takes: a launch with float16 in it is also compiled with bfloat16.
+    LAUNCHES=file pytest -p bench.record_launches ...
+
+The file gets a pickle of each distinct ``RecordedLaunch``. The interpreter has no bfloat16, so tests use float16 in its
+place; ``read`` returns a launch with float16 a second time with bfloat16.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
-class Noted:
-    """A launch as far as compilation looks at it.
+class RecordedLaunch:
+    """What compilation depends on in a launch.
 
     Attributes:
-        module, name: of the kernel.
-        arguments: by name; a tensor is ("tensor", dtype, whether it is aligned), a descriptor ("tiles", dtype, block).
-        options: of the compiler, e.g. num_warps.
+        module: The module of the kernel.
+        name: The name of the kernel.
+        arguments: The arguments by name. A tensor is ("tensor", dtype, whether it is aligned), and a tensor descriptor
+            ("tiles", dtype, block shape).
+        options: The options of the compiler, such as num_warps.
     """
 
     module: str
@@ -36,25 +40,28 @@ class Noted:
     options: tuple[tuple[str, Any], ...]
 
 
-def note(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Noted:
+def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedLaunch:
+    """The launch of ``kernel`` with these arguments."""
     parameters = inspect.signature(kernel.fn).parameters
     options = {name: value for name, value in kwargs.items() if name not in parameters}
     given = dict(zip(parameters, args, strict=False)) | {n: v for n, v in kwargs.items() if n in parameters}
     described = [(n, _described(v, "constexpr" in str(parameters[n].annotation))) for n, v in given.items()]
-    return Noted(kernel.fn.__module__, kernel.fn.__name__, tuple(described), tuple(sorted(options.items())))
+    return RecordedLaunch(kernel.fn.__module__, kernel.fn.__name__, tuple(described), tuple(sorted(options.items())))
 
 
 def _described(value: Any, constant: bool) -> Any:
+    """An argument, reduced to what Triton specialises on: of an integer, whether it is 1, divides by 16 or is large."""
     if isinstance(value, Tensor):
         return "tensor", value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, TensorDescriptor):
         return "tiles", value.base.dtype, tuple(value.block_shape)
     if constant or isinstance(value, bool) or not isinstance(value, int) or value == 1:
         return value if constant or not isinstance(value, float) else 0.5
-    return (16 if value % 16 == 0 else 17) << (32 if abs(value) >= 1 << 31 else 0)  # all that Triton specialises on
+    return (16 if value % 16 == 0 else 17) << (32 if abs(value) >= 1 << 31 else 0)
 
 
-def with_bfloat16(launch: Noted) -> Iterator[Noted]:
+def with_bfloat16(launch: RecordedLaunch) -> Iterator[RecordedLaunch]:
+    """The launch, and with bfloat16 in the place of float16 if it has any."""
     yield launch
     swapped = tuple(
         (n, (v[0], torch.bfloat16, v[2]) if isinstance(v, tuple) and torch.float16 in v else v)
@@ -64,9 +71,9 @@ def with_bfloat16(launch: Noted) -> Iterator[Noted]:
         yield replace(launch, arguments=swapped)
 
 
-def read(path: Path) -> list[Noted]:
-    """The distinct ones of all processes, in the order in which they came."""
-    found: dict[Noted, None] = {}
+def read(path: Path) -> list[RecordedLaunch]:
+    """The distinct launches of all processes that wrote to the file, in the order in which they came."""
+    found: dict[RecordedLaunch, None] = {}
     with path.open("rb") as file:
         while file.peek(1):
             found.update(dict.fromkeys(with_bfloat16(pickle.load(file))))
@@ -74,7 +81,7 @@ def read(path: Path) -> list[Noted]:
 
 
 def rebuilt(value: Any) -> Any:
-    """Something that Triton takes for the argument that was noted."""
+    """An argument that Triton compiles like the recorded one."""
     if not isinstance(value, tuple):
         return value
     kind, dtype, what = value
@@ -83,11 +90,12 @@ def rebuilt(value: Any) -> Any:
     return torch.empty(64, dtype=dtype)[0 if what else 1 :]
 
 
-def _taking_note(path: str) -> None:
+def _start_recording(path: str) -> None:
+    """Makes the interpreter write every launch to the file before it runs it."""
     launch, seen = InterpretedFunction.run, set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        found = note(self, args, kwargs)
+        found = describe(self, args, kwargs)
         if found not in seen:
             seen.add(found)
             with open(path, "ab") as file:
@@ -98,4 +106,4 @@ def _taking_note(path: str) -> None:
 
 
 if path := os.environ.get("LAUNCHES"):
-    _taking_note(path)
+    _start_recording(path)
