@@ -27,9 +27,8 @@ from maestro_fast.reporting.prompt_weights import family_table, spread_sentence
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
 from maestro_fast.training import DataConfig, load_prompts
-from maestro_fast.training.prompt_weights import prompt_weights
-from maestro_fast.training.run_dir import locked
-from maestro_fast.training.saved_conductor import load_conductor
+from maestro_fast.training.prompt_weights import load_conductor, prompt_weights
+from maestro_fast.training.run_directory import locked
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 

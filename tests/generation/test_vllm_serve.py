@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from maestro_fast.generation import ProbeConfig, SamplingConfig, VllmServer
 from maestro_fast.generation.http import HttpClient
 from maestro_fast.generation.weight_transfer import FolderTransfer
-from maestro_fast.training.sync_probe import StaleWeightsError, build_probe
-from maestro_fast.training.weight_sync import checkpoint_weights
+from maestro_fast.training.weight_sync import StaleWeightsError, build_probe, checkpoint_weights
 from tests.generation.helpers import EOS, TOKENIZER, distributions, prompts, recomputed, same
 from tests.vllm_serving import Serving
 

@@ -53,14 +53,14 @@ def test_the_conductor_reads_what_it_asked_for(
     first, second = seen[0].context_Bd, seen[1].context_Bd
     assert first is not None and second is not None and first.shape == second.shape == (16, 32)
     for context, record in zip((first, second), records, strict=True):
-        prompts = [list(trainer.pipeline.tokenizer(text)["input_ids"]) for text in record.prompts]
+        prompts = [list(trainer.processing_class(text)["input_ids"]) for text in record.prompts]
         states = [last_hidden(reference, Sequences([ids], [[]]), "padded").detach() for ids in prompts]
         pooled = torch.stack([state[-1] if kind == "prompt_last" else state.mean(0) for state in states])
         close = torch.allclose(context, pooled, rtol=1e-4, atol=1e-4)
         # the reference stays what it was; the policy has moved by the second batch
         assert close == (kind == "reference_prompt_mean" or (kind != "response" and context is first))
     if kind == "reference_prompt_mean" and kl_coef == 0:
-        assert trainer.pipeline.scoring.source == "none"
+        assert trainer.step.scoring.source == "none"
 
 
 def test_a_profile_that_compares_over_the_batch_is_refused(raw_config: dict[str, Any]) -> None:

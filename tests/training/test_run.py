@@ -8,7 +8,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from maestro_fast.generation import SamplingConfig
-from maestro_fast.training.method import check_positions
+from maestro_fast.training.run import check_positions
 from tests.tiny import tiny_model
 
 

@@ -20,9 +20,9 @@ from maestro_fast.records import Prompts, RewardBatch, Rollouts
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.rewards import FunctionReward, RewardSet
 from maestro_fast.training import parse_config, train, trainer
-from maestro_fast.training.beside import check_parts, under_way
+from maestro_fast.training.overlap import check_parts, run_together
 from maestro_fast.weighting.conductor import Conductor
-from tests.training.test_resume import assert_same_run, killed_and_resumed
+from tests.training.test_checkpoint import assert_same_run, killed_and_resumed
 from tests.training.test_trainer import parameters, run
 
 PATIENCE = 60.0  # seconds; waited for in full only by a test that fails
@@ -72,7 +72,7 @@ def test_it_trains_as_one_in_this_process_does(raw: dict[str, Any], elsewhere: C
     elsewhere()
     there, _ = run(raw)
     assert all(torch.equal(value, parameters(there)[name]) for name, value in parameters(here).items())
-    ours, theirs = (x.pipeline.weights.state_dict() for x in (here, there))
+    ours, theirs = (x.step.weights.state_dict() for x in (here, there))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())  # the last lesson was learnt, too
 
 
@@ -210,7 +210,7 @@ def test_a_lesson_is_learnt_however_a_run_ends_and_by_that_run_alone(
     elsewhere()
     ended = train(parse_config(raw), raw, callbacks=[Ends()])
     assert learnt == [0, 1]
-    ended.pipeline.lessons.add(None, postpone=True)  # type: ignore[arg-type] - as one that was interrupted leaves it
+    ended._lessons.add(None, postpone=True)  # type: ignore[arg-type] - as one that was interrupted leaves it
     ended.train()
     assert learnt == [0, 1, 0, 1]
 
@@ -248,7 +248,7 @@ def test_calls_are_under_way_together_and_come_in_order() -> None:
         barrier.wait()  # passed only by all at once
         return i
 
-    results, _ = under_way([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))
+    results, _ = run_together([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))
     assert [get() for get in results] == [0, 1, 2]
 
 

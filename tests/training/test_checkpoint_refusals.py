@@ -11,8 +11,8 @@ import pytest
 from accelerate import Accelerator
 
 from maestro_fast.reporting import read_jsonl
-from maestro_fast.training import checkpoint
-from maestro_fast.training.checkpoint import staged
+from maestro_fast.training import run_directory
+from maestro_fast.training.run_directory import staged
 from tests.training.test_trainer import run
 
 
@@ -108,7 +108,7 @@ def test_a_replaced_folder_is_there_until_its_successor_stands(
         else:
             with pytest.raises(KeyboardInterrupt):
                 write("2")
-    checkpoint.recover(tmp_path)
+    run_directory.recover(tmp_path)
 
     assert (tmp_path / "final" / "value").read_text() == ("2" if dies_at == "nothing" else "1")
     assert not list(tmp_path.glob(".old-*"))

@@ -1,8 +1,8 @@
 """The best policy so far, by the utility of its labelled responses.
 
-Rewards that are optimised for long come apart from the utility that they stand for: the last policy may be worse than
-an earlier one. With u(t) the mean utility of the labelled responses of generation batch t, batches without labels left
-out, the policy is kept that sampled the batch t >= ``first`` with the highest
+Rewards that are optimised for long come apart from the utility that they stand for, so the last policy may be worse
+than an earlier one. Let u(t) be the mean utility of the labelled responses of generation batch t, where batches without
+labels are left out. The policy is kept that sampled the batch t >= ``first`` with the highest
 
     (u(t) + ... + u(t - window + 1)) / window
 """
@@ -31,9 +31,10 @@ ABOUT_FILE = "best.json"
 
 
 def check_best(anchor: RewardSet | None, *, sharded: bool) -> None:
-    """
+    """Checks that a run can keep its best policy.
+
     Raises:
-        ValueError: there is nothing to judge by, or no process holds all weights.
+        ValueError: there is no utility to judge by, or no process holds all weights.
     """
     if anchor is None:
         raise ValueError("keep_best: True without an anchor, expected the utility to judge by")
@@ -43,15 +44,15 @@ def check_best(anchor: RewardSet | None, *, sharded: bool) -> None:
 
 @dataclass
 class BestPolicy:
-    """Holds a copy of the trained parameters, in host memory of the main process.
+    """A copy of the best policy's trained parameters, in host memory of the main process.
 
     Attributes:
-        window, first: see the module; batches count from 0.
         holds: whether this process holds the copy.
-        recent: the last u, at most ``window``.
-        utility: mean u of the best window; step: optimiser steps behind the policy that ended it. None before there is
-            one.
-        parameters: that policy's, by name.
+        window, first: as in the formula above; batches count from 0.
+        recent: the last values of u, at most ``window`` of them.
+        utility: the mean of u over the best window; None before there is one.
+        step: how many optimiser steps had made the policy that ended this window; None before there is one.
+        parameters: the parameters of that policy, by name.
     """
 
     holds: bool = True
@@ -63,7 +64,11 @@ class BestPolicy:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, number: int, record: StepRecord, model: nn.Module) -> dict[str, float]:
-        """Of generation batch ``number``, which ``model`` has sampled and not been trained on; figures for the log."""
+        """Takes in generation batch ``number``, which ``model`` has sampled and has not been trained on yet.
+
+        Returns:
+            Figures for the log.
+        """
         assert record.utilities_B is not None
         known = record.utilities_B[record.utilities_B.isfinite()]
         if known.numel():
@@ -76,7 +81,7 @@ class BestPolicy:
         return {} if self.utility is None else {"best/utility": self.utility}
 
     def load_into(self, model: nn.Module | None, accelerator: Accelerator) -> None:
-        """Puts the best parameters into ``model``, on every process; nothing if there are none."""
+        """Puts the best parameters into ``model``, on every process. Without any it warns and changes nothing."""
         if self.step is None:
             logger.warning(
                 "final/ holds the last policy: the best one by utility is known from batch %d on, after %d batches "
@@ -96,18 +101,19 @@ class BestPolicy:
 
     @property
     def about(self) -> dict[str, float | int | None]:
+        """What ``best.json`` says beside the final policy."""
         return {"step": self.step, "utility": self.utility, "window": self.window, "first": self.first}
 
     def save(self, folder: Path) -> None:
-        """Writes the part of a checkpoint; on the main process."""
+        """Writes this object's part of a checkpoint; only the main process calls it."""
         about = {"recent": self.recent, "utility": self.utility, "step": self.step}
         save_file(self.parameters, folder / BEST_FILE, metadata={"about": json.dumps(about)})
 
     def load(self, folder: Path) -> None:
-        """Takes over what ``save`` wrote.
+        """Takes over what ``save`` wrote into ``folder``.
 
         Raises:
-            ValueError: nothing was written there.
+            ValueError: there is no such file.
         """
         file = folder / BEST_FILE
         if not file.is_file():

@@ -10,14 +10,14 @@ import pytest
 from transformers import TrainingArguments
 
 from maestro_fast.settings import SettingsError
-from maestro_fast.training import run_dir
-from maestro_fast.training.run_dir import locked, run_directory
+from maestro_fast.training import run_directory
+from maestro_fast.training.run_directory import locked, open_run_directory
 
 ARGS = TrainingArguments(use_cpu=True, report_to="none")
 HOLDER = """
 import sys, time
 from pathlib import Path
-from maestro_fast.training.run_dir import locked
+from maestro_fast.training.run_directory import locked
 with locked(Path(sys.argv[1]), "run_dir"):
     print("locked", flush=True)
     sys.stdin.read()
@@ -29,7 +29,7 @@ def test_an_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
 
     with (
         pytest.raises(SettingsError, match=r"^run_dir: cannot write to .*file/run: Not a directory"),
-        run_directory(tmp_path / "file" / "run", ARGS, resume=False),
+        open_run_directory(tmp_path / "file" / "run", ARGS, resume=False),
     ):
         pass
 
@@ -40,7 +40,7 @@ def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
     for resume, complaint in ((False, "holds a run already"), (True, "holds no checkpoint to resume from")):
         with (
             pytest.raises(SettingsError, match=rf"^run_dir: .* {complaint}"),
-            run_directory(tmp_path, ARGS, resume=resume),
+            open_run_directory(tmp_path, ARGS, resume=resume),
         ):
             pass
 
@@ -53,7 +53,7 @@ def test_resuming_where_there_is_no_directory_looks_nowhere_else(
 
     with (
         pytest.raises(SettingsError, match=r"^run_dir: .*absent holds no checkpoint to resume from"),
-        run_directory(tmp_path / "absent", ARGS, resume=True),
+        open_run_directory(tmp_path / "absent", ARGS, resume=True),
     ):
         pass
     assert not (tmp_path / "absent").exists()
@@ -61,7 +61,7 @@ def test_resuming_where_there_is_no_directory_looks_nowhere_else(
 
 def test_a_checkpoint_that_was_moved_away_can_be_resumed_from(tmp_path: Path) -> None:
     (tmp_path / ".old-checkpoint-2").mkdir()
-    with run_directory(tmp_path, ARGS, resume=True):
+    with open_run_directory(tmp_path, ARGS, resume=True):
         assert (tmp_path / "checkpoint-2").is_dir()
 
 
@@ -70,19 +70,19 @@ def test_only_the_main_process_asks_whose_directory_it_is(tmp_path: Path, monkey
     (tmp_path / "config.yaml").write_text("")
     args = TrainingArguments(use_cpu=True, report_to="none")
     monkeypatch.setattr(TrainingArguments, "process_index", 1)
-    with locked(tmp_path, "run_dir"), run_directory(tmp_path, args, resume=False) as path:
+    with locked(tmp_path, "run_dir"), open_run_directory(tmp_path, args, resume=False) as path:
         assert path == tmp_path
 
 
 def test_a_verdict_of_any_process_reaches_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    monkeypatch.setattr(run_dir, "gather_object", lambda own: [*own, "run_dir: cannot write to it: Disk full"])
-    with pytest.raises(SettingsError, match="Disk full"), run_directory(tmp_path, ARGS, resume=False):
+    monkeypatch.setattr(run_directory, "gather_object", lambda own: [*own, "run_dir: cannot write to it: Disk full"])
+    with pytest.raises(SettingsError, match="Disk full"), open_run_directory(tmp_path, ARGS, resume=False):
         pass
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_dir, "_PATIENCE", 0.0)
+    monkeypatch.setattr(run_directory, "_PATIENCE", 0.0)
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -92,11 +92,11 @@ def test_two_processes_do_not_share_a_directory(tmp_path: Path, monkeypatch: pyt
             pytest.raises(
                 SettingsError, match=r"^run_dir: another process works in .*, expected a directory of its own"
             ),
-            run_directory(tmp_path, ARGS, resume=False),
+            open_run_directory(tmp_path, ARGS, resume=False),
         ):
             pass
     finally:
         other.kill()
         other.communicate()
-    with run_directory(tmp_path, ARGS, resume=False):  # a killed process leaves no lock behind
+    with open_run_directory(tmp_path, ARGS, resume=False):  # a killed process leaves no lock behind
         pass

@@ -17,9 +17,9 @@ from torch import nn
 from maestro_fast.records import StepRecord
 from maestro_fast.reporting import write_report
 from maestro_fast.reporting.recorded_run import recorded_train
-from maestro_fast.training import best, parse_config, train
-from maestro_fast.training.best import BestPolicy
-from tests.training.test_resume import assert_same_run, killed_and_resumed
+from maestro_fast.training import best_policy, parse_config, train
+from maestro_fast.training.best_policy import BestPolicy
+from tests.training.test_checkpoint import assert_same_run, killed_and_resumed
 
 NAN = float("nan")
 
@@ -99,8 +99,8 @@ def test_a_saved_one_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture
 def raw(raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(best, "WINDOW", 2)
-    monkeypatch.setattr(best, "FIRST", 1)
+    monkeypatch.setattr(best_policy, "WINDOW", 2)
+    monkeypatch.setattr(best_policy, "FIRST", 1)
     (tmp_path / "mine.py").write_text(
         "def first(completion_ids, **k): return [float(ids[0] % 7) for ids in completion_ids]\n"
         "def last(completion_ids, **k): return [float(ids[-1] % 5) for ids in completion_ids]\n"
@@ -165,7 +165,7 @@ def test_one_key_decides(raw: dict[str, Any], final: str, weights: str, kept: bo
 def test_a_run_too_short_for_it_says_so(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(best, "FIRST", 20)
+    monkeypatch.setattr(best_policy, "FIRST", 20)
     raw["trainer"]["max_steps"] = 2
     train(parse_config(raw), raw)
     assert "final/ holds the last policy: the best one by utility is known from batch 20 on" in caplog.text

@@ -21,11 +21,11 @@ from transformers import TrainerCallback
 
 from maestro_fast.model.forward import Sequences
 from maestro_fast.reporting.recorded_run import recorded_train
-from maestro_fast.training import checkpoint, train
+from maestro_fast.training import run_directory, train
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
-from maestro_fast.training.checkpoint import staged
+from maestro_fast.training.checkpoint import StepState, load_step_state, save_step_state
 from maestro_fast.training.metrics import MetricMeans
-from maestro_fast.training.step_state import StepState, load_step_state, save_step_state
+from maestro_fast.training.run_directory import staged
 from tests.training.test_trainer import run
 
 
@@ -125,15 +125,15 @@ def mine(completions, **columns):
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from maestro_fast.cli import main
-from maestro_fast.training import checkpoint
-publish, calls = checkpoint._publish, 0
+from maestro_fast.training import run_directory
+publish, calls = run_directory._publish, 0
 def dying(folder, run_dir):
     global calls
     calls += 1
     if calls == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     publish(folder, run_dir)
-checkpoint._publish = dying
+run_directory._publish = dying
 main(["train", sys.argv[1]])
 """
 
@@ -169,13 +169,13 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(
 ) -> None:
     raw = make_raw("run", trainer={"save_total_limit": 1, "max_steps": 3})
     seen: list[list[str]] = []
-    publish = checkpoint._publish
+    publish = run_directory._publish
 
     def spy(folder: Path, run_dir: Path) -> None:
         seen.append(sorted(path.name for path in run_dir.glob("checkpoint-*")))
         publish(folder, run_dir)
 
-    monkeypatch.setattr(checkpoint, "_publish", spy)
+    monkeypatch.setattr(run_directory, "_publish", spy)
     run(raw)
 
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last publishes final/
