@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.anchored.config import AnchoredConfig
 from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
 from maestro_fast.weighting.diagnostics import self_flattery
@@ -33,6 +33,50 @@ from maestro_fast.weighting.utilities import labelled_groups, standardised_utili
 VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
 SCORE_EPS = 1e-2  # It is added to the std of a group's scores: groups whose scores hardly differ say little.
 CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others gets no extreme weights.
+
+
+@dataclass(frozen=True)
+class AnchoredConfig:
+    """Options of ``anchored``. The defaults are those of our trial on a small language model.
+
+    Attributes:
+        surrogate: What the weights climb: "correlation" is the correlation of the weighted score with the utility
+            within groups. "first_order" is the weighted mean of each reward's own correlation; it is linear in the
+            weights, so they become one-hot, and it did worse.
+        hybrid: Whether groups whose utility is known are trained on that utility instead of their weighted rewards.
+        context: The hidden state of the prompt that is read. That of the frozen reference model never changes.
+        hidden: The number of tanh units.
+        steps: The number of Adam steps after every batch, each over all labelled groups so far. 20 steps over n groups
+            of width d cost about 4000 n d operations on the CPU.
+        learning_rate: The learning rate of Adam, whose betas are (0.9, 0.99).
+        entropy_coef: The factor of the entropy of the weights in the objective.
+        l2: The factor of the penalty on V, which is l2 * sum(V^2) / K.
+        seed: The seed of the hidden layer's first values.
+    """
+
+    surrogate: Literal["correlation", "first_order"] = "correlation"
+    hybrid: bool = False
+    context: Literal["reference_prompt_mean", "prompt_mean", "prompt_last"] = "reference_prompt_mean"
+    hidden: int = 16
+    steps: int = 20
+    learning_rate: float = 0.03
+    entropy_coef: float = 0.01
+    l2: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "entropy_coef", "l2"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected a number >= 0")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: {self.seed}, expected 0 <= seed < 2**64")
+
+    def build(self, reward_names: tuple[str, ...], context_size: int) -> Anchored:
+        """The policy for these rewards, with contexts of width ``context_size``."""
+        return Anchored(self, reward_names, context_size)
 
 
 @dataclass(frozen=True)
