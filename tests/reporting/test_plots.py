@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from maestro_fast.reporting import diagnostic_plots, figure, plots
+from maestro_fast.reporting import figure, plots
 from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import iter_jsonl
 from maestro_fast.reporting.stage_times import stage_seconds, stage_times
@@ -26,8 +26,8 @@ PLOTS: dict[str, Callable[[History], Figure]] = {
     "response_length": plots.response_length,
     "conductor": plots.conductor,
     "policy": plots.policy,
-    "advantage_shares": diagnostic_plots.advantage_shares,
-    "diagnostics": diagnostic_plots.diagnostics,
+    "advantage_shares": plots.advantage_shares,
+    "diagnostics": plots.diagnostics,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from maestro_fast.reporting import Table, family_spread, read_jsonl, report, sections, write_report
+from maestro_fast.reporting import Table, family_spread, read_jsonl, report, write_report
 from maestro_fast.reporting.json_lines import JsonLines
 
 SCRIPT = "<script>alert('x')</script><img src=http://x.example/a.png>"
@@ -187,8 +187,8 @@ def test_more_than_three_other_runs_are_refused(run_dir: Path) -> None:
         (None, None),
     ],
 )
-def test_thetoken_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
-    assert sections.token_limit(config) == limit
+def test_the_token_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
+    assert report.token_limit(config) == limit
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.14, "3.1 s"), (61, "1 min 1 s"), (3600 * 5 + 59, "5 h 0 min")])

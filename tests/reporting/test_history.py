@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maestro_fast.reporting.history import History
-from maestro_fast.reporting.spread import family_spread
+from maestro_fast.reporting.history import History, family_spread
 
 
 def line(step: int, **weights: Any) -> dict[str, Any]:
