@@ -118,7 +118,15 @@ class ConflictResult:
 
 @dataclass
 class Bench:
-    """The worlds of S seeds, and the network that is trained in each. N counts prompts and G responses to a prompt."""
+    """The worlds of S seeds, and the network that is trained in each. N counts prompts and G responses to a prompt.
+
+    Attributes:
+        world: The kind of world.
+        seeds: The S seeds.
+        config: The size of the benchmark.
+        fixed: What ``_draw_world`` draws for each seed, stacked to [S, ...].
+        parameters: The parameters of the networks, [S, ...] each.
+    """
 
     world: World
     seeds: Sequence[int]
@@ -137,6 +145,7 @@ class Bench:
 
     @property
     def count(self) -> int:
+        """S, the number of seeds."""
         return len(self.seeds)
 
     def random(self, step: int, *shape: int, kind: str = "normal", stream: int = 0) -> Tensor:

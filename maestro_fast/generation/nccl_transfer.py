@@ -93,20 +93,25 @@ class _Session:
         self._open = False
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Asks the server's workers to join the group."""
         self._client.post("/init_weight_transfer_engine", {"init_info": init_info}, repeat=False)
 
     def start_weight_update(self) -> None:
+        """Starts an update, unless one is open already."""
         if not self._open:
             self._client.post("/start_weight_update", repeat=False)
             self._open = True
 
     def update_weights(self, update_info: Any) -> None:
+        """Tells the workers which weights are about to be broadcast."""
         self._client.post("/update_weights", {"update_info": update_info}, repeat=False)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        del weight_version  # The engine calls this after every chunk, but ``finish`` ends the update.
+        """Does nothing. The engine calls it after every chunk, but only ``finish`` ends the update."""
+        del weight_version
 
     def finish(self) -> None:
+        """Ends the update after all chunks."""
         self._client.post("/finish_weight_update", repeat=False)
         self._open = False
 
@@ -124,6 +129,8 @@ def _source_class() -> Any:
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Chunk(WeightSource):  # type: ignore[misc]
+        """The weights of one chunk, as names and tensors."""
+
         pairs: list[tuple[str, Tensor]]
 
         def metadata(self) -> list[Any]:

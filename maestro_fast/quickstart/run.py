@@ -71,12 +71,15 @@ def quickstart(
         equal = _config(out, "equal", {"weights": "equal", "trainer.disable_tqdm": True})
         with control_run(equal, out, lock) as control:
             print(
-                "3/4  GRPO with the anchored Conductor: it learns from utilities of a quarter of the prompts",
+                "3/4  GRPO with the anchored Conductor, which learns from utilities of a quarter of the prompts",
                 flush=True,
             )
             if not (out / "anchored" / "final").exists():
                 recorded_train(_config(out, "anchored", {}), resume=has_checkpoint(out / "anchored"))
-            print("4/4  The same with equal weights, begun beside it; then both on held-out prompts", flush=True)
+            print(
+                "4/4  The same with equal weights, started beside it; then both are measured on held-out prompts",
+                flush=True,
+            )
             wait_for(control, out / "equal.log")
         _conclude(out, judged, began)
     return out / "anchored"

@@ -69,15 +69,15 @@ PLOTS = (  # in the order in which they stand on the page
     Plot(
         "weights_by_family",
         "Reward weights by task family",
-        "Where a panel's lines part from the dashed one, that family's rewards are not weighted equally; where the "
-        "panels differ, the weights depend on the task.",
+        "Where a panel's lines leave the dashed one, that family's rewards are not weighted equally; where the panels "
+        "differ, the weights depend on the task.",
         lambda run: plots.family_weights(run.history, run.others),
     ),
     Plot(
         "rewards",
         "Rewards",
-        "Every reward has its own scale; a rising line in a narrowing band is a reward that the policy earns more "
-        "reliably.",
+        "Every reward has its own scale; if its line rises while its band gets narrower, the policy earns the reward "
+        "more reliably.",
         lambda run: plots.rewards(run.history),
     ),
     Plot(
@@ -89,34 +89,35 @@ PLOTS = (  # in the order in which they stand on the page
     Plot(
         "evaluation",
         "Rewards on held-out prompts",
-        "A training reward that rises where its held-out one does not is learnt by heart.",
+        "If a reward rises in training but not on held-out prompts, the policy has memorised the training prompts.",
         lambda run: plots.evaluation(run.history),
     ),
     Plot(
         "advantages",
         "Advantages",
-        "The spread is the strength of the training signal; degenerate groups, all of whose responses score the same, "
-        "give none.",
+        "The spread is the strength of the training signal; a degenerate group, whose responses all score the same, "
+        "gives no signal.",
         lambda run: plots.advantages(run.history),
     ),
     Plot(
         "response_length",
         "Response length",
-        "Lengths that climb to the token limit, or a growing share of responses cut off by it, mean that answers are "
-        "judged unfinished.",
+        "If lengths climb to the token limit, or a growing share of responses is cut off by it, the rewards judge "
+        "unfinished answers.",
         lambda run: plots.response_length(run.history, token_limit(run.config)),
     ),
     Plot(
         "stage_times",
         "Time per stage",
-        "From the bottom, the areas at the left stack in the order and colours of the right panel, which gives each "
-        "stage's mean time.",
+        "The areas at the left are stacked from the bottom in the order and colours of the right panel, which gives "
+        "each stage's mean time.",
         _stage_times,
     ),
     Plot(
         "advantage_shares",
         "What makes the advantage",
-        "A reward whose line is near 100 % decides alone which responses are reinforced; a negative share is outvoted.",
+        "A reward whose line is near 100 % decides alone which responses are reinforced; a reward with a negative "
+        "share is outvoted.",
         lambda run: plots.advantage_shares(run.history),
     ),
     Plot(

@@ -26,6 +26,7 @@ class Pair:
 
     @property
     def same_prompt(self) -> bool:
+        """Whether both responses answer the same prompt."""
         return self.late is not None and self.early["prompt"] == self.late["prompt"]
 
 

@@ -21,7 +21,7 @@ def test_half_widths_have_the_quantiles_of_the_tables(freedom: int, published: f
 
 
 def test_a_difference_by_hand() -> None:
-    """Gaps 1, 2, 3: mean 2, standard error 1 / sqrt(3)."""
+    """The gaps 1, 2 and 3 have mean 2 and standard error 1 / sqrt(3)."""
     found = paired_difference(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
     assert found.mean == 2.0 and found.n == 3
     assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)

@@ -31,7 +31,7 @@ PICTURES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_pictures() -> Iterator[None]:
-    """Coarse and without layout, which is slow; test_plots looks at the layout."""
+    """Pictures are coarse and have no layout, since that is slow; test_plots checks the layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "DPI", 40)
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
@@ -118,7 +118,9 @@ def test_markup_in_any_text_is_shown_not_obeyed(page: Page) -> None:
     assert "<script" not in page.source
     assert "<img src=http" not in page.source
     shown = page.text.count("<script>alert('x')</script>")
-    assert shown >= 5 + 8 * 4  # title twice, summary, table, configuration; prompts, completions, families of 8 pairs
+    assert (
+        shown >= 5 + 8 * 4
+    )  # the title twice, summary, table, configuration; prompts, completions and families of 8 pairs
 
 
 def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
@@ -128,7 +130,9 @@ def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
 
 def test_tables_are_shown_with_numbers_at_the_right(page: Page) -> None:
     assert '<td class="number">0.610</td>' in page.source
-    assert page.text.count("std over families") == 1  # handed in and made by the report itself: shown once
+    assert (
+        page.text.count("std over families") == 1
+    )  # The report makes the table that was also handed in; it is shown once.
     assert "Between-family spread of the weights, against the other runs" in page.text
 
 
