@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = (
-    tuple[int, Any] | None
-)  # A status and what is sent as JSON (a string is sent as it is); with None, the server just hangs up.
+# An answer is a status and what is sent as JSON (a string is sent as it is); with None, the server just hangs up.
+Answer = tuple[int, Any] | None
 
 
 @dataclass

@@ -155,9 +155,8 @@ def test_an_eos_at_the_token_limit_is_not_truncated() -> None:
 def test_without_any_eos() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.eos_token = None
-    assert generate(
-        model, prompts("the"), tokenizer=tokenizer
-    ).completion_ids  # The model's generation config has a stop id.
+    # The model's generation config has a stop id.
+    assert generate(model, prompts("the"), tokenizer=tokenizer).completion_ids
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"^tokenizer: has no eos_token_id, and neither has the model's"):
         generate(model, prompts("the"), tokenizer=tokenizer)

@@ -118,9 +118,8 @@ def test_markup_in_any_text_is_shown_not_obeyed(page: Page) -> None:
     assert "<script" not in page.source
     assert "<img src=http" not in page.source
     shown = page.text.count("<script>alert('x')</script>")
-    assert (
-        shown >= 5 + 8 * 4
-    )  # the title twice, summary, table, configuration; prompts, completions and families of 8 pairs
+    # It is in the title twice, in summary, table and configuration, and in prompts, completions, families of 8 pairs.
+    assert shown >= 5 + 8 * 4
 
 
 def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
@@ -130,9 +129,8 @@ def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
 
 def test_tables_are_shown_with_numbers_at_the_right(page: Page) -> None:
     assert '<td class="number">0.610</td>' in page.source
-    assert (
-        page.text.count("std over families") == 1
-    )  # The report makes the table that was also handed in; it is shown once.
+    # The report makes the table that was also handed in, but it is shown only once.
+    assert page.text.count("std over families") == 1
     assert "Between-family spread of the weights, against the other runs" in page.text
 
 
