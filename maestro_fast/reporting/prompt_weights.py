@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
-from maestro_fast.training import DataConfig, load_prompts
+from maestro_fast.training.data import DataConfig, load_prompts
 from maestro_fast.training.prompt_weights import PromptWeights, prompt_weights
 from maestro_fast.training.saved_conductor import load_conductor
 from maestro_fast.weighting.families import spread_between_families

@@ -1,4 +1,4 @@
-"""``generation: {engine: vllm, mode: server, ...}``: what is refused, and what it builds."""
+"""``generation: {engine: vllm, mode: server, ...}``: what is refused, and what is built from it."""
 
 from __future__ import annotations
 

@@ -26,15 +26,15 @@ time.sleep(600)
 PARENT = """
 import subprocess, sys, time
 from pathlib import Path
-from maestro_fast.quickstart import control
+from maestro_fast.quickstart import run
 from maestro_fast.training.run_dir import locked
 popen = subprocess.Popen
 def start(command, **options):
     return popen([sys.executable, "-c", sys.argv[2]], **{**options, "stdout": None})
-control.subprocess.Popen = start
+subprocess.Popen = start
 out = Path(sys.argv[1])
-with locked(out, "--out") as lock, control.control_run({"run_dir": str(out / "equal")}, out, lock) as process:
-    print(process.pid, flush=True)
+with locked(out, "--out") as lock, run.control_run({"run_dir": str(out / "equal")}, out, lock) as control:
+    print(control.pid, flush=True)
     time.sleep(600)
 """
 
