@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maestro_fast.reporting.history import History
-from maestro_fast.reporting.spread import family_spread
+from maestro_fast.reporting.history import History, family_spread
 
 
 def line(step: int, **weights: Any) -> dict[str, Any]:
@@ -16,15 +15,16 @@ def line(step: int, **weights: Any) -> dict[str, Any]:
 
 
 def test_the_spread_by_hand() -> None:
-    lines = [line(step, x_a=1.0, x_b=0.0, y_a=0.0, y_b=1.0) for step in range(1, 5)]  # not of the last third
+    lines = [line(step, x_a=1.0, x_b=0.0, y_a=0.0, y_b=1.0) for step in range(1, 5)]  # before the last third
     lines += [
         line(5, x_a=0.5, x_b=0.5, y_a=0.1, y_b=0.7),
         line(6, x_a=0.7, x_b=0.3, y_a=None, y_b=0.9),
-        {"step": 6, "train_runtime": 3.0},  # no weights: does not count
+        {"step": 6, "train_runtime": 3.0},  # A line without weights does not count.
     ]
     result = family_spread(lines)
     assert (result.families, result.rewards) == (("x", "y"), ("a", "b"))
-    # means x: 0.6, 0.4; y: 0.1 (one line only), 0.8. Population std of two numbers: half their distance
+    # The means of x are 0.6 and 0.4, those of y 0.1 (from one line) and 0.8. The population std of two numbers is half
+    # their distance.
     np.testing.assert_allclose(result.means_FK, [[0.6, 0.4], [0.1, 0.8]])
     assert result.spread == pytest.approx((0.25 + 0.2) / 2)
     assert (result.first_step, result.last_step) == (5, 6)
@@ -37,7 +37,7 @@ def test_three_families_have_the_population_deviation() -> None:
 
 def test_the_last_third_is_rounded_up() -> None:
     lines = [line(step, x_a=0.5) for step in range(1, 8)]
-    assert family_spread(lines).first_step == 5  # 3 of 7
+    assert family_spread(lines).first_step == 5  # The last third of 7 lines are 3.
 
 
 def test_families_without_difference_have_no_spread() -> None:

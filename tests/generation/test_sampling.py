@@ -1,4 +1,4 @@
-"""Options of sampling."""
+"""The options of sampling."""
 
 from __future__ import annotations
 
