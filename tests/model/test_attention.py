@@ -26,15 +26,22 @@ from transformers import (
     PreTrainedModel,
 )
 
-from maestro_fast.model.attention import attention_choice, use_attention
+from maestro_fast.model.attention import (
+    VARLEN,
+    attention_choice,
+    bounds_mask,
+    register_varlen,
+    use_attention,
+    varlen_attention,
+)
 from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
 from maestro_fast.model.head import head_of
 from maestro_fast.model.rows import rows_of
-from maestro_fast.model.varlen import VARLEN, bounds_mask, register_varlen, varlen_attention
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
+from tests.model.plain_kernels import PlainKernels
 from tests.tiny import tiny_model
-from tests.training.kernels import PlainKernels
+
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PATHS: list[Layout] = ["flash", "varlen", "packed", "padded"]

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.model.attention import attention_choice, attention_paths
-from maestro_fast.model.varlen import VARLEN
+from maestro_fast.model.attention import VARLEN, attention_choice, attention_paths
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.config import ModelConfig
 from maestro_fast.training.run import load_policy
