@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and the weight policy's part of them.
+"""Checkpoints that are there whole or not at all.
 
 A checkpoint is written to ``.saving`` in the run directory, flushed to the disk, and renamed. Whatever kills the run,
 the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is replaced waits under
@@ -8,19 +8,13 @@ the last ``checkpoint-*`` is complete; older ones are deleted only after that. A
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from maestro_fast.weighting import WeightPolicy
-
-WEIGHTS_FILE = "weight_policy.safetensors"
 STAGING = ".saving"
 _REPLACED = ".old-"
 
@@ -82,30 +76,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[str, ...]) -> None:
-    """Writes the policy's state, its name and the rewards that its columns stand for."""
-    state = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata=_metadata(policy, reward_names))
-
-
-def load_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[str, ...]) -> None:
-    """Reads what ``save_weight_policy`` wrote.
-
-    Raises:
-        ValueError: there is no such file, or it is of another policy or other rewards.
-    """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no {WEIGHTS_FILE}, it is incomplete")
-    with safe_open(file, framework="pt") as saved:
-        found = saved.metadata()
-    for name, value in _metadata(policy, reward_names).items():
-        if found.get(name) != value:
-            raise ValueError(f"resume_from_checkpoint: {file} is of {name} {found.get(name)}, this run has {value}")
-    policy.load_state_dict(load_file(file))
-
-
-def _metadata(policy: WeightPolicy, reward_names: tuple[str, ...]) -> dict[str, str]:
-    return {"policy": policy.name, "rewards": json.dumps(reward_names)}

@@ -15,13 +15,14 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.training.batches import MicroBatch
 from maestro_fast.training.best import BestPolicy
-from maestro_fast.training.checkpoint import load_weight_policy, save_weight_policy, staged
+from maestro_fast.training.checkpoint import staged
 from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.pipeline import Pipeline, Sampled
 from maestro_fast.training.sampler import GroupSampler
 from maestro_fast.training.snapshot import Snapshot
 from maestro_fast.training.step_state import StepState, load_step_state, save_step_state
 from maestro_fast.training.timing import StageClock
+from maestro_fast.weighting.saved import load_weight_policy, save_weight_policy
 
 
 class ExactCheckpoints(Trainer):

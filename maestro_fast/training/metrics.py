@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
-from maestro_fast.weighting.families import spread_between_families
+from maestro_fast.weighting.families import family_metrics, spread_between_families
 
 LOSS_METRICS = {  # by the names of ``ops.policy_loss``
     "clip_low": "clip_ratio/low_mean",
@@ -66,31 +66,6 @@ def _family_spread(record: StepRecord) -> dict[str, float]:
         return {}
     spread, chance = found
     return {"diagnostics/family_spread": spread, "diagnostics/family_spread_shuffled": chance.mean().item()}
-
-
-def family_metrics(
-    families: Sequence[str],
-    reward_names: Sequence[str],
-    rewards_BK: Tensor,
-    expected_weights_BK: Tensor,
-    lengths_B: Tensor,
-) -> dict[str, float]:
-    """Means over the responses of each family; "" is none."""
-    metrics: dict[str, float] = {}
-    for family in sorted(set(families) - {""}):
-        rows = [i for i, name in enumerate(families) if name == family]
-        prefix = f"families/{family}"
-        metrics[f"{prefix}/completion_length"] = lengths_B[rows].float().mean().item()
-        for k, name in enumerate(reward_names):
-            metrics[f"{prefix}/weights/{name}"] = expected_weights_BK[rows, k].mean().item()
-            if (mean := _live_mean(rewards_BK[rows, k])) is not None:
-                metrics[f"{prefix}/rewards/{name}"] = mean
-    return metrics
-
-
-def _live_mean(values: Tensor) -> float | None:
-    live = values[~values.isnan()]
-    return live.mean().item() if live.numel() else None
 
 
 def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from maestro_fast.training.checkpoint import WEIGHTS_FILE, load_weight_policy
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
 from maestro_fast.weighting import Anchored, Conductor, Guarded, WeightPolicy, build_weight_policy, from_pretrained
 from maestro_fast.weighting.pretrained import CONFIG_FILE
+from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy
 
 
 @dataclass(frozen=True)

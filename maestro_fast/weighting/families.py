@@ -1,4 +1,4 @@
-"""How far the weights of task families lie apart, and how far they would by chance."""
+"""Task families in the log: their mean rewards and weights, and how far their weights lie apart."""
 
 from __future__ import annotations
 
@@ -36,3 +36,32 @@ def spread_between_families(
     generator = torch.Generator().manual_seed(seed)
     chance = [spread(labels_N[torch.randperm(len(labels_N), generator=generator)]) for _ in range(shuffles)]
     return spread(labels_N).item(), torch.stack(chance)
+
+
+def family_metrics(
+    families: Sequence[str],
+    reward_names: Sequence[str],
+    rewards_BK: Tensor,
+    expected_weights_BK: Tensor,
+    lengths_B: Tensor,
+) -> dict[str, float]:
+    """Figures for the log: each family's mean completion length, expected weights and rewards.
+
+    Responses of the family "" have none and are left out, and so is the mean of a reward that abstained from all of a
+    family.
+    """
+    metrics: dict[str, float] = {}
+    for family in sorted(set(families) - {""}):
+        rows = [i for i, name in enumerate(families) if name == family]
+        prefix = f"families/{family}"
+        metrics[f"{prefix}/completion_length"] = lengths_B[rows].float().mean().item()
+        for k, name in enumerate(reward_names):
+            metrics[f"{prefix}/weights/{name}"] = expected_weights_BK[rows, k].mean().item()
+            if (mean := _live_mean(rewards_BK[rows, k])) is not None:
+                metrics[f"{prefix}/rewards/{name}"] = mean
+    return metrics
+
+
+def _live_mean(values: Tensor) -> float | None:
+    live = values[~values.isnan()]
+    return live.mean().item() if live.numel() else None

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from maestro_fast.ops import GroupAdvantages
-from maestro_fast.training.metrics import family_metrics
 from maestro_fast.weighting import Outcome
+from maestro_fast.weighting.families import family_metrics
 
 
 def weight_metrics(outcome: Outcome, families: Sequence[str], lengths_B: torch.Tensor) -> dict[str, float]:

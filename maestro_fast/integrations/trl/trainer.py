@@ -35,8 +35,8 @@ from maestro_fast.integrations.trl.versions import check_version
 from maestro_fast.model.forward import terminal_states
 from maestro_fast.model.head import causal_lm
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, group_advantages
-from maestro_fast.training.checkpoint import WEIGHTS_FILE, load_weight_policy, save_weight_policy
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
+from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy, save_weight_policy
 
 logger = logging.getLogger(__name__)
 BATCHES_FILE = "maestro_fast.json"
