@@ -99,7 +99,7 @@ def contexts(hidden: Tensor, sequences: Sequences, mode: PoolMode) -> Tensor:
 def policy_outputs(
     hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
 ) -> PolicyOutputs:
-    """The outputs of a forward that is differentiated, detached from its graph, with contexts pooled from ``hidden``."""
+    """What a forward that is differentiated gives, detached from its graph, with contexts pooled from its states."""
     context = contexts(hidden.detach(), sequences, context_mode)
     return PolicyOutputs(logprobs.detach(), None if entropies is None else entropies.detach(), context)
 

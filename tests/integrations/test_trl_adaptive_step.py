@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("trl")
 
 from maestro_fast.integrations.trl import MaestroGRPOTrainer
-from maestro_fast.integrations.trl.scale import scales, weigh_scaled
+from maestro_fast.integrations.trl.advantages import scales, weigh_scaled
 from maestro_fast.ops import PROFILES, AdvantageProfile, GroupAdvantages, group_advantages
 from maestro_fast.weighting import ConductorConfig, Outcome, WeightContext, build_weight_policy
 from tests.integrations.conftest import abstaining, brevity, parity

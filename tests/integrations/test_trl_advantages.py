@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOMixin
-from maestro_fast.integrations.trl.profile import TRL_OPTIONS
+from maestro_fast.integrations.trl.advantages import TRL_OPTIONS
 from maestro_fast.ops import group_advantages
 from maestro_fast.weighting import WeightContext
 from tests.integrations.conftest import abstaining, brevity, parity, steady

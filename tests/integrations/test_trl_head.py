@@ -15,8 +15,13 @@ pytest.importorskip("trl")
 from trl import GRPOConfig, GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOTrainer
-from maestro_fast.integrations.trl.head import head_dtype, why_trls_logprobs
-from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss
+from maestro_fast.integrations.trl.loss import (
+    head_dtype,
+    head_policy_loss,
+    loss_config,
+    packed_policy_loss,
+    why_trls_logprobs,
+)
 from tests.integrations.test_trl_loss import micro_batch
 from tests.integrations.test_trl_training import history
 from tests.training.live_memory import LiveMemory
@@ -184,10 +189,10 @@ class Doubled(torch.nn.Linear):
 def test_the_choice_is_said_once(
     settings: Make, ingredients: Make, caplog: pytest.LogCaptureFixture, config: dict[str, Any], said: str
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="maestro_fast.integrations.trl.head"):
+    with caplog.at_level(logging.INFO, logger="maestro_fast.integrations.trl.loss"):
         trainer = make(settings, ingredients, max_steps=2, **config)
         trainer.train()
-    lines = [r.message for r in caplog.records if r.name == "maestro_fast.integrations.trl.head"]
+    lines = [r.message for r in caplog.records if r.name == "maestro_fast.integrations.trl.loss"]
 
     assert len(lines) == 1 and said in lines[0]
     assert trainer._head_in_loss is (said == "one sweep")

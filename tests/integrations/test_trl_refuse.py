@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 import trl
 from packaging.version import Version
 
-from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, versions
+from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, refuse
 
 Make = Callable[..., Any]
 STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
@@ -93,30 +93,30 @@ def test_the_table_for_the_readme() -> None:
 
 @pytest.mark.parametrize("found", ["1.0.0", "1.8.2", "2.0.0"])
 def test_another_version_warns_once(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: found)
-    monkeypatch.setattr(versions, "_warned", False)
+    monkeypatch.setattr(refuse, "version", lambda _name: found)
+    monkeypatch.setattr(refuse, "_warned", False)
     with pytest.warns(UserWarning, match=f"tested with TRL {OLDEST} and {NEWEST}, this is {found}"):
-        versions.check_version()
+        refuse.check_version()
     with warnings.catch_warnings(record=True) as again:
-        versions.check_version()
+        refuse.check_version()
 
     assert not again
 
 
 @pytest.mark.parametrize("found", [f"{OLDEST}.0", f"{OLDEST}.1", f"{NEWEST}.0", f"{NEWEST}.3"])
 def test_the_tested_versions_do_not_warn(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: found)
-    monkeypatch.setattr(versions, "_warned", False)
+    monkeypatch.setattr(refuse, "version", lambda _name: found)
+    monkeypatch.setattr(refuse, "_warned", False)
     with warnings.catch_warnings(record=True) as said:
-        versions.check_version()
+        refuse.check_version()
 
     assert not said
 
 
 def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: "0.28.0")
+    monkeypatch.setattr(refuse, "version", lambda _name: "0.28.0")
     with pytest.raises(ImportError, match=r"too old.*maestro-fast\[trl\]"):
-        versions.check_version()
+        refuse.check_version()
 
 
 def test_the_installed_version_is_one_of_the_tested() -> None:

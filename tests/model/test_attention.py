@@ -42,7 +42,6 @@ from maestro_fast.training import parse_config, train
 from tests.model.plain_kernels import PlainKernels
 from tests.tiny import tiny_model
 
-
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PATHS: list[Layout] = ["flash", "varlen", "packed", "padded"]
 IMPLEMENTATION = {"flash": "flash_attention_2", "varlen": VARLEN, "packed": "sdpa", "padded": "sdpa"}
