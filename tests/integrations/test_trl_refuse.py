@@ -17,16 +17,32 @@ pytest.importorskip("trl")
 import trl
 from packaging.version import Version
 
-from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, refuse
+from maestro_fast.integrations.trl import (
+    NEWEST,
+    OLDEST,
+    MaestroGRPOMixin,
+    MaestroGRPOTrainer,
+    refusal_table,
+    refusals,
+    refuse,
+)
 
 Make = Callable[..., Any]
 STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
+BASELINE = {"policy": "conductor", "estimator": "baseline"}
 
 
 @pytest.mark.parametrize(
     ("config", "arguments", "said"),
     [
         ({"reward_weights": [1.0, 2.0]}, {"weights": STATIC}, "reward_weights: not with weights: static"),
+        ({}, {"weights": BASELINE, "profile": "gdpo"}, "a profile that compares scores beyond their group"),
+        ({"scale_rewards": "batch"}, {"weights": BASELINE}, "a profile that compares scores beyond their group"),
+        (
+            {"reward_weights": [1.0, 2.0]},
+            {"weights": BASELINE, "profile": "maestro"},
+            "reward_weights that differ, where the profile normalises each reward",
+        ),
         ({"loss_type": "sapo"}, {"loss": "maestro_fast"}, "loss_type luspo, sapo, vespo"),
         ({"off_policy_mask_threshold": 0.5}, {"loss": "maestro_fast"}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.2}, {"loss": "maestro_fast"}, "top_entropy_quantile below 1"),
@@ -44,6 +60,19 @@ def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, ar
         pytest.skip(f"this TRL has no {unknown}")
     with pytest.raises(ValueError, match=re.escape(said)):
         MaestroGRPOTrainer(args=settings(**config), **arguments, **ingredients())
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ({}, {"weights": "conductor", "profile": "gdpo"}),
+        ({"reward_weights": [2.0, 2.0]}, {"weights": BASELINE, "profile": "maestro"}),
+        ({"reward_weights": [1.0, 2.0]}, {"weights": BASELINE}),
+        ({"reward_weights": [1.0, 2.0]}, {"weights": "conductor", "profile": "maestro"}),
+    ],
+)
+def test_only_what_has_to_be_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any) -> None:
+    MaestroGRPOTrainer(args=settings(**config), **arguments, **ingredients())
 
 
 @pytest.mark.parametrize(
@@ -84,11 +113,15 @@ def test_the_mixin_alone() -> None:
         MaestroGRPOMixin()
 
 
-def test_the_table_for_the_readme() -> None:
+def test_the_table_for_the_documentation() -> None:
     table = refusals()
+    lines = refusal_table().splitlines()
 
     assert len({(row.setting, row.where) for row in table}) == len(table)
     assert all(row.setting and row.where and row.reason for row in table)
+    assert [len(line.split("|")) for line in lines] == [5] * (2 + len(table))
+    for row, line in zip(table, lines[2:], strict=True):
+        assert line == f"| {row.setting} | {row.where} | {row.reason} |"
 
 
 @pytest.mark.parametrize("found", ["1.0.0", "1.8.2", "2.0.0"])
@@ -121,6 +154,16 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_installed_version_is_one_of_the_tested() -> None:
     assert Version(trl.__version__).release[:2] in {Version(OLDEST).release, Version(NEWEST).release}
+
+
+def test_the_trainer_of_this_package_is_not_loaded() -> None:
+    code = (
+        "import sys, maestro_fast.integrations.trl\n"
+        "print([name for name in sys.modules if name.startswith('maestro_fast.training')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+    assert said.splitlines()[-1] == "[]"
 
 
 def test_without_trl(tmp_path: Path) -> None:
