@@ -62,9 +62,10 @@ def empty_rows(rows: int, columns: int, x: Tensor, dtype: torch.dtype) -> Tensor
 
 # --- matrix products ---
 #
-# Eager calls go straight to torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with out_dtype
-# raises TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and Dynamo refuses
-# an ``out`` whose rows are apart. So a graph calls the operators registered here, into which it does not look.
+# Eager calls go straight to torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with
+# out_dtype raises TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and
+# Dynamo refuses an ``out`` whose rows are apart. So a graph calls the operators registered here, into which it does not
+# look.
 
 _HALVES = torch.bfloat16, torch.float16
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from maestro_fast.ops import gpu
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.tensors import is_integer, readable, wide
+from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.tensors import is_integer, library, readable, wide
 from maestro_fast.specs import (
     LOSS_METRICS,
     OBJECTIVES,
@@ -136,7 +136,7 @@ def policy_gradient(
 
 
 def _resolve(inputs: LossInputs, backend: Backend | None) -> Backend:
-    return resolve("policy_loss", backend, inputs.logprobs, inputs.advantages, *inputs[3:8])
+    return resolve("policy_loss", backend, inputs.logprobs, inputs.advantages, *inputs.of_tokens.values())
 
 
 # --- checks ---
@@ -148,7 +148,7 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
     Raises:
         ValueError, TypeError: see ``policy_loss``.
     """
-    logprobs, advantages, cu_seqlens = inputs[:3]
+    logprobs, advantages, cu_seqlens = inputs.logprobs, inputs.advantages, inputs.cu_seqlens
     if not isinstance(config, PolicyLossConfig) and not callable(config):
         raise TypeError(f"config: got {type(config).__name__}, expected a PolicyLossConfig or a function of LossInputs")
     if logprobs.ndim != 1 or not logprobs.is_floating_point():
@@ -396,23 +396,40 @@ def _loss_by_triton(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
 
 def _launch_arguments(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, LossInputs, PolicyLossConfig]:
     """The inputs as the kernel takes them: contiguous, and divisors as numbers or as tensors on the device."""
-    device, tensors = inputs.logprobs.device, [None if x is None else x.contiguous() for x in inputs[:8]]
-    divisors: list[float | Tensor | None] = []
-    for divisor in (inputs.normalizer, inputs.entropy_normalizer):
-        if isinstance(divisor, Tensor) and divisor.device != device:
-            divisor = float(divisor) if readable(divisor) else divisor.to(device)
-        divisors.append(divisor.detach() if isinstance(divisor, Tensor) else divisor)
-    contiguous = LossInputs(*tensors, *divisors)  # type: ignore[arg-type]
-    if config.entropy_coef == 0:
-        contiguous = contiguous._replace(entropies=None)
+    device = inputs.logprobs.device
+    contiguous = LossInputs(
+        logprobs=inputs.logprobs.contiguous(),
+        advantages=inputs.advantages.contiguous(),
+        cu_seqlens=inputs.cu_seqlens.contiguous(),
+        old_logprobs=_contiguous(inputs.old_logprobs),
+        ref_logprobs=_contiguous(inputs.ref_logprobs),
+        sampling_logprobs=_contiguous(inputs.sampling_logprobs),
+        entropies=_contiguous(inputs.entropies) if config.entropy_coef > 0 else None,
+        token_mask=_contiguous(inputs.token_mask),
+        normalizer=_divisor(inputs.normalizer, device),
+        entropy_normalizer=_divisor(inputs.entropy_normalizer, device),
+    )
     return contiguous.logprobs, contiguous, config
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _divisor(x: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+    if not isinstance(x, Tensor):
+        return x
+    if x.device != device:
+        return float(x) if readable(x) else x.detach().to(device)
+    return x.detach()
+
+
 def _flat(_: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> tuple[Any, ...]:
-    divisors = inputs.normalizer, inputs.entropy_normalizer
-    tensors = (x if isinstance(x, Tensor) else None for x in divisors)
+    *tensors, normalizer, entropy_normalizer = inputs
+    divisors = normalizer, entropy_normalizer
+    on_the_device = (x if isinstance(x, Tensor) else None for x in divisors)
     numbers = (None if x is None or isinstance(x, Tensor) else float(x) for x in divisors)
-    return *inputs[:8], *tensors, *numbers, as_text(config)
+    return *tensors, *on_the_device, *numbers, as_text(config)
 
 
 def _whole(*given: Any) -> tuple[Tensor, LossInputs, PolicyLossConfig]:
@@ -428,7 +445,7 @@ def _empty_results(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
     return new((), dtype=torch.float32), new(8, dtype=torch.float32), new((rows, len(logprobs)), dtype=torch.float32)
 
 
-@gpu.operator(
+@operator(
     "triton_policy_loss(Tensor logprobs, Tensor advantages, Tensor cu_seqlens, Tensor? old, Tensor? ref,"
     " Tensor? sampling, Tensor? entropies, Tensor? mask, Tensor? normalizer, Tensor? entropy_normalizer,"
     " float? number, float? entropy_number, str config) -> (Tensor loss, Tensor values, Tensor gradients)",
@@ -498,5 +515,5 @@ def _operator_backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tu
 
 
 torch.library.register_autograd(
-    "maestro_fast::triton_policy_loss", _operator_backward, setup_context=_remember_operator, lib=gpu.library
+    "maestro_fast::triton_policy_loss", _operator_backward, setup_context=_remember_operator, lib=library
 )

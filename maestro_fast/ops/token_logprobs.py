@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.gpu import library, operator
+from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.head import Head
 from maestro_fast.ops.head_pass import HeadGradients, head_backward, head_forward
 from maestro_fast.ops.head_rows import capped_logits
-from maestro_fast.ops.tensors import readable, without_autocast
+from maestro_fast.ops.tensors import library, readable, without_autocast
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
@@ -221,8 +221,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, peaks, totals, entropies = ctx.saved_tensors
         stats = RowStatistics(peaks, peaks, totals, entropies)  # A gradient does not read the log-probs.
-        wanted = tuple(ctx.needs_input_grad[:3])
-        return *_backward(tuple(inputs), stats, gradients, *ctx.options, wanted), *[None] * 4  # type: ignore[arg-type]
+        spec, backend, strategy = ctx.options
+        wanted = ctx.needs_input_grad[:3]
+        found = _backward(tuple(inputs), stats, gradients, spec, backend, strategy, wanted)  # type: ignore[arg-type]
+        return *found, None, None, None, None
 
 
 # --- Triton in a compiled graph: one operator, and one for its backward ---
@@ -267,8 +269,8 @@ def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
     """The signature above names the arguments. A gradient that is not wanted has no elements."""
     *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
     stats = RowStatistics(peaks, peaks, totals, entropies)
-    options = from_text(HeadSpec, spec), "triton", strategy
-    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), *options, tuple(wanted))  # type: ignore[arg-type]
+    spec = from_text(HeadSpec, spec)
+    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))  # type: ignore[arg-type]
     return tuple(peaks.new_empty(0) if x is None else x for x in found)
 
 
