@@ -16,6 +16,7 @@ pytest.importorskip("trl")
 
 import trl
 from packaging.version import Version
+from torch import Tensor
 
 from maestro_fast.integrations.trl import (
     NEWEST,
@@ -26,10 +27,15 @@ from maestro_fast.integrations.trl import (
     refusals,
     refuse,
 )
+from maestro_fast.ops import LossInputs
 
 Make = Callable[..., Any]
 STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
 BASELINE = {"policy": "conductor", "estimator": "baseline"}
+
+
+def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    return -inputs.logprobs.mean(), {}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,9 @@ BASELINE = {"policy": "conductor", "estimator": "baseline"}
         ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": "maestro_fast"}, "beta with use_bias_correction_kl"),
         ({"use_adaptive_entropy": True}, {"loss": "maestro_fast"}, "use_adaptive_entropy"),
         ({"vllm_importance_sampling_clip_min": 0.1}, {"loss": "maestro_fast"}, "vllm_importance_sampling_clip_min"),
-        ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl' or 'maestro_fast'"),
+        ({"off_policy_mask_threshold": 0.5}, {"loss": own_loss}, "off_policy_mask_threshold: not with loss="),
+        ({"top_entropy_quantile": 0.2}, {"loss": own_loss}, "top_entropy_quantile below 1"),
+        ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl', 'maestro_fast' or a function"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
         ({}, {"weights": "mine"}, "weights.policy: 'mine'"),
         ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
@@ -66,12 +74,16 @@ def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, ar
     ("config", "arguments"),
     [
         ({}, {"weights": "conductor", "profile": "gdpo"}),
+        ({"loss_type": "sapo"}, {"loss": own_loss}),
+        ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": own_loss}),
         ({"reward_weights": [2.0, 2.0]}, {"weights": BASELINE, "profile": "maestro"}),
         ({"reward_weights": [1.0, 2.0]}, {"weights": BASELINE}),
         ({"reward_weights": [1.0, 2.0]}, {"weights": "conductor", "profile": "maestro"}),
     ],
 )
 def test_only_what_has_to_be_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any) -> None:
+    if unknown := config.keys() - set(trl.GRPOConfig.__dataclass_fields__):
+        pytest.skip(f"this TRL has no {unknown}")
     MaestroGRPOTrainer(args=settings(**config), **arguments, **ingredients())
 
 
@@ -80,6 +92,11 @@ def test_only_what_has_to_be_is_refused(settings: Make, ingredients: Make, confi
 )
 def test_with_trls_loss_they_are_served(settings: Make, ingredients: Make, config: Any) -> None:
     MaestroGRPOTrainer(args=settings(**config), **ingredients())
+
+
+def test_a_loss_that_is_no_function(settings: Make, ingredients: Make) -> None:
+    with pytest.raises(TypeError, match=r"^loss: got int, expected 'trl', 'maestro_fast' or a function"):
+        MaestroGRPOTrainer(args=settings(), loss=3, **ingredients())
 
 
 def test_prompt_learning(settings: Make, ingredients: Make) -> None:

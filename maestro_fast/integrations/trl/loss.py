@@ -7,6 +7,8 @@ There are two ways to the log-probs. ``packed_policy_loss`` takes them from TRL'
 ``ops.linear_policy_loss`` compute them from the hidden states: head and loss in one sweep, without all the logits. The
 op's head rounds otherwise than TRL's, so this way is taken only where no log-prob of TRL's is compared with the op's,
 and where the head is a plain matrix that every process holds; ``why_trls_logprobs`` checks that.
+
+A user's own loss, a function of ``LossInputs``, goes the same two ways.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
 from maestro_fast.model import backbone_of, check_head, head_of
-from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.specs import wants_entropies
 
 logger = logging.getLogger(__name__)
 _Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+_Loss = PolicyLossConfig | LossFunction
 
 
 # --- when the trainer is made ---
@@ -104,7 +108,7 @@ def _unreadable_head(model: nn.Module) -> str | None:
 # --- the loss of a micro-batch ---
 
 
-def packed_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The scalar loss of a micro-batch, from the log-probs of TRL's forward; its metrics go to TRL's log."""
     completion_ids = inputs["completion_ids"]
     input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
@@ -118,18 +122,18 @@ def packed_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, input
         logprobs[counted],
         inputs["advantages"],
         _bounds(lengths),
-        entropies=entropies[counted] if config.entropy_coef > 0 else None,
+        entropies=entropies[counted] if wants_entropies(config) else None,
         **_other_logprobs(config, inputs, counted),
         **_divisors(trainer, config, inputs, lengths),
         config=config,
     )
     tokens = lengths.sum()
     mean_entropy = entropies[counted].detach().sum() / tokens.clamp(min=1)
-    _log(trainer, {**out.metrics, "entropy": mean_entropy}, tokens)
+    _log(trainer, config, {**out.metrics, "entropy": mean_entropy}, tokens)
     return out.loss
 
 
-def head_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The same loss from the hidden states, head and loss in one sweep.
 
     What the host must know of the batch is copied to it before the forward, so that it need not wait for the forward.
@@ -153,7 +157,7 @@ def head_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs:
         mean_entropy=True,
         config=config,
     )
-    _log(trainer, out.metrics, lengths.sum())
+    _log(trainer, config, out.metrics, lengths.sum())
     return out.loss
 
 
@@ -205,8 +209,12 @@ def _bounds(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def _other_logprobs(config: PolicyLossConfig, inputs: Mapping[str, Tensor], counted: Tensor) -> dict[str, Any]:
-    """The log-probs [T] of the counted tokens under the old policy, the reference and the sampler, if TRL has them."""
+def _other_logprobs(config: _Loss, inputs: Mapping[str, Tensor], counted: Tensor) -> dict[str, Any]:
+    """The log-probs [T] of the counted tokens under the old policy, the reference and the sampler, if TRL has them.
+
+    A config that does not correct for the sampler gets no log-probs of it, and so logs no metric of them.
+    """
+    reads_sampler = not isinstance(config, PolicyLossConfig) or config.sampler_correction != "none"
 
     def packed(name: str) -> Tensor | None:
         return inputs[name][counted] if name in inputs else None
@@ -214,18 +222,22 @@ def _other_logprobs(config: PolicyLossConfig, inputs: Mapping[str, Tensor], coun
     return {
         "old_logprobs": packed("old_per_token_logps"),
         "ref_logprobs": packed("ref_per_token_logps"),
-        "sampling_logprobs": packed("sampling_per_token_logps") if config.sampler_correction != "none" else None,
+        "sampling_logprobs": packed("sampling_per_token_logps") if reads_sampler else None,
     }
 
 
-def _divisors(trainer: Any, config: PolicyLossConfig, inputs: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Any]:
-    """What the sums over a micro-batch are divided by, so that the micro-batches of an update add up to its mean."""
+def _divisors(trainer: Any, config: _Loss, inputs: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Any]:
+    """What the sums over a micro-batch are divided by, so that the micro-batches of an update add up to its mean.
+
+    A loss function gets the divisor of dapo as ``normalizer``, the number of tokens of the update.
+    """
     steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
     tokens = lengths.sum().clamp(min=1)
     divisors: dict[str, Any] = {"entropy_normalizer": tokens * steps}
-    if config.normalization == "bnpo":
+    normalization = config.normalization if isinstance(config, PolicyLossConfig) else "dapo"
+    if normalization == "bnpo":
         return divisors | {"normalizer": tokens * steps}
-    if config.normalization != "dapo":
+    if normalization != "dapo":
         return divisors | {"normalizer": float(inputs["completion_ids"].shape[0] * steps)}
     # TRL counts the tokens of the generation batch over all processes, and the processes' gradients are averaged.
     share = steps / trainer.args.steps_per_generation if trainer.model.training else 1.0
@@ -242,14 +254,25 @@ _TRL_NAMES = {
 }
 
 
-def _log(trainer: Any, metrics: dict[str, Tensor], tokens: Tensor) -> None:
-    """Logs the means over the counted tokens of this micro-batch on all processes, under TRL's names."""
+def _trl_metrics(metrics: dict[str, Tensor], *, cispo: bool) -> dict[str, Tensor]:
+    """The metrics of ``ops.policy_loss`` that TRL logs, too, under TRL's names."""
     named = {_TRL_NAMES[name]: value for name, value in metrics.items() if name in _TRL_NAMES}
-    if trainer.loss_type == "cispo":
+    if cispo:
         named["cispo_clip_ratio"] = named.pop("clip_ratio/high_mean")
         del named["clip_ratio/low_mean"]
     else:
         named["clip_ratio/region_mean"] = named["clip_ratio/low_mean"] + named["clip_ratio/high_mean"]
+    return named
+
+
+def _log(trainer: Any, config: _Loss, metrics: dict[str, Tensor], tokens: Tensor) -> None:
+    """Logs the mean of each metric over the counted tokens of this micro-batch on all processes.
+
+    The metrics of a loss function keep their names.
+    """
+    named = metrics
+    if isinstance(config, PolicyLossConfig):
+        named = _trl_metrics(metrics, cispo=config.objective == "cispo")
     local = torch.stack([*(value.detach().float() * tokens for value in named.values()), tokens.float()])
     *sums, count = trainer.accelerator.reduce(local, reduction="sum").tolist()
     log = trainer._metrics["train" if trainer.model.training else "eval"]

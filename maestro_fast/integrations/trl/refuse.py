@@ -20,6 +20,7 @@ from transformers import ProcessorMixin
 from maestro_fast.integrations.trl.advantages import takes_factors
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.model import causal_lm
+from maestro_fast.ops import LossFunction
 from maestro_fast.weighting import Static, WeightPolicy, check_profile
 
 # --- versions of TRL ---
@@ -69,9 +70,9 @@ class Refusal:
     applies: Callable[[Any, WeightPolicy], bool]
 
 
-def _is_set(name: str, *neutral: object) -> Callable[[Any, WeightPolicy], bool]:
-    """Whether ``args.<name>`` has another value than the neutral ones; older versions of TRL lack some settings."""
-    return lambda trainer, _policy: getattr(trainer.args, name, neutral[0]) not in neutral
+def _is_set(name: str, neutral: object) -> Callable[[Any, WeightPolicy], bool]:
+    """Whether ``args.<name>`` has another value than the neutral one; older versions of TRL lack some settings."""
+    return lambda trainer, _policy: getattr(trainer.args, name, neutral) != neutral
 
 
 def _compares_beyond_groups(trainer: Any, policy: WeightPolicy) -> bool:
@@ -87,6 +88,7 @@ STATIC = "weights: static"
 OTHER_WEIGHTS = "the Conductor's estimators baseline, all_actions and pathwise"
 CONTEXT = "a weight policy that reads hidden states"
 OUR_LOSS = 'loss="maestro_fast"'
+NOT_TRLS_LOSS = 'loss="maestro_fast" or a function'
 
 _REFUSALS = (
     Refusal(
@@ -139,14 +141,14 @@ _REFUSALS = (
     ),
     Refusal(
         "off_policy_mask_threshold",
-        OUR_LOSS,
-        "ops.policy_loss drops no sequences",
+        NOT_TRLS_LOSS,
+        "only TRL's loss drops sequences",
         _is_set("off_policy_mask_threshold", None),
     ),
     Refusal(
         "top_entropy_quantile below 1",
-        OUR_LOSS,
-        "ops.policy_loss takes no mask for the policy term alone",
+        NOT_TRLS_LOSS,
+        "only TRL's loss has a mask for the policy term alone",
         _is_set("top_entropy_quantile", 1.0),
     ),
     Refusal(
@@ -157,31 +159,31 @@ _REFUSALS = (
     ),
     Refusal(
         "use_adaptive_entropy",
-        OUR_LOSS,
-        "the coefficient of ops.policy_loss is constant",
+        NOT_TRLS_LOSS,
+        "only TRL's loss adapts its entropy coefficient",
         _is_set("use_adaptive_entropy", False),
     ),
     Refusal(
         "vllm_importance_sampling_clip_min",
-        OUR_LOSS,
-        "ops.policy_loss caps the sampler's ratio from above only",
+        NOT_TRLS_LOSS,
+        "only TRL's loss caps the sampler's ratio from below",
         _is_set("vllm_importance_sampling_clip_min", None),
     ),
     Refusal(
         "the auxiliary loss of a mixture of experts",
-        OUR_LOSS,
+        NOT_TRLS_LOSS,
         "only TRL's loss adds it",
         lambda trainer, _policy: getattr(trainer, "aux_loss_enabled", False),
     ),
     Refusal(
         "use_liger_kernel, where that is Liger's loss (old versions)",
-        OUR_LOSS,
+        NOT_TRLS_LOSS,
         "each replaces TRL's loss, and only one can",
         lambda trainer, _policy: trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"),
     ),
     Refusal(
         "images",
-        OUR_LOSS,
+        NOT_TRLS_LOSS,
         "its forward gets token ids alone",
         lambda trainer, _policy: isinstance(trainer.processing_class, ProcessorMixin),
     ),
@@ -199,20 +201,24 @@ def refusal_table() -> str:
     return "\n".join(["| setting | not with | because |", "|---|---|---|", *rows])
 
 
-def check(trainer: Any, policy: WeightPolicy, loss: str) -> None:
+def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
     """Raises for the first refusal that applies to a new trainer.
 
     Raises:
         ValueError: the message names the setting, the part of maestro_fast that does not work with it, and the reason.
+        TypeError: ``loss`` is neither a name nor a function.
     """
-    if loss not in ("trl", "maestro_fast"):
-        raise ValueError(f"loss: {loss!r}, expected 'trl' or 'maestro_fast'")
+    if not isinstance(loss, str) and not callable(loss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected 'trl', 'maestro_fast' or a function of LossInputs")
+    if isinstance(loss, str) and loss not in ("trl", "maestro_fast"):
+        raise ValueError(f"loss: {loss!r}, expected 'trl', 'maestro_fast' or a function of LossInputs")
     used = {
         EVERYTHING: True,
         STATIC: True,
         OTHER_WEIGHTS: policy.needs_group_scores,
         CONTEXT: policy.needs_context,
         OUR_LOSS: loss == "maestro_fast",
+        NOT_TRLS_LOSS: loss != "trl",
     }
     for refusal in _REFUSALS:
         if used[refusal.where] and refusal.applies(trainer, policy):

@@ -37,7 +37,7 @@ from maestro_fast.integrations.trl.context import (
 )
 from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
 from maestro_fast.model import causal_lm, terminal_states
-from maestro_fast.ops import AdvantageProfile, GroupAdvantages, group_advantages
+from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
 from maestro_fast.weighting.families import family_metrics
 from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy, save_weight_policy
@@ -76,7 +76,11 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             but groups of identical scores get exactly 0. A KL (``beta``) stays in TRL's loss under every profile.
         loss: "trl" keeps TRL's loss. "maestro_fast" replaces it by ``ops.policy_loss``, or by
             ``ops.linear_policy_loss``, head and loss in one sweep, where TRL scores neither old nor reference log-probs
-            and the head can be read. The log says which.
+            and the head can be read. The log says which. A function is a loss of your own: it gets ``ops.LossInputs``
+            and returns the scalar loss and a dict of metrics. It gets entropies if ``ops.loss_function`` marks it so,
+            and the other log-probs where TRL has them (those of the reference if ``beta`` is not 0); ``normalizer`` is
+            the number of tokens of the update. Its metrics are logged under their own names, as means over the tokens.
+            TRL's options for the loss (``loss_type``, ``epsilon``, ``beta``, ...) do not act on it.
 
     Attributes:
         weight_policy: the policy; every process holds the same one.
@@ -84,6 +88,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
 
     Raises:
         ValueError: a name or an option is unknown, or a setting is one that ``refusals`` lists.
+        TypeError: ``loss`` is neither a name nor a function.
         ImportError: this version of TRL is too old.
     """
 
@@ -95,7 +100,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         *args: Any,
         weights: str | Mapping[str, Any] | WeightPolicy = "equal",
         profile: str | AdvantageProfile | None = None,
-        loss: Literal["trl", "maestro_fast"] = "trl",
+        loss: Literal["trl", "maestro_fast"] | LossFunction = "trl",
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, GRPOTrainer):
@@ -109,7 +114,9 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         self.weight_policy: WeightPolicy = weights
         self.profile, self._trl_aggregates = apply_profile(self, profile)
         refuse.check(self, weights, loss)
-        self._loss_config = loss_config(self) if loss == "maestro_fast" else None
+        self._loss_config: PolicyLossConfig | LossFunction | None = None
+        if loss != "trl":
+            self._loss_config = loss_config(self) if loss == "maestro_fast" else loss
         self._head_in_loss = self._loss_config is not None and takes_hidden_states(self)
         self._batches = 0  # the generation batches trained on so far; this number keys the policy's random draws
         self._make_policies_equal()
