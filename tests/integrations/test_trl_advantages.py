@@ -1,4 +1,4 @@
-"""The advantages that TRL trains with: TRL's own, or ours, made with the weights in one op or after them."""
+"""The advantages that TRL trains with are its own or ours; ours come with the weights from one op, or after them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[..., Any]
 
 
 class Recording(GRPOTrainer):
-    """Keeps the rewards of all processes, and what came of them."""
+    """Keeps the rewards of all processes and the output of the batch."""
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         self.rewards_BK = super()._calculate_rewards(*args)
@@ -39,11 +39,11 @@ class Recording(GRPOTrainer):
 
 
 class Maestro(MaestroGRPOMixin, Recording):
-    """``aggregated`` is what TRL made of the row weights, ``output["advantages"]`` what is trained with."""
+    """``aggregated`` holds what TRL made of the row weights, ``output["advantages"]`` what is trained with."""
 
 
 def one_batch(trainer: Any, *, train: bool = True) -> Any:
-    """The trainer, after one generation batch of two groups."""
+    """Has the trainer make one generation batch of two groups."""
     trainer.model.train(train)
     rows = [trainer.train_dataset[i] for i in (0, 3) for _ in range(trainer.num_generations)]
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_equal_weights_are_trls_own(settings: Make, ingredients: Make, profile: 
 def test_a_group_of_equal_scores_gets_exactly_zero(settings: Make, ingredients: Make) -> None:
     args = settings(
         num_generations=7, per_device_train_batch_size=14
-    )  # the mean of seven rounds, that of four does not
+    )  # A mean over seven is rounded, one over four is not.
     trainer = one_batch(Maestro(args=args, **{**ingredients(), "reward_funcs": [steady, steady]}))
 
     assert trainer.aggregated.abs().max() > 0, "TRL no longer returns rounding noise here: drop this test's reason"
@@ -138,7 +138,7 @@ TOKENS = AdvantageProfile(score_center="tokens", score_scale="tokens")
 
 
 class Keeping(MaestroGRPOTrainer):
-    """Keeps what the policy was told, and what TRL got to train with."""
+    """Keeps the outcomes that the policy was told, and the advantages that TRL got to train with."""
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         observe = self.weight_policy.observe
@@ -174,7 +174,7 @@ def assert_close(got: Tensor, expected: Tensor, *, bitwise: bool) -> None:
 def test_one_op_for_each_batch(
     settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch, rewards: list[Any], profile: Any
 ) -> None:
-    """Two rewards double the weights, which changes no bit; three times the weights are rounded."""
+    """With two rewards the weights are doubled, which is exact; three times the weights are rounded."""
 
     def run() -> Any:
         return trained(settings(), {**ingredients(), "reward_funcs": rewards}, profile=profile)
@@ -189,7 +189,7 @@ def test_one_op_for_each_batch(
     assert calls == {name: 2 * count for name, count in SINGLE.items()}
 
     bitwise = len(rewards) == 2
-    batches = 2 if bitwise else 1  # the first update may take roundings further
+    batches = 2 if bitwise else 1  # The first update may amplify a rounding error.
     assert len(ours.outcomes) == 2
     for one, two in zip(ours.outcomes[:batches], theirs.outcomes[:batches], strict=True):
         assert torch.equal(one.weights.weights_BK, two.weights.weights_BK)
@@ -239,7 +239,7 @@ def test_two_ops_elsewhere(
     assert calls == SINGLE
     (outcome,) = trainer.outcomes
     factor_K = 2 * torch.tensor(config.get("reward_weights", [1.0, 1.0]))
-    lengths_B = torch.full((8,), 8) if trainer.profile.needs_lengths else None  # none of the responses ends early
+    lengths_B = torch.full((8,), 8) if trainer.profile.needs_lengths else None  # No response ends early here.
     expected = group_advantages(
         outcome.context.rewards_BK,
         outcome.weights.weights_BK * factor_K,
@@ -251,7 +251,7 @@ def test_two_ops_elsewhere(
 
 
 def test_two_ops_for_an_evaluation(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are the expected ones, which the one op does not compare by."""
+    """An evaluation uses the expected weights, but the one op compares under the weights that it draws."""
     parts = ingredients()
     trainer = Keeping(
         args=settings(), weights=CONDUCTOR, profile="maestro", eval_dataset=parts["train_dataset"].select([0]), **parts
@@ -275,7 +275,7 @@ SCALED = {name: PROFILES[name] for name in ("maestro", "grpo", "dr_grpo", "rloo"
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
 def test_scaled_advantages_are_those_of_scaled_weights(name: str, k: int) -> None:
-    """With epsilons that matter: a tenth of the deviations."""
+    """The epsilons are about a tenth of the standard deviations, so that they matter."""
     profile = replace(SCALED[name], score_eps=0.1, reward_eps=0.1)
     policy, context = ConductorConfig(alpha=0.6).build(batch(k).reward_names, 6), batch(k)
     policy.weight.copy_(normal(k, 6, seed=3))
@@ -330,7 +330,7 @@ BASELINE = {**CONDUCTOR, "estimator": "baseline"}
 def test_the_policy_compares_as_the_trainer_does(
     settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch, profile: Any, reward_weights: Any
 ) -> None:
-    """Of the advantages under other weights, the one under the weights drawn is the advantage that is trained with.
+    """Among the advantages under every action, the one under the action drawn is the advantage that is trained with.
 
     One profile has a large epsilon, so that any other epsilon is found out.
     """

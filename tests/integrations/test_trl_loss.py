@@ -1,4 +1,4 @@
-"""``loss="maestro_fast"`` is TRL's loss: same value, same gradient, same log, from log-probs or from hidden states."""
+"""``loss="maestro_fast"`` has the value, the gradient and the log of TRL's loss; a function takes its place."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Make = Callable[..., Any]
 
 
 def micro_batch(trainer: Any) -> dict[str, Any]:
-    """Sampled by the trainer; log-probs of other policies are made up, and the last response has no live token."""
+    """A batch that the trainer sampled, with made-up log-probs of other policies; the last response is masked."""
     generator = torch.Generator().manual_seed(1)
-    rows = [trainer.train_dataset[i] for i in (0, 13) for _ in range(4)]  # prompts of two lengths
+    rows = [trainer.train_dataset[i] for i in (0, 13) for _ in range(4)]  # These prompts differ in length.
     inputs = trainer._generate_and_score_completions(rows)
     mask = inputs["completion_mask"].clone()
     mask[0, 5:] = 0
@@ -64,7 +64,7 @@ def gradients(trainer: Any, loss: Tensor) -> list[Tensor]:
 
 
 def both(trainer: Any, inputs: dict[str, Any]) -> tuple[list[tuple[Tensor, list[Tensor]]], list[dict[str, Any]]]:
-    """Loss and gradients, and the log: of TRL's code, then of ours."""
+    """Computes loss, gradients and log by TRL's code, then by ours."""
     results, logs = [], []
     for compute in (
         lambda: GRPOTrainer._compute_loss(trainer, trainer.model, inputs),
@@ -104,7 +104,7 @@ def test_the_same_loss_and_gradient_as_trls(settings: Make, ingredients: Make, c
     assert {"entropy", "kl"} & logs[0].keys() <= shared
     assert {name for name in logs[0] if name.endswith(("_mean", "cispo_clip_ratio"))} <= shared
     if case.get("importance_sampling_level") == "sequence":
-        shared -= {name for name in shared if name.startswith("clip_ratio")}  # TRL: by responses, ours: by tokens
+        shared -= {name for name in shared if name.startswith("clip_ratio")}  # TRL counts responses, we count tokens.
     for name in shared:
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
@@ -127,7 +127,7 @@ def test_the_correction_for_vllm(settings: Make, ingredients: Make, mode: str) -
 
 
 def sampler_ratio(trainer: Any, inputs: dict[str, Any], mode: str) -> Tensor:
-    """pi_old / pi_sampler as TRL's docs define it, capped at 1.2."""
+    """The ratio pi_old / pi_sampler as TRL's documentation defines it, capped at 1.2."""
     for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"):
         if hasattr(trainer, name):
             setattr(trainer, name, 1.2)
@@ -171,7 +171,7 @@ def test_it_trains_ten_steps(settings: Make, ingredients: Make) -> None:
 
 
 def on_policy(trainer: Any) -> dict[str, Any]:
-    """A micro-batch without log-probs of other policies; a whole group has no advantage, one response no live token."""
+    """A micro-batch without log-probs of other policies; four advantages are 0, and all of one response is masked."""
     inputs = micro_batch(trainer)
     for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
         del inputs[name]
@@ -191,7 +191,7 @@ def make(settings: Make, ingredients: Make, **case: Any) -> Any:
 
 
 def computed(trainer: Any, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Loss, the gradients of all that is trained in one vector, and the log."""
+    """The loss, the gradients of all trained parameters as one vector, and the log."""
     trainer._metrics["train"].clear()
     value = loss()
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
@@ -208,7 +208,7 @@ def by_logprobs(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, d
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
-    """The error of a vector, relative to its length."""
+    """The norm of the difference, relative to the norm of the second vector."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -238,7 +238,7 @@ def test_the_same_loss_gradient_and_log(settings: Make, ingredients: Make, case:
 
 
 def test_a_model_in_float64(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's head is in float32 at best: the log-probs to compare with come from the model's own logits."""
+    """TRL's head has float32 at best, so the log-probs to compare with come from the model's own logits."""
 
     def logprobs(self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, **_: Any) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep - 1 : -1]
@@ -304,7 +304,7 @@ def test_no_logits_of_all_tokens(settings: Make, ingredients: Make) -> None:
     with LiveMemory() as memory:
         by_head(trainer, inputs)
 
-    assert memory.peak < 8 * length * vocabulary * 4 / 2  # half of float32 logits
+    assert memory.peak < 8 * length * vocabulary * 4 / 2  # Half of the size of all logits in float32.
 
 
 class OtherLogprobs(MaestroGRPOTrainer):
@@ -388,14 +388,14 @@ def test_it_trains_ten_steps_from_hidden_states(settings: Make, ingredients: Mak
     trainer.train()
 
     assert len(history(trainer, "entropy")) == 10 and history(trainer, "eval_entropy")
-    assert set(history(trainer, "ratio")) <= {0.0, 1.0}  # 0 where all is truncated
+    assert set(history(trainer, "ratio")) <= {0.0, 1.0}  # It is 0 if all responses are truncated.
 
 
 # --- a loss of one's own ---
 
 
 def dapo(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """DAPO's loss, with a KL if there is a reference, and an entropy bonus if there are entropies."""
+    """DAPO's loss as a user would write it, with a KL if there is a reference, and a bonus if there are entropies."""
     advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff())
     old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     ratio = (inputs.logprobs - old).exp()
@@ -420,7 +420,7 @@ def by_function(trainer: Any, inputs: dict[str, Any], function: LossFunction, wa
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_a_function_that_is_dapo_is_trls_dapo(settings: Make, ingredients: Make, beta: float) -> None:
-    """With log-probs of an old policy, and of a reference if beta is not 0."""
+    """The batch has log-probs of an old policy, and of a reference if beta is not 0."""
     config = {"use_bias_correction_kl": False} if "use_bias_correction_kl" in GRPOConfig.__dataclass_fields__ else {}
     trainer = make(settings, ingredients, loss_type="dapo", beta=beta, temperature=1.0, **config)
     inputs = micro_batch(trainer)

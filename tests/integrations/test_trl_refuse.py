@@ -1,4 +1,4 @@
-"""What cannot be served is refused when the trainer is made, with the reason."""
+"""The trainer refuses what it cannot serve when it is made, and says why."""
 
 from __future__ import annotations
 

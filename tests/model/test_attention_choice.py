@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with a CUDA device of the wanted capability, with flash-attn or without."""
+    """Pretends that there is a CUDA device of the wanted capability, with flash-attn or without."""
 
     def pretend(flash: bool, capability: tuple[int, int] = (9, 0), accepted: bool = True) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash else None)
