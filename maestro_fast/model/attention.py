@@ -244,20 +244,17 @@ def varlen_attention(
     _refuse_what_the_kernel_lacks(module, query, value, dropout, options)
     q_THD, k_THD, v_THD = (_compute_dtype(x)[0].transpose(0, 1) for x in (query, key, value))
     grouped: dict[str, Any] = {}
-    if q_THD.shape[1] != k_THD.shape[1]:
+    if (repeats := q_THD.shape[1] // k_THD.shape[1]) > 1:
         if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters:
             grouped["enable_gqa"] = True
         else:  # A torch without this option wants as many key heads as query heads.
-            repeats = q_THD.shape[1] // k_THD.shape[1]
             k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_THD, v_THD))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     out_THD: Tensor = torch_varlen.varlen_attn(  # type: ignore[assignment]
         q_THD,
         k_THD,
         v_THD,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
+        *bounds,
         scale=scaling,
         window_size=(-1, 0),  # A token sees every earlier token and no later one: causal attention.
         **grouped,
