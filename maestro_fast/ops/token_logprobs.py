@@ -270,7 +270,7 @@ def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
     *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
     stats = RowStatistics(peaks, peaks, totals, entropies)
     spec = from_text(HeadSpec, spec)
-    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))  # type: ignore[arg-type]
+    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))
     return tuple(peaks.new_empty(0) if x is None else x for x in found)
 
 

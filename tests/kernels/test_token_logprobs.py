@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maestro_fast.kernels import token_logprobs as kernel
 from maestro_fast.kernels.token_logprobs import Tiles
-from maestro_fast.ops import TokenLogprobs, gpu_head_rows, head_chunks, token_logprobs
+from maestro_fast.ops import TokenLogprobs, head, token_logprobs
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
 from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.test_token_logprobs import (
@@ -35,8 +35,8 @@ def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Chunks, products, parts and tiles that a few rows and columns fill more than once."""
     if request.node.get_closest_marker("skipif"):
         return
-    monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 8)
-    monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 4)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 8)
+    monkeypatch.setattr(head, "_PRODUCT_ROWS", 4)
     if INTERPRETED:
         half_products_on_the_cpu(monkeypatch)
     monkeypatch.setattr(kernel, "_PART", 64)
