@@ -260,7 +260,7 @@ def _name(function: Any) -> str:
 def _said(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
-    return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"of type {type(x).__name__}"
+    return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"a {type(x).__name__}"
 
 
 # --- PyTorch, the reference ---
