@@ -54,7 +54,7 @@ def loss_of_logprobs(
     """The loss from the policy's log-probs, for advantages that had to wait for them; it costs a matrix product more.
 
     Args:
-        entropies_C: of the same tokens, where ``specs.wants_entropies(config)``.
+        entropies_C: of the same tokens, where ``ops.loss_function.wants_entropies(config)``.
     """
     logprobs, device = batch.logprobs, current_C.device
     return policy_loss(

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import PolicyLossConfig, linear_policy_loss
-from maestro_fast.ops.head import Head, logit_rows
-from maestro_fast.ops.head_pass import float16_unit
+from maestro_fast.ops.head import Head, float16_unit, logit_rows
 from maestro_fast.specs import HeadSpec
 from tests.ops.helpers import half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, gradients, random_batch, written_logprobs
