@@ -25,14 +25,14 @@ _Function = TypeVar("_Function", bound=LossFunction)
 def loss_function(*, row_wise: bool = False, entropies: bool = False) -> Callable[[_Function], _Function]:
     """A decorator that says what ``linear_policy_loss`` and the trainers have to know of a user's own loss.
 
-    A function without this decorator works, too: it is taken to be neither.
+    A function without this decorator works, too, with both arguments False.
 
     Args:
-        row_wise: the derivative of the loss by a token's log-prob (or entropy) depends on no other token's log-prob and
-            entropy. So it is for a sum over tokens of terms of their own, whatever fixed numbers divide it; it is not
-            where ratios are averaged over a response, or advantages are rescaled by the log-probs. Then
-            ``linear_policy_loss`` goes through the head once and not twice.
-        entropies: the function reads ``LossInputs.entropies``.
+        row_wise: whether the derivative of the loss by a token's log-prob depends on no other token's log-prob or
+            entropy. That is so for a sum over tokens whose terms depend on one token each, divided by any fixed number.
+            It is not so where ratios are averaged over a response. ``linear_policy_loss`` takes a row-wise loss through
+            the head once, any other twice.
+        entropies: whether the function reads ``LossInputs.entropies``.
     """
 
     def mark(function: _Function) -> _Function:
@@ -63,19 +63,18 @@ def call_loss_function(function: LossFunction, inputs: LossInputs) -> PolicyLoss
         ValueError: the function returned something else than a scalar loss and scalar metrics.
     """
     found: Any = function(inputs)
+    returned = f"config: {function_name(function)} returned"
     expected = "expected a scalar loss and a dict of scalar metrics, all of them tensors"
     if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(f"config: {function_name(function)} returned {_said(found)}, {expected}")
+        raise ValueError(f"{returned} {_said(found)}, {expected}")
     loss, metrics = found
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        raise ValueError(f"config: {function_name(function)} returned a loss that is {_said(loss)}, {expected}")
+        raise ValueError(f"{returned} a loss that is {_said(loss)}, {expected}")
     if not isinstance(metrics, dict):
-        raise ValueError(f"config: {function_name(function)} returned metrics that are {_said(metrics)}, {expected}")
+        raise ValueError(f"{returned} metrics that are {_said(metrics)}, {expected}")
     for name, value in metrics.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.ndim != 0:
-            raise ValueError(
-                f"config: {function_name(function)} returned a metric {name!r} that is {_said(value)}, {expected}"
-            )
+            raise ValueError(f"{returned} a metric {name!r} that is {_said(value)}, {expected}")
     return PolicyLoss(loss, {name: value.detach() for name, value in metrics.items()})
 
 
@@ -106,8 +105,8 @@ def loss_function_gradient(function: LossFunction, inputs: LossInputs) -> tuple[
         loss, result = call(*leaves)
         if not loss.requires_grad:
             raise ValueError(
-                f"config: {function_name(function)} returned a loss without a graph, expected one that is computed from "
-                "inputs.logprobs"
+                f"config: {function_name(function)} returned a loss without a graph, expected one that is computed "
+                "from inputs.logprobs"
             )
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
     first, *rest = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))

@@ -53,7 +53,6 @@ from maestro_fast.specs import (
     PolicyLossConfig,
     as_text,
     from_text,
-    wants_entropies,
 )
 
 
@@ -182,9 +181,8 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
 def _check_needed(inputs: LossInputs, config: PolicyLossConfig | LossFunction) -> None:
     if not isinstance(config, PolicyLossConfig):
         if wants_entropies(config) and inputs.entropies is None:
-            raise ValueError(
-                f"entropies: missing, expected [T] for {function_name(config)}, which is marked to read them"
-            )
+            name = function_name(config)
+            raise ValueError(f"entropies: missing, expected [T] for {name}, which is marked to read them")
         return
     if config.kl_coef > 0 and inputs.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: missing, expected [T] with kl_coef={config.kl_coef}")
