@@ -25,7 +25,7 @@ from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
 from maestro_fast.model import backbone_of, check_head, head_of
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
-from maestro_fast.specs import wants_entropies
+from maestro_fast.ops.loss_function import wants_entropies
 
 logger = logging.getLogger(__name__)
 _Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
