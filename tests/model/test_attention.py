@@ -1,4 +1,4 @@
-"""Four attention paths, one result: what each makes of packed sequences, and which the trial on the model takes.
+"""Four attention paths give one result, and a trial on the model finds a path that does not.
 
 No CPU runs flash-attn's kernel or torch's varlen kernel: a plain attention stands in for both (``kernels``), so that
 all around them is run. The tests marked ``gpu`` run the kernels themselves.
@@ -26,15 +26,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from maestro_fast.model.attention import attention_choice, use_attention
+from maestro_fast.model.attention import (
+    VARLEN,
+    attention_choice,
+    bounds_mask,
+    register_varlen,
+    use_attention,
+    varlen_attention,
+)
 from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
 from maestro_fast.model.head import head_of
 from maestro_fast.model.rows import rows_of
-from maestro_fast.model.varlen import VARLEN, bounds_mask, register_varlen, varlen_attention
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
+from tests.model.plain_kernels import PlainKernels
 from tests.tiny import tiny_model
-from tests.training.kernels import PlainKernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PATHS: list[Layout] = ["flash", "varlen", "packed", "padded"]
@@ -45,7 +51,7 @@ def ids(length: int, seed: int) -> list[int]:
     return torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# sequence lengths 2, 150, 7, 40, 2, 23
+# The lengths of these sequences are 2, 150, 7, 40, 2 and 23.
 SEQUENCES = Sequences(
     [ids(n, n) for n in (1, 30, 3, 36, 1, 11)],
     [ids(n, 100 + n) for n in (1, 120, 4, 4, 1, 12)],
@@ -54,7 +60,7 @@ BOUNDS = [0, 2, 152, 159, 199, 201, 224]
 
 
 def with_attention(model: PreTrainedModel, path: Layout) -> PreTrainedModel:
-    """``set_attn_implementation`` refuses flash attention where there is no GPU, so the name is set as it would."""
+    """Sets the name of the implementation, as ``set_attn_implementation`` refuses flash attention without a GPU."""
     register_varlen()
     model.config._attn_implementation_internal = IMPLEMENTATION[path]
     return model
@@ -88,7 +94,7 @@ def test_every_path_gives_the_same_logprobs_and_gradients(kernels: PlainKernels,
     for name, gradient in gradients.items():
         worst = (gradient - expected[name]).abs().max() / expected[name].abs().max()
         assert expected[name].abs().max() > 0 and worst < 1e-5, name
-    # two layers, four heads of queries and two of keys, and every sequence by its own bounds
+    # There are two layers with four query heads and two key heads, and each sequence has its own bounds.
     assert calls == ([(path, 4, 2, BOUNDS)] * 2 if path in ("flash", "varlen") else [])
 
 
@@ -125,7 +131,7 @@ def test_recomputed_activations_see_the_same_bounds(kernels: PlainKernels, path:
     _, gradients = logprobs_and_gradients(model, path)
     _, expected = logprobs_and_gradients(tiny_model(), "padded")
 
-    assert kernels.calls == [(path, 4, 2, BOUNDS)] * 4  # two layers, forward and again in the backward
+    assert kernels.calls == [(path, 4, 2, BOUNDS)] * 4  # Two layers run in the forward, and again in the backward.
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).abs().max() < 1e-5 * expected[name].abs().max(), name
 
@@ -149,7 +155,7 @@ def mixing(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor
     whole = torch.tensor([0, query.shape[0]], dtype=torch.int32)
     return PlainKernels().varlen_attn(
         query, key, value, whole, whole, query.shape[0], query.shape[0], **options
-    )  # one long sequence
+    )  # The whole row counts as one long sequence.
 
 
 def without_key_gradient(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -192,7 +198,7 @@ SMALL = {
 
 
 def dropping_the_bounds() -> PreTrainedModel:
-    """A model with attention of its own, which hands on none of the keyword arguments that it does not know."""
+    """A model with its own attention, which drops the keyword arguments that it does not know."""
     model = tiny_model()
     for layer in model.model.layers:
         forward = layer.self_attn.forward
@@ -230,7 +236,7 @@ def test_models_that_varlen_cannot_serve_are_padded_and_stay_right(
 
 
 def test_a_model_without_sdpa_is_not_given_varlen() -> None:
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL))  # its scores are capped
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL))  # This model caps its scores.
 
     with pytest.raises(ValueError, match="model: Gemma2ForCausalLM has eager attention, expected sdpa beside"):
         use_attention(model, VARLEN)
@@ -294,7 +300,7 @@ def test_autocast_gives_the_kernel_one_half_precision_dtype(monkeypatch: pytest.
         return PlainKernels().varlen_attn(query, key, value, *rest, **options)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    model = with_attention(tiny_model("qwen3"), "varlen")  # its norms leave queries and keys in float32
+    model = with_attention(tiny_model("qwen3"), "varlen")  # Its norms leave queries and keys in float32.
     with torch.autocast("cpu", torch.bfloat16):
         last_hidden(model, SEQUENCES, "varlen")
     assert seen == [{torch.bfloat16}] * 2
@@ -305,12 +311,12 @@ def test_a_run_with_varlen_equals_one_with_sdpa(
     monkeypatch: pytest.MonkeyPatch, kernels: PlainKernels, raw_config: dict[str, Any], tmp_path: Path, lora: Any
 ) -> None:
     monkeypatch.setattr("maestro_fast.model.attention.varlen_obstacle", lambda device, dtype=None: None)
-    # a reward of the text alone: that of the entropy spreads by 1e-4 here, so its advantages are mostly noise
+    # The reward reads the text alone. Entropies differ by 1e-4 here, so their advantages would be mostly noise.
     own = tmp_path / "own.py"
     own.write_text("def letters(completions):\n    return [float(len(set(text))) for text in completions]\n")
     raw_config["rewards"] = [{"name": "letters", "function": f"{own}:letters"}]
     raw_config["weights"] = "equal"
-    override(raw_config, "trainer.optim", "sgd")  # a step is the gradient itself; Adam's first is its sign, noise too
+    override(raw_config, "trainer.optim", "sgd")  # SGD steps by the gradient, Adam by its sign.
     override(raw_config, "trainer.learning_rate", 1.0)
     override(raw_config, "trainer.max_steps", 1)
     override(raw_config, "model.lora", lora)
@@ -357,11 +363,11 @@ def test_the_real_kernels_agree_with_float64(family: str, implementation: str) -
     use_attention(model, implementation)
     assert choose_layout(model) == path
     logprobs, gradients = logprobs_and_gradients(model, path)
-    rounded: nn.Module = tiny_model(family).to(torch.bfloat16)  # the weights that the kernel saw
+    rounded: nn.Module = tiny_model(family).to(torch.bfloat16)  # These are the weights that the kernel saw.
     expected, truth = logprobs_and_gradients(rounded.double(), "padded")  # type: ignore[arg-type]
     theirs, padded = logprobs_and_gradients(tiny_model(family).to(CUDA, torch.bfloat16), "padded")
 
-    # bfloat16 costs every path something: this one at most twice what padded SDPA loses, plus one rounding
+    # bfloat16 costs every path accuracy. This path may lose twice what padded SDPA loses, plus one rounding.
     def error(ours: Tensor, true: Tensor) -> float:
         return ((ours.double().cpu() - true).abs().max() / true.abs().max()).item()
 

@@ -1,4 +1,4 @@
-"""Which hidden states reach a weight policy: of the response, of the prompt, of the reference."""
+"""The hidden states that a weight policy asked for reach it in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import tiny_model
         ("response", 8, 0.0),
         ("prompt_last", 8, 0.0),
         ("prompt_mean", 8, 0.0),
-        ("prompt_mean", 16, 0.0),  # one micro-batch: the training forward itself
+        ("prompt_mean", 16, 0.0),  # With one micro-batch the training forward itself is read.
         ("reference_prompt_mean", 8, 0.0),
         ("reference_prompt_mean", 16, 0.1),
     ],
@@ -46,10 +46,10 @@ def test_the_conductor_reads_what_it_asked_for(
     raw_config["loss"] = {"kl_coef": kl_coef}
     raw_config["batch"]["micro_batch"] = micro_batch
     (tmp_path / "mine.py").write_text("def f(completion_ids, **k): return [float(sum(i) % 5) for i in completion_ids]")
-    raw_config["rewards"] = [f"{tmp_path}/mine.py:f", "format"]  # neither asks for a forward
+    raw_config["rewards"] = [f"{tmp_path}/mine.py:f", "format"]  # Neither reward asks for a forward.
     records: list[Any] = []
     trainer = train(parse_config(raw_config), raw_config, observers=[records.append])
-    reference = tiny_model()  # the checkpoint as it was
+    reference = tiny_model()  # This is the checkpoint before training.
     first, second = seen[0].context_Bd, seen[1].context_Bd
     assert first is not None and second is not None and first.shape == second.shape == (16, 32)
     for context, record in zip((first, second), records, strict=True):
@@ -57,7 +57,7 @@ def test_the_conductor_reads_what_it_asked_for(
         states = [last_hidden(reference, Sequences([ids], [[]]), "padded").detach() for ids in prompts]
         pooled = torch.stack([state[-1] if kind == "prompt_last" else state.mean(0) for state in states])
         close = torch.allclose(context, pooled, rtol=1e-4, atol=1e-4)
-        # the reference stays what it was; the policy has moved by the second batch
+        # The reference never changes; the policy has moved by the second batch.
         assert close == (kind == "reference_prompt_mean" or (kind != "response" and context is first))
     if kind == "reference_prompt_mean" and kl_coef == 0:
         assert trainer.step.scoring.source == "none"

@@ -34,7 +34,7 @@ SMALL = {
 
 
 def truth(model: PreTrainedModel, sequences: Sequences, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies one sequence at a time, from the model's own logits, in float64."""
+    """Log-probs and entropies of one sequence at a time, from the model's own logits, in float64."""
     logprobs, entropies = [], []
     for prompt, completion in zip(sequences.prompt_ids, sequences.completion_ids, strict=True):
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double() / temperature
@@ -84,7 +84,7 @@ def test_packing_is_chosen_where_the_model_keeps_sequences_apart() -> None:
 
 
 def test_packing_is_not_chosen_where_sequences_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a model that ignores the positions sees one long sequence
+    # A model that ignores the positions sees one long sequence.
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
 
     assert choose_layout(tiny_model("qwen3")) == "padded"

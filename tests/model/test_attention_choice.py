@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.model.attention import attention_choice, attention_paths
-from maestro_fast.model.varlen import VARLEN
+from maestro_fast.model.attention import VARLEN, attention_choice, attention_paths
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.config import ModelConfig
 from maestro_fast.training.run import load_policy
@@ -21,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with a CUDA device of the wanted capability, with flash-attn or without."""
+    """Pretends that there is a CUDA device of the wanted capability, with flash-attn or without."""
 
     def pretend(flash: bool, capability: tuple[int, int] = (9, 0), accepted: bool = True) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash else None)
