@@ -162,15 +162,18 @@ def _known(integers: tuple[int, ...], epsilons: tuple[float, ...]) -> AdvantageP
 
 # --- the Conductor ---
 
+WeightMode = Literal["sample", "soft"]
+
 
 @dataclass(frozen=True)
 class ConductorParams:
-    """Parameters of the head, float32 (float64 for a reference).
+    """The parameters of the Conductor's network, all float32 (all float64 for a reference).
 
     Attributes:
-        mean, rstd: [d], standardisation of h, frozen between updates.
-        weight, bias: [K, d] or [K, H] and [K], the last layer; zeros mean equal weights.
-        hidden_weight, hidden_bias: [H, d] and [H] of an MLP head, or None for a linear one.
+        mean, rstd: [d], the mean of the contexts and one over their standard deviation. They standardise h and change
+            only between updates.
+        weight, bias: the last layer, [K, d] or [K, H], and [K]. Zeros give equal weights.
+        hidden_weight, hidden_bias: [H, d] and [H], the hidden layer of an MLP; None for a linear head.
     """
 
     mean: Tensor
@@ -185,12 +188,12 @@ class ConductorParams:
         return self.weight.shape[0]
 
     def logits(self, h: Tensor) -> Tensor:
-        """z [B, K] of contexts [B, d]."""
+        """The logits z [B, K] of contexts [B, d]."""
         with torch.autocast(h.device.type, enabled=False):
             return functional.linear(self.features(h), self.weight, self.bias)
 
     def features(self, h: Tensor) -> Tensor:
-        """What the last layer is applied to: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
+        """The last layer's input: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
         x = (h.to(self.weight.dtype) - self.mean) * self.rstd
         if self.hidden_weight is None:
             return x
@@ -203,27 +206,95 @@ class ConductorParams:
 
     @property
     def contiguous_floats(self) -> ConductorParams:
-        """The same in contiguous float32, as the kernels read them; itself where it is so already."""
+        """These parameters as contiguous float32, which the kernels read. They are not copied if they are so already."""
         if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in self.tensors):
             return self
         return ConductorParams(*(None if x is None else x.float().contiguous() for x in self.tensors))  # type: ignore[arg-type]
 
     @property
     def learned(self) -> dict[str, Tensor]:
-        """What an update changes, by name."""
+        """The parameters that an update changes, by name."""
         found = {name: getattr(self, name) for name in ("weight", "bias", "hidden_weight", "hidden_bias")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-@dataclass(frozen=True)
-class ConductorState:
-    """A head and AdamW's moments of it.
+class ConductorChoice(NamedTuple):
+    """How the Conductor turns probabilities into weights, and the key of its draws; see ``ops.conductor_weights``.
 
     Attributes:
-        params: contiguous, of one dtype, float32 (float64 for a reference).
-        first, second: moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight" and
-            "hidden_bias"; like the parameters, contiguous.
-        step: updates made so far.
+        tau: temperature of the softmax.
+        min_prob: floor of every probability.
+        alpha: how far a drawn action moves the weights from equal to one-hot.
+        soft: the weights are the probabilities, and no action is drawn.
+        seed, step, offset: key of the draws; ``offset`` is the global index of the first response.
+    """
+
+    tau: float
+    min_prob: float
+    alpha: float
+    soft: bool
+    seed: int = 0
+    step: int = 0
+    offset: int = 0
+
+
+class ConductorSample(NamedTuple):
+    """What the Conductor chose for each of B responses.
+
+    Attributes:
+        weights: [B, K], the weights of the rewards.
+        actions: int64 [B], the reward that was drawn, or the likeliest one in soft mode.
+        log_probs: [B], the log-prob of the action.
+        entropy: [B], the entropy of the probabilities in nats.
+        probs: [B, K], the probabilities that actions were drawn with.
+    """
+
+    weights: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    probs: Tensor
+
+    @staticmethod
+    def empty(batch: int, rewards: int, device: torch.device) -> ConductorSample:
+        """Outputs that hold nothing yet, in the dtypes that kernels write."""
+        return ConductorSample(
+            weights=torch.empty(batch, rewards, device=device, dtype=torch.float32),
+            actions=torch.empty(batch, device=device, dtype=torch.int64),
+            log_probs=torch.empty(batch, device=device, dtype=torch.float32),
+            entropy=torch.empty(batch, device=device, dtype=torch.float32),
+            probs=torch.empty(batch, rewards, device=device, dtype=torch.float32),
+        )
+
+
+SourceKind = Literal["context", "last", "mean"]
+
+
+class ContextSource(NamedTuple):
+    """Where the contexts of B responses are: in a tensor of their own, or in hidden states that are to be pooled.
+
+    Attributes:
+        x: [B, d] contexts with kind "context", else packed hidden states [T, d]; columns are contiguous.
+        kind: "context"; "last" takes the last hidden state of each response, "mean" takes their mean.
+        bounds: int [B + 1], where each response begins and ends in the hidden states; None for contexts.
+        limit_B: int [B], how many hidden states of each response count; None for all.
+    """
+
+    x: Tensor
+    kind: SourceKind = "context"
+    bounds: Tensor | None = None
+    limit_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ConductorState:
+    """The Conductor's parameters and AdamW's moments of them.
+
+    Attributes:
+        params: contiguous tensors of one dtype, float32 (float64 for a reference).
+        first, second: AdamW's moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight"
+            and "hidden_bias". They are contiguous, like the parameters.
+        step: the number of updates made so far.
     """
 
     params: ConductorParams
@@ -233,23 +304,23 @@ class ConductorState:
 
     @staticmethod
     def start(params: ConductorParams) -> ConductorState:
-        """Of a head that has not learnt yet."""
+        """The state before the first update: all moments are 0."""
         first, second = ({name: torch.zeros_like(x) for name, x in params.learned.items()} for _ in range(2))
         return ConductorState(params, first, second)
 
 
 @dataclass(frozen=True)
 class ConductorBatch:
-    """N responses to learn from.
+    """N responses that an update learns from.
 
     Attributes:
         h: [N, d] contexts, any floating dtype.
-        meta: [N] meta-rewards of the actions drawn (the paper's: their advantages; or those minus a baseline), or
-            without ``actions`` [N, K] of all actions.
+        meta: with ``actions``, [N] meta-rewards of the actions that were drawn (in the paper their advantages; with a
+            baseline, those minus it). Without ``actions``, [N, K] meta-rewards of all actions.
         actions: int [N], or None.
-        drawn_probs: [N] probabilities that the actions were drawn with, where that was not by these parameters: their
-            meta-rewards then count p / drawn_probs fold, at most ``max_ratio``.
-        live: bool [N], rows that count; all if None. The others may hold anything, NaN included.
+        drawn_probs: [N], the probabilities that the actions were drawn with, where other parameters than the present
+            ones drew them. The meta-rewards then count p / drawn_probs fold, at most ``max_ratio``.
+        live: bool [N], the rows that count; None if all do. The other rows may hold anything, NaN included.
     """
 
     h: Tensor
@@ -261,13 +332,13 @@ class ConductorBatch:
 
 @dataclass(frozen=True)
 class ConductorUpdateConfig:
-    """Options of an update.
+    """Options of an update of the Conductor.
 
     Attributes:
-        tau, min_prob: as in ``conductor_weights``.
+        tau, min_prob: see ``ConductorChoice``.
         entropy_coef: weight of the entropy of p in the objective.
-        learning_rate, weight_decay, beta1, beta2, eps: of AdamW. Biases do not decay.
-        max_ratio: importance ratios beyond it would let one old response rule an update.
+        learning_rate, weight_decay, beta1, beta2, eps: options of AdamW. Biases do not decay.
+        max_ratio: the largest importance ratio. Without a bound one old response could rule an update.
     """
 
     tau: float = 1.0

@@ -49,7 +49,7 @@ def group_mean(h_Bd: Tensor, group_size: int) -> Tensor:
 
 
 def _shuffled(h_Bd: Tensor, seed: int, step: int) -> Tensor:
-    """Gives every response the state of another one: a plain permutation may leave some their own, one cycle does not."""
+    """Gives every response the state of another one. A permutation may leave some their own; one cycle does not."""
     generator = torch.Generator().manual_seed((seed + step) % 2**63)
     order_B = torch.randperm(h_Bd.shape[0], generator=generator).to(h_Bd.device)
     shuffled_Bd = torch.empty_like(h_Bd)
