@@ -5,14 +5,66 @@ Axis suffixes: B responses, N groups, K rewards, d hidden size, H units of a hid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# --- options as text, for the operators that torch.compile calls ---
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: F) -> F:
+    """Has ``torch.compile`` call the function while it traces, and keep the result as a constant of the graph.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports half of torch's compiler with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def as_text(spec: Any) -> str:
+    """A frozen dataclass of options as a registered operator takes it: its fields in JSON, which ``from_text`` reads.
+
+    The fields are numbers, strings or None. They become constants of a compiled graph, so that another value compiles
+    another one: what changes from call to call, such as a seed, is better an argument of its own.
+    """
+    if not torch.compiler.is_compiling():
+        return _text_of(spec)
+    values = [getattr(spec, name) for name in spec.__dataclass_fields__]
+    for i, value in enumerate(values):
+        if value is not None and not isinstance(value, str):  # the number may be a symbol of the graph by now
+            values[i] = torch.fx.experimental.symbolic_shapes.guard_scalar(value)
+    return _json(list(spec.__dataclass_fields__), *values)
+
+
+def from_text(cls: type[T], text: str) -> T:
+    """The options that ``as_text`` made the text from."""
+    found: T = _options_of(cls, text)  # type: ignore[arg-type]  # classes are hashable
+    return found
+
+
+@lru_cache(maxsize=256)
+def _text_of(spec: Any) -> str:
+    return json.dumps(asdict(spec))
+
+
+@lru_cache(maxsize=256)
+def _options_of(cls: Any, text: str) -> Any:
+    return cls(**json.loads(text))
+
+
+@constant_in_graphs
+def _json(names: list[str], *values: Any) -> str:
+    return json.dumps(dict(zip(names, values, strict=True)))
+
 
 # --- advantages ---
 
@@ -126,38 +178,35 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
     return PROFILES[profile]
 
 
-_SCOPES: tuple[Any, ...] = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
+class GroupAdvantages(NamedTuple):
+    """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
 
+    Attributes:
+        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
+            live reward.
+        scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
+        normalized_rewards: [B, K], 0 where a reward abstained.
+        mean: what was subtracted from the score (leave-one-out: the mean of the others).
+        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
+        degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
+    """
 
-def as_numbers(profile: AdvantageProfile) -> tuple[list[int], list[float]]:
-    """A profile as a registered operator or C++ takes it: integers and epsilons. ``kl_in`` is the caller's business."""
-    scopes = profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale
-    switches = profile.singleton == "raw", profile.missing == "renormalize", profile.score_eps_in == "variance"
-    integers = [*(_SCOPES.index(scope) for scope in scopes), profile.ddof, *map(int, switches)]
-    return integers, [float(profile.reward_eps), float(profile.score_eps)]
+    advantages: Tensor
+    scores: Tensor
+    normalized_rewards: Tensor
+    mean: Tensor
+    std: Tensor
+    degenerate: Tensor
 
-
-def from_numbers(integers: Sequence[int], epsilons: Sequence[float]) -> AdvantageProfile:
-    """The profile that ``as_numbers`` came from, but for ``kl_in``."""
-    return _known(tuple(integers), tuple(epsilons))
-
-
-@lru_cache(maxsize=256)
-def _known(integers: tuple[int, ...], epsilons: tuple[float, ...]) -> AdvantageProfile:
-    *scopes, ddof, raw, renormalize, in_variance = integers
-    reward_center, reward_scale, score_center, score_scale = (_SCOPES[scope] for scope in scopes)
-    return AdvantageProfile(
-        reward_center,
-        reward_scale,
-        score_center,
-        score_scale,
-        reward_eps=epsilons[0],
-        score_eps=epsilons[1],
-        ddof=ddof,
-        singleton="raw" if raw else "zero",
-        missing="renormalize" if renormalize else "zero",
-        score_eps_in="variance" if in_variance else "std",
-    )
+    @staticmethod
+    def empty(rewards: Tensor) -> GroupAdvantages:
+        """Room for the float32 results of rewards [B, K] or [B], on their device."""
+        batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
+        # These calls are the quickest of their kind: sizes as arguments, not as a tuple, and empty_like.
+        first = torch.empty(batch, dtype=torch.float32, device=rewards.device)
+        normalized = torch.empty(batch, K, dtype=torch.float32, device=rewards.device)
+        like = torch.empty_like
+        return GroupAdvantages(first, like(first), normalized, like(first), like(first), like(first, dtype=torch.bool))
 
 
 # --- the Conductor ---
