@@ -530,7 +530,7 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: ConductorChoic
         choice: its ``offset`` + B is below 2^63.
     """
     if h.shape[0] == 0:
-        return ConductorSample.empty(0, params.num_rewards, h.device)
+        return ConductorSample.empty(0, params.weight)
     return weights_of(head_parts(ContextSource(h), params, h.shape[0]), params, choice)
 
 
@@ -538,7 +538,7 @@ def weights_of(parts: Tensor, params: ConductorParams, choice: ConductorChoice) 
     """The second launch, from the ``head_parts`` of at least one response."""
     splits, batch, units = parts.shape
     rewards = params.num_rewards
-    out = ConductorSample.empty(batch, rewards, parts.device)
+    out = ConductorSample.empty(batch, params.weight)
     _weights_launch(rewards, choice.soft, params.hidden_weight is not None, ROWS, UNITS, splits)(
         (blocks(batch, ROWS),),
         parts_ptr=parts,

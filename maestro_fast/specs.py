@@ -255,7 +255,7 @@ class ConductorParams:
 
     @property
     def contiguous_floats(self) -> ConductorParams:
-        """These parameters as contiguous float32, which the kernels read. They are not copied if they are so already."""
+        """The parameters as contiguous float32, which the kernels read: these themselves if they are so already."""
         if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in self.tensors):
             return self
         return ConductorParams(*(None if x is None else x.float().contiguous() for x in self.tensors))  # type: ignore[arg-type]
@@ -305,14 +305,17 @@ class ConductorSample(NamedTuple):
     probs: Tensor
 
     @staticmethod
-    def empty(batch: int, rewards: int, device: torch.device) -> ConductorSample:
-        """Outputs that hold nothing yet, in the dtypes that kernels write."""
+    def empty(batch: int, weight: Tensor) -> ConductorSample:
+        """Room for the float32 results of ``batch`` responses under a last layer [K, H] or [K, d], on its device."""
+        K, device = weight.shape[0], weight.device
+        weights = torch.empty(batch, K, dtype=torch.float32, device=device)
+        log_probs = torch.empty(batch, dtype=torch.float32, device=device)
         return ConductorSample(
-            weights=torch.empty(batch, rewards, device=device, dtype=torch.float32),
-            actions=torch.empty(batch, device=device, dtype=torch.int64),
-            log_probs=torch.empty(batch, device=device, dtype=torch.float32),
-            entropy=torch.empty(batch, device=device, dtype=torch.float32),
-            probs=torch.empty(batch, rewards, device=device, dtype=torch.float32),
+            weights=weights,
+            actions=torch.empty(batch, dtype=torch.int64, device=device),
+            log_probs=log_probs,
+            entropy=torch.empty_like(log_probs),
+            probs=torch.empty_like(weights),
         )
 
 
@@ -333,6 +336,19 @@ class ContextSource(NamedTuple):
     kind: SourceKind = "context"
     bounds: Tensor | None = None
     limit_B: Tensor | None = None
+
+    @property
+    def responses(self) -> int:
+        """B."""
+        return self.x.shape[0] if self.bounds is None else self.bounds.shape[0] - 1
+
+
+class ScoreInputs(NamedTuple):
+    """What a score needs besides rewards and weights: see ``ops.group_advantages``."""
+
+    kl: Tensor | None
+    beta: float
+    lengths: Tensor | None
 
 
 @dataclass(frozen=True)

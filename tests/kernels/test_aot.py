@@ -15,8 +15,11 @@ from maestro_fast.specs import (
     ConductorChoice,
     ConductorState,
     ConductorUpdateConfig,
+    ContextSource,
     HeadSpec,
     RowStatistics,
+    ScoreInputs,
+    SourceKind,
 )
 from tests.kernels.helpers import INTERPRETED
 
@@ -74,27 +77,27 @@ def conductor_weights() -> Iterator[Callable[[], Any]]:
 
 
 def maestro_advantages() -> Iterator[Callable[[], Any]]:
-    from maestro_fast.kernels.conductor_weights import Draw
     from maestro_fast.kernels.maestro_advantages import maestro_advantages as launch
 
-    draw, bounds = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
-    for source, units, size, name in (
+    choice, bounds = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, soft=False), torch.arange(513)
+    sources: tuple[tuple[SourceKind, int | None, int, str], ...] = (
         ("context", None, 8, "maestro"),
         ("context", None, 32, "gdpo"),
         ("last", 256, 16, "maestro"),
         ("mean", None, 16, "maestro"),
         ("mean", 256, 16, "maestro"),
-    ):
-        yield lambda o=source, u=units, g=size, p=name: launch(
+    )
+    x = torch.zeros(512, 4096, dtype=torch.bfloat16)
+    for kind, units, size, name in sources:
+        contexts = ContextSource(x, kind, None if kind == "context" else bounds)
+        yield lambda c=contexts, u=units, g=size, p=name: launch(
             torch.zeros(512, 8),
             head(4096, 8, u),
-            draw,
+            choice,
             Groups.of(g, 512).index_NG,
-            torch.zeros(512, 4096, dtype=torch.bfloat16),
-            soft=False,
-            source=o,
-            bounds=None if o == "context" else bounds,
-            profile=PROFILES[p],
+            c,
+            ScoreInputs(None, 0.0, None),
+            PROFILES[p],
         )
 
 

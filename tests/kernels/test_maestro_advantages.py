@@ -10,15 +10,15 @@ from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights, group_advantages, pool_hidden
 from maestro_fast.kernels import maestro_advantages as kernel
-from maestro_fast.kernels.conductor_weights import Draw
 from maestro_fast.ops import PROFILES, Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages as reference
+from maestro_fast.specs import ConductorChoice, ContextSource, ScoreInputs
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches, on_device
 from tests.kernels.test_conductor_weights import head, moved
 from tests.kernels.test_group_advantages import RAGGED, inputs
 
 EPSILON = 4e-6  # that of the Conductor's forward, through two normalisations
-SETTINGS = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
+SETTINGS: dict[str, Any] = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
 SIZE = 72
 
 
@@ -89,22 +89,17 @@ def check(
         assert torch.equal(mine, same), f"{what} differs between two runs"
 
 
-def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: str, soft: bool) -> Any:
+def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: Any, soft: bool) -> Any:
     rewards_BK, index_NG, x, bounds, kl, lengths = arguments
     assert rewards_BK is not None and index_NG is not None and x is not None
     return kernel.maestro_advantages(
         rewards_BK,
         moved(params, device=DEVICE),
-        Draw.of(rewards_BK.shape[1], **SETTINGS),
+        ConductorChoice(**SETTINGS, soft=soft),
         index_NG,
-        x,
-        soft=soft,
-        source=source,
-        bounds=None if source == "context" else bounds,
-        profile=profile,
-        kl=kl,
-        beta=0.0 if kl is None else 0.1,
-        lengths=lengths,
+        ContextSource(x, source, None if source == "context" else bounds),
+        ScoreInputs(kl, 0.0 if kl is None else 0.1, lengths),
+        profile,
     )
 
 
@@ -164,11 +159,11 @@ def test_the_bits_are_those_of_the_single_launches(
     x = torch.randn(batch, SIZE, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     rewards_BK, index_NG, kl = on_device(rewards_BK, index_NG, kl)
     assert rewards_BK is not None and index_NG is not None
-    draw, beta = Draw.of(rewards, **SETTINGS), 0.0 if kl is None else 0.1
+    choice, beta = ConductorChoice(**SETTINGS, soft=soft), 0.0 if kl is None else 0.1
     sample, out = kernel.maestro_advantages(
-        rewards_BK, params, draw, index_NG, x, soft=soft, profile=profile, kl=kl, beta=beta
+        rewards_BK, params, choice, index_NG, ContextSource(x), ScoreInputs(kl, beta, None), profile
     )
-    alone = conductor_weights.conductor_weights(x, params, draw, soft=soft)
+    alone = conductor_weights.conductor_weights(x, params, choice)
     after = group_advantages.group_advantages(rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=beta)
     for field, fused, single in zip((*sample._fields, *out._fields), (*sample, *out), (*alone, *after), strict=True):
         assert torch.equal(fused, single), field
