@@ -308,14 +308,12 @@ class ConductorSample(NamedTuple):
     def empty(batch: int, weight: Tensor) -> ConductorSample:
         """Room for the float32 results of ``batch`` responses under a last layer [K, H] or [K, d], on its device."""
         K, device = weight.shape[0], weight.device
-        weights = torch.empty(batch, K, dtype=torch.float32, device=device)
-        log_probs = torch.empty(batch, dtype=torch.float32, device=device)
         return ConductorSample(
-            weights=weights,
+            weights=torch.empty(batch, K, dtype=torch.float32, device=device),
             actions=torch.empty(batch, dtype=torch.int64, device=device),
-            log_probs=log_probs,
-            entropy=torch.empty_like(log_probs),
-            probs=torch.empty_like(weights),
+            log_probs=torch.empty(batch, dtype=torch.float32, device=device),
+            entropy=torch.empty(batch, dtype=torch.float32, device=device),
+            probs=torch.empty(batch, K, dtype=torch.float32, device=device),
         )
 
 
