@@ -43,7 +43,8 @@ from maestro_fast.kernels.conductor_weights import (
 )
 from maestro_fast.kernels.group_advantages import (
     TILE,
-    Outputs,
+    Inputs,
+    Rules,
     advantage_tile,
     group_advantages,
     is_wide,
@@ -51,6 +52,7 @@ from maestro_fast.kernels.group_advantages import (
     switches,
     tile_rows,
 )
+from maestro_fast.specs import GroupAdvantages
 
 _LARGEST = 32  # responses of a group in the fused launch: a warp, which needs no barriers
 
@@ -93,7 +95,6 @@ def _groups(
     KP: tl.constexpr,
     SOFT: tl.constexpr,
     KB: tl.constexpr,
-    HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
     SCORE_CENTER: tl.constexpr,
@@ -137,39 +138,46 @@ def _groups(
     )
     tl.debug_barrier()  # other threads of this program load the weights that these stored
     rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
+    inputs = Inputs(
+        rewards_ptr=rewards_ptr,
+        weights_ptr=weights_ptr,
+        kl_ptr=kl_ptr,
+        lengths_ptr=None,
+        moments_ptr=None,
+        stride_rb=stride_rb,
+        stride_rk=stride_rk,
+        stride_wb=K,
+        stride_wk=1,
+        beta=beta,
+    )
+    out = GroupAdvantages(
+        advantages=advantages_ptr,
+        scores=scores_ptr,
+        normalized_rewards=normalized_ptr,
+        mean=mean_ptr,
+        std=std_ptr,
+        degenerate=degenerate_ptr,
+    )
     advantage_tile(
         rows_NG,
         inside_NG,
-        rewards_ptr,
-        weights_ptr,
-        kl_ptr,
+        inputs,
+        Rules(
+            reward_eps=reward_eps,
+            score_eps=score_eps,
+            REWARD_CENTER=REWARD_CENTER,
+            REWARD_SCALE=REWARD_SCALE,
+            SCORE_CENTER=SCORE_CENTER,
+            SCORE_SCALE=SCORE_SCALE,
+            DDOF=DDOF,
+            RAW=RAW,
+            RENORMALIZE=RENORMALIZE,
+            IN_VARIANCE=IN_VARIANCE,
+        ),
+        out,
         None,
-        None,
-        advantages_ptr,
-        scores_ptr,
-        normalized_ptr,
-        mean_ptr,
-        std_ptr,
-        degenerate_ptr,
-        None,
-        stride_rb,
-        stride_rk,
-        K,
-        1,
-        beta,
-        reward_eps,
-        score_eps,
         K,
         KB,
-        HAS_KL,
-        REWARD_CENTER,
-        REWARD_SCALE,
-        SCORE_CENTER,
-        SCORE_SCALE,
-        DDOF,
-        RAW,
-        RENORMALIZE,
-        IN_VARIANCE,
     )
 
 
@@ -188,7 +196,7 @@ def maestro_advantages(
     kl: Tensor | None = None,
     beta: float = 0.0,
     lengths: Tensor | None = None,
-) -> tuple[Sample, Outputs]:
+) -> tuple[Sample, GroupAdvantages]:
     """Launches what ``ops.maestro_advantages`` has checked.
 
     Args:
@@ -206,7 +214,7 @@ def maestro_advantages(
     number, size = index_NG.shape
     batch, rewards = rewards_BK.shape
     if batch == 0:
-        return Sample.empty(0, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
+        return Sample.empty(0, rewards, rewards_BK.device), GroupAdvantages.empty(rewards_BK)
     chunk = 1
     if source == "mean":
         chunk = pooling._CHUNK
@@ -216,10 +224,10 @@ def maestro_advantages(
         sample = weights_of(parts, params, draw, soft=soft)
         options = {"profile": profile, "kl": kl, "beta": beta, "lengths": lengths}
         return sample, group_advantages(rewards_BK, sample.weights, index_NG, **options)
-    sample, out = Sample.empty(batch, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
+    sample, out = Sample.empty(batch, rewards, rewards_BK.device), GroupAdvantages.empty(rewards_BK)
     width = power_of_2(size)
     groups = max(1, TILE // width)
-    _groups_launch(profile, rewards, soft, kl is not None, groups, width, parts.shape[0])(
+    _groups_launch(profile, rewards, soft, groups, width, parts.shape[0])(
         (blocks(number, groups),),
         parts_ptr=parts,
         bias_ptr=params.bias,
@@ -247,16 +255,13 @@ def maestro_advantages(
 
 
 @lru_cache(maxsize=256)
-def _groups_launch(
-    profile: Any, rewards: int, soft: bool, has_kl: bool, groups: int, width: int, splits: int
-) -> BoundLaunch:
+def _groups_launch(profile: Any, rewards: int, soft: bool, groups: int, width: int, splits: int) -> BoundLaunch:
     warps = weighing.tail_warps(False)
     constants = {
         "K": rewards,
         "KP": padded(rewards),
         "SOFT": soft,
         "KB": rewards_at_once(rewards, groups * width, warps),
-        "HAS_KL": has_kl,
         **switches(profile, False),
         "BN": groups,
         "BG": width,
