@@ -43,6 +43,8 @@ from maestro_fast.kernels.conductor_weights import (
 )
 from maestro_fast.kernels.group_advantages import (
     TILE,
+    Inputs,
+    Rules,
     advantage_tile,
     group_advantages,
     is_wide,
@@ -101,7 +103,6 @@ def _groups(
     KP: tl.constexpr,
     SOFT: tl.constexpr,
     KB: tl.constexpr,
-    HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
     SCORE_CENTER: tl.constexpr,
@@ -116,7 +117,7 @@ def _groups(
 ):
     """Weights and advantages of BN groups of at most BG responses, R = BN * BG of them."""
     tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=None, weight_ptr=None, batch=B, units=K)
-    out = ConductorSample(weights_ptr, actions_ptr, log_probs_ptr, entropy_ptr, probs_ptr)
+    sample = ConductorSample(weights_ptr, actions_ptr, log_probs_ptr, entropy_ptr, probs_ptr)
     draw = Draw(tau, span, floor, equal, alpha, seed, step, offset)
     # The weights: one row of the tile for each slot of the groups. Slots without a response hold B.
     R: tl.constexpr = BN * BG
@@ -126,43 +127,50 @@ def _groups(
     b_R = tl.load(index_ptr + n_R * G + g_R, mask=(n_R < N) & (g_R < G), other=B)
     inside_R = b_R < B
     z_RK = logits_tile(tail, b_R, inside_R, K, KP, False, 1, SPLITS)
-    decide(z_RK, b_R, inside_R, bias_ptr, out, draw, K, SOFT)
+    decide(z_RK, b_R, inside_R, bias_ptr, sample, draw, K, SOFT)
     # The advantages: other threads of this program load the weights that these have stored, hence the barrier.
     tl.debug_barrier()
     rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
+    inputs = Inputs(
+        rewards_ptr=rewards_ptr,
+        weights_ptr=weights_ptr,
+        kl_ptr=kl_ptr,
+        lengths_ptr=None,
+        moments_ptr=None,
+        stride_rb=stride_rb,
+        stride_rk=stride_rk,
+        stride_wb=K,
+        stride_wk=1,
+        beta=beta,
+    )
+    out = GroupAdvantages(
+        advantages=advantages_ptr,
+        scores=scores_ptr,
+        normalized_rewards=normalized_ptr,
+        mean=mean_ptr,
+        std=std_ptr,
+        degenerate=degenerate_ptr,
+    )
     advantage_tile(
         rows_NG,
         inside_NG,
-        rewards_ptr,
-        weights_ptr,
-        kl_ptr,
+        inputs,
+        Rules(
+            reward_eps=reward_eps,
+            score_eps=score_eps,
+            REWARD_CENTER=REWARD_CENTER,
+            REWARD_SCALE=REWARD_SCALE,
+            SCORE_CENTER=SCORE_CENTER,
+            SCORE_SCALE=SCORE_SCALE,
+            DDOF=DDOF,
+            RAW=RAW,
+            RENORMALIZE=RENORMALIZE,
+            IN_VARIANCE=IN_VARIANCE,
+        ),
+        out,
         None,
-        None,
-        advantages_ptr,
-        scores_ptr,
-        normalized_ptr,
-        mean_ptr,
-        std_ptr,
-        degenerate_ptr,
-        None,
-        stride_rb,
-        stride_rk,
-        K,
-        1,
-        beta,
-        reward_eps,
-        score_eps,
         K,
         KB,
-        HAS_KL,
-        REWARD_CENTER,
-        REWARD_SCALE,
-        SCORE_CENTER,
-        SCORE_SCALE,
-        DDOF,
-        RAW,
-        RENORMALIZE,
-        IN_VARIANCE,
     )
 
 
@@ -200,7 +208,7 @@ def maestro_advantages(
         return _fused(rewards_BK, parts, params, choice, index_NG, scores, profile)
     sample = weights_of(parts, params, choice)
     out = group_advantages(rewards_BK, sample.weights, index_NG, profile=profile, **scores._asdict())
-    return sample, GroupAdvantages(*out)
+    return sample, out
 
 
 def _fused(
@@ -217,7 +225,7 @@ def _fused(
     sample, out = ConductorSample.empty(batch, params.weight), GroupAdvantages.empty(rewards_BK)
     width = power_of_2(size)
     groups = max(1, TILE // width)
-    _groups_launch(profile, rewards, choice.soft, scores.kl is not None, groups, width, parts.shape[0])(
+    _groups_launch(profile, rewards, choice.soft, groups, width, parts.shape[0])(
         (blocks(number, groups),),
         parts_ptr=parts,
         bias_ptr=params.bias,
@@ -246,7 +254,7 @@ def _fused(
 
 @lru_cache(maxsize=256)
 def _groups_launch(
-    profile: AdvantageProfile, rewards: int, soft: bool, has_kl: bool, groups: int, width: int, splits: int
+    profile: AdvantageProfile, rewards: int, soft: bool, groups: int, width: int, splits: int
 ) -> BoundLaunch:
     warps = weighing.tail_warps(False)
     constants = {
@@ -254,7 +262,6 @@ def _groups_launch(
         "KP": padded(rewards),
         "SOFT": soft,
         "KB": rewards_at_once(rewards, groups * width, warps),
-        "HAS_KL": has_kl,
         **switches(profile, False),
         "BN": groups,
         "BG": width,

@@ -298,5 +298,4 @@ def _by_triton(
 
     rewards_BK, weights_BK = kernel_matrices(rewards, weights)
     kl, lengths = (None if x is None else x.contiguous() for x in (kl, lengths))
-    out = kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
-    return GroupAdvantages(*out)
+    return kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
