@@ -54,11 +54,9 @@ _LINEAR_INNER = 64  # elements of d that it takes per step
 _LINEAR_UNROLLED = 4  # steps whose loads are under way together
 _LINEAR_SPLIT = 512  # elements of d of one part of a linear head
 _ACCUMULATORS = 2048  # of one program of a linear head: 64 registers of a thread
-_HIDDEN_ROWS, _HIDDEN, _HIDDEN_INNER = (
-    64,
-    64,
-    32,
-)  # responses, units, elements of d of a tile of an MLP's first layer
+_HIDDEN_ROWS = 64  # responses of one program of an MLP's first layer
+_HIDDEN = 64  # hidden units of one program of that layer
+_HIDDEN_INNER = 32  # elements of d that it takes per step
 _HIDDEN_SPLIT = 512  # elements of d of one part of that layer
 
 

@@ -1,4 +1,4 @@
-"""Three steps of the update kernel against the op's reference in float64, from the same parameters each."""
+"""Each of three steps of the update kernel equals the op's reference in float64 from the same parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maestro_fast.ops import conductor_update as reference
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 from tests.kernels.test_conductor_weights import head, moved
 
-EPSILON = 1e-5  # of a parameter: lr 0.01 times a relative error of 1e-3 where a gradient all but vanishes
+EPSILON = 1e-5  # of a parameter: lr 0.01 times the relative error of 1e-3 that a vanishing gradient may have
 CONFIG = ConductorUpdateConfig(tau=0.7, min_prob=0.02, entropy_coef=0.3, learning_rate=1e-2, weight_decay=0.05)
 
 
@@ -28,7 +28,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn") -> ConductorBatch:
-    """With rows that count, and NaN in those that do not."""
+    """Makes a batch in which some rows do not count. Those hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(number, size, generator=generator) * 2 + 0.5
     actions = torch.randint(0, rewards, (number,), generator=generator)
@@ -43,7 +43,7 @@ def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn
 
 
 def kept(batch: ConductorBatch) -> ConductorBatch:
-    """Its live rows, in float64."""
+    """Keeps the live rows of a batch, in float64."""
     assert batch.live is not None
     parts = (batch.h, batch.meta, batch.actions, batch.drawn_probs)
     rows = (None if x is None else x[batch.live] for x in parts)
@@ -51,26 +51,26 @@ def kept(batch: ConductorBatch) -> ConductorBatch:
 
 
 def stepped(state: ConductorState, batch: ConductorBatch) -> kernel.Update:
-    """One update of the state's tensors; its step counts the updates before."""
+    """Makes one update of the state's tensors. Its step counts the updates before this one."""
     there = ConductorBatch(*(None if x is None else x.to(DEVICE) for x in vars(batch).values()))  # type: ignore[arg-type]
     made = kernel.activations(there.h, state.params)
     return kernel.conductor_update(replace(state, step=state.step + 1), there, CONFIG, made)
 
 
 def on_device(params: ConductorParams) -> ConductorState:
-    """A copy of the parameters there, with moments of 0."""
+    """Copies the parameters to the device, with moments of 0."""
     copies = (None if x is None else x.detach().clone().to(DEVICE) for x in vars(params).values())
     return ConductorState.start(ConductorParams(*copies))  # type: ignore[arg-type]
 
 
 def widened(state: ConductorState) -> ConductorState:
-    """A copy of the state in float64, on the CPU."""
+    """Copies the state to the CPU, in float64."""
     first, second = ({name: x.double().cpu() for name, x in part.items()} for part in (state.first, state.second))
     return ConductorState(moved(state.params, dtype=torch.float64, device="cpu"), first, second, state.step)
 
 
 def narrowed(value: Any) -> Any:
-    """A copy of a state or a batch in float32."""
+    """Copies a state or a batch in float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -109,7 +109,7 @@ def test_three_steps(number: int, rewards: int, size: int, units: int | None, ki
                 strict=True,
             ):
                 scale = right.abs().max().clamp(min=1e-12)
-                if scale > 1e-6:  # K = 1 has no gradient, only rounding
+                if scale > 1e-6:  # with K = 1 the gradient is rounding noise
                     shares = mine / scale.float().item(), right / scale, simple / scale
                     assert_close(*shares, epsilon=EPSILON, what=f"moments of {name}")
 

@@ -1,4 +1,4 @@
-"""The Conductor's forward in Triton against the reference in float64, and its draws bit for bit."""
+"""The Conductor's forward in Triton equals the reference in float64, and its draws are the same bit for bit."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_dtypes_and_rows_with_a_stride(dtype: torch.dtype, units: int | None) ->
 
 
 def test_a_probability_of_zero() -> None:
-    """Without a floor, far logits underflow: no NaN in the entropy, and the log-prob of what is drawn is finite."""
+    """Without a floor, far logits underflow. The entropy has no NaN then, and a drawn action has a finite log-prob."""
     params = head(32, 3, None)
     h = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) * 2000
     check(h, params, mode="soft", min_prob=0.0, tau=0.01)

@@ -1,4 +1,4 @@
-"""The fused adaptive step against the ops that it is made of, in float64."""
+"""The fused adaptive step equals the ops that it is made of, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches
 from tests.kernels.test_conductor_weights import head, moved
 from tests.kernels.test_group_advantages import RAGGED, inputs
 
-EPSILON = 4e-6  # that of the Conductor's forward, through two normalisations
+EPSILON = 4e-6  # the error of the Conductor's forward, after two normalisations
 SETTINGS: dict[str, Any] = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
 SIZE = 72
 
@@ -37,7 +37,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hidden_states(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Packed [T, d] and the lengths [B], among them an empty sequence and one of three chunks."""
+    """Makes packed states [T, d] and lengths [B]. One sequence is empty, and one has three chunks."""
     generator = torch.Generator().manual_seed(batch)
     length_B = torch.randint(1, 12, (batch,), generator=generator)
     length_B[0], length_B[batch // 2] = 19, 0
@@ -151,7 +151,7 @@ def test_launches(source: str, units: int | None, expected: int, monkeypatch: py
 def test_the_bits_are_those_of_the_single_launches(
     batch: int, groups: Any, units: int | None, soft: bool, name: str, rewards: int
 ) -> None:
-    """Whatever is fused, and whatever is not: nobody should see which it was."""
+    """Nobody can tell from the bits which launches were fused."""
     rewards_BK, _, kl, _ = inputs(batch, rewards)
     kl = kl if PROFILES[name].kl_in == "score" else None
     index_NG = Groups.of(groups, batch).index_NG
