@@ -79,22 +79,23 @@ Singleton = Literal["zero", "raw"]
 class AdvantageProfile:
     """The normalisation of a GRPO-like method.
 
-    Each reward is centred and scaled over ``reward_center`` and ``reward_scale``; the weighted sum of a response's
-    rewards is its score; the score, centred and scaled over ``score_center`` and ``score_scale``, is its advantage.
+    Each reward is centred and scaled over ``reward_center`` and ``reward_scale``. The weighted sum of a response's
+    rewards is its score. The score, centred and scaled over ``score_center`` and ``score_scale``, is its advantage.
 
     Attributes:
-        reward_center, reward_scale: scope of the mean and the standard deviation of each reward.
-        score_center, score_scale: the same for the score; ``leave_one_out`` is the mean of the others of the group,
-            ``tokens`` the batch in which every response counts once per token of its completion.
-        reward_eps, score_eps: added to the standard deviation.
-        ddof: 1 divides the squared deviations by n - 1 (sample standard deviation), 0 by n (tokens: their number).
-        singleton: the only live response of its group (for a reward: the only one with a live value) has nothing to be
-            compared with. ``zero``: reward or advantage 0. ``raw``: the group counts as having mean 0 and standard
-            deviation 1, so the value itself remains, over 1 + eps if scaled. Scopes wider than a group see it as any
-            other. It is flagged ``degenerate`` either way.
-        missing: a response whose reward k abstained. ``zero``: it counts as 0 in the sum. ``renormalize``: the weights
-            of its live rewards are scaled up to the row's original sum.
-        kl_in: ``score`` subtracts beta * KL from the score; with ``loss`` the KL is the loss's business.
+        reward_center, reward_scale: the scope of the mean and of the standard deviation of each reward.
+        score_center, score_scale: the same for the score. ``leave_one_out`` is the mean of the others of the group, and
+            ``tokens`` is the batch in which every response counts once per token of its completion.
+        reward_eps, score_eps: what is added to the standard deviation.
+        ddof: 1 divides the squared deviations by n - 1 (the sample standard deviation), 0 by n. In the scope ``tokens``
+            n is the number of tokens.
+        singleton: what becomes of the only live response of its group, or of the only live value of a reward in its
+            group, which has nothing to be compared with. ``zero`` makes its reward or advantage 0. ``raw`` takes the
+            group to have mean 0 and standard deviation 1, so the value itself remains, over 1 + eps if it is scaled.
+            Scopes wider than a group treat it like any other. It is flagged ``degenerate`` either way.
+        missing: what becomes of a response whose reward k abstained. ``zero`` counts that reward as 0 in the sum.
+            ``renormalize`` scales the weights of its live rewards up to the row's original sum.
+        kl_in: ``score`` subtracts beta * KL from the score. ``loss`` leaves the KL to the loss.
         score_eps_in: ``std`` divides by std + score_eps, ``variance`` by sqrt(std**2 + score_eps).
     """
 
@@ -144,11 +145,11 @@ def _verl(rewards: Scale, score_center: ScoreCenter, score_scale: ScoreScale, **
     )
 
 
-# maestro: MAESTRO (arXiv 2601.07208), rewards and then scores normalised in the group, with GRPO's sample std.
-# grpo, dr_grpo, grpo_batch: TRL's scale_rewards "group", "none", "batch". gdpo: TRL's normalize_then_sum.
-# rloo: RLOO (arXiv 2402.14740), the mean of the other responses as baseline.
-# verl_grpo, verl_dr_grpo, verl_gdpo: verl's estimator "grpo" with norm_adv_by_std_in_grpo and without, and "gdpo"
-# (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
+# maestro is MAESTRO (arXiv 2601.07208): rewards and then scores are normalised in the group, with GRPO's sample std.
+# grpo, dr_grpo and grpo_batch are TRL's scale_rewards "group", "none" and "batch". gdpo is TRL's normalize_then_sum.
+# rloo is RLOO (arXiv 2402.14740), whose baseline is the mean of the other responses.
+# verl_grpo and verl_dr_grpo are verl's estimator "grpo" with norm_adv_by_std_in_grpo and without it. verl_gdpo is its
+# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
 PROFILES: dict[str, AdvantageProfile] = {
     "maestro": AdvantageProfile(),
     "grpo": _trl("group"),
@@ -163,11 +164,11 @@ PROFILES: dict[str, AdvantageProfile] = {
 
 
 def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
-    """A profile by name, or the profile itself.
+    """The profile of that name, or the profile itself.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a profile.
+        ValueError: the name is unknown.
+        TypeError: the argument is neither a name nor a profile.
     """
     if isinstance(profile, AdvantageProfile):
         return profile
@@ -179,15 +180,18 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
 
 
 class GroupAdvantages(NamedTuple):
-    """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
+    """Advantages and what they were made of, float32 [B] (float64 for float64 rewards) unless noted.
+
+    The kernels pass the same record on with pointers in its fields.
 
     Attributes:
-        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
-            live reward.
+        advantages: they are 0 for degenerate groups (except singletons that the profile leaves raw) and for responses
+            without a live reward.
         scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
         normalized_rewards: [B, K], 0 where a reward abstained.
-        mean: what was subtracted from the score (leave-one-out: the mean of the others).
-        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
+        mean: what was subtracted from the score. With ``leave_one_out`` that is the mean of the others.
+        std: the deviation of the scores over the scope ``score_scale``, or over the group where that is ``none``. It is
+            1 for a raw singleton.
         degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
     """
 
