@@ -278,17 +278,21 @@ class ConductorChoice(NamedTuple):
         tau: temperature of the softmax.
         min_prob: floor of every probability.
         alpha: how far a drawn action moves the weights from equal to one-hot.
-        soft: the weights are the probabilities, and no action is drawn.
+        mode: "sample" draws an action; "soft" takes the probabilities as weights and draws none.
         seed, step, offset: key of the draws; ``offset`` is the global index of the first response.
     """
 
     tau: float
     min_prob: float
     alpha: float
-    soft: bool
+    mode: WeightMode = "sample"
     seed: int = 0
     step: int = 0
     offset: int = 0
+
+    @property
+    def soft(self) -> bool:
+        return self.mode == "soft"
 
 
 class ConductorSample(NamedTuple):

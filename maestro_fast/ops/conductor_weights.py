@@ -61,8 +61,7 @@ def conductor_weights(
         ValueError: a shape or device does not fit, or a number is out of its range.
         TypeError: a dtype does not fit.
     """
-    choice = ConductorChoice(tau, min_prob, alpha, mode == "soft", seed, step, offset)
-    choice = checked_choice(h, params, mode, choice)
+    choice = checked_choice(h, params, ConductorChoice(tau, min_prob, alpha, mode, seed, step, offset))
     chosen = resolve("conductor_weights", backend, h, *params.tensors)
     if chosen == "triton":
         return _by_triton(h, params, choice)
@@ -73,7 +72,7 @@ def conductor_weights(
     return _reference(h, params, choice)
 
 
-def checked_choice(h: Tensor, params: ConductorParams, mode: str, choice: ConductorChoice) -> ConductorChoice:
+def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorChoice:
     """The choice as every backend takes it: soft weights draw nothing, so their key is 0.
 
     Raises:
@@ -82,7 +81,7 @@ def checked_choice(h: Tensor, params: ConductorParams, mode: str, choice: Conduc
     if not h.is_floating_point():
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
     check_params(h, params)
-    tau, min_prob, alpha, soft, seed, step, offset = choice
+    tau, min_prob, alpha, mode, seed, step, offset = choice
     if not tau > 0:
         raise ValueError(f"tau: {tau}, expected a positive number")
     if not 0 <= min_prob < 1 / params.num_rewards:
@@ -91,8 +90,8 @@ def checked_choice(h: Tensor, params: ConductorParams, mode: str, choice: Conduc
         raise ValueError(f"alpha: {alpha}, expected 0 < alpha <= 1")
     if mode not in ("sample", "soft"):
         raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
-    if soft:
-        return ConductorChoice(tau, min_prob, alpha, soft)
+    if mode == "soft":
+        return ConductorChoice(tau, min_prob, alpha, mode)
     check_key(seed, step, offset)
     return choice
 
@@ -176,7 +175,7 @@ def flat_choice(choice: ConductorChoice) -> tuple[float | int | bool, ...]:
 def whole_choice(*given: Any) -> ConductorChoice:
     """The opposite of ``flat_choice``."""
     tau, min_prob, alpha, soft, seed_low, seed_high, step, offset = given
-    return ConductorChoice(tau, min_prob, alpha, soft, seed_low | seed_high << 32, step, offset)
+    return ConductorChoice(tau, min_prob, alpha, "soft" if soft else "sample", seed_low | seed_high << 32, step, offset)
 
 
 @cpp.operator(

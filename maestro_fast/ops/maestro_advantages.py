@@ -73,62 +73,36 @@ def maestro_advantages(
         kl, beta, lengths, profile: see ``group_advantages``.
         backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless there
             is float64 or a gradient to compute. With C++, PyTorch computes the pooling and the first layer of an MLP.
-            Triton takes two launches for a linear head. An MLP, groups of more than 32, and profiles with a batch or
-            token scope take one more, and means take one more.
 
     Raises:
-        ValueError, TypeError: as the ops that this one is made of, and unless exactly one of ``h`` and ``hidden`` is
-            given.
+        ValueError, TypeError: as the ops in it raise them, and unless exactly one of ``h`` and ``hidden`` is given.
     """
     if (h is None) == (hidden is None):
         raise ValueError("h, hidden: expected exactly one of them")
     if rewards.ndim != 2 or rewards.shape[1] != conductor.num_rewards:
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}, expected [B, {conductor.num_rewards}]")
     chosen = resolve("maestro_advantages", backend, rewards, h, hidden, *conductor.tensors, kl, lengths)
+    choice = ConductorChoice(tau, min_prob, alpha, mode, seed, step, offset)
+    scores = ScoreInputs(kl, float(beta), lengths)
     if chosen == "triton":
-        contexts = _contexts(h, hidden, cu_seqlens, pool, prompt_lengths)
+        contexts = ContextSource(h) if h is not None else _hidden_states(hidden, cu_seqlens, pool, prompt_lengths)
         _check_contexts(contexts.responses, "h" if hidden is None else "cu_seqlens", rewards)
-        choice = ConductorChoice(tau, min_prob, alpha, mode == "soft", seed, step, offset)
-        choice = checked_choice(contexts.x, conductor, mode, choice)
-        resolved = resolve_profile(profile)
-        check_inputs(rewards, None, kl, beta, resolved)
-        check_lengths(lengths, rewards, resolved)
-        index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
-        scores = ScoreInputs(kl, float(beta), lengths)
-        return _by_triton(rewards, conductor, choice, index_NG, contexts, scores, resolved)
+        choice = checked_choice(contexts.x, conductor, choice)
+        return _fused(rewards, conductor, groups, choice, contexts, scores, resolve_profile(profile))
     if h is None:
         assert hidden is not None
         h = pool_hidden(hidden, cu_seqlens=cu_seqlens, mode=pool, prompt_lengths=prompt_lengths, backend="torch")
     _check_contexts(len(h), "h" if hidden is None else "cu_seqlens", rewards)
-    sample = conductor_weights(
-        h,
-        conductor,
-        tau=tau,
-        min_prob=min_prob,
-        alpha=alpha,
-        mode=mode,
-        seed=seed,
-        step=step,
-        offset=offset,
-        backend=chosen,
-    )
-    advantages = group_advantages(
-        rewards, sample.weights, groups, kl=kl, beta=beta, lengths=lengths, profile=profile, backend=chosen
-    )
-    return sample, advantages
+    sample = conductor_weights(h, conductor, **choice._asdict(), backend=chosen)
+    out = group_advantages(rewards, sample.weights, groups, **scores._asdict(), profile=profile, backend=chosen)
+    return sample, out
 
 
-def _contexts(
-    h: Tensor | None,
-    hidden: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pool: PoolMode,
-    prompt_lengths: Tensor | None,
+def _hidden_states(
+    hidden: Tensor | None, cu_seqlens: Tensor | None, pool: PoolMode, prompt_lengths: Tensor | None
 ) -> ContextSource:
-    """Where the fused launch finds the contexts: in ``h``, or straight in the hidden states."""
-    if hidden is None:
-        assert h is not None
-        return ContextSource(h)
+    """The contexts that the kernels read straight from the hidden states."""
+    assert hidden is not None
     found = layout(hidden, pool, prompt_lengths, None, None, cu_seqlens)
     return ContextSource(found.flat, "last" if pool.endswith("last") else "mean", found.bounds, found.limit_B)
 
@@ -136,6 +110,22 @@ def _contexts(
 def _check_contexts(contexts: int, name: str, rewards: Tensor) -> None:
     if contexts != rewards.shape[0]:
         raise ValueError(f"{name}: {contexts} contexts, expected {rewards.shape[0]} as rewards")
+
+
+def _fused(
+    rewards: Tensor,
+    conductor: ConductorParams,
+    groups: GroupsLike,
+    choice: ConductorChoice,
+    contexts: ContextSource,
+    scores: ScoreInputs,
+    profile: AdvantageProfile,
+) -> tuple[ConductorSample, GroupAdvantages]:
+    """All of it by Triton. The choice is checked, the inputs of the advantages are not."""
+    check_inputs(rewards, None, scores.kl, scores.beta, profile)
+    check_lengths(scores.lengths, rewards, profile)
+    index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
+    return _by_triton(rewards, conductor, choice, index_NG, contexts, scores, profile)
 
 
 # --- Triton ---

@@ -72,14 +72,14 @@ def conductor_weights() -> Iterator[Callable[[], Any]]:
         (torch.bfloat16, 256, False),
     ):
         h = torch.zeros(512, 4096, dtype=dtype)
-        choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, soft=soft, seed=2**40)
+        choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, mode="soft" if soft else "sample", seed=2**40)
         yield lambda h=h, u=units, c=choice: launch(h, head(4096, 8, u), c)
 
 
 def maestro_advantages() -> Iterator[Callable[[], Any]]:
     from maestro_fast.kernels.maestro_advantages import maestro_advantages as launch
 
-    choice, bounds = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, soft=False), torch.arange(513)
+    choice, bounds = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
     sources: tuple[tuple[SourceKind, int | None, int, str], ...] = (
         ("context", None, 8, "maestro"),
         ("context", None, 32, "gdpo"),

@@ -56,7 +56,7 @@ def moved(params: ConductorParams, **to: Any) -> ConductorParams:
 
 def check(h: Tensor, params: ConductorParams, *, mode: str, **options: Any) -> None:
     settings = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3} | options
-    choice = ConductorChoice(**settings, soft=mode == "soft")
+    choice = ConductorChoice(**settings, mode=mode)
     there = moved(params, device=DEVICE)
     ours, again = (kernel.conductor_weights(h.to(DEVICE), there, choice) for _ in range(2))
     truth = reference(h.double(), moved(params, dtype=torch.float64), mode=mode, **settings)
@@ -86,7 +86,7 @@ def test_a_probability_of_zero() -> None:
     params = head(32, 3, None)
     h = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) * 2000
     check(h, params, mode="soft", min_prob=0.0, tau=0.01)
-    choice = ConductorChoice(tau=0.01, min_prob=0.0, alpha=0.3, soft=False)
+    choice = ConductorChoice(tau=0.01, min_prob=0.0, alpha=0.3)
     out = kernel.conductor_weights(h.to(DEVICE), moved(params, device=DEVICE), choice)
     assert (out.probs == 0).any() and out.log_probs.isfinite().all() and out.entropy.isfinite().all()
 
@@ -94,7 +94,7 @@ def test_a_probability_of_zero() -> None:
 def test_last_layer_of_zeros_weighs_equally() -> None:
     params = head(32, 4, 24)
     params = ConductorParams(**vars(params) | {"weight": torch.zeros(4, 24), "bias": torch.zeros(4)})
-    choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, soft=True)
+    choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, mode="soft")
     out = kernel.conductor_weights(torch.randn(5, 32).to(DEVICE), moved(params, device=DEVICE), choice)
     torch.testing.assert_close(out.weights.cpu(), torch.full((5, 4), 0.25))
 

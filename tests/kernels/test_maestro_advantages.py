@@ -95,7 +95,7 @@ def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: 
     return kernel.maestro_advantages(
         rewards_BK,
         moved(params, device=DEVICE),
-        ConductorChoice(**SETTINGS, soft=soft),
+        ConductorChoice(**SETTINGS, mode="soft" if soft else "sample"),
         index_NG,
         ContextSource(x, source, None if source == "context" else bounds),
         ScoreInputs(kl, 0.0 if kl is None else 0.1, lengths),
@@ -159,7 +159,7 @@ def test_the_bits_are_those_of_the_single_launches(
     x = torch.randn(batch, SIZE, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     rewards_BK, index_NG, kl = on_device(rewards_BK, index_NG, kl)
     assert rewards_BK is not None and index_NG is not None
-    choice, beta = ConductorChoice(**SETTINGS, soft=soft), 0.0 if kl is None else 0.1
+    choice, beta = ConductorChoice(**SETTINGS, mode="soft" if soft else "sample"), 0.0 if kl is None else 0.1
     sample, out = kernel.maestro_advantages(
         rewards_BK, params, choice, index_NG, ContextSource(x), ScoreInputs(kl, beta, None), profile
     )
