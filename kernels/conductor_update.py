@@ -36,9 +36,9 @@ from maestro_fast.kernels.conductor_weights import (
     Rows,
     Source,
     Tail,
-    head_parts,
     hidden_tile,
     logits_tile,
+    network_parts,
     padded,
     standardised_tile,
 )
@@ -496,7 +496,7 @@ def activations(h: Tensor, params: ConductorParams) -> Activations:
     """The activations of contexts [N, d]; N is at least 1."""
     number, rewards = h.shape[0], params.num_rewards
     mlp = params.hidden_weight is not None
-    parts = head_parts(ContextSource(h), params, number)
+    parts = network_parts(ContextSource(h), params, number)
     splits, _, units = parts.shape
     logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
     u = torch.empty(number, units, device=h.device, dtype=torch.float32) if mlp else None

@@ -1,6 +1,6 @@
 """The Conductor's forward: reward weights for each response from its context vector.
 
-    z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
+    z = network((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
 There are two launches. The first one forms parts of the layer that is as long as a context: a program takes some
@@ -377,7 +377,7 @@ def _hidden(
     tl.store(parts_ptr + (s * B + b_R)[:, None] * H + unit_H[None, :], part_RH, mask=mask_RH)
 
 
-def head_parts(contexts: ContextSource, params: ConductorParams, batch: int, chunk: int = 1) -> Tensor:
+def network_parts(contexts: ContextSource, params: ConductorParams, batch: int, chunk: int = 1) -> Tensor:
     """The first launch: parts [splits, B, K] of a linear head, or [splits, B, H] of an MLP's first layer, without bias.
 
     Args:
@@ -529,11 +529,11 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: ConductorChoic
     """
     if h.shape[0] == 0:
         return ConductorSample.empty(0, params.weight)
-    return weights_of(head_parts(ContextSource(h), params, h.shape[0]), params, choice)
+    return weights_of(network_parts(ContextSource(h), params, h.shape[0]), params, choice)
 
 
 def weights_of(parts: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
-    """The second launch, from the ``head_parts`` of at least one response."""
+    """The second launch, from the ``network_parts`` of at least one response."""
     splits, batch, units = parts.shape
     rewards = params.num_rewards
     out = ConductorSample.empty(batch, params.weight)

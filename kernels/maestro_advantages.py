@@ -35,8 +35,8 @@ from maestro_fast.kernels.conductor_weights import (
     Draw,
     Tail,
     decide,
-    head_parts,
     logits_tile,
+    network_parts,
     padded,
     sample_pointers,
     weights_of,
@@ -203,7 +203,7 @@ def maestro_advantages(
     if contexts.kind == "mean":
         chunk = pooling._CHUNK
         contexts = contexts._replace(x=pooling.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
-    parts = head_parts(contexts, params, batch, chunk)
+    parts = network_parts(contexts, params, batch, chunk)
     if params.hidden_weight is None and index_NG.shape[1] <= _LARGEST and not is_wide(profile):
         return _fused(rewards_BK, parts, params, choice, index_NG, scores, profile)
     sample = weights_of(parts, params, choice)

@@ -1,6 +1,6 @@
 """One update of the Conductor: the meta-gradient in closed form, and a step of AdamW (arXiv 1711.05101).
 
-    p = (1 - K m) q + m,   q = softmax(z / tau),   z = head((h - mean) * rstd)
+    p = (1 - K m) q + m,   q = softmax(z / tau),   z = network((h - mean) * rstd)
     J = mean_i [ r_i mu_i log p_i(a_i) + entropy_coef H(p_i) ]         actions drawn; r = min(p(a) / drawn, max_ratio)
     J = mean_i [ sum_a p_i(a) mu_i(a)  + entropy_coef H(p_i) ]         all actions
 

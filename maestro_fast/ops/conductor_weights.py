@@ -1,6 +1,6 @@
 """The Conductor's forward: reward weights for each response from its context vector.
 
-    z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
+    z = network((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
 The Conductor's head is linear, d -> K, or an MLP, d -> H -> GELU (erf) -> K. Log-probs and entropy are those of p, not

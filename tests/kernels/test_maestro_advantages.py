@@ -167,3 +167,25 @@ def test_the_bits_are_those_of_the_single_launches(
     after = group_advantages.group_advantages(rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=beta)
     for field, fused, single in zip((*sample._fields, *out._fields), (*sample, *out), (*alone, *after), strict=True):
         assert torch.equal(fused, single), field
+
+
+@pytest.mark.parametrize(("source", "units"), [("context", None), ("last", 24), ("mean", None)])
+def test_a_compiled_step_is_one_graph_with_the_same_bits(source: Any, units: int | None) -> None:
+    batch = 20
+    rewards_BK, _, kl, _ = inputs(batch, 3)
+    flat, length_B = hidden_states(batch)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length_B.cumsum(0)])
+    rewards_BK, kl, flat, bounds = (x.to(DEVICE) for x in (rewards_BK, kl, flat, bounds))
+    where = {"h": flat[:batch]} if source == "context" else {"hidden": flat, "cu_seqlens": bounds, "pool": source}
+    params, groups = moved(head(SIZE, 3, units), device=DEVICE), Groups.of(4, batch)
+    groups.to(torch.device(DEVICE))
+
+    def step() -> Any:
+        options = {**where, **SETTINGS, "kl": kl, "beta": 0.1, "mode": "sample"}
+        return reference(rewards_BK, params, groups, **options, backend="triton")
+
+    found, expected = torch.compile(step, fullgraph=True, backend="aot_eager")(), step()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert type(ours) is type(theirs)
+        for name, one, other in zip(theirs._fields, ours, theirs, strict=True):
+            assert torch.equal(one, other), name
