@@ -1,16 +1,16 @@
-"""What the Conductor adds to a training step of the quickstart, on the CPU.
+"""Measures what the Conductor adds to a training step of the quickstart, on the CPU.
 
-The same run with the Conductor and with equal weights. The policy's learning rate is 0: so it samples the same
-responses in both, and every forward and backward is the same work. An entropy reward has both read the training
+The same run is made with the Conductor and with equal weights. The policy's learning rate is 0, so it samples the same
+completions in both, and every forward and backward is the same work. An entropy reward makes both read the training
 forward. What remains is the Conductor: its pooling, its weights, its update.
 
-It is measured twice: by the clocks of its stages, and as the difference of whole steps. For the latter runs come in
+It is measured twice, by the clocks of its stages and as the difference of whole steps. For the latter, runs come in
 blocks, Conductor - equal - equal - Conductor or the other way round by turns, so that a drift of the machine cancels
-within a block; a block is one figure of the interval, because what disturbs a run disturbs all of its steps. A first
-run of either is thrown away. Beside the wall clock stands the processor time of the process, which does not count what
-other processes take.
+within a block. A block is one figure of the interval, because what disturbs a run disturbs all of its steps. The first
+run of either kind is thrown away. The processor time of the process stands beside the wall clock; it does not count
+what other processes take.
 
-Target (DESIGN.md): less than 2 % of a step.
+The target of DESIGN.md is less than 2 % of a step.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ CLOCKS = "all of these, by the clocks"
 
 @dataclass
 class Run:
-    """Seconds by stage and records of each step; by themselves pooling, which is part of another stage, and the
-    processor's seconds from the end of the step before."""
+    """The seconds by stage and the record of each step. Pooling is part of a stage, so it is also kept by itself, and
+    so are the processor's seconds since the end of the step before."""
 
     stages: list[dict[str, float]] = field(default_factory=list)
     pooling: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's two models, schooled for one epoch: their speed is that of the finished ones."""
+    """The quickstart's two models after one epoch of schooling, which are as fast as the finished ones."""
     out = tmp_path_factory.mktemp("quickstart")
     make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=1)
     make_reward_model(EXAMPLE, out / "reward_model", epochs=1)
@@ -64,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_once(models: Path, name: str, weights: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """One run of the quickstart's config, with its own weights (None) or others."""
+    """One run of the quickstart's config, with its own weight policy (None) or another."""
     raw = example_config(models)
     changes = {"max_steps": STEPS, "learning_rate": 0.0, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     override(raw, "run_dir", str(models / name))
@@ -94,7 +94,7 @@ def run_once(models: Path, name: str, weights: dict[str, Any] | None, monkeypatc
 
 
 def assert_same_work(ours: Run, equal: Run) -> None:
-    """Nothing wrong is timed: the same forwards, responses and rewards at every step, under weights that differ."""
+    """Refuses to time different work: both runs have the same completions and rewards, and only the weights differ."""
     assert ours.source == equal.source == "training"
     assert len(ours.records) == len(equal.records) == STEPS
     for one, other in zip(ours.records, equal.records, strict=True):
@@ -130,10 +130,10 @@ def test_conductor_share(
 
 
 def report(benchmark: Any, capsys: pytest.CaptureFixture[str], blocks: list[tuple[list[Run], list[Run]]]) -> None:
-    """Prints the share by stage and as the difference of whole steps; leaves both with pytest-benchmark."""
+    """Prints the share by stage and as the difference of whole steps, and leaves both with pytest-benchmark."""
 
     def by_block(seconds: Callable[[Run, int], float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means over the counted steps of a block: with the Conductor, with equal weights."""
+        """Gives the mean of each block over its counted steps, with the Conductor and with equal weights."""
 
         def of(runs: list[Run]) -> float:
             return mean(seconds(run, i) for run in runs for i in range(WARM_UP, STEPS))
@@ -148,7 +148,7 @@ def report(benchmark: Any, capsys: pytest.CaptureFixture[str], blocks: list[tupl
     stages = {name: by_block(shared(name)) for name in CONDUCTOR_STAGES}
     nothing = torch.zeros(len(blocks))
     of_stages = torch.stack([ours - equal for ours, equal in stages.values()]).sum(0)
-    # both runs pool: the trainer reads the states off its forward whoever wants them
+    # Both runs pool, since the trainer reads the states off its forward whoever wants them.
     pairs = {
         "pooling": (pooling, nothing, equal_wall),
         **{name: (ours, equal, equal_wall) for name, (ours, equal) in stages.items()},

@@ -1,4 +1,4 @@
-"""conductor_weights by Triton, beside the PyTorch reference and torch.compile of it."""
+"""Times conductor_weights by Triton beside the PyTorch reference and torch.compile of it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """group_advantages on the CPU, beside TRL's own advantage block, verl's functions and the PyTorch reference.
 
-Target on an idle core (DESIGN.md): B = 4096, K = 8, G = 16 in 23 us for grpo and 35 us for gdpo, at least 8 and 12
-times as fast as TRL, and at least 1000 times as fast as verl's loop.
+The target on an idle core (DESIGN.md) for B = 4096, K = 8, G = 16 is 23 us with grpo and 35 us with gdpo, at least 8
+and 12 times as fast as TRL, and at least 1000 times as fast as verl's loop.
 
-verl pins packages that the others do not work with, so it is a peer where it can be imported, for instance with
-PYTHONPATH=DIR after pip install --target DIR --no-deps verl==0.9.1 and what its module of algorithms imports; else
-its test is skipped and says so.
+verl pins packages that the others do not work with, so it is a peer only where it can be imported. For instance, run
+with PYTHONPATH=DIR after pip install --target DIR --no-deps verl==0.9.1 and the packages that its module of algorithms
+imports. Where it cannot be imported, its test is skipped and says so.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: 
 
 
 def test_beside_verl(benchmark: Any, capsys: Any) -> None:
-    """verl takes one score per response, here with the weighted sum made in the call, and as its tokens one."""
+    """verl takes one score per response and token: here the weighted sum, which the call makes, for one token."""
     reason = "verl cannot be imported; see the docstring of this file"
     verl = pytest.importorskip("verl.trainer.ppo.core_algos", reason=reason, exc_type=ImportError)
     B, K = 4096, 8

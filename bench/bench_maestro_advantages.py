@@ -1,6 +1,6 @@
-"""The adaptive step on the CPU from contexts and a linear head, beside the bare product of contexts and weights.
+"""Times the adaptive step on the CPU, from contexts and a linear head, beside the bare product of contexts and weights.
 
-Target (B = 512, d = 2048, K = 8): at most 1.2 times torch.mm(h, W.T), which reads the same contexts and no more.
+The target for B = 512, d = 2048, K = 8 is at most 1.2 times torch.mm(h, W.T), which reads the contexts and no more.
 """
 
 from __future__ import annotations

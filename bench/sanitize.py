@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from bench.gpu_race import MARKS
 from maestro_fast import ops
-from maestro_fast.kernels import conductor_update as update_kernel
 from maestro_fast.ops import ConductorParams, PolicyLossConfig
 
 pytestmark = MARKS
@@ -93,26 +91,10 @@ def conductor() -> Iterator[tuple[str, Any]]:
 
 
 def updated(h: Tensor, params: ConductorParams) -> list[Tensor]:
-    learned = {f.name: getattr(params, f.name) for f in fields(params) if f.name not in ("mean", "rstd")}
-    moments = {
-        name: update_kernel.Moments(torch.zeros_like(x), torch.zeros_like(x))
-        for name, x in learned.items()
-        if x is not None
-    }
-    done = update_kernel.conductor_update(
-        h,
-        torch.arange(B).to(DEVICE) % K,
-        normal(B),
-        params,
-        moments,
-        update_kernel.activations(h, params),
-        tau=1.0,
-        min_prob=0.05,
-        entropy_coef=0.3,
-        adamw=update_kernel.AdamW(1, 1e-3),
-        live=torch.arange(B).to(DEVICE) % 3 > 0,
-    )
-    return [done.objective, done.squares, *(x for x in learned.values() if x is not None)]
+    """What one update leaves of the network, and its metrics."""
+    batch = ops.ConductorBatch(h, normal(B), torch.arange(B).to(DEVICE) % K, live=torch.arange(B).to(DEVICE) % 3 > 0)
+    state, metrics = ops.conductor_update(ops.ConductorState.start(params), batch, backend="triton")
+    return [*metrics.values(), *state.params.learned.values()]
 
 
 def losses() -> Iterator[tuple[str, Any]]:

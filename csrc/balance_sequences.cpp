@@ -33,20 +33,20 @@ void check(const std::int64_t* lengths, std::size_t count, std::int64_t parts, b
   }
 }
 
-// A set of sequences as a chain of indices; the links are in `Chains`.
+// A set of sequences is a chain of indices, whose links are in `Chains`.
 struct Set {
   std::int64_t total = 0, size = 0, first = kNone, last = kNone;
 };
 
 bool more(const Set& a, const Set& b) {
-  // By size behind the total: an empty set then counts as less than one of sequences without tokens, and gets filled.
-  // By index behind that: a strict order, so that the result is a function of the lengths alone.
+  // Equal totals are ordered by size, so that an empty set comes after a set of sequences without tokens, and gets
+  // filled. Equal sizes are ordered by index. So the order is strict, and the result depends on the lengths alone.
   if (a.total != b.total) return a.total > b.total;
   if (a.size != b.size) return a.size > b.size;
   return a.first < b.first;
 }
 
-// Some of the sequences, split into as many sets as there are parts, the largest first.
+// A split is some of the sequences in as many sets as there are parts, the largest first.
 struct Split {
   std::vector<Set> sets;
   std::int64_t age;
@@ -71,13 +71,13 @@ class Balance {
     std::iota(longest_first.begin(), longest_first.end(), std::size_t{0});
     std::stable_sort(longest_first.begin(), longest_first.end(),
                      [lengths](std::size_t a, std::size_t b) { return lengths[a] > lengths[b]; });
-    // With equal sizes a split starts as one sequence per part, of neighbouring lengths; merging adds up the sizes.
+    // With equal sizes a split starts as one sequence per part, of neighbouring lengths. Merging adds up the sizes.
     const std::size_t step = equal_size ? parts : 1;
     for (std::size_t i = 0; i < count; i += step) add(longest_first.data() + i, step);
   }
 
-  // Until one split is left, merges the two of the largest spreads, the largest sets of one with the smallest of the
-  // other.
+  // Merges the two splits of the largest spreads, the largest sets of one with the smallest of the other, until one is
+  // left.
   const std::vector<Set>& run() {
     std::priority_queue<std::size_t, std::vector<std::size_t>, SmallerSpread> widest(SmallerSpread{splits_});
     for (std::size_t i = 0; i < splits_.size(); ++i) widest.push(i);

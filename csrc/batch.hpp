@@ -1,4 +1,4 @@
-// The whole batch: cut into chunks, whose rows are gathered where they do not lie in the order of the groups.
+// The whole batch, cut into chunks. The rows of a chunk are gathered where they do not lie in the order of the groups.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace maestro_fast {
 
-// Memory that is written before it is read: not zeroed, as std::vector would.
+// Memory that is written before it is read. Unlike that of a std::vector it is not zeroed.
 template <class T>
 class Scratch {
  public:
@@ -22,7 +22,7 @@ class Scratch {
   std::unique_ptr<T[]> values_;
 };
 
-// What the stages write about rows and groups, either for one chunk or for the whole batch.
+// The stages' results about rows and groups, either of one chunk or of the whole batch.
 struct State {
   State(std::int64_t rows, std::int64_t groups) : raw(rows), scores(rows), live(rows), count(groups), flat(groups) {}
   Scratch<double> raw, scores, live, count;
@@ -31,7 +31,7 @@ struct State {
 
 class Batch {
  public:
-  // With `keep`, what is known of the rows outlives their chunk. Null outputs are written to memory of the thread.
+  // With `keep`, the results about rows outlive their chunk. Outputs that are null are written to memory of the thread.
   Batch(const AdvantageInputs& in, const Partition& groups, const AdvantageProfile& profile,
         const AdvantageOutputs& out, bool keep);
 
@@ -66,11 +66,11 @@ class Batch {
   const AdvantageProfile& profile;
   const AdvantageOutputs& out;
   const std::int64_t K;
-  std::int64_t per_chunk, chunks, rows = 0;  // groups in a chunk, chunks, rows in the largest chunk
+  std::int64_t per_chunk, chunks, rows = 0;  // groups of a chunk, chunks, rows of the largest chunk
   BatchColumns columns;
 
  private:
-  static constexpr std::int64_t kElementsPerThread = 1 << 16;  // below that another thread costs more than it saves
+  static constexpr std::int64_t kElementsPerThread = 1 << 16;  // with fewer, another thread costs more than it saves
 
   Chunk prepared(std::int64_t c, const Workspace& work, bool with_inputs) const;
   void place_inputs(Chunk& chunk, std::int64_t row, float* gathered) const;

@@ -1,5 +1,5 @@
-// A run of whole groups, the unit of work: small enough for the first cache, and cut without regard to the number of
-// threads, so that every sum over the batch has one order.
+// A run of whole groups is the unit of work. It is small enough for the first cache, and cut without regard to the
+// number of threads, so that every sum over the batch has one order.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ constexpr std::int64_t kRowsPerChunk = 256;
 // Rows padded to a multiple of four, the width of a vector.
 inline std::int64_t padded(std::int64_t count) { return (count + 3) / 4 * 4; }
 
-// A sample's moments. What is added up is x - shift, for a shift out of the sample: identical values then have a spread
-// of exactly 0, and since no value is further than sqrt(n) standard deviations from the mean (Samuelson), the sum of
+// A sample's moments. The sums are of x - shift, for a shift out of the sample. Identical values then have a spread of
+// exactly 0, and since no value is further than sqrt(n) standard deviations from the mean (Samuelson), the sum of
 // squares loses at most log2(n) of its 53 bits.
 struct Moments {
   double weight = 0, mean = 0, squares = 0;  // squares: sum of (x - mean)^2
@@ -25,8 +25,8 @@ struct Moments {
   void add(const Moments& more);  // Chan, Golub, LeVeque 1979
 };
 
-// The mean and standard deviation that a scope uses. Lengths may be fractions of a token in all: with a weight below 1
-// both are taken about the largest value, as the reference does.
+// The mean and standard deviation that a scope uses. The lengths may sum to less than one token. Then both moments are
+// taken about the largest value, as the reference does.
 struct Center {
   double mean = 0, std = 0;
 
@@ -34,12 +34,12 @@ struct Center {
   Center(const Moments& moments, int ddof);
 };
 
-// What a reward over the whole batch is centred and scaled by, [K padded].
+// The mean and the factor of each reward whose scope is the whole batch, [K padded].
 struct BatchColumns {
   std::vector<double> mean, factor, count;
 };
 
-// Rows in the order of the groups, contiguous.
+// Contiguous rows in the order of the groups, and room for what is found out about them.
 struct Chunk {
   std::int64_t groups, rows, K;
   const std::int64_t* begin;  // [groups + 1], from 0
@@ -50,12 +50,12 @@ struct Chunk {
   const float *kl, *lengths;  // [rows] or null
   double beta;
 
-  double *raw, *scores;       // [rows]; the score before the KL, and after (the same array without a KL)
+  double *raw, *scores;       // [rows]; the score before and after the KL (one array without a KL)
   double* live;               // [rows] 1 or 0, written if some response abstained
   double *center, *factor;    // [groups, K padded]
-  bool* flat;                 // [groups], no spread
+  bool* flat;                 // [groups], whether a group has no spread
   double* count;              // [groups], live responses
-  bool* abstained;            // whether some reward did
+  bool* abstained;            // whether some reward abstained
 
   AdvantageOutputs out;
 };

@@ -10,7 +10,7 @@
 namespace maestro_fast {
 namespace {
 
-// Philox4x32-10 (Salmon et al., SC 2011): the first word, as a multiple of 2^-24 in [0, 1).
+// The first word of Philox4x32-10 (Salmon et al., SC 2011), as a multiple of 2^-24 in [0, 1).
 MAESTRO_INLINE float uniform(std::uint64_t seed, std::uint32_t step, std::uint64_t index) {
   std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32), c2 = step, c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
@@ -27,16 +27,16 @@ MAESTRO_INLINE float uniform(std::uint64_t seed, std::uint32_t step, std::uint64
 }
 
 constexpr std::int64_t kProductsPerThread = 1 << 21;
-constexpr std::int64_t kLanes = 8;  // of a Float8
+constexpr std::int64_t kLanes = 8;  // lanes of a Float8
 constexpr std::int64_t kWide = 4;   // actions whose logits are formed together
 constexpr std::int64_t kSlice = 512, kBlock = 16;  // channels and rows
 
 std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
 
-// weight * rstd as [slices, K rounded up, kSlice], zeros in the padding: what is read together lies together, and not a
-// power of two apart, where it would compete for the same lines of the cache. The mean is not folded into the bias:
-// where a channel's mean is far larger than its spread, as in the massive channels of language models, float32 would
-// cancel.
+// weight * rstd as [slices, K rounded up, kSlice], with zeros in the padding. Numbers that are read together lie
+// together, and not a power of two apart, where they would compete for the same lines of the cache. The mean is not
+// folded into the bias: float32 would cancel where a channel's mean is far larger than its spread, as in the massive
+// channels of language models.
 std::vector<float> folded(const ConductorHead& head) {
   const std::int64_t width = rounded_up(head.actions, kWide);
   std::vector<float> weight(static_cast<std::size_t>(width * rounded_up(head.size, kSlice)), 0.0f);
@@ -58,7 +58,7 @@ struct Problem {
   const float* weight;  // folded
 };
 
-// Eight channels of h from element `at` on, widened. A bfloat16 is the upper half of a float32.
+// Loads eight channels of h from element `at` on, widened. A bfloat16 is the upper half of a float32.
 template <bool kHalf>
 MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at) {
   if (!kHalf) return load8(static_cast<const float*>(h) + at);
@@ -67,7 +67,7 @@ MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at) {
   return (Float8)(__builtin_convertvector(half, Word8) << 16);
 }
 
-// The same where fewer than eight are left, zeros behind them.
+// Does the same where fewer than eight are left, with zeros behind them.
 template <bool kHalf>
 MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at, std::int64_t count) {
   Float8 x{};
@@ -84,7 +84,7 @@ MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at, std::int64_t coun
   return x;
 }
 
-// A slice of kRows rows: its channels first .. first + count. `ahead` is where the next one begins in h.
+// A slice of kRows rows, of the channels from `first` to before first + count. The next slice begins at `ahead` in h.
 struct Slice {
   std::int64_t row, first, count, ahead;
 };
@@ -143,11 +143,11 @@ struct Workspace {
         probs(static_cast<std::size_t>(kBlock * width)),
         logs(static_cast<std::size_t>(kBlock * width)) {}
   std::vector<float> totals;  // [kBlock, width, kLanes], each lane's share of a logit
-  std::vector<double> probs, logs;  // [kBlock, width]; probs holds the logits before
+  std::vector<double> probs, logs;  // [kBlock, width]; probs holds the logits at first
 };
 
-// Slice by slice, so that the weights of a slice stay in the first cache for all rows of the block. Every logit has the
-// same order of additions, whatever rows it shares a block with.
+// Goes slice by slice, so that the weights of a slice stay in the first cache for all rows of the block. Every logit
+// has the same order of additions, whatever rows it shares a block with.
 template <bool kHalf>
 MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int64_t rows, std::int64_t width,
                                     Workspace& work) {
@@ -172,8 +172,8 @@ MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int
   }
 }
 
-// p = (1 - K m) softmax(z / tau) + m in place and its logarithm, 0 and -inf in the padding. In sweeps over the block:
-// one row after the other would wait for the exponential of each before its logarithm.
+// Computes p = (1 - K m) softmax(z / tau) + m in place and its logarithm, with 0 and -inf in the padding. It sweeps
+// over the block, because one row after the other would wait for the exponential of each before its logarithm.
 MAESTRO_INLINE void probabilities(const ConductorHead& head, const ConductorChoice& choice, std::int64_t rows,
                                   std::int64_t width, Workspace& work) {
   const std::int64_t K = head.actions;
@@ -199,7 +199,7 @@ MAESTRO_INLINE void probabilities(const ConductorHead& head, const ConductorChoi
   for (std::int64_t i = 0; i < rows * width; i += 4) store4(logs + i, log4(load4(p + i)));
 }
 
-// In float32, from the left, as every backend does it: an action is a function of the probabilities as they are returned.
+// Adds up in float32 from the left, as every backend does. So an action follows from the probabilities as returned.
 MAESTRO_INLINE std::int64_t drawn(const float* probs, std::int64_t K, float u) {
   float total = 0;
   std::int64_t action = 0;

@@ -1,5 +1,5 @@
-// Moments of "the group without j" come from those of the responses before j and behind it. Taking j out of the sums of
-// the whole group would be as quick, and would cancel where j is an outlier; adding two parts up never does.
+// The moments of "the group without j" come from those of the responses before j and behind it. Taking j out of the
+// sums of the whole group would be as quick, but would cancel where j is an outlier. Adding up two parts never cancels.
 #include "counterfactual_advantages.hpp"
 
 #include <cmath>
@@ -11,7 +11,7 @@
 namespace maestro_fast {
 namespace {
 
-// Of a part of a group: live responses, their scores, and the range of their scores before the KL.
+// What is known of a part of a group: its live responses, their scores, and the range of their scores before the KL.
 struct Part {
   double count = 0, mean = 0, squares = 0;
   double low = std::numeric_limits<double>::infinity(), top = -std::numeric_limits<double>::infinity();
@@ -30,13 +30,13 @@ MAESTRO_INLINE Part single(const Chunk& chunk, std::int64_t r) {
   return {1, chunk.scores[r], 0, chunk.raw[r], chunk.raw[r]};
 }
 
-// [K, A padded] as doubles, so that four actions stand side by side.
+// The actions' weights [K, A padded] as doubles, so that four actions stand side by side.
 struct Actions {
   const double* weights;
   std::int64_t count;
 };
 
-// Scores of one response under four actions, before the KL, and whether it counts under them.
+// The scores of one response under four actions, before the KL, and whether it counts under them.
 struct Scores4 {
   Double4 raw;
   Mask4 live;
@@ -47,7 +47,7 @@ MAESTRO_INLINE Scores4 scores_under(const Chunk& chunk, const AdvantageProfile& 
   const std::int64_t K = chunk.K, width = padded(actions.count);
   const float* x = chunk.rewards + row * K;
   const Double4 zero = splat(0.0), one = splat(1.0);
-  // Lane by lane as sum() adds up a row of score_rows.cpp: the same weights then give the same score, to the bit.
+  // The order is that of sum() for a row in score_rows.cpp, so that the same weights give the same score to the bit.
   Double4 score[4] = {zero, zero, zero, zero}, whole[4] = {zero, zero, zero, zero}, rest[4] = {zero, zero, zero, zero};
   std::int64_t known = 0;
   for (std::int64_t k = 0; k < K; ++k) {
@@ -74,7 +74,7 @@ MAESTRO_INLINE Scores4 scores_under(const Chunk& chunk, const AdvantageProfile& 
   return result;
 }
 
-// Advantages of a response with these scores beside the others of its group.
+// The advantages of a response that has these scores, among the others of its group.
 MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own, double penalty,
                                          const AdvantageProfile& p) {
   const Double4 zero = splat(0.0), score = own.raw - penalty, apart = score - others.mean;
@@ -89,7 +89,7 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
     const Double4 spread = p.eps_in_variance ? sqrt4(variance + p.score_eps) : sqrt4(variance) + p.score_eps;
     centred = spread == 0.0 ? zero : centred / spread;
   }
-  const Mask4 unknown = apart != apart;  // a score that is not a number is no lack of spread
+  const Mask4 unknown = apart != apart;  // a NaN among the scores is spread
   const Mask4 spread_out =
       (own.raw > others.low) | (own.raw < others.top) | (splat(others.top) > others.low) | unknown;
   const Mask4 counts = raw ? own.live : own.live & (alone ? Mask4{} : spread_out);

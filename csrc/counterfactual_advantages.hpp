@@ -1,11 +1,12 @@
-// What a response's advantage would have been under other weights; the formula: maestro_fast/ops.
+// A response's advantage as it would have been under other weights. The formula is in
+// maestro_fast/ops/counterfactual_advantages.py.
 #pragma once
 
 #include "group_advantages.hpp"
 
 namespace maestro_fast {
 
-// action_weights [A, K], out [B, A]. The profile compares scores within groups. O(B (A K + 1)).
+// Writes out [B, A] for action_weights [A, K] in O(B (A K + 1)). The profile must compare scores within groups.
 void counterfactual_advantages(const AdvantageInputs& in, const float* action_weights, std::int64_t actions,
                                const Partition& groups, const AdvantageProfile& profile, float* out, int threads);
 

@@ -1,4 +1,4 @@
-// Scores to advantages: A = (s - mean) / (std + eps), over the profile's scopes.
+// From scores to advantages: A = (s - mean) / (std + eps), over the profile's scopes.
 #include <algorithm>
 #include <cmath>
 
@@ -8,9 +8,9 @@
 namespace maestro_fast {
 namespace {
 
-constexpr std::int64_t kAtOnce = 16;  // groups, in sweeps: one after the other would wait for each division and root
+constexpr std::int64_t kAtOnce = 16;  // groups of a sweep; one alone would wait for each division and root
 
-// Sums over the live scores of a group: of d = score - shift, and of its square.
+// The sums of d = score - shift and of its square over the live scores of a group.
 struct GroupSums {
   double count, shift, total, squares;
 
@@ -46,7 +46,7 @@ MAESTRO_INLINE GroupSums sums_of_group(const Chunk& chunk, bool abstained, std::
   return {chunk.count[group], shift, sum(total), sum(squares)};
 }
 
-// A = (s - center) * factor, in the rows of one group; the same mean and std are written for all of them.
+// A = (s - center) * factor in the rows of one group, which all get the same mean and std.
 struct Affine {
   double center, factor, mean, std;
 };
@@ -109,7 +109,7 @@ MAESTRO_INLINE void write_means_of_others(const Chunk& chunk, bool abstained, st
 
 MAESTRO_CLONES
 void finish_chunk(const Chunk& given, const AdvantageProfile& profile, const Center& batch, const Center& tokens) {
-  const Chunk chunk = given;  // of one's own: what is stored cannot have changed it
+  const Chunk chunk = given;  // a copy, which the compiler knows that no store changes
   const AdvantageProfile p = profile;
   const bool abstained = *chunk.abstained;
   GroupSums own[kAtOnce];
@@ -133,7 +133,7 @@ Moments moments_of_chunk(const Chunk& chunk, bool per_token) {
   Moments all;
   const bool abstained = *chunk.abstained;
   double shift = 0;
-  bool weighty = false;  // shift by a value that weighs something, if there is one
+  bool weighty = false;  // the shift is a value of positive weight, if there is one
   for (std::int64_t r = 0; r < chunk.rows && !weighty; ++r) {
     if (abstained && chunk.live[r] == 0) continue;
     weighty = !per_token || chunk.lengths[r] > 0;

@@ -1,4 +1,4 @@
-// Group-relative advantages; the formula, the profiles and the meaning of every output: maestro_fast/ops.
+// Group-relative advantages. maestro_fast/ops/group_advantages.py has the formula and the meaning of every output.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct AdvantageProfile {
   Scope reward_center, reward_scale, score_center, score_scale;
   double reward_eps, score_eps;
   int ddof;
-  bool raw_singleton;    // a group of one keeps its value
+  bool raw_singleton;    // a group of one keeps its raw value
   bool renormalize;      // live weights are scaled up to the row's sum
   bool eps_in_variance;  // score / sqrt(std^2 + eps)
 
@@ -20,7 +20,8 @@ struct AdvantageProfile {
   bool scores_over(Scope scope) const { return score_center == scope || score_scale == scope; }
 };
 
-// N groups of B responses. Consecutive groups of `size`, or with size 0: group g is order[offsets[g] .. offsets[g + 1]].
+// N groups of B responses. They are consecutive and of `size` responses each. With size 0, group g holds the responses
+// order[offsets[g]] to order[offsets[g + 1] - 1].
 struct Partition {
   std::int64_t groups, batch, size;
   const std::int64_t* offsets;
@@ -45,7 +46,7 @@ struct AdvantageOutputs {
   bool* degenerate;                                      // [B]
 };
 
-// Writes every element of the outputs. The same bits for any number of threads.
+// Writes every element of the outputs, with the same bits for any number of threads.
 void group_advantages(const AdvantageInputs& in, const Partition& groups, const AdvantageProfile& profile,
                       const AdvantageOutputs& out, int threads);
 

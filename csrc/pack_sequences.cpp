@@ -21,7 +21,7 @@ void check(const std::int64_t* lengths, std::size_t count, std::int64_t max_toke
 }
 
 // The free room of every bin, in a complete binary tree whose inner nodes hold the maximum of their children.
-// A bin that nobody has used yet is one with all its room, so that the leftmost fit opens bins in order.
+// A bin that nobody has used yet has all its room, so the leftmost bin that fits opens bins in order.
 class FreeRoom {
  public:
   FreeRoom(std::size_t bins, std::int64_t capacity) {
@@ -29,7 +29,7 @@ class FreeRoom {
     room_.assign(2 * leaves_, capacity);
   }
 
-  // Takes `length` from the leftmost bin that has it, and returns that bin.
+  // Takes `length` from the leftmost bin that has room for it, and returns that bin.
   std::size_t take(std::int64_t length) {
     std::size_t node = 1;
     while (node < leaves_) node = room_[2 * node] >= length ? 2 * node : 2 * node + 1;

@@ -1,4 +1,4 @@
-// First-fit-decreasing bin packing of sequences into micro-batches.
+// Packs sequences into micro-batches by first-fit decreasing.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +7,9 @@
 
 namespace maestro_fast {
 
-// bins[b]: the indices of the sequences in bin b, ascending; bins in order of creation.
+// Returns bins[b], the ascending indices of the sequences in bin b; bins are in the order of their creation.
 // Throws std::invalid_argument for max_tokens <= 0 and for a length outside 0 .. max_tokens.
-// O(count log count) time, O(count) memory.
+// It takes O(count log count) time and O(count) memory.
 std::vector<std::vector<std::int64_t>> pack_sequences(const std::int64_t* lengths, std::size_t count,
                                                       std::int64_t max_tokens);
 

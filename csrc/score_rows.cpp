@@ -1,4 +1,4 @@
-// Rewards to scores: r' = (r - mean) * factor per reward, s = sum of w r' - beta * KL per response.
+// From rewards to scores: r' = (r - mean) * factor per reward, s = sum of w r' - beta * KL per response.
 #include <algorithm>
 
 #include "chunk.hpp"
@@ -9,12 +9,12 @@ namespace {
 
 MAESTRO_INLINE Double4 one_over(Double4 x) { return x > 0.0 ? 1.0 / x : splat(0.0); }
 
-// What four columns of a group are centred and scaled by.
+// The mean and the factor of four columns of a group.
 struct Columns {
   Double4 count, mean, std;
 };
 
-// Of kBlocks times four columns at once: one alone would wait for each of its additions.
+// Takes kBlocks times four columns at once, because four alone would wait for each of their additions.
 template <bool kMasked, int kBlocks>
 MAESTRO_INLINE void moments_of_columns(const float* x, std::int64_t n, std::int64_t K, std::int64_t width, int ddof,
                                        Columns* out) {
@@ -100,12 +100,12 @@ MAESTRO_INLINE void columns_of_group(const Chunk& chunk, const AdvantageProfile&
   }
 }
 
-// The weighted sum of a row, before the lanes are added up; with abstentions also what they took away.
+// The weighted sum of a row before its lanes are added up, and with abstentions the weights that they took away.
 struct Row {
   Double4 score, whole, rest, live;
 };
 
-// Weights of a row, or of all rows: widened once, with zeros behind them.
+// The weights of a row, or of all rows, widened once, with zeros behind them.
 MAESTRO_INLINE Double4 weights4(const float* w, std::int64_t width) { return load4(w, width); }
 MAESTRO_INLINE Double4 weights4(const double* w, std::int64_t) { return load4(w); }
 
@@ -125,7 +125,7 @@ MAESTRO_INLINE void add_columns(const float* x, const Weight* w, const double* c
   if (kMasked || kAffine) {
     store4(normalized, value, width);
   } else {
-    std::copy_n(x, width < 4 ? width : 4, normalized);  // as they are, narrow
+    std::copy_n(x, width < 4 ? width : 4, normalized);  // rewards that are not normalised stay as they are
   }
   row.score += weight * value;
 }
@@ -153,13 +153,13 @@ MAESTRO_INLINE double masked_score(const Row& row, std::int64_t K, bool renormal
   double factor = 1;
   if (renormalize && known < static_cast<double>(K)) {
     const double rest = sum(row.rest);
-    if (rest == 0) live = 0;  // all weight on abstained rewards: nothing to scale up
+    if (rest == 0) live = 0;  // all its weight is on abstained rewards, and cannot be scaled up
     if (live != 0) factor = sum(row.whole) / rest;
   }
   return live != 0 ? sum(row.score) * factor : 0.0;
 }
 
-// Whether some score is NaN, as it is after an abstention that nobody has masked.
+// Whether some score is NaN, which it is after an abstention that was not masked.
 template <bool kMasked, bool kAffine, class Weight>
 MAESTRO_INLINE bool scores_of_group(const Chunk& chunk, const Weight* weights, const AdvantageProfile& p,
                                     std::int64_t group) {
@@ -205,7 +205,7 @@ MAESTRO_INLINE bool score_groups(const Chunk& chunk, const Weight* weights, cons
   return false;
 }
 
-// Live responses, and whether all their scores are one.
+// Counts the live responses of a group, and finds whether all their scores are the same.
 MAESTRO_INLINE void spread_of_group(const Chunk& chunk, bool abstained, std::int64_t group) {
   const std::int64_t last = chunk.begin[group + 1];
   std::int64_t r = chunk.begin[group];
@@ -233,7 +233,7 @@ MAESTRO_INLINE void spread_of_group(const Chunk& chunk, bool abstained, std::int
 
 MAESTRO_CLONES
 void score_chunk(const Chunk& given, const AdvantageProfile& profile, const BatchColumns& batch) {
-  const Chunk chunk = given;  // of one's own: what is stored cannot have changed it
+  const Chunk chunk = given;  // a copy, which the compiler knows that no store changes
   const AdvantageProfile p = profile;
   bool abstained;
   if (chunk.weight_stride == 0) {

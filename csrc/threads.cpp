@@ -10,7 +10,7 @@ namespace {
 
 std::atomic<bool> forked{false};
 
-// Registered when the module is loaded, before any thread of ours can exist.
+// The handler is registered when the module is loaded, before any thread of ours can exist.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 }  // namespace

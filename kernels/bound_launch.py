@@ -5,62 +5,69 @@ the small kernels of this package cost the device. A ``BoundLaunch`` fixes the c
 the compiled kernel of each specialisation that it has met. The next launch of the same specialisation goes straight to
 the driver.
 
-What a launch is remembered by holds at least what Triton specialises on: the device, the dtype of every tensor and
-which are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a tensor
-whose address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
+The key under which a kernel is kept holds at least what Triton specialises on: the device, the dtype of every tensor
+and which are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a
+tensor whose address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
+import triton.language as tl
+from torch import Tensor
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+Argument = Tensor | int | float | None
+Constants = Mapping[str, tl.constexpr]  # values of the ``tl.constexpr`` arguments of a kernel: numbers, strings, None
 
 _MOST_REMEMBERED = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
 
 
 def blocks(total: int, size: int) -> int:
-    """How many blocks of a size cover the total. Triton's own ``cdiv`` takes the host several microseconds."""
+    """How many blocks of a size cover the total. Triton's own ``cdiv`` costs the host several microseconds."""
     return -(-total // size)
 
 
 def power_of_2(number: int) -> int:
-    """The least power of 2 that is not below a positive number; see ``blocks``."""
+    """The least power of 2 that is not below a positive number. Triton's own function is as slow as its ``cdiv``."""
     return 1 << (number - 1).bit_length()
 
 
 class BoundLaunch:
-    """A kernel with its compile-time arguments and compiler options; call it with a grid and all other arguments.
+    """A kernel with its compile-time arguments and compiler options. It is called with a grid and all other arguments.
 
-    Tensors are the arguments whose names end in ``_ptr``, in the way of all kernels of this package.
+    The arguments whose names end in ``_ptr`` are tensors or None, all others are numbers, as in every kernel of this
+    package.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+    def __init__(self, kernel: JITFunction, constants: Constants, **options: bool | int) -> None:
         """
         Args:
             kernel: a ``triton.jit`` function.
             constants: every ``tl.constexpr`` argument, by name.
-            options: of the compiler, ``num_warps``, ``num_stages``, ``maxnreg``. Unless ``enable_fp_fusion`` is given,
-                a product and a sum stay two operations, which round as on the host.
+            options: the compiler's options ``num_warps``, ``num_stages`` and ``maxnreg``. Unless ``enable_fp_fusion``
+                is given, a product and a sum stay two operations, which round as on the host.
         """
         self.kernel = kernel
         self.constants = constants
         self.options = {"enable_fp_fusion": False, **options}
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
         # The interpreter compiles nothing. On AMD's GPUs Triton also specialises on how large a tensor is.
         self._native = isinstance(kernel, JITFunction) and torch.version.hip is None
         if self._native:
-            given = [p for p in kernel.params if not p.is_constexpr]
-            self._pointers = [p.name for p in given if p.name.endswith("_ptr")]
-            numbers = [p for p in given if not p.name.endswith("_ptr")]
+            arguments = [p for p in kernel.params if not p.is_constexpr]
+            self._pointers = [p.name for p in arguments if p.name.endswith("_ptr")]
+            numbers = [p for p in arguments if not p.name.endswith("_ptr")]
             self._values = [p.name for p in numbers if not p.do_not_specialize]
             self._widths = [p.name for p in numbers if p.do_not_specialize]
             self._order = [p.name for p in kernel.params]
 
-    def __call__(self, grid: tuple[int, ...], **arguments: Any) -> None:
+    def __call__(self, grid: tuple[int, ...], **arguments: Argument) -> None:
         if not self._native or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             self._launch(grid, arguments)
             return
@@ -81,15 +88,17 @@ class BoundLaunch:
         # The three None are for hooks, of which there are none.
         found.run(width, height, depth, stream, found.function, found.packed_metadata, None, None, None, *in_order)
 
-    def _launch(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+    def _launch(self, grid: tuple[int, ...], arguments: dict[str, Argument]) -> CompiledKernel:
         return self.kernel[grid](**arguments, **self.constants, **self.options)
 
-    def _key(self, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _key(self, arguments: Mapping[str, Argument]) -> tuple[object, ...] | None:
         """What the compiled kernel depends on, the device first; None where it is not worth remembering."""
+        tensors: Mapping[str, Tensor | None] = arguments  # type: ignore[assignment]  # those under ``_pointers``
+        integers: Mapping[str, int] = arguments  # type: ignore[assignment]  # those under ``_widths``
         low_bits = 0
         kinds: list[torch.dtype | None] = []
         for name in self._pointers:
-            tensor = arguments[name]
+            tensor = tensors[name]
             if tensor is None:
                 kinds.append(None)
             else:
@@ -99,6 +108,6 @@ class BoundLaunch:
             return None
         # Triton does not specialise on floats.
         values = [x if x.__class__ is int else None for x in map(arguments.__getitem__, self._values)]
-        # 0 for what fits into 32 bits with its sign: so does -2^31, whose own bit_length is 32.
-        widths = [(x if x >= 0 else ~x).bit_length() >> 5 for x in map(arguments.__getitem__, self._widths)]
+        # This is 0 for a number that fits into 32 bits with its sign: so does -2^31, whose own bit_length is 32.
+        widths = [(x if x >= 0 else ~x).bit_length() >> 5 for x in map(integers.__getitem__, self._widths)]
         return driver.active.get_current_device(), *kinds, *values, *widths

@@ -9,16 +9,21 @@
     linear  dW = dz^T x,   db = sum dz                                          x = (h - mean) * rstd
     MLP     da = dz W2,  du = da GELU'(u),  dW2 = dz^T GELU(u),  dW1 = du^T x,  db1 = sum du
 
-One launch for a linear head: a program owns columns of W, and forms dz of all rows for itself. Two for an MLP: units
-(W2, both biases, du), then tiles of W1. ``activations`` makes z and u beforehand, where they are not at hand for these
-parameters: one launch for a linear head, two for an MLP. Rows are added in their order; parameters and moments change
-in place. AdamW (arXiv 1711.05101) as ``torch.optim.AdamW`` does it, weight decay on the weights alone.
+A linear head takes one launch: each program owns some columns of W, and forms dz of all rows for itself, which costs
+less than a launch that would form it once. An MLP takes two: programs of the first own hidden units (W2, both biases,
+du), programs of the second own tiles of W1. ``activations`` makes z and u beforehand, in one launch for a linear head
+and two for an MLP.
+
+Rows are added in their order, so two runs give the same bits. Parameters and moments change in place. AdamW (arXiv
+1711.05101) computes what ``torch.optim.AdamW`` computes, with weight decay on the weights alone.
+
+Axis suffixes: R of the N responses, K rewards (KP with padding), H hidden units, D elements of d.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,91 +32,185 @@ from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
-from maestro_fast.kernels.conductor_weights import head_parts, logits_tile, padded
+from maestro_fast.kernels.conductor_weights import (
+    Rows,
+    Source,
+    Tail,
+    hidden_tile,
+    logits_tile,
+    network_parts,
+    padded,
+    standardised_tile,
+)
+from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig, ContextSource
 
 _ROWS = 32  # responses per step
-_UNIT_ROWS = 16  # of ``_units``, which spills a few registers with more
-_COLUMNS = 32  # columns of d, or units, of one program
-_PRODUCT_COLUMNS = 16  # the least that tl.dot takes, for tiles of rewards
+_UNIT_ROWS = 16  # the same in ``_units``, which would spill a few registers with more
+_COLUMNS = 32  # elements of d, or hidden units, of one program: d = 4096 then gives 128 programs
+_PRODUCT_COLUMNS = 16  # tl.dot takes no narrower tile, so a tile of rewards is padded to this
+
+
+# --- records of jitted functions; see ``conductor_weights`` ---
+
+
+class Responses(NamedTuple):
+    """What is known of the N responses: see ``specs.ConductorBatch``.
+
+    Attributes:
+        logits_ptr: [N, K], as ``activations`` makes them.
+        actions_ptr: int [N]; None if the meta-rewards are [N, K], those of all actions.
+        meta_ptr: [N] or [N, K].
+        drawn_ptr, live_ptr: [N], or None.
+        number: N.
+    """
+
+    logits_ptr: tl.tensor
+    actions_ptr: tl.tensor | None
+    meta_ptr: tl.tensor
+    drawn_ptr: tl.tensor | None
+    live_ptr: tl.tensor | None
+    number: tl.tensor
+
+
+class Pull(NamedTuple):
+    """Of R responses: -dJ/dz [R, KP] and J [R], both times the number of live rows, and 1 for live rows, else 0."""
+
+    d_logits_RK: tl.tensor
+    gain_R: tl.tensor
+    live_R: tl.tensor
+
+
+class Learned(NamedTuple):
+    """A parameter and AdamW's moments of it."""
+
+    parameter_ptr: tl.tensor
+    first_ptr: tl.tensor
+    second_ptr: tl.tensor
+
+
+class Objective(NamedTuple):
+    """The numbers of J, rounded once, on the host: span is 1 - K floor."""
+
+    tau: float
+    span: float
+    floor: float
+    entropy_coef: float
+    max_ratio: float
+
+    @staticmethod
+    def of(config: ConductorUpdateConfig, rewards: int) -> Objective:
+        return Objective(
+            tau=float(config.tau),
+            span=1.0 - rewards * config.min_prob,
+            floor=float(config.min_prob),
+            entropy_coef=float(config.entropy_coef),
+            max_ratio=float(config.max_ratio),
+        )
+
+
+class AdamW(NamedTuple):
+    """The numbers of a step of AdamW, rounded once, on the host.
+
+    Attributes:
+        keep: 1 - learning rate * decay.
+        lerp1, beta2, lerp2: 1 - beta1, beta2 and 1 - beta2.
+        step_size: learning rate / (1 - beta1^t), where t counts the steps from 1.
+        root: sqrt(1 - beta2^t).
+        eps: added to the root of the second moment.
+    """
+
+    keep: float
+    lerp1: float
+    beta2: float
+    lerp2: float
+    step_size: float
+    root: float
+    eps: float
+
+    @staticmethod
+    def of(config: ConductorUpdateConfig, step: int) -> AdamW:
+        return AdamW(
+            keep=1.0 - config.learning_rate * config.weight_decay,
+            lerp1=1.0 - config.beta1,
+            beta2=float(config.beta2),
+            lerp2=1.0 - config.beta2,
+            step_size=config.learning_rate / (1.0 - config.beta1**step),
+            root=float((1.0 - config.beta2**step) ** 0.5),
+            eps=float(config.eps),
+        )
+
+
+# --- tiles ---
 
 
 @triton.jit
-def _d_logits(
-    n_R,
-    N,
-    logits_ptr,
-    actions_ptr,
-    advantages_ptr,
-    drawn_ptr,
-    live_ptr,
-    tau,
-    span,
-    floor,
-    entropy_coef,
-    max_ratio,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    ALL: tl.constexpr,
-    HAS_DRAWN: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-):
-    """-dJ/dz [R, KP] and J [R], times the number of live rows; and which rows are live, as 1 and 0."""
-    k = tl.arange(0, KP)
-    inside_R = n_R < N
+def _live_rows(responses, n_R):
+    """1 for the rows that count, 0 for the others and for those beyond N."""
+    inside_R = n_R < responses.number
     live_R = tl.where(inside_R, 1.0, 0.0)
-    if HAS_LIVE:
-        live_R = tl.where(tl.load(live_ptr + n_R, mask=inside_R, other=0) != 0, live_R, 0.0)
+    if responses.live_ptr is not None:
+        live_R = tl.where(tl.load(responses.live_ptr + n_R, mask=inside_R, other=0) != 0, live_R, 0.0)
+    return live_R
+
+
+@triton.jit
+def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
+    """The ``Pull`` of the responses n."""
+    k = tl.arange(0, KP)
+    inside_R = n_R < responses.number
+    live_R = _live_rows(responses, n_R)
+    # p and q from the logits. Columns beyond K have a logit of -inf, rows that are not live one of 0 for every reward.
     mask_RK = (live_R > 0)[:, None] & (k < K)[None, :]
-    z_RK = tl.load(logits_ptr + n_R[:, None] * K + k[None, :], mask=mask_RK, other=0.0)
-    z_RK = tl.where((k < K)[None, :], tl.div_rn(z_RK, tl.zeros_like(z_RK) + tau), float("-inf"))
+    place_RK = n_R[:, None] * K + k[None, :]
+    z_RK = tl.load(responses.logits_ptr + place_RK, mask=mask_RK, other=0.0)
+    z_RK = tl.where((k < K)[None, :], tl.div_rn(z_RK, tl.zeros_like(z_RK) + objective.tau), float("-inf"))
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
     q_RK = tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK))
-    p_RK = tl.where((k < K)[None, :], span * q_RK + floor, 0.0)
+    p_RK = tl.where((k < K)[None, :], objective.span * q_RK + objective.floor, 0.0)
+    # Without a floor p may be 0, where nothing has a finite derivative: p counts as 1 there, and its slope as 0.
     possible_RK = p_RK > 0
     p_RK = tl.where(possible_RK, p_RK, 1.0)
     log_RK = tl.log(p_RK)
-    if ALL:
-        slope_RK = tl.load(advantages_ptr + n_R[:, None] * K + k[None, :], mask=mask_RK, other=0.0).to(tl.float32)
+    # The first term of J and of dJ/dp.
+    if responses.actions_ptr is None:
+        slope_RK = tl.load(responses.meta_ptr + place_RK, mask=mask_RK, other=0.0).to(tl.float32)
         gain_R = tl.sum(tl.where(possible_RK, p_RK, 0.0) * slope_RK, 1)
     else:
-        chosen_RK = k[None, :] == tl.load(actions_ptr + n_R, mask=inside_R, other=0)[:, None]
-        advantage_R = tl.load(advantages_ptr + n_R, mask=inside_R, other=0.0).to(tl.float32)
-        if HAS_DRAWN:
+        chosen_RK = k[None, :] == tl.load(responses.actions_ptr + n_R, mask=inside_R, other=0)[:, None]
+        meta_R = tl.load(responses.meta_ptr + n_R, mask=inside_R, other=0.0).to(tl.float32)
+        if responses.drawn_ptr is not None:
             now_R = tl.sum(tl.where(chosen_RK & possible_RK, p_RK, 0.0), 1)
-            drawn_R = tl.load(drawn_ptr + n_R, mask=inside_R, other=1.0).to(tl.float32)
-            advantage_R = advantage_R * tl.minimum(tl.div_rn(now_R, drawn_R), max_ratio)
-        slope_RK = tl.where(chosen_RK, tl.div_rn(advantage_R[:, None] + tl.zeros_like(p_RK), p_RK), 0.0)
-        gain_R = advantage_R * tl.sum(tl.where(chosen_RK, log_RK, 0.0), 1)
-    slope_RK = tl.where(possible_RK, slope_RK - entropy_coef * (log_RK + 1.0), 0.0)
-    out_RK = -(span / tau) * q_RK * (slope_RK - tl.sum(slope_RK * q_RK, 1)[:, None])
-    gain_R -= entropy_coef * tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
-    return tl.where(live_R[:, None] > 0, out_RK, 0.0), tl.where(live_R > 0, gain_R, 0.0), live_R
+            drawn_R = tl.load(responses.drawn_ptr + n_R, mask=inside_R, other=1.0).to(tl.float32)
+            meta_R = meta_R * tl.minimum(tl.div_rn(now_R, drawn_R), objective.max_ratio)
+        slope_RK = tl.where(chosen_RK, tl.div_rn(meta_R[:, None] + tl.zeros_like(p_RK), p_RK), 0.0)
+        gain_R = meta_R * tl.sum(tl.where(chosen_RK, log_RK, 0.0), 1)
+    # The entropy's term, and from p to z.
+    slope_RK = tl.where(possible_RK, slope_RK - objective.entropy_coef * (log_RK + 1.0), 0.0)
+    centred_RK = slope_RK - tl.sum(slope_RK * q_RK, 1)[:, None]
+    out_RK = -(objective.span / objective.tau) * q_RK * centred_RK
+    gain_R -= objective.entropy_coef * tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
+    return Pull(
+        d_logits_RK=tl.where(live_R[:, None] > 0, out_RK, 0.0),
+        gain_R=tl.where(live_R > 0, gain_R, 0.0),
+        live_R=live_R,
+    )
 
 
 @triton.jit
-def _adamw(
-    parameter_ptr, first_ptr, second_ptr, place, mask, gradient, keep, lerp1, beta2, lerp2, step_size, root, eps
-):
-    """keep = 1 - lr * decay, lerp = 1 - beta, step_size = lr / (1 - beta1^t), root = sqrt(1 - beta2^t)."""
-    parameter = tl.load(parameter_ptr + place, mask=mask, other=0.0) * keep
-    first = tl.load(first_ptr + place, mask=mask, other=0.0)
-    second = tl.load(second_ptr + place, mask=mask, other=0.0)
-    first += lerp1 * (gradient - first)
-    second = second * beta2 + lerp2 * gradient * gradient
-    divisor = tl.div_rn(tl.sqrt_rn(second), tl.zeros_like(second) + root) + eps
-    tl.store(parameter_ptr + place, parameter - step_size * tl.div_rn(first, divisor), mask=mask)
-    tl.store(first_ptr + place, first, mask=mask)
-    tl.store(second_ptr + place, second, mask=mask)
+def _adamw(learned, place, mask, gradient, keep, adamw):
+    """Moves the elements at ``place`` by one step. ``keep`` is 1 for what does not decay, else that of ``adamw``."""
+    parameter = tl.load(learned.parameter_ptr + place, mask=mask, other=0.0) * keep
+    first = tl.load(learned.first_ptr + place, mask=mask, other=0.0)
+    second = tl.load(learned.second_ptr + place, mask=mask, other=0.0)
+    first += adamw.lerp1 * (gradient - first)
+    second = second * adamw.beta2 + adamw.lerp2 * gradient * gradient
+    divisor = tl.div_rn(tl.sqrt_rn(second), tl.zeros_like(second) + adamw.root) + adamw.eps
+    tl.store(learned.parameter_ptr + place, parameter - adamw.step_size * tl.div_rn(first, divisor), mask=mask)
+    tl.store(learned.first_ptr + place, first, mask=mask)
+    tl.store(learned.second_ptr + place, second, mask=mask)
 
 
-@triton.jit
-def _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb):
-    """x [R, BD], 0 - mean * rstd where not live."""
-    mask_RD = (live_R > 0)[:, None] & (column_D < d)[None, :]
-    h_RD = tl.load(h_ptr + n_R[:, None] * stride_hb + column_D[None, :], mask=mask_RD, other=0.0).to(tl.float32)
-    mean_D = tl.load(mean_ptr + column_D, mask=column_D < d, other=0.0)
-    rstd_D = tl.load(rstd_ptr + column_D, mask=column_D < d, other=0.0)
-    return (h_RD - mean_D[None, :]) * rstd_D[None, :]
+# --- a linear head ---
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -121,7 +220,7 @@ def _linear(
     rstd_ptr,
     logits_ptr,
     actions_ptr,
-    advantages_ptr,
+    meta_ptr,
     drawn_ptr,
     live_ptr,
     weight_ptr,
@@ -149,87 +248,52 @@ def _linear(
     eps,
     K: tl.constexpr,
     KP: tl.constexpr,
-    ALL: tl.constexpr,
-    HAS_DRAWN: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """BD columns of W. The first program moves the bias too, and stores J."""
+    source = Source(x_ptr=h_ptr, stride=stride_hb, bounds_ptr=None, limit_ptr=None)
+    responses = Responses(logits_ptr, actions_ptr, meta_ptr, drawn_ptr, live_ptr, N)
+    objective = Objective(tau, span, floor, entropy_coef, max_ratio)
+    adamw = AdamW(keep, lerp1, beta2, lerp2, step_size, root, eps)
+    weight = Learned(weight_ptr, weight_first_ptr, weight_second_ptr)
+    bias = Learned(bias_ptr, bias_first_ptr, bias_second_ptr)
     column_D = tl.program_id(0) * BD + tl.arange(0, BD)
     k = tl.arange(0, KP)
+    # In registers: the gradients of this program, and per row of a step what is added up at the end.
     d_weight_KD = tl.zeros([KP, BD], tl.float32)
     d_bias_K = tl.zeros([KP], tl.float32)
     gain_R = tl.zeros([R], tl.float32)
     count_R = tl.zeros([R], tl.float32)
+    # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        dz_RK, more_R, live_R = _d_logits(
-            n_R,
-            N,
-            logits_ptr,
-            actions_ptr,
-            advantages_ptr,
-            drawn_ptr,
-            live_ptr,
-            tau,
-            span,
-            floor,
-            entropy_coef,
-            max_ratio,
-            K,
-            KP,
-            ALL,
-            HAS_DRAWN,
-            HAS_LIVE,
-        )
-        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb)
-        d_weight_KD = tl.dot(tl.trans(dz_RK), x_RD, d_weight_KD, input_precision="tf32x3")
-        d_bias_K += tl.sum(dz_RK, 0)
-        gain_R += more_R
-        count_R += live_R
+        pull = _d_logits(responses, objective, n_R, K, KP)
+        rows = Rows(row_R=n_R, there_R=pull.live_R > 0, length_R=n_R)
+        x_RD = standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, "context", 1)
+        d_weight_KD = tl.dot(tl.trans(pull.d_logits_RK), x_RD, d_weight_KD, input_precision="tf32x3")
+        d_bias_K += tl.sum(pull.d_logits_RK, 0)
+        gain_R += pull.gain_R
+        count_R += pull.live_R
+    # Sums become means over the live rows.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
     d_weight_KD = d_weight_KD * share
     d_bias_K = d_bias_K * share
-    place_KD = k[:, None] * d + column_D[None, :]
-    # Without a live row nothing has been learnt, and no moment may decay either.
+    # Without a live row nothing has been learnt, and no moment may decay either: the masks are empty then.
     limit = tl.where(count > 0, K, 0)
+    place_KD = k[:, None] * d + column_D[None, :]
     mask_KD = (k < limit)[:, None] & (column_D < d)[None, :]
-    _adamw(
-        weight_ptr,
-        weight_first_ptr,
-        weight_second_ptr,
-        place_KD,
-        mask_KD,
-        d_weight_KD,
-        keep,
-        lerp1,
-        beta2,
-        lerp2,
-        step_size,
-        root,
-        eps,
-    )
+    _adamw(weight, place_KD, mask_KD, d_weight_KD, keep, adamw)
     squares = tl.sum(tl.sum(tl.where(mask_KD, d_weight_KD * d_weight_KD, 0.0), 1), 0)
     if tl.program_id(0) == 0:
-        _adamw(
-            bias_ptr,
-            bias_first_ptr,
-            bias_second_ptr,
-            k,
-            k < limit,
-            d_bias_K,
-            1.0,
-            lerp1,
-            beta2,
-            lerp2,
-            step_size,
-            root,
-            eps,
-        )
+        _adamw(bias, k, k < limit, d_bias_K, 1.0, adamw)
         squares += tl.sum(d_bias_K * d_bias_K, 0)
         tl.store(objective_ptr, tl.sum(gain_R, 0) * share)
     tl.store(squares_ptr + tl.program_id(0), squares)
+
+
+# --- an MLP ---
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -237,7 +301,7 @@ def _units(
     u_ptr,
     logits_ptr,
     actions_ptr,
-    advantages_ptr,
+    meta_ptr,
     drawn_ptr,
     live_ptr,
     d_u_ptr,
@@ -269,15 +333,21 @@ def _units(
     eps,
     K: tl.constexpr,
     KP: tl.constexpr,
-    ALL: tl.constexpr,
-    HAS_DRAWN: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
 ):
-    """Some units of an MLP: d_u [N, H] of live rows, not yet divided by their number; the step of all but W1."""
+    """HT hidden units of an MLP: du [N, H] of live rows, not yet divided by their number, and the step of their columns
+    of W2 and of their biases. The first program moves the last layer's bias too, and stores J and the number of live
+    rows."""
+    responses = Responses(logits_ptr, actions_ptr, meta_ptr, drawn_ptr, live_ptr, N)
+    objective = Objective(tau, span, floor, entropy_coef, max_ratio)
+    adamw = AdamW(keep, lerp1, beta2, lerp2, step_size, root, eps)
+    weight = Learned(weight_ptr, weight_first_ptr, weight_second_ptr)
+    bias = Learned(bias_ptr, bias_first_ptr, bias_second_ptr)
+    hidden_bias = Learned(hidden_bias_ptr, hidden_bias_first_ptr, hidden_bias_second_ptr)
     unit_H = tl.program_id(0) * HT + tl.arange(0, HT)
     k = tl.arange(0, KP)
+    # In registers: these columns of W2 as they were before the step, and the gradients of this program.
     place_KH = k[:, None] * H + unit_H[None, :]
     weight_KH = tl.load(weight_ptr + place_KH, mask=(k < K)[:, None] & (unit_H < H)[None, :], other=0.0)
     d_weight_KH = tl.zeros([KP, HT], tl.float32)
@@ -285,40 +355,25 @@ def _units(
     d_bias_K = tl.zeros([KP], tl.float32)
     gain_R = tl.zeros([R], tl.float32)
     count_R = tl.zeros([R], tl.float32)
+    # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        dz_RK, more_R, live_R = _d_logits(
-            n_R,
-            N,
-            logits_ptr,
-            actions_ptr,
-            advantages_ptr,
-            drawn_ptr,
-            live_ptr,
-            tau,
-            span,
-            floor,
-            entropy_coef,
-            max_ratio,
-            K,
-            KP,
-            ALL,
-            HAS_DRAWN,
-            HAS_LIVE,
-        )
-        mask_RH = (live_R > 0)[:, None] & (unit_H < H)[None, :]
+        pull = _d_logits(responses, objective, n_R, K, KP)
+        mask_RH = (pull.live_R > 0)[:, None] & (unit_H < H)[None, :]
         place_RH = n_R[:, None] * H + unit_H[None, :]
+        # GELU(u) = u * below, and its derivative is below + u * density, of the normal distribution.
         u_RH = tl.load(u_ptr + place_RH, mask=mask_RH, other=0.0)
         below_RH = 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
         density_RH = 0.3989422804014327 * tl.exp(-0.5 * u_RH * u_RH)
-        d_a_RH = tl.dot(dz_RK, weight_KH, input_precision="tf32x3")
+        d_a_RH = tl.dot(pull.d_logits_RK, weight_KH, input_precision="tf32x3")
         d_u_RH = d_a_RH * (below_RH + u_RH * density_RH)
-        d_weight_KH = tl.dot(tl.trans(dz_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
+        d_weight_KH = tl.dot(tl.trans(pull.d_logits_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
         tl.store(d_u_ptr + place_RH, d_u_RH, mask=mask_RH)
         d_hidden_bias_H += tl.sum(d_u_RH, 0)
-        d_bias_K += tl.sum(dz_RK, 0)
-        gain_R += more_R
-        count_R += live_R
+        d_bias_K += tl.sum(pull.d_logits_RK, 0)
+        gain_R += pull.gain_R
+        count_R += pull.live_R
+    # Sums become means over the live rows. Without one the masks are empty, as in ``_linear``.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
     d_weight_KH = d_weight_KH * share
@@ -327,54 +382,12 @@ def _units(
     limit = tl.where(count > 0, K, 0)
     mask_KH = (k < limit)[:, None] & (unit_H < H)[None, :]
     mask_H = unit_H < tl.where(count > 0, H, 0)
-    _adamw(
-        weight_ptr,
-        weight_first_ptr,
-        weight_second_ptr,
-        place_KH,
-        mask_KH,
-        d_weight_KH,
-        keep,
-        lerp1,
-        beta2,
-        lerp2,
-        step_size,
-        root,
-        eps,
-    )
-    _adamw(
-        hidden_bias_ptr,
-        hidden_bias_first_ptr,
-        hidden_bias_second_ptr,
-        unit_H,
-        mask_H,
-        d_hidden_bias_H,
-        1.0,
-        lerp1,
-        beta2,
-        lerp2,
-        step_size,
-        root,
-        eps,
-    )
+    _adamw(weight, place_KH, mask_KH, d_weight_KH, keep, adamw)
+    _adamw(hidden_bias, unit_H, mask_H, d_hidden_bias_H, 1.0, adamw)
     squares = tl.sum(tl.sum(tl.where(mask_KH, d_weight_KH * d_weight_KH, 0.0), 1), 0)
     squares += tl.sum(tl.where(mask_H, d_hidden_bias_H * d_hidden_bias_H, 0.0), 0)
     if tl.program_id(0) == 0:
-        _adamw(
-            bias_ptr,
-            bias_first_ptr,
-            bias_second_ptr,
-            k,
-            k < limit,
-            d_bias_K,
-            1.0,
-            lerp1,
-            beta2,
-            lerp2,
-            step_size,
-            root,
-            eps,
-        )
+        _adamw(bias, k, k < limit, d_bias_K, 1.0, adamw)
         squares += tl.sum(d_bias_K * d_bias_K, 0)
         tl.store(objective_ptr, tl.sum(gain_R, 0) * share)
         tl.store(count_ptr, count)
@@ -404,45 +417,38 @@ def _first_layer(
     step_size,
     root,
     eps,
-    HAS_LIVE: tl.constexpr,
     R: tl.constexpr,
     HT: tl.constexpr,
     BD: tl.constexpr,
 ):
     """A tile [HT, BD] of W1."""
+    source = Source(x_ptr=h_ptr, stride=stride_hb, bounds_ptr=None, limit_ptr=None)
+    responses = Responses(None, None, None, None, live_ptr, N)
+    adamw = AdamW(keep, lerp1, beta2, lerp2, step_size, root, eps)
+    weight = Learned(weight_ptr, first_ptr, second_ptr)
     unit_H = tl.program_id(0) * HT + tl.arange(0, HT)
     column_D = tl.program_id(1) * BD + tl.arange(0, BD)
+    # In registers: the gradient, [32, 32] by 128 threads. The loop walks over all N responses, R at a time.
     d_weight_HD = tl.zeros([HT, BD], tl.float32)
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        live_R = tl.where(n_R < N, 1.0, 0.0)
-        if HAS_LIVE:
-            live_R = tl.where(tl.load(live_ptr + n_R, mask=n_R < N, other=0) != 0, live_R, 0.0)
+        live_R = _live_rows(responses, n_R)
         mask_HR = (unit_H < H)[:, None] & (live_R > 0)[None, :]
         d_u_HR = tl.load(d_u_ptr + n_R[None, :] * H + unit_H[:, None], mask=mask_HR, other=0.0)
-        x_RD = _standardised(h_ptr, mean_ptr, rstd_ptr, n_R, live_R, column_D, d, stride_hb)
+        rows = Rows(row_R=n_R, there_R=live_R > 0, length_R=n_R)
+        x_RD = standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, "context", 1)
         d_weight_HD = tl.dot(d_u_HR, x_RD, d_weight_HD, input_precision="tf32x3")
+    # ``_units`` has counted the live rows. Without one the mask is empty.
     count = tl.load(count_ptr)
     d_weight_HD = d_weight_HD * tl.div_rn(1.0, tl.maximum(count, 1.0))
     mask_HD = (unit_H < tl.where(count > 0, H, 0))[:, None] & (column_D < d)[None, :]
     place_HD = unit_H[:, None].to(tl.int64) * d + column_D[None, :]
-    _adamw(
-        weight_ptr,
-        first_ptr,
-        second_ptr,
-        place_HD,
-        mask_HD,
-        d_weight_HD,
-        keep,
-        lerp1,
-        beta2,
-        lerp2,
-        step_size,
-        root,
-        eps,
-    )
+    _adamw(weight, place_HD, mask_HD, d_weight_HD, keep, adamw)
     squares = tl.sum(tl.sum(tl.where(mask_HD, d_weight_HD * d_weight_HD, 0.0), 1), 0)
     tl.store(squares_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), squares)
+
+
+# --- logits before the update ---
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -462,79 +468,35 @@ def _logits(
     HT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """z [N, K] and, of an MLP, u [N, H], from the parts of the first launch of ``conductor_weights``."""
+    """z [N, K], and of an MLP u [N, H], from the parts of the first launch of ``conductor_weights``."""
+    tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=hidden_bias_ptr, weight_ptr=weight_ptr, batch=N, units=H)
     n_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = n_R < N
     k = tl.arange(0, KP)
     if MLP:
+        # u is stored on its way. ``logits_tile`` forms it once more, from parts that are in the cache by then.
         for unit in range(0, H, HT):
             unit_H = unit + tl.arange(0, HT)
             mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
-            u_RH = tl.zeros([R, HT], tl.float32)
-            for s in tl.static_range(SPLITS):
-                part_R = parts_ptr + (s * N + n_R) * H
-                u_RH += tl.load(part_R[:, None] + unit_H[None, :], mask=mask_RH, other=0.0)
-            u_RH += tl.load(hidden_bias_ptr + unit_H, mask=unit_H < H, other=0.0)[None, :]
+            u_RH = hidden_tile(tail, n_R, inside_R, unit_H, SPLITS)
             tl.store(u_ptr + n_R[:, None] * H + unit_H[None, :], u_RH, mask=mask_RH)
-    z_RK = logits_tile(parts_ptr, hidden_bias_ptr, weight_ptr, n_R, inside_R, N, H, K, KP, MLP, HT, SPLITS)
+    z_RK = logits_tile(tail, n_R, inside_R, K, KP, MLP, HT, SPLITS)
     z_RK += tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     tl.store(logits_ptr + n_R[:, None] * K + k[None, :], z_RK, mask=inside_R[:, None] & (k < K)[None, :])
 
 
 class Activations(NamedTuple):
-    """Logits [N, K], and before the GELU of an MLP u [N, H]; float32."""
+    """What an update reads of the network's forward, float32: the logits [N, K], and u [N, H] before an MLP's GELU."""
 
     logits: Tensor
     u: Tensor | None
 
 
-class Moments(NamedTuple):
-    """AdamW's first and second moments of one parameter, float32, contiguous, changed in place."""
-
-    first: Tensor
-    second: Tensor
-
-
-class AdamW(NamedTuple):
-    """Options of one step; ``step`` counts from 1."""
-
-    step: int
-    learning_rate: float
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-    def numbers(self) -> tuple[float, ...]:
-        """The arguments of the kernel ``_adamw`` after the gradient, rounded once, here."""
-        return (
-            1.0 - self.learning_rate * self.weight_decay,
-            1.0 - self.beta1,
-            self.beta2,
-            1.0 - self.beta2,
-            self.learning_rate / (1.0 - self.beta1**self.step),
-            float((1.0 - self.beta2**self.step) ** 0.5),
-            self.eps,
-        )
-
-
-class Update(NamedTuple):
-    """J before the step, 0-dim, and the squares of the gradient in parts; float32."""
-
-    objective: Tensor
-    squares: Tensor
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Of -J, over all parameters; 0-dim. Two launches of torch, so only where it is asked for."""
-        return self.squares.sum().sqrt()
-
-
-def activations(h: Tensor, params: Any) -> Activations:
-    """z, and u of an MLP, of contexts [N, d] under an ``ops.ConductorParams``; N at least 1."""
-    number, rewards = h.shape[0], params.weight.shape[0]
+def activations(h: Tensor, params: ConductorParams) -> Activations:
+    """The activations of contexts [N, d]; N is at least 1."""
+    number, rewards = h.shape[0], params.num_rewards
     mlp = params.hidden_weight is not None
-    parts = head_parts(h, params, number)
+    parts = network_parts(ContextSource(h), params, number)
     splits, _, units = parts.shape
     logits = torch.empty(number, rewards, device=h.device, dtype=torch.float32)
     u = torch.empty(number, units, device=h.device, dtype=torch.float32) if mlp else None
@@ -558,107 +520,130 @@ def _logits_launch(rewards: int, mlp: bool, rows: int, units: int, splits: int) 
     return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(mlp))
 
 
+# --- the update ---
+
+
+class Update(NamedTuple):
+    """J before the step, 0-dim, and the squares of the gradient in parts; float32."""
+
+    objective: Tensor
+    squares: Tensor
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm of J's gradient over all parameters, 0-dim. It costs two launches, so only who asks for it pays."""
+        return self.squares.sum().sqrt()
+
+
 def conductor_update(
-    h: Tensor,
-    actions: Tensor | None,
-    advantages: Tensor,
-    params: Any,
-    moments: dict[str, Moments],
-    made: Activations,
-    *,
-    tau: float,
-    min_prob: float,
-    entropy_coef: float,
-    adamw: AdamW,
-    drawn_probs: Tensor | None = None,
-    max_ratio: float = 2.0,
-    live: Tensor | None = None,
+    state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig, made: Activations
 ) -> Update:
-    """Changes ``params`` and ``moments`` by one step of AdamW that maximises J.
+    """Changes the parameters and moments of ``state`` in place by one step of AdamW that maximises J.
+
+    Without a live row nothing changes.
 
     Args:
-        h: [N, d] contexts, N at least 1, columns contiguous, any floating dtype but float64.
-        actions: int [N] and advantages [N], contiguous; or None, and those of all actions [N, K].
-        params: an ``ops.ConductorParams`` of contiguous float32 tensors; mean and rstd stay as they are.
-        moments: by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight" and "hidden_bias".
-        made: the ``activations`` of h under these parameters.
-        tau, min_prob, entropy_coef: as in ``weighting.conductor``.
-        drawn_probs: [N], probabilities that the actions were drawn with, if not these parameters'; then advantages
-            count p / drawn_probs fold, at most ``max_ratio``.
-        live: bool [N], rows that count; all if None. The others may hold anything. Without any, nothing changes.
+        state: contiguous float32 tensors; its ``step`` counts this update.
+        batch: h [N, d] with contiguous columns, any floating dtype but float64, N at least 1; the others contiguous.
+        config: options.
+        made: the ``activations`` of the batch's contexts under these parameters.
     """
-    number, rewards = h.shape[0], params.weight.shape[0]
-    objective = torch.empty((), device=h.device, dtype=torch.float32)
-    objective_numbers = (float(tau), 1.0 - rewards * min_prob, float(min_prob), float(entropy_coef), float(max_ratio))
-    batch = (made.logits, actions, advantages, drawn_probs, live)
-    last = (params.weight, *moments["weight"], params.bias, *moments["bias"])
-    shared = {"R": _ROWS, "num_warps": 4, "enable_fp_fusion": False}
-    columns = max(_PRODUCT_COLUMNS, padded(rewards))
-    head = {"K": rewards, "KP": columns, "ALL": actions is None, "HAS_DRAWN": drawn_probs is not None}
-    given = {"HAS_LIVE": live is not None}
-    tiles = blocks(h.shape[1], _COLUMNS)
+    rewards = state.params.num_rewards
+    objective = torch.empty((), device=batch.h.device, dtype=torch.float32)
+    shared: dict[str, Tensor | float | None] = {
+        "logits_ptr": made.logits,
+        "actions_ptr": batch.actions,
+        "meta_ptr": batch.meta,
+        "drawn_ptr": batch.drawn_probs,
+        "live_ptr": batch.live,
+        **_learned_pointers(state, "weight"),
+        **_learned_pointers(state, "bias"),
+        "objective_ptr": objective,
+        "N": batch.h.shape[0],
+        **Objective.of(config, rewards)._asdict(),
+        **AdamW.of(config, state.step)._asdict(),
+        "K": rewards,
+        "KP": max(_PRODUCT_COLUMNS, padded(rewards)),
+    }
     if made.u is None:
-        squares = torch.empty(tiles, device=h.device, dtype=torch.float32)
-        _linear[(tiles,)](
-            h,
-            params.mean,
-            params.rstd,
-            *batch,
-            *last,
-            objective,
-            squares,
-            number,
-            h.shape[1],
-            h.stride(0),
-            *objective_numbers,
-            *adamw.numbers(),
-            BD=_COLUMNS,
-            **head,
-            **given,
-            **shared,
-        )
-        return Update(objective, squares)
-    units = made.u.shape[1]
-    rows = blocks(units, _COLUMNS)
+        return Update(objective, _update_linear(state.params, batch.h, shared))
+    return Update(objective, _update_mlp(state, batch, made.u, AdamW.of(config, state.step), shared))
+
+
+def _learned_pointers(state: ConductorState, name: str) -> dict[str, Tensor]:
+    """A parameter and its moments by the names of the kernels' arguments."""
+    return {
+        f"{name}_ptr": state.params.learned[name],
+        f"{name}_first_ptr": state.first[name],
+        f"{name}_second_ptr": state.second[name],
+    }
+
+
+def _update_linear(params: ConductorParams, h: Tensor, shared: dict[str, Tensor | float | None]) -> Tensor:
+    """Launches the update of a linear head; gives the squares of its gradient, one number per program."""
+    tiles = blocks(h.shape[1], _COLUMNS)
+    squares = torch.empty(tiles, device=h.device, dtype=torch.float32)
+    _linear[(tiles,)](
+        h_ptr=h,
+        mean_ptr=params.mean,
+        rstd_ptr=params.rstd,
+        squares_ptr=squares,
+        d=h.shape[1],
+        stride_hb=h.stride(0),
+        R=_ROWS,
+        BD=_COLUMNS,
+        **shared,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return squares
+
+
+def _update_mlp(
+    state: ConductorState,
+    batch: ConductorBatch,
+    u: Tensor,
+    adamw: AdamW,
+    shared: dict[str, Tensor | float | None],
+) -> Tensor:
+    """Launches the update of an MLP; gives the squares of its gradient, one number per program of either launch."""
+    h, units = batch.h, u.shape[1]
+    rows, tiles = blocks(units, _COLUMNS), blocks(h.shape[1], _COLUMNS)
     squares = torch.empty(rows + rows * tiles, device=h.device, dtype=torch.float32)
-    d_u, count = torch.empty_like(made.u), torch.empty_like(objective)
+    d_u, count = torch.empty_like(u), torch.empty((), device=h.device, dtype=torch.float32)
     _units[(rows,)](
-        made.u,
-        *batch,
-        d_u,
-        *last,
-        params.hidden_bias,
-        *moments["hidden_bias"],
-        objective,
-        squares,
-        count,
-        number,
-        units,
-        *objective_numbers,
-        *adamw.numbers(),
+        u_ptr=u,
+        d_u_ptr=d_u,
+        **_learned_pointers(state, "hidden_bias"),
+        squares_ptr=squares,
+        count_ptr=count,
+        H=units,
+        R=_UNIT_ROWS,
         HT=_COLUMNS,
-        **head,
-        **given,
-        **shared | {"R": _UNIT_ROWS},
+        **shared,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     _first_layer[(rows, tiles)](
-        h,
-        params.mean,
-        params.rstd,
-        d_u,
-        live,
-        count,
-        params.hidden_weight,
-        *moments["hidden_weight"],
-        squares[rows:],
-        number,
-        units,
-        h.shape[1],
-        h.stride(0),
-        *adamw.numbers(),
+        h_ptr=h,
+        mean_ptr=state.params.mean,
+        rstd_ptr=state.params.rstd,
+        d_u_ptr=d_u,
+        live_ptr=batch.live,
+        count_ptr=count,
+        weight_ptr=state.params.hidden_weight,
+        first_ptr=state.first["hidden_weight"],
+        second_ptr=state.second["hidden_weight"],
+        squares_ptr=squares[rows:],
+        N=h.shape[0],
+        H=units,
+        d=h.shape[1],
+        stride_hb=h.stride(0),
+        **adamw._asdict(),
+        R=_ROWS,
         HT=_COLUMNS,
         BD=_COLUMNS,
-        **given,
-        **shared,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
-    return Update(objective, squares)
+    return squares

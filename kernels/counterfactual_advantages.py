@@ -8,14 +8,17 @@ With n' others, their maximum t, mean t + m and squares M around it, and D = (s_
     s_j(a) - mean = D n' / (n' + 1)          leave_one_out: D
     std^2         = (M + D^2 n' / (n' + 1)) / (n' + 1 - ddof)
 
-so one [G, G] tile of the others' scores serves all actions. M is summed around its own mean and D subtracts t first:
-nothing cancels, and D and M are exactly 0 where all scores are the same.
+so one [G, G] tile of the others' scores serves all actions. M is summed around its own mean and D subtracts t first,
+so that nothing cancels, and D and M are exactly 0 where all scores are the same.
+
+A program takes ``_ROWS`` responses j of one group and all actions. Its tiles are [1, BG] for the group as it is, which
+every program of the group computes anew, [BJ, BG] for the others of each j, and [BJ, BA] for the actions.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,11 +26,144 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
-from maestro_fast.kernels.group_advantages import divisor, live_factors, normalized, reward_moments, switches
+from maestro_fast.kernels.group_advantages import (
+    Inputs,
+    Rules,
+    divisor,
+    live_factors,
+    normalized,
+    reward_moments,
+    switches,
+)
 from maestro_fast.kernels.moments import over
+from maestro_fast.specs import AdvantageProfile
 
 _ROWS = 16  # responses j of one program
 _LARGEST = 1024  # responses of a group
+
+
+class Own(NamedTuple):
+    """Of the BJ responses of a program: their rows in the batch, which of them exist, and their places in the group."""
+
+    rows_J: tl.tensor
+    inside_J: tl.tensor
+    j: tl.tensor
+
+
+class Actions(NamedTuple):
+    """float32 [A, K] in device memory, contiguous; ``a`` [BA] counts the actions."""
+
+    weights_ptr: tl.tensor
+    a: tl.tensor
+    A: tl.tensor
+
+
+@triton.jit
+def _own_factors(own, actions, inputs, zero_JA, K: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """``live_factors`` of the responses j under the weights of each action, both [BJ, BA]."""
+    whole_JA = zero_JA  # the sum of an action's weights
+    rest_JA = zero_JA  # the part of it that lies on live rewards of j
+    present_J = tl.zeros(own.rows_J.shape, tl.int32)  # how many rewards of j are live
+    for k in tl.static_range(K):
+        reward_ptr = inputs.rewards_ptr + own.rows_J * inputs.stride_rb + k * inputs.stride_rk
+        reward_J = tl.load(reward_ptr, mask=own.inside_J, other=float("nan"))
+        action_ptr = actions.weights_ptr + actions.a * K + k
+        action_JA = tl.load(action_ptr, mask=actions.a < actions.A, other=0.0)[None, :] + zero_JA
+        present_J += (reward_J == reward_J).to(tl.int32)
+        whole_JA += action_JA
+        rest_JA += tl.where((reward_J == reward_J)[:, None], action_JA, 0.0)
+    present_JA = present_J[:, None] + tl.zeros(zero_JA.shape, tl.int32)
+    live_JA = present_JA > 0
+    factor_JA = tl.full(zero_JA.shape, 1.0, tl.float32)
+    if RENORMALIZE:
+        partial_JA = present_JA < K
+        live_JA = live_JA & ~(partial_JA & (rest_JA == 0.0))
+        ratio_JA = tl.div_rn(whole_JA, tl.where(rest_JA == 0.0, 1.0, rest_JA))
+        factor_JA = tl.where(partial_JA & live_JA, ratio_JA, 1.0)
+    return live_JA, factor_JA
+
+
+@triton.jit
+def _raw_scores(rows_1G, inside_1G, factor_1G, own_JG, own_factor_JA, actions, inputs, rules, K: tl.constexpr):
+    """Scores before the KL: of the group as it is [1, BG], and of its responses j under each action [BJ, BA]."""
+    raw_1G = tl.zeros(rows_1G.shape, tl.float32)
+    own_raw_JA = tl.zeros(own_factor_JA.shape, tl.float32)
+    for k in tl.static_range(K):  # one reward at a time, since [BJ, BG] and [BJ, BA] fill the registers
+        reward_ptr = inputs.rewards_ptr + rows_1G * inputs.stride_rb + k * inputs.stride_rk
+        reward_1G = tl.load(reward_ptr, mask=inside_1G, other=float("nan"))
+        weight_ptr = inputs.weights_ptr + rows_1G * inputs.stride_wb + k * inputs.stride_wk
+        weight_1G = tl.load(weight_ptr, mask=inside_1G, other=0.0)
+        action_A = tl.load(actions.weights_ptr + actions.a * K + k, mask=actions.a < actions.A, other=0.0)
+        present_1G = reward_1G == reward_1G
+        reward_1G = tl.where(present_1G, reward_1G, 0.0)
+        out_1G = normalized(reward_1G, present_1G, k, inputs.moments_ptr, rules)
+        raw_1G += tl.where(present_1G, weight_1G, 0.0) * factor_1G * out_1G
+        # The sum picks one element, so it is exact. It is 0 where the reward abstained.
+        own_out_J = tl.sum(tl.where(own_JG, out_1G, 0.0), 1)
+        own_raw_JA += action_A[None, :] * own_factor_JA * own_out_J[:, None]
+    return raw_1G, own_raw_JA
+
+
+@triton.jit
+def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rules):
+    """The advantages [BJ, BA] of responses j with the scores own [BJ, BA], among the scores of the others."""
+    # Count, maximum t, mean m and squares M of the others of each j.
+    count_J = tl.sum(others_JG.to(tl.float32), 1)
+    top_J = tl.max(tl.where(others_JG, score_1G, float("-inf")), 1)
+    top_J = tl.where(top_J == float("-inf"), 0.0, top_J)  # there are no others
+    shifted_JG = tl.where(others_JG, score_1G - top_J[:, None], 0.0)
+    mean_J = tl.div_rn(tl.sum(shifted_JG, 1), tl.maximum(count_J, 1.0))
+    off_JG = tl.where(others_JG, shifted_JG - mean_J[:, None], 0.0)
+    squares_J = tl.sum(off_JG * off_JG, 1)
+    # Spread is judged before the KL.
+    high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
+    low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
+    flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
+    # Maxima leave NaN out, sums do not.
+    flat_JA = flat_JA & (squares_J == squares_J)[:, None] & (own_raw_JA == own_raw_JA)
+
+    delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]  # D
+    alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
+    shrink_J = tl.div_rn(count_J, count_J + 1.0)  # n' / (n' + 1)
+    if rules.SCORE_CENTER == "none":
+        out_JA = own_JA
+    elif rules.SCORE_CENTER == "leave_one_out":
+        out_JA = delta_JA
+    else:
+        out_JA = delta_JA * shrink_J[:, None]
+    out_JA = tl.where(alone_JA, own_JA if rules.RAW or rules.SCORE_CENTER == "none" else 0.0, out_JA)
+    if rules.SCORE_SCALE != "none":
+        all_JA = squares_J[:, None] + delta_JA * delta_JA * shrink_J[:, None]
+        freedom_J = tl.maximum(count_J + 1.0 - rules.DDOF, 1.0)
+        std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA)))
+        std_JA = tl.where(alone_JA, 1.0 if rules.RAW else 0.0, std_JA)
+        out_JA = over(out_JA, divisor(std_JA, rules.score_eps, rules.IN_VARIANCE))
+    if rules.RAW:
+        return tl.where(own_live_JA & (alone_JA | ~flat_JA), out_JA, 0.0)
+    else:
+        return tl.where(own_live_JA & ~flat_JA, out_JA, 0.0)
+
+
+@triton.jit
+def _counterfactual_tile(
+    rows_1G, inside_1G, g, own, actions, inputs, rules, K: tl.constexpr, BJ: tl.constexpr, BA: tl.constexpr
+):
+    """cf [BJ, BA] of the responses ``own`` of the group in ``rows_1G``, whose slots are ``g``."""
+    live_1G, factor_1G = live_factors(rows_1G, inside_1G, inputs, K, 1, rules.RENORMALIZE)
+    zero_JA = tl.zeros([BJ, BA], tl.float32)
+    own_live_JA, own_factor_JA = _own_factors(own, actions, inputs, zero_JA, K, rules.RENORMALIZE)
+    own_JG = g[None, :] == own.j[:, None]
+    raw_1G, own_raw_JA = _raw_scores(rows_1G, inside_1G, factor_1G, own_JG, own_factor_JA, actions, inputs, rules, K)
+    raw_1G = tl.where(live_1G, raw_1G, 0.0)
+    score_1G = raw_1G
+    own_JA = own_raw_JA
+    if inputs.kl_ptr is not None:
+        kl_1G = tl.load(inputs.kl_ptr + rows_1G, mask=inside_1G, other=0.0).to(tl.float32)
+        score_1G = tl.where(live_1G, raw_1G - inputs.beta * kl_1G, 0.0)
+        kl_J = tl.load(inputs.kl_ptr + own.rows_J, mask=own.inside_J, other=0.0).to(tl.float32)
+        own_JA = own_raw_JA - inputs.beta * kl_J[:, None]
+    others_JG = live_1G & (g[None, :] != own.j[:, None])
+    return _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rules)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -50,7 +186,6 @@ def _counterfactuals(
     reward_eps,
     score_eps,
     K: tl.constexpr,
-    HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
     SCORE_CENTER: tl.constexpr,
@@ -63,7 +198,19 @@ def _counterfactuals(
     BG: tl.constexpr,
     BA: tl.constexpr,
 ):
-    """One program: the actions of BJ responses of a group, whose scores [1, BG] every one of its programs forms."""
+    """One program: all actions of BJ responses of a group."""
+    inputs = Inputs(
+        rewards_ptr=rewards_ptr,
+        weights_ptr=weights_ptr,
+        kl_ptr=kl_ptr,
+        lengths_ptr=None,
+        moments_ptr=moments_ptr,
+        stride_rb=stride_rb,
+        stride_rk=stride_rk,
+        stride_wb=stride_wb,
+        stride_wk=stride_wk,
+        beta=beta,
+    )
     n = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BG)
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)
@@ -71,96 +218,32 @@ def _counterfactuals(
     rows_1G = tl.load(index_ptr + n * G + g, mask=g < G, other=B)[None, :]
     inside_1G = rows_1G < B
     rows_J = tl.load(index_ptr + n * G + j, mask=j < G, other=B)
-    inside_J = rows_J < B
-    live_1G, factor_1G = live_factors(
+    own = Own(rows_J=rows_J, inside_J=rows_J < B, j=j)
+    actions = Actions(weights_ptr=action_weights_ptr, a=a, A=A)
+    out_JA = _counterfactual_tile(
         rows_1G,
         inside_1G,
-        rewards_ptr,
-        weights_ptr,
-        stride_rb,
-        stride_rk,
-        stride_wb,
-        stride_wk,
+        g,
+        own,
+        actions,
+        inputs,
+        Rules(
+            reward_eps=reward_eps,
+            score_eps=score_eps,
+            REWARD_CENTER=REWARD_CENTER,
+            REWARD_SCALE=REWARD_SCALE,
+            SCORE_CENTER=SCORE_CENTER,
+            SCORE_SCALE=SCORE_SCALE,
+            DDOF=DDOF,
+            RAW=RAW,
+            RENORMALIZE=RENORMALIZE,
+            IN_VARIANCE=IN_VARIANCE,
+        ),
         K,
-        1,
-        RENORMALIZE,
+        BJ,
+        BA,
     )
-
-    whole_JA = tl.zeros([BJ, BA], tl.float32)
-    rest_JA = tl.zeros([BJ, BA], tl.float32)
-    present_J = tl.zeros([BJ], tl.int32)
-    for k in tl.static_range(K):
-        reward_J = tl.load(rewards_ptr + rows_J * stride_rb + k * stride_rk, mask=inside_J, other=float("nan"))
-        action_JA = tl.load(action_weights_ptr + a * K + k, mask=a < A, other=0.0)[None, :] + tl.zeros_like(whole_JA)
-        present_J += (reward_J == reward_J).to(tl.int32)
-        whole_JA += action_JA
-        rest_JA += tl.where((reward_J == reward_J)[:, None], action_JA, 0.0)
-    own_live_JA = (present_J[:, None] + tl.zeros([BJ, BA], tl.int32)) > 0
-    own_factor_JA = tl.full([BJ, BA], 1.0, tl.float32)
-    if RENORMALIZE:
-        partial_JA = (present_J[:, None] + tl.zeros([BJ, BA], tl.int32)) < K
-        own_live_JA = own_live_JA & ~(partial_JA & (rest_JA == 0.0))
-        ratio_JA = tl.div_rn(whole_JA, tl.where(rest_JA == 0.0, 1.0, rest_JA))
-        own_factor_JA = tl.where(partial_JA & own_live_JA, ratio_JA, 1.0)
-
-    own_JG = g[None, :] == j[:, None]
-    raw_1G = tl.zeros([1, BG], tl.float32)
-    own_raw_JA = tl.zeros([BJ, BA], tl.float32)
-    for k in tl.static_range(K):
-        reward_1G = tl.load(rewards_ptr + rows_1G * stride_rb + k * stride_rk, mask=inside_1G, other=float("nan"))
-        weight_1G = tl.load(weights_ptr + rows_1G * stride_wb + k * stride_wk, mask=inside_1G, other=0.0)
-        action_A = tl.load(action_weights_ptr + a * K + k, mask=a < A, other=0.0)
-        present_1G = reward_1G == reward_1G
-        reward_1G = tl.where(present_1G, reward_1G, 0.0)
-        out_1G = normalized(reward_1G, present_1G, k, moments_ptr, reward_eps, REWARD_CENTER, REWARD_SCALE, DDOF, RAW)
-        raw_1G += tl.where(present_1G, weight_1G, 0.0) * factor_1G * out_1G
-        own_out_J = tl.sum(tl.where(own_JG, out_1G, 0.0), 1)  # picks one: exact; 0 where the reward abstained
-        own_raw_JA += action_A[None, :] * own_factor_JA * own_out_J[:, None]
-    raw_1G = tl.where(live_1G, raw_1G, 0.0)
-    score_1G = raw_1G
-    own_JA = own_raw_JA
-    if HAS_KL:
-        kl_1G = tl.load(kl_ptr + rows_1G, mask=inside_1G, other=0.0).to(tl.float32)
-        score_1G = tl.where(live_1G, raw_1G - beta * kl_1G, 0.0)
-        kl_J = tl.load(kl_ptr + rows_J, mask=inside_J, other=0.0).to(tl.float32)
-        own_JA = own_raw_JA - beta * kl_J[:, None]
-
-    others_JG = live_1G & (g[None, :] != j[:, None])
-    count_J = tl.sum(others_JG.to(tl.float32), 1)
-    top_J = tl.max(tl.where(others_JG, score_1G, float("-inf")), 1)
-    top_J = tl.where(top_J == float("-inf"), 0.0, top_J)
-    shifted_JG = tl.where(others_JG, score_1G - top_J[:, None], 0.0)
-    mean_J = tl.div_rn(tl.sum(shifted_JG, 1), tl.maximum(count_J, 1.0))
-    off_JG = tl.where(others_JG, shifted_JG - mean_J[:, None], 0.0)
-    squares_J = tl.sum(off_JG * off_JG, 1)
-    # Spread is judged before the KL.
-    high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
-    low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
-    flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
-    # Maxima leave NaN out, sums do not.
-    flat_JA = flat_JA & (squares_J == squares_J)[:, None] & (own_raw_JA == own_raw_JA)
-
-    delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]
-    alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
-    shrink_J = tl.div_rn(count_J, count_J + 1.0)
-    if SCORE_CENTER == "none":
-        out_JA = own_JA
-    elif SCORE_CENTER == "leave_one_out":
-        out_JA = delta_JA
-    else:
-        out_JA = delta_JA * shrink_J[:, None]
-    out_JA = tl.where(alone_JA, own_JA if RAW or SCORE_CENTER == "none" else 0.0, out_JA)
-    if SCORE_SCALE != "none":
-        all_JA = squares_J[:, None] + delta_JA * delta_JA * shrink_J[:, None]
-        freedom_J = tl.maximum(count_J + 1.0 - DDOF, 1.0)
-        std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA)))
-        std_JA = tl.where(alone_JA, 1.0 if RAW else 0.0, std_JA)
-        out_JA = over(out_JA, divisor(std_JA, score_eps, IN_VARIANCE))
-    if RAW:
-        out_JA = tl.where(own_live_JA & (alone_JA | ~flat_JA), out_JA, 0.0)
-    else:
-        out_JA = tl.where(own_live_JA & ~flat_JA, out_JA, 0.0)
-    mask_JA = inside_J[:, None] & (a < A)[None, :]
+    mask_JA = own.inside_J[:, None] & (a < A)[None, :]
     tl.store(out_ptr + rows_J[:, None] * A + a[None, :], out_JA, mask=mask_JA)
 
 
@@ -170,17 +253,19 @@ def counterfactual_advantages(
     action_weights_AK: Tensor,
     index_NG: Tensor,
     *,
-    profile: Any,
+    profile: AdvantageProfile,
     kl: Tensor | None = None,
     beta: float = 0.0,
 ) -> Tensor:
-    """Launches what ``ops.counterfactual_advantages`` has checked: one launch, two with rewards over the batch.
+    """Launches the kernel on arguments that ``ops.counterfactual_advantages`` has checked.
+
+    One launch does; rewards over the batch cost a second one.
 
     Args:
         rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
         action_weights_AK: float32 [A, K], contiguous.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        profile: an ``ops.AdvantageProfile`` whose scores are compared within groups.
+        profile: one that compares scores within groups.
         kl: [B], contiguous.
 
     Raises:
@@ -195,7 +280,7 @@ def counterfactual_advantages(
         return out
     width = power_of_2(size)
     rows = min(width, _ROWS)
-    _launch(profile, rewards, kl is not None, rows, width, power_of_2(actions))(
+    _launch(profile, rewards, rows, width, power_of_2(actions))(
         (number, blocks(size, rows)),
         index_ptr=index_NG,
         rewards_ptr=rewards_BK,
@@ -219,10 +304,9 @@ def counterfactual_advantages(
 
 
 @lru_cache(maxsize=256)
-def _launch(profile: Any, rewards: int, has_kl: bool, rows: int, width: int, actions: int) -> BoundLaunch:
+def _launch(profile: AdvantageProfile, rewards: int, rows: int, width: int, actions: int) -> BoundLaunch:
     constants = {
         "K": rewards,
-        "HAS_KL": has_kl,
         **switches(profile, False),
         "BJ": rows,
         "BG": width,

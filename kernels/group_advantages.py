@@ -4,24 +4,25 @@
     s    = sum_k w_k r'_k  -  beta * KL        the score of a response
     A    = (s - mean) / (std + eps)            over the profile's scopes
 
-One launch where every scope is a group, or where one program holds the batch (``_WHOLE`` elements). A larger batch
-under a profile with a batch or token scope takes a second launch for the scores and, before both, one for rewards
-that are themselves normalised over the batch: no program waits for another, so there are no counters and no atomics,
-and every sum has one order. Programs of the second launch all repeat the same reduction over the B scores, which are
-in L2.
+One launch does where every scope is a group, or where one program holds the batch (``_WHOLE`` elements). A larger
+batch under a profile with a batch or token scope takes a second launch for the scores and, before both, one for rewards
+that are themselves normalised over the batch. No program waits for another, so there are no counters and no atomics,
+and every sum has one order. The programs of the second launch all repeat the same reduction over the B scores, which
+are in L2.
 
 For B = 4,096, K = 8, G = 16 in a CUDA graph on an H200: 3.1 us with the profile grpo (2.7 in another run), 4.4 (3.8)
 with maestro, where a copy of as many bytes takes 3.5 to 3.8. One reward after the other took 3.4 and 6.0 us on an H100:
-what counts is the chain of dependent instructions, so a tile holds as many rewards as its registers do.
+what counts is the chain of dependent instructions, so a tile holds as many rewards as fit into its registers.
 
-Rewards are added in the order of K, like everywhere in this package, and nothing is contracted into an FMA: equal
-rows get equal scores. There is no backward kernel: autograd goes through the reference of ``ops/group_advantages.py``.
+Rewards are added in the order of K, like everywhere in this package, and nothing is contracted into an FMA, so that
+equal rows get equal scores. There is no backward kernel: autograd goes through the reference of
+``ops/group_advantages.py``.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,49 +31,106 @@ from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
+from maestro_fast.specs import AdvantageProfile, GroupAdvantages
 
 TILE = 16  # responses of one program: one warp reduces them without a barrier
-_PER_THREAD = 8  # rewards of a thread at a time
+_PER_THREAD = 8  # rewards that a thread holds at a time
 _WHOLE = 2048  # the largest batch that one program holds in registers
 _MOST = 8192  # the largest group
 _SCAN = 1024  # responses per step of the reductions over a batch
 _LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)  # bits between the launches: live; the advantage is 0
 
 
+# --- what device functions pass on together ---
+
+
+class Inputs(NamedTuple):
+    """The inputs of a batch of B responses, in device memory.
+
+    Attributes:
+        rewards_ptr, weights_ptr: float32 [B, K] at the strides below; a NaN reward abstained.
+        kl_ptr: [B], or None for scores without a KL.
+        lengths_ptr: [B], the tokens of each completion, for the scope "tokens".
+        moments_ptr: float32 [K, 4] of ``_reward_moments``, for rewards whose scope is "split".
+        beta: the KL's coefficient.
+    """
+
+    rewards_ptr: tl.tensor
+    weights_ptr: tl.tensor
+    kl_ptr: tl.tensor
+    lengths_ptr: tl.tensor
+    moments_ptr: tl.tensor
+    stride_rb: tl.tensor
+    stride_rk: tl.tensor
+    stride_wb: tl.tensor
+    stride_wk: tl.tensor
+    beta: tl.tensor
+
+
+class Rules(NamedTuple):
+    """An ``AdvantageProfile`` as the compiler takes it: all but the epsilons are compile-time constants.
+
+    Triton keeps these constants only where a ``Rules`` is made in the call that takes it, not where it is assigned.
+    A scope is what the profile says, where "batch" and "tokens" mean that a tile holds the batch; or it is "split",
+    because the batch is larger than a tile.
+    """
+
+    reward_eps: tl.tensor
+    score_eps: tl.tensor
+    REWARD_CENTER: tl.constexpr
+    REWARD_SCALE: tl.constexpr
+    SCORE_CENTER: tl.constexpr
+    SCORE_SCALE: tl.constexpr
+    DDOF: tl.constexpr
+    RAW: tl.constexpr  # singleton="raw"
+    RENORMALIZE: tl.constexpr  # missing="renormalize"
+    IN_VARIANCE: tl.constexpr  # score_eps_in="variance"
+
+
+class Series(NamedTuple):
+    """B numbers in device memory, of which mean and deviation are wanted.
+
+    The KIND of the series, a constant, says which count: of "reward" those that are not NaN; of "score" those that
+    ``state_ptr`` marks as live; of "tokens" the same, each as often as ``lengths_ptr`` says.
+    """
+
+    values_ptr: tl.tensor
+    state_ptr: tl.tensor
+    lengths_ptr: tl.tensor
+    B: tl.tensor
+    stride: tl.tensor
+
+
+# --- a tile of groups ---
+
+
 @triton.jit
-def normalized(
-    reward,
-    live,
-    k,
-    moments_ptr,
-    eps,
-    CENTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    DDOF: tl.constexpr,
-    RAW: tl.constexpr,
-):
-    """Rewards over the profile's scopes; 0 where not live, and without another live one in their scope.
+def normalized(reward, live, k, moments_ptr, rules):
+    """Rewards over the profile's scopes; 0 where not live, and where no other is live in their scope.
 
     The tile is [BN, BG] of one reward k, or [BN, BG, KB] of the rewards k [1, 1, KB].
     """
-    if CENTER == "none" and SCALE == "none":
+    if rules.REWARD_CENTER == "none" and rules.REWARD_SCALE == "none":
         return reward
     else:
         counted = live.to(tl.float32)
         zero = tl.zeros_like(reward)
-        if CENTER == "split":
+        if rules.REWARD_CENTER == "split":
+            # The scope is larger than the tile, and its moments were computed before: maximum, mean below it, ...
             top, mean = tl.load(moments_ptr + 4 * k), tl.load(moments_ptr + 4 * k + 1)
             out = tl.where(live, reward - top, 0.0) - mean
         else:
-            out, _ = centred(reward, live, counted, CENTER, RAW)
-        if SCALE == "split":
-            out = over(out, tl.load(moments_ptr + 4 * k + 2) + eps + zero)
-        elif SCALE != "none":
-            out = over(out, deviation(reward, live, counted, SCALE, DDOF, RAW) + eps)
-        SCOPE: tl.constexpr = CENTER if SCALE == "none" else SCALE
+            out, _ = centred(reward, live, counted, rules.REWARD_CENTER, rules.RAW)
+        if rules.REWARD_SCALE == "split":
+            out = over(out, tl.load(moments_ptr + 4 * k + 2) + rules.reward_eps + zero)  # ... standard deviation, ...
+        elif rules.REWARD_SCALE != "none":
+            std = deviation(reward, live, counted, rules.REWARD_SCALE, rules.DDOF, rules.RAW)
+            out = over(out, std + rules.reward_eps)
+        SCOPE: tl.constexpr = rules.REWARD_CENTER if rules.REWARD_SCALE == "none" else rules.REWARD_SCALE
+        # One value has no place among others, unless the profile keeps the raw value of a group of one.
         if SCOPE == "split":
-            out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)
-        elif SCOPE == "batch" or not RAW:
+            out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)  # ... and live elements
+        elif SCOPE == "batch" or not rules.RAW:
             out = tl.where((scope_sum(counted, SCOPE) + zero) < 2.0, 0.0, out)
         return tl.where(live, out, 0.0)
 
@@ -86,36 +144,24 @@ def add_in_order(total_NG, x_NGK, KB: tl.constexpr):
     else:
         k = tl.arange(0, KB)[None, None, :]
         for i in tl.static_range(KB):
-            total_NG += tl.sum(tl.where(k == i, x_NGK, 0.0), 2)
+            total_NG += tl.sum(tl.where(k == i, x_NGK, 0.0), 2)  # picks one element, so this sum is exact
         return total_NG
 
 
 @triton.jit
-def live_factors(
-    rows_NG,
-    inside_NG,
-    rewards_ptr,
-    weights_ptr,
-    stride_rb,
-    stride_rk,
-    stride_wb,
-    stride_wk,
-    K: tl.constexpr,
-    KB: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-):
-    """Which responses count, and by what the weights of their live rewards are scaled up."""
-    whole_NG = tl.zeros(rows_NG.shape, tl.float32)
-    rest_NG = tl.zeros(rows_NG.shape, tl.float32)
-    present_NG = tl.zeros(rows_NG.shape, tl.int32)
-    for block in tl.static_range(0, K, KB):
+def live_factors(rows_NG, inside_NG, inputs, K: tl.constexpr, KB: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """Which responses count, and the factor by which the weights of their live rewards are scaled up."""
+    whole_NG = tl.zeros(rows_NG.shape, tl.float32)  # the sum of a row's weights
+    rest_NG = tl.zeros(rows_NG.shape, tl.float32)  # the part of it that lies on live rewards
+    present_NG = tl.zeros(rows_NG.shape, tl.int32)  # how many of its rewards are live
+    for block in tl.static_range(0, K, KB):  # KB rewards at a time
         k = block + tl.arange(0, KB)[None, None, :]
         mask_NGK = inside_NG[:, :, None] & (k < K)
-        reward_ptr = rewards_ptr + rows_NG[:, :, None] * stride_rb + k * stride_rk
+        reward_ptr = inputs.rewards_ptr + rows_NG[:, :, None] * inputs.stride_rb + k * inputs.stride_rk
         reward_NGK = tl.load(reward_ptr, mask=mask_NGK, other=float("nan"))
         present_NG += tl.sum((reward_NGK == reward_NGK).to(tl.int32), 2)
         if RENORMALIZE:
-            weight_ptr = weights_ptr + rows_NG[:, :, None] * stride_wb + k * stride_wk
+            weight_ptr = inputs.weights_ptr + rows_NG[:, :, None] * inputs.stride_wb + k * inputs.stride_wk
             weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
             whole_NG = add_in_order(whole_NG, weight_NGK, KB)
             rest_NG = add_in_order(rest_NG, tl.where(reward_NGK == reward_NGK, weight_NGK, 0.0), KB)
@@ -123,126 +169,94 @@ def live_factors(
     factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
     if RENORMALIZE:
         partial_NG = present_NG < K
-        live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))  # all weight on abstained rewards: nothing to scale up
+        # A response with all its weight on abstained rewards has nothing to scale up.
+        live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))
         ratio_NG = tl.div_rn(whole_NG, tl.where(rest_NG == 0.0, 1.0, rest_NG))
         factor_NG = tl.where(partial_NG & live_NG, ratio_NG, 1.0)
     return live_NG, factor_NG
 
 
 @triton.jit
-def advantage_tile(
-    rows_NG,
-    inside_NG,
-    rewards_ptr,
-    weights_ptr,
-    kl_ptr,
-    lengths_ptr,
-    moments_ptr,
-    advantages_ptr,
-    scores_ptr,
-    normalized_ptr,
-    mean_ptr,
-    std_ptr,
-    degenerate_ptr,
-    state_ptr,
-    stride_rb,
-    stride_rk,
-    stride_wb,
-    stride_wk,
-    beta,
-    reward_eps,
-    score_eps,
-    K: tl.constexpr,
-    KB: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    REWARD_CENTER: tl.constexpr,
-    REWARD_SCALE: tl.constexpr,
-    SCORE_CENTER: tl.constexpr,
-    SCORE_SCALE: tl.constexpr,
-    DDOF: tl.constexpr,
-    RAW: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    IN_VARIANCE: tl.constexpr,
+def raw_scores(
+    rows_NG, inside_NG, live_NG, factor_NG, inputs, rules, normalized_ptr, K: tl.constexpr, KB: tl.constexpr
 ):
-    """The advantages of BN groups: rows [BN, BG] are responses, ``inside`` those that exist; KB rewards at a time.
-
-    A scope is what the profile says, "batch" and "tokens" meaning that this tile is the batch; or it is "split": the
-    batch is larger. Rewards find their moments in memory then, scores are finished by ``_finish``.
-    """
-    live_NG, factor_NG = live_factors(
-        rows_NG,
-        inside_NG,
-        rewards_ptr,
-        weights_ptr,
-        stride_rb,
-        stride_rk,
-        stride_wb,
-        stride_wk,
-        K,
-        KB,
-        RENORMALIZE,
-    )
+    """Scores [BN, BG] before the KL, 0 where not live. The normalised rewards are stored on the way."""
     raw_NG = tl.zeros(rows_NG.shape, tl.float32)
-    for block in tl.static_range(0, K, KB):
+    for block in tl.static_range(0, K, KB):  # KB rewards at a time, each loaded again, from the L1
         k = block + tl.arange(0, KB)[None, None, :]
         mask_NGK = inside_NG[:, :, None] & (k < K)
-        reward_ptr = rewards_ptr + rows_NG[:, :, None] * stride_rb + k * stride_rk
+        reward_ptr = inputs.rewards_ptr + rows_NG[:, :, None] * inputs.stride_rb + k * inputs.stride_rk
         reward_NGK = tl.load(reward_ptr, mask=mask_NGK, other=float("nan"))
-        weight_ptr = weights_ptr + rows_NG[:, :, None] * stride_wb + k * stride_wk
+        weight_ptr = inputs.weights_ptr + rows_NG[:, :, None] * inputs.stride_wb + k * inputs.stride_wk
         weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
         present_NGK = reward_NGK == reward_NGK
         reward_NGK = tl.where(present_NGK, reward_NGK, 0.0)
-        out_NGK = normalized(
-            reward_NGK,
-            present_NGK,
-            tl.minimum(k, K - 1),
-            moments_ptr,
-            reward_eps,
-            REWARD_CENTER,
-            REWARD_SCALE,
-            DDOF,
-            RAW,
-        )
+        # The last block of KB may reach beyond K, where the moments of a reward that is not there must not be read.
+        out_NGK = normalized(reward_NGK, present_NGK, tl.minimum(k, K - 1), inputs.moments_ptr, rules)
         tl.store(normalized_ptr + rows_NG[:, :, None] * K + k, out_NGK, mask=mask_NGK)
         raw_NG = add_in_order(raw_NG, tl.where(present_NGK, weight_NGK, 0.0) * factor_NG[:, :, None] * out_NGK, KB)
-    raw_NG = tl.where(live_NG, raw_NG, 0.0)
+    return tl.where(live_NG, raw_NG, 0.0)
+
+
+@triton.jit
+def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.constexpr, KB: tl.constexpr):
+    """Computes and stores the advantages of BN groups.
+
+    Everything of the tile stays in registers from the loads to the stores. Scores with a "split" scope are finished by
+    ``_finish``, which reads ``state_ptr``.
+
+    Args:
+        rows_NG, inside_NG: [BN, BG], the responses of the groups, and which of them exist.
+        inputs, rules: ``Inputs`` and ``Rules``.
+        out: ``GroupAdvantages`` of pointers.
+        state_ptr: int8 [B], or None without a "split" scope.
+        KB: rewards that are in registers at a time.
+    """
+    live_NG, factor_NG = live_factors(rows_NG, inside_NG, inputs, K, KB, rules.RENORMALIZE)
+    normalized_ptr = out.normalized_rewards
+    raw_NG = raw_scores(rows_NG, inside_NG, live_NG, factor_NG, inputs, rules, normalized_ptr, K, KB)
+
+    # Spread is judged before the KL, which would tell apart even responses of equal rewards.
     flat_NG = tl.where(spread(raw_NG, live_NG), 0, 1) + tl.zeros(rows_NG.shape, tl.int32)
     zero_NG = flat_NG
-    if RAW:
+    if rules.RAW:
+        # The only live response of its group is flagged, too, but keeps its advantage.
         zero_NG = tl.where(tl.sum(live_NG.to(tl.int32), 1)[:, None] == 1, 0, flat_NG)
     score_NG = raw_NG
-    if HAS_KL:
-        kl_NG = tl.load(kl_ptr + rows_NG, mask=inside_NG, other=0.0).to(tl.float32)
-        score_NG = tl.where(live_NG, raw_NG - beta * kl_NG, 0.0)
-    tl.store(scores_ptr + rows_NG, score_NG, mask=inside_NG)
-    tl.store(degenerate_ptr + rows_NG, flat_NG != 0, mask=inside_NG)
+    if inputs.kl_ptr is not None:
+        kl_NG = tl.load(inputs.kl_ptr + rows_NG, mask=inside_NG, other=0.0).to(tl.float32)
+        score_NG = tl.where(live_NG, raw_NG - inputs.beta * kl_NG, 0.0)
+    tl.store(out.scores + rows_NG, score_NG, mask=inside_NG)
+    tl.store(out.degenerate + rows_NG, flat_NG != 0, mask=inside_NG)
 
     counted_NG = live_NG.to(tl.float32)
     tokens_NG = counted_NG
-    if SCORE_CENTER == "tokens" or SCORE_SCALE == "tokens":
-        tokens_NG = tl.load(lengths_ptr + rows_NG, mask=inside_NG, other=0).to(tl.float32) * counted_NG
+    if rules.SCORE_CENTER == "tokens" or rules.SCORE_SCALE == "tokens":
+        tokens_NG = tl.load(inputs.lengths_ptr + rows_NG, mask=inside_NG, other=0).to(tl.float32) * counted_NG
     out_NG = score_NG
-    if SCORE_CENTER != "split":
-        members_NG = tokens_NG if SCORE_CENTER == "tokens" else counted_NG
-        out_NG, mean_NG = centred(score_NG, live_NG, members_NG, SCORE_CENTER, RAW)
-        tl.store(mean_ptr + rows_NG, mean_NG, mask=inside_NG)
-    if SCORE_SCALE != "split":
-        SPREAD: tl.constexpr = "group" if SCORE_SCALE == "none" else SCORE_SCALE
-        members_NG = tokens_NG if SCORE_SCALE == "tokens" else counted_NG
-        std_NG = deviation(score_NG, live_NG, members_NG, SPREAD, DDOF, RAW)
-        tl.store(std_ptr + rows_NG, std_NG, mask=inside_NG)
-    if SCORE_CENTER == "split" or SCORE_SCALE == "split":
+    if rules.SCORE_CENTER != "split":
+        members_NG = tokens_NG if rules.SCORE_CENTER == "tokens" else counted_NG
+        out_NG, mean_NG = centred(score_NG, live_NG, members_NG, rules.SCORE_CENTER, rules.RAW)
+        tl.store(out.mean + rows_NG, mean_NG, mask=inside_NG)
+    if rules.SCORE_SCALE != "split":
+        # Scores that are not scaled still have their group's standard deviation reported.
+        SPREAD: tl.constexpr = "group" if rules.SCORE_SCALE == "none" else rules.SCORE_SCALE
+        members_NG = tokens_NG if rules.SCORE_SCALE == "tokens" else counted_NG
+        std_NG = deviation(score_NG, live_NG, members_NG, SPREAD, rules.DDOF, rules.RAW)
+        tl.store(out.std + rows_NG, std_NG, mask=inside_NG)
+    if rules.SCORE_CENTER == "split" or rules.SCORE_SCALE == "split":
         state_NG = tl.where(live_NG, _LIVE, 0) + tl.where(zero_NG != 0, _ZERO, 0)
         tl.store(state_ptr + rows_NG, state_NG.to(tl.int8), mask=inside_NG)
     else:
-        if SCORE_SCALE != "none":
-            out_NG = over(out_NG, divisor(std_NG, score_eps, IN_VARIANCE))
+        if rules.SCORE_SCALE != "none":
+            out_NG = over(out_NG, divisor(std_NG, rules.score_eps, rules.IN_VARIANCE))
         out_NG = tl.where(live_NG & (zero_NG == 0), out_NG, 0.0)
-    tl.store(advantages_ptr + rows_NG, out_NG, mask=inside_NG)  # split: the centred score, if it is known here
+    tl.store(out.advantages + rows_NG, out_NG, mask=inside_NG)  # split: the centred score, if it is known here
 
 
 @triton.jit
 def divisor(std, eps, IN_VARIANCE: tl.constexpr):
+    """What the centred score is divided by."""
     if IN_VARIANCE:
         return tl.sqrt_rn(std * std + eps)
     else:
@@ -286,7 +300,6 @@ def _groups(
     score_eps,
     K: tl.constexpr,
     KB: tl.constexpr,
-    HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
     SCORE_CENTER: tl.constexpr,
@@ -298,82 +311,95 @@ def _groups(
     BN: tl.constexpr,
     BG: tl.constexpr,
 ):
+    """One program: BN whole groups, and of a small batch all of them."""
+    inputs = Inputs(
+        rewards_ptr=rewards_ptr,
+        weights_ptr=weights_ptr,
+        kl_ptr=kl_ptr,
+        lengths_ptr=lengths_ptr,
+        moments_ptr=moments_ptr,
+        stride_rb=stride_rb,
+        stride_rk=stride_rk,
+        stride_wb=stride_wb,
+        stride_wk=stride_wk,
+        beta=beta,
+    )
+    out = GroupAdvantages(
+        advantages=advantages_ptr,
+        scores=scores_ptr,
+        normalized_rewards=normalized_ptr,
+        mean=mean_ptr,
+        std=std_ptr,
+        degenerate=degenerate_ptr,
+    )
     rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
     advantage_tile(
         rows_NG,
         inside_NG,
-        rewards_ptr,
-        weights_ptr,
-        kl_ptr,
-        lengths_ptr,
-        moments_ptr,
-        advantages_ptr,
-        scores_ptr,
-        normalized_ptr,
-        mean_ptr,
-        std_ptr,
-        degenerate_ptr,
+        inputs,
+        Rules(
+            reward_eps=reward_eps,
+            score_eps=score_eps,
+            REWARD_CENTER=REWARD_CENTER,
+            REWARD_SCALE=REWARD_SCALE,
+            SCORE_CENTER=SCORE_CENTER,
+            SCORE_SCALE=SCORE_SCALE,
+            DDOF=DDOF,
+            RAW=RAW,
+            RENORMALIZE=RENORMALIZE,
+            IN_VARIANCE=IN_VARIANCE,
+        ),
+        out,
         state_ptr,
-        stride_rb,
-        stride_rk,
-        stride_wb,
-        stride_wk,
-        beta,
-        reward_eps,
-        score_eps,
         K,
         KB,
-        HAS_KL,
-        REWARD_CENTER,
-        REWARD_SCALE,
-        SCORE_CENTER,
-        SCORE_SCALE,
-        DDOF,
-        RAW,
-        RENORMALIZE,
-        IN_VARIANCE,
     )
 
 
+# --- a batch that is larger than a tile ---
+
+
 @triton.jit
-def _element(b, values_ptr, state_ptr, lengths_ptr, B, stride, KIND: tl.constexpr):
-    """Value, whether it is live and how often it counts, of elements b. KIND: reward (NaN: not live), score, tokens."""
-    inside = b < B
+def _element(b, series, KIND: tl.constexpr):
+    """The elements b of a ``Series``: their values, whether they are live, and how often they count."""
+    inside = b < series.B
     if KIND == "reward":
-        value = tl.load(values_ptr + b.to(tl.int64) * stride, mask=inside, other=float("nan"))
+        value = tl.load(series.values_ptr + b.to(tl.int64) * series.stride, mask=inside, other=float("nan"))
         live = value == value
     else:
-        value = tl.load(values_ptr + b.to(tl.int64) * stride, mask=inside, other=0.0)
-        live = (tl.load(state_ptr + b, mask=inside, other=0) & _LIVE) != 0
+        value = tl.load(series.values_ptr + b.to(tl.int64) * series.stride, mask=inside, other=0.0)
+        live = (tl.load(series.state_ptr + b, mask=inside, other=0) & _LIVE) != 0
     counted = tl.where(live, 1.0, 0.0)
     if KIND == "tokens":
-        counted = counted * tl.load(lengths_ptr + b, mask=inside, other=0).to(tl.float32)
+        counted = counted * tl.load(series.lengths_ptr + b, mask=inside, other=0).to(tl.float32)
     return value, live, counted
 
 
 @triton.jit
-def _batch_moments(
-    values_ptr, state_ptr, lengths_ptr, B, stride, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Maximum, mean of what it leaves, standard deviation and count of B elements, in one fixed order."""
+def _batch_moments(series, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum, mean of what it leaves, standard deviation and count of a ``Series``, in one fixed order.
+
+    Each lane of [BLOCK] sums up every BLOCK-th element; the lanes are added up at the end. The three passes over the
+    numbers, which are in L2, are those of ``moments``: maximum, mean, squares around the mean.
+    """
     lane = tl.arange(0, BLOCK)
     top_L = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, B, BLOCK):
-        value_L, live_L, _ = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+    for start in range(0, series.B, BLOCK):
+        value_L, live_L, _ = _element(start + lane, series, KIND)
         top_L = tl.maximum(top_L, tl.where(live_L, value_L, float("-inf")))
     top = tl.max(top_L, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)  # nothing is live
     total_L = tl.zeros([BLOCK], tl.float32)
     count_L = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, B, BLOCK):
-        value_L, live_L, counted_L = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+    for start in range(0, series.B, BLOCK):
+        value_L, live_L, counted_L = _element(start + lane, series, KIND)
         total_L += tl.where(live_L, value_L - top, 0.0) * counted_L
         count_L += counted_L
     count = tl.sum(count_L, 0)
     mean = tl.div_rn(tl.sum(total_L, 0), tl.maximum(count, 1.0))
     squares_L = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, B, BLOCK):
-        value_L, live_L, counted_L = _element(start + lane, values_ptr, state_ptr, lengths_ptr, B, stride, KIND)
+    for start in range(0, series.B, BLOCK):
+        value_L, live_L, counted_L = _element(start + lane, series, KIND)
         off_L = tl.where(live_L, value_L - top - mean, 0.0)
         squares_L += off_L * off_L * counted_L
     std = tl.sqrt_rn(tl.div_rn(tl.sum(squares_L, 0), tl.maximum(count - DDOF, 1.0)))
@@ -382,10 +408,14 @@ def _batch_moments(
 
 @triton.jit(do_not_specialize=["B"])
 def _reward_moments(rewards_ptr, moments_ptr, B, stride_rb, stride_rk, DDOF: tl.constexpr, BLOCK: tl.constexpr):
-    """moments [K, 4] of each reward over the batch: maximum, mean below it, standard deviation, live elements."""
+    """moments [K, 4] of each reward over the batch: maximum, mean below it, standard deviation, live elements.
+
+    One program takes one reward.
+    """
     k = tl.program_id(0)
     values_ptr = rewards_ptr + k * stride_rk
-    top, mean, std, count = _batch_moments(values_ptr, values_ptr, values_ptr, B, stride_rb, "reward", DDOF, BLOCK)
+    series = Series(values_ptr, state_ptr=None, lengths_ptr=None, B=B, stride=stride_rb)
+    top, mean, std, count = _batch_moments(series, "reward", DDOF, BLOCK)
     tl.store(moments_ptr + 4 * k, top)
     tl.store(moments_ptr + 4 * k + 1, mean)
     tl.store(moments_ptr + 4 * k + 2, std)
@@ -408,22 +438,26 @@ def _finish(
     IN_VARIANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a batch or token scope adds to the first launch's scores. Every program reduces the whole batch."""
+    """Compares the scores of the first launch over the batch or its tokens.
+
+    Every program reduces the whole batch, and finishes BLOCK responses.
+    """
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = b < B
     state = tl.load(state_ptr + b, mask=inside, other=0)
     live = (state & _LIVE) != 0
+    series = Series(scores_ptr, state_ptr, lengths_ptr, B, stride=1)
     if CENTER == "batch" or CENTER == "tokens":
         KIND: tl.constexpr = "tokens" if CENTER == "tokens" else "score"
-        top, mean, std, _ = _batch_moments(scores_ptr, state_ptr, lengths_ptr, B, 1, KIND, DDOF, BLOCK)
+        top, mean, std, _ = _batch_moments(series, KIND, DDOF, BLOCK)
         out = tl.where(live, tl.load(scores_ptr + b, mask=inside, other=0.0) - top, 0.0) - mean
         tl.store(mean_ptr + b, tl.zeros([BLOCK], tl.float32) + (mean + top), mask=inside)
     else:
-        out = tl.load(advantages_ptr + b, mask=inside, other=0.0)
+        out = tl.load(advantages_ptr + b, mask=inside, other=0.0)  # the first launch has centred it in its group
     if SCALE == "batch" or SCALE == "tokens":
-        if SCALE != CENTER:
+        if SCALE != CENTER:  # else the deviation came with the mean
             OTHER: tl.constexpr = "tokens" if SCALE == "tokens" else "score"
-            _, _, std, _ = _batch_moments(scores_ptr, state_ptr, lengths_ptr, B, 1, OTHER, DDOF, BLOCK)
+            _, _, std, _ = _batch_moments(series, OTHER, DDOF, BLOCK)
         std_L = tl.zeros([BLOCK], tl.float32) + std
         tl.store(std_ptr + b, std_L, mask=inside)
     else:
@@ -433,37 +467,16 @@ def _finish(
     tl.store(advantages_ptr + b, tl.where(live & ((state & _ZERO) == 0), out, 0.0), mask=inside)
 
 
-class Outputs(NamedTuple):
-    """Tensors of an ``ops.GroupAdvantages``, in its order."""
-
-    advantages: Tensor
-    scores: Tensor
-    normalized_rewards: Tensor
-    mean: Tensor
-    std: Tensor
-    degenerate: Tensor
-
-    @staticmethod
-    def empty(rewards_BK: Tensor) -> Outputs:
-        batch, rewards = rewards_BK.shape
-        device, kind = rewards_BK.device, torch.float32
-        return Outputs(
-            advantages=torch.empty(batch, device=device, dtype=kind),
-            scores=torch.empty(batch, device=device, dtype=kind),
-            normalized_rewards=torch.empty(batch, rewards, device=device, dtype=kind),
-            mean=torch.empty(batch, device=device, dtype=kind),
-            std=torch.empty(batch, device=device, dtype=kind),
-            degenerate=torch.empty(batch, device=device, dtype=torch.bool),
-        )
+# --- launches ---
 
 
 class Tiles(NamedTuple):
     """How groups are dealt to programs.
 
     Attributes:
-        groups, width: BN groups of BG slots per program, powers of 2.
-        programs: of the launch.
-        whole: one program holds the batch.
+        groups, width: BN and BG, the groups of a program and the slots of a group, powers of 2.
+        programs: how many programs the launch has.
+        whole: whether one program holds the batch.
     """
 
     groups: int
@@ -473,9 +486,9 @@ class Tiles(NamedTuple):
 
     @staticmethod
     def of(number: int, size: int, wide: bool) -> Tiles:
-        """Of ``number`` groups of at most ``size`` responses.
+        """The tiles for ``number`` groups of at most ``size`` responses.
 
-        ``wide``: some scope crosses groups, so that one program for all of a small batch saves a launch.
+        ``wide``: whether some scope crosses groups. One program for all of a small batch then saves a launch.
         """
         width = power_of_2(size)
         if width > _MOST:
@@ -490,24 +503,28 @@ class Tiles(NamedTuple):
 
 
 def rewards_at_once(rewards: int, slots: int, warps: int) -> int:
-    """KB of a tile of so many slots: all rewards where they fit into registers, a power of 2."""
+    """KB for a tile of so many slots, a power of 2: all rewards, if they fit into registers."""
     room = max(1, _PER_THREAD * 32 * warps // slots)
     return min(power_of_2(rewards), 1 << (room.bit_length() - 1))
 
 
-def is_wide(profile: Any) -> bool:
-    """Whether some scope of an ``ops.AdvantageProfile`` crosses groups."""
+def is_wide(profile: AdvantageProfile) -> bool:
+    """Whether some scope of the profile crosses groups."""
     scopes = (profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale)
     return not {"batch", "tokens"}.isdisjoint(scopes)
 
 
-def switches(profile: Any, whole: bool) -> dict[str, Any]:
-    """The compile-time arguments of ``advantage_tile`` under an ``ops.AdvantageProfile``."""
-    names = ("reward_center", "reward_scale", "score_center", "score_scale")
-    scopes = {name.upper(): getattr(profile, name) for name in names}
-    if not whole:
-        scopes = {name: "split" if scope in ("batch", "tokens") else scope for name, scope in scopes.items()}
-    return scopes | {
+def switches(profile: AdvantageProfile, whole: bool) -> dict[str, str | int]:
+    """The compile-time constants of ``Rules``. ``whole``: whether one program holds the batch."""
+
+    def scope(name: str) -> str:
+        return "split" if not whole and name in ("batch", "tokens") else name
+
+    return {
+        "REWARD_CENTER": scope(profile.reward_center),
+        "REWARD_SCALE": scope(profile.reward_scale),
+        "SCORE_CENTER": scope(profile.score_center),
+        "SCORE_SCALE": scope(profile.score_scale),
         "DDOF": profile.ddof,
         "RAW": profile.singleton == "raw",
         "RENORMALIZE": profile.missing == "renormalize",
@@ -515,8 +532,8 @@ def switches(profile: Any, whole: bool) -> dict[str, Any]:
     }
 
 
-def reward_moments(rewards_BK: Tensor, profile: Any, whole: bool) -> Tensor | None:
-    """[K, 4] for ``advantage_tile``, where a reward's scope is a batch larger than a tile; else None."""
+def reward_moments(rewards_BK: Tensor, profile: AdvantageProfile, whole: bool) -> Tensor | None:
+    """The moments [K, 4] of ``Inputs`` where the scope of rewards is a batch larger than a tile, else None."""
     if whole or "batch" not in (profile.reward_center, profile.reward_scale):
         return None
     moments_K4 = torch.empty(rewards_BK.shape[1], 4, device=rewards_BK.device, dtype=torch.float32)
@@ -536,15 +553,17 @@ def _reward_moments_launch(ddof: int, block: int) -> BoundLaunch:
     return BoundLaunch(_reward_moments, {"DDOF": ddof, "BLOCK": block}, num_warps=8)
 
 
-def scratch(out: Outputs, profile: Any, whole: bool) -> Tensor | None:
-    """int8 [B] that carries what ``finish`` has to know; None where there is nothing to finish."""
+def scratch(out: GroupAdvantages, profile: AdvantageProfile, whole: bool) -> Tensor | None:
+    """Room [B] for what the first launch tells ``finish``, or None where there is nothing to finish."""
     if whole or not is_wide(profile):
         return None
     return torch.empty_like(out.degenerate, dtype=torch.int8)
 
 
-def finish(out: Outputs, state_B: Tensor | None, lengths: Tensor | None, profile: Any, whole: bool) -> None:
-    """The launch that a batch or token scope of the score needs, where one tile did not hold the batch."""
+def finish(
+    out: GroupAdvantages, state_B: Tensor | None, lengths: Tensor | None, profile: AdvantageProfile, whole: bool
+) -> None:
+    """Compares scores over the batch or its tokens, in a launch of its own, where one tile did not hold the batch."""
     if whole or {"batch", "tokens"}.isdisjoint((profile.score_center, profile.score_scale)):
         return
     batch = out.advantages.shape[0]
@@ -562,7 +581,7 @@ def finish(out: Outputs, state_B: Tensor | None, lengths: Tensor | None, profile
 
 
 @lru_cache(maxsize=64)
-def _finish_launch(profile: Any, block: int) -> BoundLaunch:
+def _finish_launch(profile: AdvantageProfile, block: int) -> BoundLaunch:
     constants = {
         "CENTER": profile.score_center,
         "SCALE": profile.score_scale,
@@ -578,27 +597,27 @@ def group_advantages(
     weights_BK: Tensor,
     index_NG: Tensor,
     *,
-    profile: Any,
+    profile: AdvantageProfile,
     kl: Tensor | None = None,
     beta: float = 0.0,
     lengths: Tensor | None = None,
-) -> Outputs:
-    """Launches what ``ops.group_advantages`` has checked.
+) -> GroupAdvantages:
+    """Launches the kernels on arguments that ``ops.group_advantages`` has checked.
 
     Args:
         rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        profile: an ``ops.AdvantageProfile``; what crosses groups costs a second launch for more than 2,048 slots.
+        profile: a scope of it that crosses groups costs a second launch for more than 2,048 slots.
         kl, lengths: [B], contiguous, any dtype that converts to float32.
     """
-    out = Outputs.empty(rewards_BK)
+    out = GroupAdvantages.empty(rewards_BK)
     batch, rewards = rewards_BK.shape
     if batch == 0:
         return out
     number, size = index_NG.shape
     tiles = Tiles.of(number, size, is_wide(profile))
     state_B = scratch(out, profile, tiles.whole)
-    _groups_launch(profile, rewards, kl is not None, tiles)(
+    _groups_launch(profile, rewards, tiles)(
         (tiles.programs,),
         index_ptr=index_NG,
         rewards_ptr=rewards_BK,
@@ -629,11 +648,10 @@ def group_advantages(
 
 
 @lru_cache(maxsize=256)
-def _groups_launch(profile: Any, rewards: int, has_kl: bool, tiles: Tiles) -> BoundLaunch:
+def _groups_launch(profile: AdvantageProfile, rewards: int, tiles: Tiles) -> BoundLaunch:
     constants = {
         "K": rewards,
         "KB": rewards_at_once(rewards, tiles.groups * tiles.width, tiles.warps),
-        "HAS_KL": has_kl,
         **switches(profile, tiles.whole),
         "BN": tiles.groups,
         "BG": tiles.width,

@@ -7,23 +7,22 @@
 
 The first launch forms the parts of a linear head's logits. A program of ``_groups`` takes whole groups: it adds their
 parts up, makes their weights, and then their advantages, which read the weights where they were just stored. Both
-halves are the very code of ``conductor_weights.py`` and ``group_advantages.py`` on tiles of the same shape and as many
-warps, so the numbers are theirs, bit by bit. That is why an MLP is not fused: its second layer needs four warps, which
-add up a group in another order than one does.
+halves are the very code of ``conductor_weights.py`` and ``group_advantages.py``, on tiles of the same shape and as many
+warps, so the numbers are the same bit by bit. That is why an MLP is not fused: its second layer needs four warps, and
+four warps add up a group in another order than one does.
 
-One launch would have to hold all of d in one program: for B = 512, d = 4096, K = 8 that is 32 programs on 132
-processors, each scheduler of which would issue 7,600 instructions, 4.5 us at 1.7 GHz, and twice as many for d = 8192.
+A single launch would have to hold all of d in one program. For B = 512, d = 4096, K = 8 that is 32 programs on 132
+processors, each scheduler of which would issue 7,600 instructions: 4.5 us at 1.7 GHz, and twice as many for d = 8192.
 
-For these sizes, bfloat16 contexts and G = 16, measured from a CUDA graph on an H200: 14.2 us, of which the first launch
-took 8.4 with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 6.0 us on
-an H100 and the loop unrolled, 6 + 4 us are expected, not measured. With an MLP 41.4 us were measured; 27.7 + 4 + 3.8
-us are expected now. In a training step of 64 responses (d = 1024, K = 4) it took 16 us of 3.16 s.
+For these sizes, bfloat16 contexts and G = 16, 14.2 us were measured from a CUDA graph on an H200. The first launch took
+8.4 of them with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 6.0 us
+on an H100 and with the loop unrolled, 6 + 4 us are expected, not measured. With an MLP 41.4 us were measured;
+27.7 + 4 + 3.8 us are expected now. In a training step of 64 responses (d = 1024, K = 4) it took 16 us of 3.16 s.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -34,22 +33,33 @@ from maestro_fast.kernels import pool_hidden as pooling
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import (
     Draw,
-    Sample,
+    Tail,
     decide,
-    head_parts,
     logits_tile,
+    network_parts,
     padded,
+    sample_pointers,
     weights_of,
 )
 from maestro_fast.kernels.group_advantages import (
     TILE,
-    Outputs,
+    Inputs,
+    Rules,
     advantage_tile,
     group_advantages,
     is_wide,
     rewards_at_once,
     switches,
     tile_rows,
+)
+from maestro_fast.specs import (
+    AdvantageProfile,
+    ConductorChoice,
+    ConductorParams,
+    ConductorSample,
+    ContextSource,
+    GroupAdvantages,
+    ScoreInputs,
 )
 
 _LARGEST = 32  # responses of a group in the fused launch: a warp, which needs no barriers
@@ -93,7 +103,6 @@ def _groups(
     KP: tl.constexpr,
     SOFT: tl.constexpr,
     KB: tl.constexpr,
-    HAS_KL: tl.constexpr,
     REWARD_CENTER: tl.constexpr,
     REWARD_SCALE: tl.constexpr,
     SCORE_CENTER: tl.constexpr,
@@ -106,127 +115,124 @@ def _groups(
     BG: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """Weights and advantages of BN groups of at most BG responses, R = BN * BG of them."""
+    tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=None, weight_ptr=None, batch=B, units=K)
+    sample = ConductorSample(weights_ptr, actions_ptr, log_probs_ptr, entropy_ptr, probs_ptr)
+    draw = Draw(tau, span, floor, equal, alpha, seed, step, offset)
+    # The weights: one row of the tile for each slot of the groups. Slots without a response hold B.
     R: tl.constexpr = BN * BG
     r = tl.arange(0, R)
     n_R = (tl.program_id(0) * BN + r // BG).to(tl.int64)
     g_R = r % BG
     b_R = tl.load(index_ptr + n_R * G + g_R, mask=(n_R < N) & (g_R < G), other=B)
     inside_R = b_R < B
-    z_RK = logits_tile(parts_ptr, None, None, b_R, inside_R, B, K, K, KP, False, 1, SPLITS)
-    decide(
-        z_RK,
-        b_R,
-        inside_R,
-        bias_ptr,
-        weights_ptr,
-        actions_ptr,
-        log_probs_ptr,
-        entropy_ptr,
-        probs_ptr,
-        tau,
-        span,
-        floor,
-        equal,
-        alpha,
-        seed,
-        step,
-        offset,
-        K,
-        KP,
-        SOFT,
-    )
-    tl.debug_barrier()  # other threads of this program load the weights that these stored
+    z_RK = logits_tile(tail, b_R, inside_R, K, KP, False, 1, SPLITS)
+    decide(z_RK, b_R, inside_R, bias_ptr, sample, draw, K, SOFT)
+    # The advantages: other threads of this program load the weights that these have stored, hence the barrier.
+    tl.debug_barrier()
     rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
+    inputs = Inputs(
+        rewards_ptr=rewards_ptr,
+        weights_ptr=weights_ptr,
+        kl_ptr=kl_ptr,
+        lengths_ptr=None,
+        moments_ptr=None,
+        stride_rb=stride_rb,
+        stride_rk=stride_rk,
+        stride_wb=K,
+        stride_wk=1,
+        beta=beta,
+    )
+    out = GroupAdvantages(
+        advantages=advantages_ptr,
+        scores=scores_ptr,
+        normalized_rewards=normalized_ptr,
+        mean=mean_ptr,
+        std=std_ptr,
+        degenerate=degenerate_ptr,
+    )
     advantage_tile(
         rows_NG,
         inside_NG,
-        rewards_ptr,
-        weights_ptr,
-        kl_ptr,
+        inputs,
+        Rules(
+            reward_eps=reward_eps,
+            score_eps=score_eps,
+            REWARD_CENTER=REWARD_CENTER,
+            REWARD_SCALE=REWARD_SCALE,
+            SCORE_CENTER=SCORE_CENTER,
+            SCORE_SCALE=SCORE_SCALE,
+            DDOF=DDOF,
+            RAW=RAW,
+            RENORMALIZE=RENORMALIZE,
+            IN_VARIANCE=IN_VARIANCE,
+        ),
+        out,
         None,
-        None,
-        advantages_ptr,
-        scores_ptr,
-        normalized_ptr,
-        mean_ptr,
-        std_ptr,
-        degenerate_ptr,
-        None,
-        stride_rb,
-        stride_rk,
-        K,
-        1,
-        beta,
-        reward_eps,
-        score_eps,
         K,
         KB,
-        HAS_KL,
-        REWARD_CENTER,
-        REWARD_SCALE,
-        SCORE_CENTER,
-        SCORE_SCALE,
-        DDOF,
-        RAW,
-        RENORMALIZE,
-        IN_VARIANCE,
     )
 
 
 def maestro_advantages(
     rewards_BK: Tensor,
-    params: Any,
-    draw: Draw,
+    params: ConductorParams,
+    choice: ConductorChoice,
     index_NG: Tensor,
-    x: Tensor,
-    *,
-    soft: bool,
-    source: str = "context",
-    bounds: Tensor | None = None,
-    limit_B: Tensor | None = None,
-    profile: Any,
-    kl: Tensor | None = None,
-    beta: float = 0.0,
-    lengths: Tensor | None = None,
-) -> tuple[Sample, Outputs]:
+    contexts: ContextSource,
+    scores: ScoreInputs,
+    profile: AdvantageProfile,
+) -> tuple[ConductorSample, GroupAdvantages]:
     """Launches what ``ops.maestro_advantages`` has checked.
 
     Args:
         rewards_BK: float32 [B, K], any strides; NaN where a reward abstained.
-        params: an ``ops.ConductorParams`` of contiguous float32.
-        draw, soft: as in ``conductor_weights``.
+        params: contiguous float32.
+        choice: see ``conductor_weights``.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        x: [B, d] contexts, or with source "last" or "mean" [T, d] hidden states; any floating dtype but float64.
-        bounds, limit_B: int [B + 1] and [B] or None for these sources, as in ``pool_hidden``.
-        profile, kl, beta, lengths: as in ``group_advantages``.
+        contexts: any floating dtype but float64.
+        scores, profile: see ``group_advantages``.
 
     Raises:
-        ValueError: a group of more than 8,192, see ``group_advantages``.
+        ValueError: a group has more than 8,192 responses, see ``group_advantages``.
     """
-    number, size = index_NG.shape
-    batch, rewards = rewards_BK.shape
+    batch = rewards_BK.shape[0]
     if batch == 0:
-        return Sample.empty(0, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
+        return ConductorSample.empty(0, params.weight), GroupAdvantages.empty(rewards_BK)
     chunk = 1
-    if source == "mean":
+    if contexts.kind == "mean":
         chunk = pooling._CHUNK
-        x = pooling.chunk_sums(x, bounds, limit_B)
-    parts = head_parts(x, params, batch, source=source, bounds=bounds, limit_B=limit_B, chunk=chunk)
-    if params.hidden_weight is not None or size > _LARGEST or is_wide(profile):
-        sample = weights_of(parts, params, draw, soft=soft)
-        options = {"profile": profile, "kl": kl, "beta": beta, "lengths": lengths}
-        return sample, group_advantages(rewards_BK, sample.weights, index_NG, **options)
-    sample, out = Sample.empty(batch, rewards, rewards_BK.device), Outputs.empty(rewards_BK)
+        contexts = contexts._replace(x=pooling.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
+    parts = network_parts(contexts, params, batch, chunk)
+    if params.hidden_weight is None and index_NG.shape[1] <= _LARGEST and not is_wide(profile):
+        return _fused(rewards_BK, parts, params, choice, index_NG, scores, profile)
+    sample = weights_of(parts, params, choice)
+    out = group_advantages(rewards_BK, sample.weights, index_NG, profile=profile, **scores._asdict())
+    return sample, out
+
+
+def _fused(
+    rewards_BK: Tensor,
+    parts: Tensor,
+    params: ConductorParams,
+    choice: ConductorChoice,
+    index_NG: Tensor,
+    scores: ScoreInputs,
+    profile: AdvantageProfile,
+) -> tuple[ConductorSample, GroupAdvantages]:
+    """The launch of ``_groups``, from the parts of a linear head."""
+    (number, size), (batch, rewards) = index_NG.shape, rewards_BK.shape
+    sample, out = ConductorSample.empty(batch, params.weight), GroupAdvantages.empty(rewards_BK)
     width = power_of_2(size)
     groups = max(1, TILE // width)
-    _groups_launch(profile, rewards, soft, kl is not None, groups, width, parts.shape[0])(
+    _groups_launch(profile, rewards, choice.soft, groups, width, parts.shape[0])(
         (blocks(number, groups),),
         parts_ptr=parts,
         bias_ptr=params.bias,
-        **sample.pointers(),
+        **sample_pointers(sample),
         index_ptr=index_NG,
         rewards_ptr=rewards_BK,
-        kl_ptr=kl,
+        kl_ptr=scores.kl,
         advantages_ptr=out.advantages,
         scores_ptr=out.scores,
         normalized_ptr=out.normalized_rewards,
@@ -238,8 +244,8 @@ def maestro_advantages(
         B=batch,
         stride_rb=rewards_BK.stride(0),
         stride_rk=rewards_BK.stride(1),
-        **draw._asdict(),
-        beta=float(beta),
+        **Draw.of(choice, rewards)._asdict(),
+        beta=float(scores.beta),
         reward_eps=float(profile.reward_eps),
         score_eps=float(profile.score_eps),
     )
@@ -248,7 +254,7 @@ def maestro_advantages(
 
 @lru_cache(maxsize=256)
 def _groups_launch(
-    profile: Any, rewards: int, soft: bool, has_kl: bool, groups: int, width: int, splits: int
+    profile: AdvantageProfile, rewards: int, soft: bool, groups: int, width: int, splits: int
 ) -> BoundLaunch:
     warps = weighing.tail_warps(False)
     constants = {
@@ -256,7 +262,6 @@ def _groups_launch(
         "KP": padded(rewards),
         "SOFT": soft,
         "KB": rewards_at_once(rewards, groups * width, warps),
-        "HAS_KL": has_kl,
         **switches(profile, False),
         "BN": groups,
         "BG": width,

@@ -1,11 +1,11 @@
-"""Device functions: means and deviations of a tile of BN groups of at most BG members each.
+"""Device functions for the means and deviations of a tile of BN groups of at most BG members each.
 
     shifted = x - max      mean = sum(shifted) / n      std = sqrt(sum((shifted - mean)^2) / (n - ddof))
 
-A tile is [BN, BG], or [BN, BG, KB] for as many rewards at once, whose chains of dependent instructions then overlap.
-Results keep that rank, with 1 for what was reduced. The maximum goes first, so that identical values give exactly 0.
-``SCOPE`` is "group" (axis 1 of the tile), or "batch" or "tokens" (axes 0 and 1: the tile then has to hold the whole
-batch). Divisions and roots are rounded to nearest, as on the host: the default ones of a GPU are not.
+A tile is [BN, BG], or [BN, BG, KB] for KB rewards at once, whose chains of dependent instructions then overlap. Results
+keep that rank, with 1 for an axis that was reduced. The maximum is subtracted first, so that identical values give
+exactly 0. ``SCOPE`` is "group" (axis 1 of the tile), or "batch" or "tokens" (axes 0 and 1: the tile then has to hold
+the whole batch). Divisions and roots are rounded to nearest, as on the host, because a GPU's default ones are not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def scope_sum(x_NG, SCOPE: tl.constexpr):
+    """The sum of each group, or of the whole tile."""
     total = tl.sum(x_NG, 1, keep_dims=True)
     if SCOPE == "batch" or SCOPE == "tokens":
         total = tl.sum(total, 0, keep_dims=True)
@@ -24,6 +25,7 @@ def scope_sum(x_NG, SCOPE: tl.constexpr):
 
 @triton.jit
 def scope_max(x_NG, SCOPE: tl.constexpr):
+    """The maximum of each group, or of the whole tile."""
     top = tl.max(x_NG, 1, keep_dims=True)
     if SCOPE == "batch" or SCOPE == "tokens":
         top = tl.max(top, 0, keep_dims=True)
@@ -32,9 +34,9 @@ def scope_max(x_NG, SCOPE: tl.constexpr):
 
 @triton.jit
 def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
-    """x minus the scope's live maximum, 0 where not live, and that maximum."""
+    """x minus the maximum of the scope's live elements (0 where not live), and that maximum."""
     top = scope_max(tl.where(live_NG, x_NG, float("-inf")), SCOPE)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a scope without a live element has no maximum
     return tl.where(live_NG, x_NG - top, 0.0), top
 
 
@@ -42,16 +44,17 @@ def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
 def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
     """x minus its scope's mean, and that mean, both of the tile's shape.
 
-    counted: how often each element counts, 0 where not live: 1, or its tokens in the scope "tokens".
-    RAW: a group with one live element has mean 0.
+    counted: how often each element counts: 0 where not live, else 1, or in the scope "tokens" its response's tokens.
+    RAW: the mean of a group with one live element is taken to be 0.
     """
     if SCOPE == "none":
         return x_NG, x_NG * 0.0
     else:
         shifted_NG, top = scope_shifted(x_NG, live_NG, SCOPE)
         total, count = scope_sum(shifted_NG * counted_NG, SCOPE), scope_sum(counted_NG, SCOPE)
-        zero_NG = tl.zeros_like(x_NG)
+        zero_NG = tl.zeros_like(x_NG)  # adding it broadcasts a reduced value to the tile
         if SCOPE == "leave_one_out":
+            # The mean of the other live elements of the group.
             mean_NG = tl.div_rn(total - shifted_NG, tl.maximum(count - counted_NG, 1.0))
         else:
             mean_NG = tl.div_rn(total, tl.maximum(count, 1.0)) + zero_NG
@@ -64,13 +67,14 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
 
 @triton.jit
 def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr, RAW: tl.constexpr):
-    """Standard deviation over the scope, of the tile's shape; 0 for fewer than two live elements.
+    """The standard deviation over the scope, of the tile's shape. It is 0 for fewer than two live elements.
 
-    RAW: 1 for a group of one.
+    RAW: the deviation of a group with one live element is taken to be 1.
     """
     shifted_NG, _ = scope_shifted(x_NG, live_NG, SCOPE)
     count = scope_sum(counted_NG, SCOPE)
     mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))
+    # A second pass over the registers: squares around the mean do not cancel, as E[x^2] - E[x]^2 does.
     off_NG = shifted_NG - mean
     squares = scope_sum(tl.where(live_NG, off_NG * off_NG, 0.0) * counted_NG, SCOPE)
     zero_NG = tl.zeros_like(x_NG)
@@ -82,8 +86,8 @@ def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr
 
 @triton.jit
 def spread(x_NG, live_NG):
-    """int1 [BN, 1]: the live elements of a group are not all the same. One live element or none have no spread; NaN,
-    which the maximum and minimum of a GPU pass over, is one."""
+    """int1 [BN, 1]: whether the live elements of a group differ. One live element or none do not; with a NaN among them
+    they do, which has to be asked for, because the maximum and the minimum of a GPU pass over NaN."""
     top_N = tl.max(tl.where(live_NG, x_NG, float("-inf")), 1)
     low_N = tl.min(tl.where(live_NG, x_NG, float("inf")), 1)
     unknown_N = tl.max(tl.where(live_NG & (x_NG != x_NG), 1, 0), 1)
@@ -92,5 +96,5 @@ def spread(x_NG, live_NG):
 
 @triton.jit
 def over(x, divisor):
-    """x / divisor, rounded to nearest, 0 where the divisor is 0: so without an epsilon what has no spread is 0, too."""
+    """x / divisor rounded to nearest, and 0 where the divisor is 0: what has no spread is 0 without an epsilon, too."""
     return tl.where(divisor == 0.0, 0.0, tl.div_rn(x, tl.where(divisor == 0.0, 1.0, divisor)))

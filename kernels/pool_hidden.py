@@ -3,25 +3,26 @@
     last:  h_b = x[start_b + length_b - 1]                        0 where length_b = 0
     mean:  h_b = sum_t x[start_b + t] / max(length_b, 1)          t = 0 .. length_b - 1
 
-Sequence b begins at row ``bounds[b]`` of x and ends where the next one begins, or after ``limit[b]`` tokens: that is a
-packed batch and its prompts. Without bounds it begins at row b * width: that is a padded batch, whose lengths are the
-limit. Every kernel reads these itself, so nothing is computed from them in launches of its own. A mask takes one
-launch (``mask_segments``), which writes bounds and limit.
+In a packed batch sequence b begins at row ``bounds[b]`` of x and ends where the next one begins, or after ``limit[b]``
+tokens if only its prompt counts. In a padded batch there are no bounds: sequence b begins at row b * width and has
+``limit[b]`` tokens. Every kernel reads these itself, so nothing is computed from them in launches of its own. A mask
+takes one launch (``mask_segments``), which writes bounds and limit.
 
-A mean runs in chunks of ``_CHUNK`` tokens of a sequence, whose sums a second launch adds in their order, so the
+A mean runs in chunks of ``_CHUNK`` tokens of a sequence. A second launch adds up their sums in their order, so the
 result of a sequence does not depend on what else is in the batch. Where no sequence can be longer than a chunk, one
 launch does.
 
-Chunk c of sequence b has slot ``start_b // _CHUNK + b + c`` of the scratch: no two share one, because the chunks of a
-sequence are at most one more than the multiples of ``_CHUNK`` that it covers. So T // _CHUNK + B slots suffice, and
-nobody has to know the lengths on the host. The program of a slot finds its sequence by a search of ``_PIVOTS`` ways:
-one load deep up to 128 sequences, two up to 16,384.
+Chunk c of sequence b has slot ``start_b // _CHUNK + b + c`` of the scratch. No two chunks share a slot, because a
+sequence has at most one chunk more than the multiples of ``_CHUNK`` that it covers. So T // _CHUNK + B slots suffice,
+and nobody has to know the lengths on the host. The program of a slot finds its sequence by a search of ``_PIVOTS``
+ways, which is one load deep up to 128 sequences and two up to 16,384.
 
 Bytes moved: the T d elements of the input, once, and 8 d per slot for the partial sums, which mostly stay in the L2.
-For T = 65,536, d = 4,096 in bfloat16 and B = 64: 537 MB + 10 MB, 0.127 ms at the 4.3 TB/s of an H200, 0.182 ms at
-the 3.0 TB/s of an H100. On top come the end, where the processors run dry for half a program's time (128 registers let
-4 programs run on each of 132 processors, which hold 35 MB of the 547: 3 %), and the second launch, 2 us: 0.133 ms were
-predicted for an H200. Measured there, with B = 128: 0.140 ms, 0.88 of the bandwidth of a copy of as many bytes.
+For T = 65,536, d = 4,096 in bfloat16 and B = 64 that is 537 MB + 10 MB, 0.127 ms at the 4.3 TB/s of an H200 and
+0.182 ms at the 3.0 TB/s of an H100. Two things come on top: the end, where the processors run dry for half a program's
+time (128 registers let 4 programs run on each of 132 processors, which hold 35 MB of the 547, 3 %), and the second
+launch, 2 us. So 0.133 ms were predicted for an H200. With B = 128, 0.140 ms were measured there, which is 0.88 of the
+bandwidth of a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 
-_CHUNK = 256  # tokens of one program: with _COLUMNS 64 KB of bfloat16, 8,192 programs of full chunks in the case above
-_TOKENS = 64  # tokens of one step: 16 KB of bfloat16, eight loads of 16 bytes per thread
-_COLUMNS = 128  # columns of one program, 256 bytes of a bf16 row; programs that run at once read whole rows
+_CHUNK = 256  # tokens of a program: 64 KB of bfloat16 with _COLUMNS, so 8,192 programs of full chunks in the case above
+_TOKENS = 64  # tokens of a step: 16 KB of bfloat16, which are eight loads of 16 bytes per thread
+_COLUMNS = 128  # columns of a program, 256 bytes of a bf16 row; the programs that run at once read whole rows
 _STAGES = 3  # two steps are on their way, 32 KB per program; 26 KB per processor would cover 0.8 us of latency
-_PIVOTS = 128  # sequences that one step of the search compares, one per thread
-_LAST_COLUMNS, _COMBINED_COLUMNS = 1024, 256  # columns of one program of the other launches
+_PIVOTS = 128  # sequences that a step of the search compares, one per thread
+_LAST_COLUMNS, _COMBINED_COLUMNS = 1024, 256  # columns of a program in the other launches
 _AHEAD = 8  # chunks whose sums the second launch loads before it adds them
 
 
 @triton.jit
 def segment(bounds_ptr, limit_ptr, b, inside, HAS_LIMIT: tl.constexpr):
-    """First row and tokens of sequences b of a packed batch, int64; both are 0 where not ``inside``."""
+    """The first row and the number of tokens of sequences b of a packed batch, int64; both 0 where not ``inside``."""
     start = tl.load(bounds_ptr + b, mask=inside, other=0).to(tl.int64)
     length = tl.load(bounds_ptr + b + 1, mask=inside, other=0).to(tl.int64) - start
     if HAS_LIMIT:
@@ -56,6 +57,7 @@ def segment(bounds_ptr, limit_ptr, b, inside, HAS_LIMIT: tl.constexpr):
 
 @triton.jit
 def _first_row(bounds_ptr, width, b, inside, PACKED: tl.constexpr):
+    """The first rows of sequences b, int64."""
     if PACKED:
         return tl.load(bounds_ptr + b, mask=inside, other=0).to(tl.int64)
     else:
@@ -64,7 +66,7 @@ def _first_row(bounds_ptr, width, b, inside, PACKED: tl.constexpr):
 
 @triton.jit
 def _segment(bounds_ptr, limit_ptr, width, b, PACKED: tl.constexpr, HAS_LIMIT: tl.constexpr):
-    """``segment`` of one sequence, in a padded batch, too: rows of ``width`` tokens, of which the limit counts."""
+    """``segment`` of one sequence, which may be a padded row of ``width`` tokens, of which ``limit`` count."""
     if PACKED:
         return segment(bounds_ptr, limit_ptr, b, b >= 0, HAS_LIMIT)
     else:
@@ -84,6 +86,7 @@ def _last(
     HAS_LIMIT: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """One program copies BD columns of the last token of one sequence; those of an empty sequence are 0."""
     b = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     start, length = _segment(bounds_ptr, limit_ptr, width, b, PACKED, HAS_LIMIT)
@@ -94,11 +97,12 @@ def _last(
 
 @triton.jit
 def chunk_sum(x_ptr, row, tokens, column, d, stride_xt, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr):
-    """Sum [BD] over the ``tokens`` rows of x from ``row`` on.
+    """The sum [BD] over the ``tokens`` rows of x from ``row`` on.
 
-    The loop names its stages, as the compiler pipelines loads that feed no matrix product only then: they go to shared
-    memory without passing through registers, ``STAGES`` - 1 steps ahead.
+    The loop names its stages, because only then does the compiler pipeline loads that feed no matrix product. They go
+    to shared memory ``STAGES`` - 1 steps ahead, without passing through registers.
     """
+    # Every thread adds up the elements of its own places in the steps; places are added up once, at the end.
     sum_TD = tl.zeros([BT, BD], tl.float32)
     row_T = tl.arange(0, BT)
     x_TD_ptr = x_ptr + (row + row_T)[:, None] * stride_xt + column[None, :]
@@ -111,16 +115,17 @@ def chunk_sum(x_ptr, row, tokens, column, d, stride_xt, BT: tl.constexpr, BD: tl
 
 @triton.jit
 def first_slot(start, b, CHUNK: tl.constexpr):
+    """The slot of the first chunk of sequence b, which begins at row ``start``."""
     return start // CHUNK + b
 
 
 @triton.jit
 def _owner(bounds_ptr, width, slot, B, PACKED: tl.constexpr, CHUNK: tl.constexpr, BB: tl.constexpr):
-    """The last sequence whose first slot is not behind this one; -1 if there is none.
+    """The last sequence whose first slot is not behind this one, or -1 if there is none.
 
-    Each step compares BB sequences at equal distances and goes on between two of them: first slots ascend.
+    Each step compares BB sequences at equal distances and goes on between two of them, because first slots ascend.
     """
-    lowest = tl.zeros([], tl.int32)
+    lowest = tl.zeros([], tl.int32)  # the sequence is one of [lowest, lowest + span)
     span = tl.zeros([], tl.int32) + B
     found = tl.zeros([], tl.int32)
     while span > 0:
@@ -155,14 +160,17 @@ def _sums(
     BB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [slots, d]: the sum of each slot's chunk, unless it has none. SINGLE: out [B, d], means of one chunk."""
+    """One program sums BD columns of one chunk into out [slots, d]; a slot without a chunk is not written.
+
+    SINGLE: every sequence is one chunk, its slot is its number, and out [B, d] gets the mean.
+    """
     blocks = tl.cdiv(d, BD)
-    slot = tl.program_id(0) // blocks  # the columns of a chunk come one after the other
+    slot = tl.program_id(0) // blocks  # programs of one chunk follow each other, and so read whole rows at once
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     b = slot if SINGLE else _owner(bounds_ptr, width, slot, B, PACKED, CHUNK, BB)
     if b >= 0:
         start, length = _segment(bounds_ptr, limit_ptr, width, b, PACKED, HAS_LIMIT)
-        begin = start * 0 if SINGLE else (slot - first_slot(start, b, CHUNK)) * CHUNK
+        begin = start * 0 if SINGLE else (slot - first_slot(start, b, CHUNK)) * CHUNK  # the chunk's first token
         if SINGLE or begin < length:
             tokens = tl.minimum(length - begin, CHUNK).to(tl.int32)
             sum_D = chunk_sum(x_ptr, start + begin, tokens, column, d, stride_xt, BT, BD, STAGES)
@@ -185,6 +193,7 @@ def _combine(
     AHEAD: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """One program adds up BD columns of the chunks of one sequence, and divides by its tokens."""
     b = tl.program_id(0)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     start, length = _segment(bounds_ptr, limit_ptr, width, b, PACKED, HAS_LIMIT)
@@ -192,7 +201,8 @@ def _combine(
     chunks = tl.cdiv(length, CHUNK).to(tl.int32)
     total_D = tl.zeros([BD], tl.float32)
     for c in range(0, chunks, AHEAD):
-        for i in tl.static_range(AHEAD):  # added in their order; a chunk that is not there adds 0
+        # The loads of AHEAD chunks do not wait for each other. Chunks are added in their order; a missing one adds 0.
+        for i in tl.static_range(AHEAD):
             total_D += tl.load(slot_ptr, mask=column < tl.where(chunks > c + i, d, 0), other=0.0)
             slot_ptr += d
     mean_D = tl.div_rn(total_D, tl.zeros([BD], tl.float32) + tl.maximum(length, 1).to(tl.float32))
@@ -212,8 +222,9 @@ def _mask_segments(
     HAS_PROMPT: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """The first row and the tokens of one row of the mask; the tokens of its prompt if that is shorter."""
+    """One program finds the first token and the number of tokens of one row of the mask, or of its prompt."""
     b = tl.program_id(0).to(tl.int64)
+    # Every lane keeps the first token and the number of tokens that it has met, over blocks of BW tokens.
     first_W = tl.zeros([BW], tl.int32) + width
     count_W = tl.zeros([BW], tl.int32)
     for t in range(0, width, BW):
@@ -231,9 +242,9 @@ def _mask_segments(
 
 
 def mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Bounds [B + 1] and limit [B] of the rows of a mask [B, width], padded on the left or on the right."""
+    """The bounds [B + 1] and the limit [B] of the rows of a mask [B, width], padded on the left or on the right."""
     batch, width = mask.shape
-    room = batch + 2 - batch % 2  # both parts begin at a multiple of 16 bytes
+    room = batch + 2 - batch % 2  # so that both parts begin at a multiple of 16 bytes
     parts = torch.empty(2 * room, device=mask.device, dtype=torch.int64)
     bounds, limit_B = parts[: batch + 1], parts[room : room + batch]
     if batch:
@@ -265,6 +276,7 @@ def _launch_sums(
     out: Tensor,
     single: bool,
 ) -> None:
+    """Sums of chunks into out [slots, d], or with ``single`` means of sequences into out [B, d]."""
     size = flat.shape[1]
     tiles = _CHUNK, _TOKENS, _COLUMNS, _PIVOTS, _STAGES
     _sums_launch(single, bounds is not None, limit_B is not None, *tiles)(
@@ -298,7 +310,7 @@ def _sums_launch(
 
 
 def chunk_sums(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None = None, width: int | None = None) -> Tensor:
-    """Sums [slots, d] of all chunks; a slot without a chunk is not written. The arguments are ``pool_hidden``'s."""
+    """The sums [slots, d] of all chunks. A slot without a chunk is not written. The arguments are ``pool_hidden``'s."""
     batch = _batch(bounds, limit_B)
     sums = torch.empty(flat.shape[0] // _CHUNK + batch, flat.shape[1], device=flat.device, dtype=torch.float32)
     _launch_sums(flat, bounds, limit_B, width, batch, sums, False)
@@ -315,15 +327,15 @@ def _batch(bounds: Tensor | None, limit_B: Tensor | None) -> int:
 def pool_hidden(
     flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None = None, *, mean: bool, width: int | None = None
 ) -> Tensor:
-    """Pools to float32 [B, d] what ``ops.pool_hidden`` has checked and laid out.
+    """Pools to float32 [B, d] the hidden states that ``ops.pool_hidden`` has checked and laid out.
 
     Args:
-        flat: [T, d] hidden states, columns contiguous, any stride of rows: packed, or padded and flattened.
-        bounds: int [B + 1], first rows of the sequences, ascending, and where the last one ends; None: rows of
-            ``width`` tokens, of which ``limit_B`` count.
-        limit_B: int [B], no sequence has more tokens than that.
-        mean: over the sequence; else its last token.
-        width: the padded width, which no sequence exceeds: it may save the second launch.
+        flat: [T, d] hidden states, packed, or padded and flattened, with contiguous columns and any stride of rows.
+        bounds: int [B + 1], the ascending first rows of the sequences and the end of the last one. With None the
+            sequences are rows of ``width`` tokens, of which ``limit_B`` count.
+        limit_B: int [B], tokens that no sequence exceeds.
+        mean: whether the mean over the sequence is wanted, and not its last token.
+        width: the padded width, or None. No sequence exceeds it, which may save the second launch.
     """
     batch, size = _batch(bounds, limit_B), flat.shape[1]
     out = torch.empty(batch, size, device=flat.device, dtype=torch.float32)

@@ -44,7 +44,7 @@ def group_advantages(
     """Rewards [B, K] float32 or bfloat16, all else float32; see ``ops/group_advantages.py``."""
 
 def balance_sequences(lengths: int, count: int, parts: int, equal_size: bool, /) -> list[list[int]]:
-    """Karmarkar-Karp over ``count`` int64 at address ``lengths``; see ``ops/balance_sequences.py``."""
+    """Karmarkar-Karp over ``count`` int64 at address ``lengths``; see ``ops/pack_sequences.py``."""
 
 def conductor_weights(
     h: int,

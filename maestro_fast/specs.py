@@ -79,22 +79,23 @@ Singleton = Literal["zero", "raw"]
 class AdvantageProfile:
     """The normalisation of a GRPO-like method.
 
-    Each reward is centred and scaled over ``reward_center`` and ``reward_scale``; the weighted sum of a response's
-    rewards is its score; the score, centred and scaled over ``score_center`` and ``score_scale``, is its advantage.
+    Each reward is centred and scaled over ``reward_center`` and ``reward_scale``. The weighted sum of a response's
+    rewards is its score. The score, centred and scaled over ``score_center`` and ``score_scale``, is its advantage.
 
     Attributes:
-        reward_center, reward_scale: scope of the mean and the standard deviation of each reward.
-        score_center, score_scale: the same for the score; ``leave_one_out`` is the mean of the others of the group,
-            ``tokens`` the batch in which every response counts once per token of its completion.
-        reward_eps, score_eps: added to the standard deviation.
-        ddof: 1 divides the squared deviations by n - 1 (sample standard deviation), 0 by n (tokens: their number).
-        singleton: the only live response of its group (for a reward: the only one with a live value) has nothing to be
-            compared with. ``zero``: reward or advantage 0. ``raw``: the group counts as having mean 0 and standard
-            deviation 1, so the value itself remains, over 1 + eps if scaled. Scopes wider than a group see it as any
-            other. It is flagged ``degenerate`` either way.
-        missing: a response whose reward k abstained. ``zero``: it counts as 0 in the sum. ``renormalize``: the weights
-            of its live rewards are scaled up to the row's original sum.
-        kl_in: ``score`` subtracts beta * KL from the score; with ``loss`` the KL is the loss's business.
+        reward_center, reward_scale: the scope of the mean and of the standard deviation of each reward.
+        score_center, score_scale: the same for the score. ``leave_one_out`` is the mean of the others of the group, and
+            ``tokens`` is the batch in which every response counts once per token of its completion.
+        reward_eps, score_eps: what is added to the standard deviation.
+        ddof: 1 divides the squared deviations by n - 1 (the sample standard deviation), 0 by n. In the scope ``tokens``
+            n is the number of tokens.
+        singleton: what becomes of the only live response of its group, or of the only live value of a reward in its
+            group, which has nothing to be compared with. ``zero`` makes its reward or advantage 0. ``raw`` takes the
+            group to have mean 0 and standard deviation 1, so the value itself remains, over 1 + eps if it is scaled.
+            Scopes wider than a group treat it like any other. It is flagged ``degenerate`` either way.
+        missing: what becomes of a response whose reward k abstained. ``zero`` counts that reward as 0 in the sum.
+            ``renormalize`` scales the weights of its live rewards up to the row's original sum.
+        kl_in: ``score`` subtracts beta * KL from the score. ``loss`` leaves the KL to the loss.
         score_eps_in: ``std`` divides by std + score_eps, ``variance`` by sqrt(std**2 + score_eps).
     """
 
@@ -144,11 +145,11 @@ def _verl(rewards: Scale, score_center: ScoreCenter, score_scale: ScoreScale, **
     )
 
 
-# maestro: MAESTRO (arXiv 2601.07208), rewards and then scores normalised in the group, with GRPO's sample std.
-# grpo, dr_grpo, grpo_batch: TRL's scale_rewards "group", "none", "batch". gdpo: TRL's normalize_then_sum.
-# rloo: RLOO (arXiv 2402.14740), the mean of the other responses as baseline.
-# verl_grpo, verl_dr_grpo, verl_gdpo: verl's estimator "grpo" with norm_adv_by_std_in_grpo and without, and "gdpo"
-# (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
+# maestro is MAESTRO (arXiv 2601.07208): rewards and then scores are normalised in the group, with GRPO's sample std.
+# grpo, dr_grpo and grpo_batch are TRL's scale_rewards "group", "none" and "batch". gdpo is TRL's normalize_then_sum.
+# rloo is RLOO (arXiv 2402.14740), whose baseline is the mean of the other responses.
+# verl_grpo and verl_dr_grpo are verl's estimator "grpo" with norm_adv_by_std_in_grpo and without it. verl_gdpo is its
+# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
 PROFILES: dict[str, AdvantageProfile] = {
     "maestro": AdvantageProfile(),
     "grpo": _trl("group"),
@@ -163,11 +164,11 @@ PROFILES: dict[str, AdvantageProfile] = {
 
 
 def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
-    """A profile by name, or the profile itself.
+    """The profile of that name, or the profile itself.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a profile.
+        ValueError: the name is unknown.
+        TypeError: the argument is neither a name nor a profile.
     """
     if isinstance(profile, AdvantageProfile):
         return profile
@@ -179,15 +180,18 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
 
 
 class GroupAdvantages(NamedTuple):
-    """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
+    """Advantages and what they were made of, float32 [B] (float64 for float64 rewards) unless noted.
+
+    The kernels pass the same record on with pointers in its fields.
 
     Attributes:
-        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
-            live reward.
+        advantages: they are 0 for degenerate groups (except singletons that the profile leaves raw) and for responses
+            without a live reward.
         scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
         normalized_rewards: [B, K], 0 where a reward abstained.
-        mean: what was subtracted from the score (leave-one-out: the mean of the others).
-        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
+        mean: what was subtracted from the score. With ``leave_one_out`` that is the mean of the others.
+        std: the deviation of the scores over the scope ``score_scale``, or over the group where that is ``none``. It is
+            1 for a raw singleton.
         degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
     """
 
@@ -211,15 +215,18 @@ class GroupAdvantages(NamedTuple):
 
 # --- the Conductor ---
 
+WeightMode = Literal["sample", "soft"]
+
 
 @dataclass(frozen=True)
 class ConductorParams:
-    """Parameters of the head, float32 (float64 for a reference).
+    """The parameters of the Conductor's network, all float32 (all float64 for a reference).
 
     Attributes:
-        mean, rstd: [d], standardisation of h, frozen between updates.
-        weight, bias: [K, d] or [K, H] and [K], the last layer; zeros mean equal weights.
-        hidden_weight, hidden_bias: [H, d] and [H] of an MLP head, or None for a linear one.
+        mean, rstd: [d], the mean of the contexts and one over their standard deviation. They standardise h and change
+            only between updates.
+        weight, bias: the last layer, [K, d] or [K, H], and [K]. Zeros give equal weights.
+        hidden_weight, hidden_bias: [H, d] and [H], the hidden layer of an MLP; None for a linear head.
     """
 
     mean: Tensor
@@ -234,12 +241,12 @@ class ConductorParams:
         return self.weight.shape[0]
 
     def logits(self, h: Tensor) -> Tensor:
-        """z [B, K] of contexts [B, d]."""
+        """The logits z [B, K] of contexts [B, d]."""
         with torch.autocast(h.device.type, enabled=False):
             return functional.linear(self.features(h), self.weight, self.bias)
 
     def features(self, h: Tensor) -> Tensor:
-        """What the last layer is applied to: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
+        """The last layer's input: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
         x = (h.to(self.weight.dtype) - self.mean) * self.rstd
         if self.hidden_weight is None:
             return x
@@ -252,27 +259,113 @@ class ConductorParams:
 
     @property
     def contiguous_floats(self) -> ConductorParams:
-        """The same in contiguous float32, as the kernels read them; itself where it is so already."""
+        """The parameters as contiguous float32, which the kernels read: these themselves if they are so already."""
         if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in self.tensors):
             return self
         return ConductorParams(*(None if x is None else x.float().contiguous() for x in self.tensors))  # type: ignore[arg-type]
 
     @property
     def learned(self) -> dict[str, Tensor]:
-        """What an update changes, by name."""
+        """The parameters that an update changes, by name."""
         found = {name: getattr(self, name) for name in ("weight", "bias", "hidden_weight", "hidden_bias")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-@dataclass(frozen=True)
-class ConductorState:
-    """A head and AdamW's moments of it.
+class ConductorChoice(NamedTuple):
+    """How the Conductor turns probabilities into weights, and the key of its draws; see ``ops.conductor_weights``.
 
     Attributes:
-        params: contiguous, of one dtype, float32 (float64 for a reference).
-        first, second: moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight" and
-            "hidden_bias"; like the parameters, contiguous.
-        step: updates made so far.
+        tau: temperature of the softmax.
+        min_prob: floor of every probability.
+        alpha: how far a drawn action moves the weights from equal to one-hot.
+        mode: "sample" draws an action; "soft" takes the probabilities as weights and draws none.
+        seed, step, offset: key of the draws; ``offset`` is the global index of the first response.
+    """
+
+    tau: float
+    min_prob: float
+    alpha: float
+    mode: WeightMode = "sample"
+    seed: int = 0
+    step: int = 0
+    offset: int = 0
+
+    @property
+    def soft(self) -> bool:
+        return self.mode == "soft"
+
+
+class ConductorSample(NamedTuple):
+    """What the Conductor chose for each of B responses.
+
+    Attributes:
+        weights: [B, K], the weights of the rewards.
+        actions: int64 [B], the reward that was drawn, or the likeliest one in soft mode.
+        log_probs: [B], the log-prob of the action.
+        entropy: [B], the entropy of the probabilities in nats.
+        probs: [B, K], the probabilities that actions were drawn with.
+    """
+
+    weights: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    probs: Tensor
+
+    @staticmethod
+    def empty(batch: int, weight: Tensor) -> ConductorSample:
+        """Room for the float32 results of ``batch`` responses under a last layer [K, H] or [K, d], on its device."""
+        K, device = weight.shape[0], weight.device
+        return ConductorSample(
+            weights=torch.empty(batch, K, dtype=torch.float32, device=device),
+            actions=torch.empty(batch, dtype=torch.int64, device=device),
+            log_probs=torch.empty(batch, dtype=torch.float32, device=device),
+            entropy=torch.empty(batch, dtype=torch.float32, device=device),
+            probs=torch.empty(batch, K, dtype=torch.float32, device=device),
+        )
+
+
+SourceKind = Literal["context", "last", "mean"]
+
+
+class ContextSource(NamedTuple):
+    """Where the contexts of B responses are: in a tensor of their own, or in hidden states that are to be pooled.
+
+    Attributes:
+        x: [B, d] contexts with kind "context", else packed hidden states [T, d]; columns are contiguous.
+        kind: "context"; "last" takes the last hidden state of each response, "mean" takes their mean.
+        bounds: int [B + 1], where each response begins and ends in the hidden states; None for contexts.
+        limit_B: int [B], how many hidden states of each response count; None for all.
+    """
+
+    x: Tensor
+    kind: SourceKind = "context"
+    bounds: Tensor | None = None
+    limit_B: Tensor | None = None
+
+    @property
+    def responses(self) -> int:
+        """B."""
+        return self.x.shape[0] if self.bounds is None else self.bounds.shape[0] - 1
+
+
+class ScoreInputs(NamedTuple):
+    """What a score needs besides rewards and weights: see ``ops.group_advantages``."""
+
+    kl: Tensor | None
+    beta: float
+    lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class ConductorState:
+    """The Conductor's parameters and AdamW's moments of them.
+
+    Attributes:
+        params: contiguous tensors of one dtype, float32 (float64 for a reference).
+        first, second: AdamW's moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight"
+            and "hidden_bias". They are contiguous, like the parameters.
+        step: the number of updates made so far.
     """
 
     params: ConductorParams
@@ -282,23 +375,23 @@ class ConductorState:
 
     @staticmethod
     def start(params: ConductorParams) -> ConductorState:
-        """Of a head that has not learnt yet."""
+        """The state before the first update: all moments are 0."""
         first, second = ({name: torch.zeros_like(x) for name, x in params.learned.items()} for _ in range(2))
         return ConductorState(params, first, second)
 
 
 @dataclass(frozen=True)
 class ConductorBatch:
-    """N responses to learn from.
+    """N responses that an update learns from.
 
     Attributes:
         h: [N, d] contexts, any floating dtype.
-        meta: [N] meta-rewards of the actions drawn (the paper's: their advantages; or those minus a baseline), or
-            without ``actions`` [N, K] of all actions.
+        meta: with ``actions``, [N] meta-rewards of the actions that were drawn (in the paper their advantages; with a
+            baseline, those minus it). Without ``actions``, [N, K] meta-rewards of all actions.
         actions: int [N], or None.
-        drawn_probs: [N] probabilities that the actions were drawn with, where that was not by these parameters: their
-            meta-rewards then count p / drawn_probs fold, at most ``max_ratio``.
-        live: bool [N], rows that count; all if None. The others may hold anything, NaN included.
+        drawn_probs: [N], the probabilities that the actions were drawn with, where other parameters than the present
+            ones drew them. The meta-rewards then count p / drawn_probs fold, at most ``max_ratio``.
+        live: bool [N], the rows that count; None if all do. The other rows may hold anything, NaN included.
     """
 
     h: Tensor
@@ -310,13 +403,13 @@ class ConductorBatch:
 
 @dataclass(frozen=True)
 class ConductorUpdateConfig:
-    """Options of an update.
+    """Options of an update of the Conductor.
 
     Attributes:
-        tau, min_prob: as in ``conductor_weights``.
+        tau, min_prob: see ``ConductorChoice``.
         entropy_coef: weight of the entropy of p in the objective.
-        learning_rate, weight_decay, beta1, beta2, eps: of AdamW. Biases do not decay.
-        max_ratio: importance ratios beyond it would let one old response rule an update.
+        learning_rate, weight_decay, beta1, beta2, eps: options of AdamW. Biases do not decay.
+        max_ratio: the largest importance ratio. Without a bound one old response could rule an update.
     """
 
     tau: float = 1.0

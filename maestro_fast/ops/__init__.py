@@ -4,7 +4,6 @@ Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V 
 """
 
 from maestro_fast.ops.backend import SERVED_BY
-from maestro_fast.ops.balance_sequences import balance_sequences
 from maestro_fast.ops.conductor_update import conductor_update
 from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weights
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
@@ -13,7 +12,7 @@ from maestro_fast.ops.groups import Groups
 from maestro_fast.ops.linear_policy_loss import linear_policy_loss
 from maestro_fast.ops.loss_function import loss_function
 from maestro_fast.ops.maestro_advantages import maestro_advantages
-from maestro_fast.ops.pack_sequences import pack_sequences
+from maestro_fast.ops.pack_sequences import balance_sequences, pack_sequences
 from maestro_fast.ops.policy_loss import policy_loss
 from maestro_fast.ops.pool_hidden import pool_hidden
 from maestro_fast.ops.token_logprobs import token_logprobs

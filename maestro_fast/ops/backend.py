@@ -1,4 +1,4 @@
-"""Which backend serves an op: an explicit ``backend=`` is obeyed or raises, nothing falls back silently."""
+"""Which backend serves an op: an explicit ``backend=`` is obeyed or raises, and nothing falls back silently."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from maestro_fast.ops import cpp, gpu
 
 Backend = Literal["torch", "cpp", "triton"]
 
-# Every op has a reference that needs nothing compiled, "torch"; that of the last two is plain Python. A backend is
-# listed here once it exists and agrees with the reference; the first that can take the tensors at hand serves them.
+# Every op has a reference that needs nothing compiled, "torch"; that of pack_sequences and balance_sequences is plain
+# Python. A backend is listed here once it exists and agrees with the reference. Without a choice by the caller, the
+# first that can take the tensors at hand serves them.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "group_advantages": ("cpp", "triton", "torch"),
     "counterfactual_advantages": ("cpp", "triton", "torch"),
@@ -26,12 +27,17 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "balance_sequences": ("cpp", "torch"),
 }
 
-
-_DIFFERENTIABLE = ("policy_loss", "token_logprobs", "linear_policy_loss")  # by Triton
+# The ops whose Triton kernels have a backward pass. Where a gradient is wanted of others, PyTorch serves them.
+_DIFFERENTIABLE_BY_TRITON = ("policy_loss", "token_logprobs", "linear_policy_loss")
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:
     """The backend that serves ``op`` on these tensors.
+
+    Args:
+        op: a key of ``SERVED_BY``.
+        backend: the caller's choice, or None for the first backend that can take the tensors.
+        tensors: everything that the op reads; None stands for one that was not given.
 
     Raises:
         ValueError: ``backend`` names one that does not serve this op, or not on these tensors.
@@ -48,7 +54,7 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
 
 
 def _obstacle(op: str, backend: Backend, tensors: tuple[Tensor | None, ...], chosen: bool) -> str | None:
-    """Why a backend cannot take these tensors, or None; the reference takes all."""
+    """Why a backend cannot take these tensors, or None. The reference takes all."""
     if backend == "triton":
-        return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE)
+        return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE_BY_TRITON)
     return cpp.obstacle(tensors) if backend == "cpp" else None

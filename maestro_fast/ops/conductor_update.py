@@ -1,6 +1,6 @@
 """One update of the Conductor: the meta-gradient in closed form, and a step of AdamW (arXiv 1711.05101).
 
-    p = (1 - K m) q + m,   q = softmax(z / tau),   z = head((h - mean) * rstd)
+    p = (1 - K m) q + m,   q = softmax(z / tau),   z = network((h - mean) * rstd)
     J = mean_i [ r_i mu_i log p_i(a_i) + entropy_coef H(p_i) ]         actions drawn; r = min(p(a) / drawn, max_ratio)
     J = mean_i [ sum_a p_i(a) mu_i(a)  + entropy_coef H(p_i) ]         all actions
 
@@ -11,15 +11,15 @@
     linear  dW = dz^T x,   db = sum dz                                              x = (h - mean) * rstd
     MLP     dW2 = dz^T GELU(u),   du = dz W2 GELU'(u),   dW1 = du^T x,   db1 = sum du          u = W1 x + b1
 
-mu is REINFORCE's with the advantage of the drawn action (MAESTRO, arXiv 2601.07208), the baseline estimator's with that
-minus its expectation, and the sum over all actions with one value for each. Anything else whose derivative by p is
-known, such as ``pathwise`` of ``weighting.conductor``, goes in as that derivative for all actions.
+mu is the meta-reward. For REINFORCE it is the advantage of the drawn action (MAESTRO, arXiv 2601.07208); with a
+baseline, that minus its expectation; the sum over all actions takes one value for each. Any other objective whose
+derivative by p is known, such as ``pathwise`` of ``weighting.conductor``, goes in as that derivative for all actions.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +27,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_state import check_experience, check_update
-from maestro_fast.ops.conductor_weights import kernel_rows
+from maestro_fast.ops.conductor_weights import check_params, kernel_rows
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import without_autocast
-from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig
+from maestro_fast.ops.tensors import is_integer, readable, without_autocast
+from maestro_fast.specs import (
+    ConductorBatch,
+    ConductorParams,
+    ConductorState,
+    ConductorUpdateConfig,
+    as_text,
+    from_text,
+)
 
 
 def conductor_update(
@@ -43,23 +49,24 @@ def conductor_update(
 ) -> tuple[ConductorState, dict[str, Tensor]]:
     """One step of AdamW that maximises J, without a graph of autograd.
 
+    Without a live row no tensor changes, and both metrics are 0. ``step`` and the options are numbers of the host: a
+    CUDA graph keeps those that it was captured with.
+
     Args:
-        state: the head and its moments, whose tensors **change in place**, as an optimiser's do.
+        state: the parameters and their moments, whose tensors **change in place**, as an optimizer's do.
         batch: N responses.
-        config: options; the defaults if None.
-        backend: "triton", "torch", or None: Triton on a CUDA device unless there is float64.
+        config: options; None means the defaults.
+        backend: "triton", "torch", or None. None means Triton on a CUDA device unless there is float64.
 
     Returns:
-        The state after it, with one more step, holding the same tensors. Metrics, 0-dim tensors of the parameters'
-        dtype: ``objective``, J before the step, and ``grad_norm``, the 2-norm of its gradient over all parameters.
-
-    Without a live row no tensor changes and both metrics are 0. ``step`` and the options are numbers of the host: a
-    CUDA graph holds those that it was captured with.
+        The state after the update, which holds the same tensors and counts one more step. Then the metrics, 0-dim
+        tensors of the parameters' dtype: ``objective``, J before the step, and ``grad_norm``, the 2-norm of J's
+        gradient over all parameters.
 
     Raises:
-        ValueError: shapes, devices, strides, no rows, moments of other parameters, actions out of range (where the
-            host can look at them), or a number out of its range.
-        TypeError: dtypes.
+        ValueError: a shape, device or stride does not fit, there are no rows, the moments belong to other parameters,
+            an action is out of range (where the host can look at it), or a number is out of its range.
+        TypeError: a dtype does not fit.
     """
     config = ConductorUpdateConfig() if config is None else config
     check_update(state, batch, config)
@@ -78,10 +85,79 @@ def conductor_update(
     return after, {"objective": objective, "grad_norm": norm}
 
 
+# --- checks ---
+
+
+def check_update(state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:
+    """Raises a ValueError or TypeError that names the argument."""
+    check_experience(state.params, batch, config)
+    learned = state.params.learned
+    if state.step < 0:
+        raise ValueError(f"state.step: {state.step}, expected the number of updates so far")
+    for kind in ("first", "second"):
+        moments = getattr(state, kind)
+        if moments.keys() != learned.keys():
+            raise ValueError(f"state.{kind}: of {', '.join(moments) or 'nothing'}, expected {', '.join(learned)}")
+        for name, x in learned.items():
+            moment = moments[name]
+            if (moment.shape, moment.dtype, moment.device) != (x.shape, x.dtype, x.device):
+                came = f"{moment.dtype} {tuple(moment.shape)} on {moment.device}"
+                raise ValueError(
+                    f"state.{kind}.{name}: {came}, expected {x.dtype} {tuple(x.shape)} on {x.device} as the parameter"
+                )
+            if not moment.is_contiguous():
+                raise ValueError(f"state.{kind}.{name}: strides {moment.stride()}, expected a contiguous tensor")
+    for name, x in learned.items():
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state.params.{name}: dtype {x.dtype}, expected float32 or float64")
+        if not x.is_contiguous():
+            raise ValueError(f"state.params.{name}: strides {x.stride()}, expected a contiguous tensor")
+
+
+def check_experience(params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:
+    """Raises a ValueError or TypeError that names the argument, for an update of these parameters."""
+    if not batch.h.is_floating_point():
+        raise TypeError(f"h: dtype {batch.h.dtype}, expected a floating dtype")
+    check_params(batch.h, params)
+    rows, K = batch.h.shape[0], params.num_rewards
+    if rows == 0:
+        raise ValueError(f"h: shape {tuple(batch.h.shape)}, expected at least one row")
+    if not config.min_prob < 1 / K:
+        raise ValueError(f"min_prob: {config.min_prob}, expected 0 <= min_prob < 1 / K = {1 / K:.4g}")
+    if batch.actions is None and batch.drawn_probs is not None:
+        raise ValueError("drawn_probs: given without actions, expected the actions that they belong to")
+    wanted = {"meta": (rows, K) if batch.actions is None else (rows,)}
+    for name in ("meta", "actions", "drawn_probs", "live"):
+        x, shape = getattr(batch, name), wanted.get(name, (rows,))
+        if x is None:
+            continue
+        if x.shape != shape:
+            beside = "" if name != "meta" else f" with{'out' if batch.actions is None else ''} actions"
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {shape}{beside}")
+        if x.device != batch.h.device:
+            raise ValueError(f"{name}: on {x.device}, expected {batch.h.device} as h")
+        _check_dtype(name, x)
+    actions = batch.actions
+    if actions is not None and readable(actions) and not bool(((actions >= 0) & (actions < K)).all()):
+        raise ValueError(f"actions: from {int(actions.min())} to {int(actions.max())}, expected 0 <= action < {K}")
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if name == "actions" and not is_integer(x):
+        raise TypeError(f"actions: dtype {x.dtype}, expected an integer dtype")
+    if name == "live" and x.dtype != torch.bool:
+        raise TypeError(f"live: dtype {x.dtype}, expected bool")
+    if name in ("meta", "drawn_probs") and not x.is_floating_point():
+        raise TypeError(f"{name}: dtype {x.dtype}, expected a floating dtype")
+
+
+# --- the reference ---
+
+
 def meta_gradient(
     params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """J, 0-dim, and its gradient by the names of the parameters, in the parameters' dtype; not differentiable.
+    """J, 0-dim, and its gradient by the names of the parameters, in their dtype. Neither is differentiable.
 
     Raises:
         ValueError, TypeError: as ``conductor_update``.
@@ -107,7 +183,7 @@ def meta_gradient(
 
 
 def logit_gradient(logits_NK: Tensor, batch: ConductorBatch, config: ConductorUpdateConfig) -> tuple[Tensor, Tensor]:
-    """dJ/dz [N, K] and J [N] of each row by itself, as if it were the only one; whether it is live does not matter."""
+    """dJ/dz [N, K] and J [N] of each row, as if it were the only one. It does not matter whether a row is live."""
     span = 1.0 - logits_NK.shape[-1] * config.min_prob
     q_NK = (logits_NK / config.tau).softmax(-1)
     p_NK = span * q_NK + config.min_prob
@@ -132,7 +208,7 @@ def logit_gradient(logits_NK: Tensor, batch: ConductorBatch, config: ConductorUp
 def _adamw(
     name: str, state: ConductorState, gradient: Tensor, config: ConductorUpdateConfig, learns: Tensor | None
 ) -> None:
-    """As torch.optim.AdamW does it, operation by operation; nothing where ``learns`` is False."""
+    """The step of torch.optim.AdamW on one parameter, operation by operation. Without ``learns`` nothing changes."""
     parameter, first, second = state.params.learned[name], state.first[name], state.second[name]
     decay = 0.0 if name.endswith("bias") else config.weight_decay
     new_first = first.lerp(gradient, 1 - config.beta1)
@@ -150,18 +226,21 @@ _LEARNED = ("weight", "bias", "hidden_weight", "hidden_bias")
 
 
 def _flat(h: Tensor, state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig) -> tuple[Any, ...]:
+    """The arguments of ``_by_triton`` as the operator takes them."""
     moments = (x.get(name) for x in (state.first, state.second) for name in _LEARNED)
     given = batch.meta, batch.actions, batch.drawn_probs, batch.live
-    return (h, *state.params.tensors, *moments, *given, state.step, [float(x) for x in astuple(config)])
+    return (h, *state.params.tensors, *moments, *given, state.step, as_text(config))
 
 
-def _whole(*given: Any) -> tuple[Any, ...]:
-    h, tensors, experience, step, config = given[0], given[1:15], given[15:19], given[19], given[20]
+def _whole(h: Tensor, *given: Any) -> tuple[Any, ...]:
+    """The opposite of ``_flat``."""
+    tensors, experience, (step, config) = given[:14], given[14:18], given[18:]
     first, second = (
-        {name: x for name, x in zip(_LEARNED, tensors[at : at + 4], strict=True) if x is not None} for at in (6, 10)
+        {name: x for name, x in zip(_LEARNED, moments, strict=True) if x is not None}
+        for moments in (tensors[6:10], tensors[10:14])
     )
     state = ConductorState(ConductorParams(*tensors[:6]), first, second, step)
-    return h, state, ConductorBatch(h, *experience), ConductorUpdateConfig(*config)
+    return h, state, ConductorBatch(h, *experience), from_text(ConductorUpdateConfig, config)
 
 
 @operator(
@@ -169,36 +248,21 @@ def _whole(*given: Any) -> tuple[Any, ...]:
     " Tensor(c!)? hidden_weight, Tensor(d!)? hidden_bias, Tensor(e!) weight_first, Tensor(f!) bias_first,"
     " Tensor(g!)? hidden_weight_first, Tensor(h!)? hidden_bias_first, Tensor(i!) weight_second, Tensor(j!) bias_second,"
     " Tensor(k!)? hidden_weight_second, Tensor(l!)? hidden_bias_second, Tensor meta, Tensor? actions,"
-    " Tensor? drawn_probs, Tensor? live, int step, float[] config) -> (Tensor, Tensor)",
-    lambda *given: (given[3].new_empty(()), given[3].new_empty(())),
+    " Tensor? drawn_probs, Tensor? live, int step, str config) -> (Tensor, Tensor)",
+    lambda h, mean, rstd, weight, *rest: (weight.new_empty(()), weight.new_empty(())),
     flat=_flat,
     whole=_whole,
 )
 def _by_triton(
     h: Tensor, state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig
 ) -> tuple[Tensor, Tensor]:
-    """Objective and norm of the gradient; ``state.step`` counts this update. ``h`` is the batch's."""
+    """Objective and norm of the gradient. ``h`` is that of the batch, and ``state.step`` counts this update."""
     from maestro_fast.kernels import conductor_update as kernel
 
-    h, params = kernel_rows(h), state.params
-    others = (batch.actions, batch.meta, batch.drawn_probs, batch.live)
-    actions, meta, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
+    others = (batch.meta, batch.actions, batch.drawn_probs, batch.live)
+    meta, actions, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
     assert meta is not None
-    update = kernel.conductor_update(
-        h,
-        actions,
-        meta,
-        params,
-        {name: kernel.Moments(first, state.second[name]) for name, first in state.first.items()},
-        kernel.activations(h, params),
-        tau=config.tau,
-        min_prob=config.min_prob,
-        entropy_coef=config.entropy_coef,
-        adamw=kernel.AdamW(
-            state.step, config.learning_rate, config.weight_decay, config.beta1, config.beta2, config.eps
-        ),
-        drawn_probs=drawn_probs,
-        max_ratio=config.max_ratio,
-        live=live,
-    )
+    contiguous = ConductorBatch(kernel_rows(h), meta, actions, drawn_probs, live)
+    made = kernel.activations(contiguous.h, state.params)
+    update = kernel.conductor_update(state, contiguous, config, made)
     return update.objective, update.grad_norm

@@ -1,59 +1,28 @@
-"""The Conductor's forward: reward weights per response from its context vector.
+"""The Conductor's forward: reward weights for each response from its context vector.
 
-    z = head((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
+    z = network((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
-The head is linear, d -> K, or d -> H -> GELU (erf) -> K. Log-probs and entropy are of p, not of q.
+The Conductor's head is linear, d -> K, or an MLP, d -> H -> GELU (erf) -> K. Log-probs and entropy are those of p, not
+of q.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maestro_fast.ops import cpp_conductor
+from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_state import check_params
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.specs import ConductorParams
+from maestro_fast.ops.tensors import floats
+from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, WeightMode
 
-WeightMode = Literal["sample", "soft"]
-
-
-class ConductorSample(NamedTuple):
-    """What the Conductor chose: weights [B, K], actions int64 [B], log_probs [B], entropy [B] in nats, probs [B, K]."""
-
-    weights: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    entropy: Tensor
-    probs: Tensor
-
-
-class Choice(NamedTuple):
-    """How probabilities become weights, and the key of the draws: see ``conductor_weights``."""
-
-    tau: float
-    min_prob: float
-    alpha: float
-    soft: bool
-    seed: int
-    step: int
-    offset: int
-
-    def plain(self) -> tuple[float | int | bool, ...]:
-        """As a registered operator takes it, whose integers are signed: the seed goes in two halves."""
-        numbers = float(self.tau), float(self.min_prob), float(self.alpha)
-        return (*numbers, self.soft, self.seed & 0xFFFFFFFF, self.seed >> 32, self.step, self.offset)
-
-    @staticmethod
-    def of_plain(given: tuple[Any, ...]) -> Choice:
-        tau, min_prob, alpha, soft, low, high, step, offset = given
-        return Choice(tau, min_prob, alpha, soft, low | high << 32, step, offset)
+__all__ = ["ConductorSample", "WeightMode", "conductor_weights"]
 
 
 def conductor_weights(
@@ -69,78 +38,50 @@ def conductor_weights(
     offset: int = 0,
     backend: Backend | None = None,
 ) -> ConductorSample:
-    """Weights of K rewards for each of B responses.
+    """Weights of K rewards for each of B responses (MAESTRO, arXiv 2601.07208).
 
     Args:
         h: [B, d] contexts, any floating dtype.
-        params: the head.
+        params: the Conductor's network.
         tau: temperature of the softmax.
         min_prob: floor m of every action's probability, 0 <= m < 1 / K.
         alpha: how far a sampled action moves the weights from equal to one-hot, in (0, 1].
         mode: "sample" draws an action per response; "soft" takes the probabilities as weights.
-        seed, step, offset: key of the draws; ``offset`` is the global index of the first response, so that a batch
-            that is split over processes draws what it would have drawn whole.
-        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
-            or a gradient to compute. C++ does the whole of a linear head, and the last layer of an MLP, whose first
-            is PyTorch's.
+        seed, step, offset: key of the draws. ``offset`` is the global index of the first response, so a batch that is
+            split over processes draws the same actions as the whole batch.
+        backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless there
+            is float64 or a gradient to compute. C++ computes the whole of a linear head; of an MLP it computes the last
+            layer, and PyTorch the first.
 
     Returns:
-        ``ConductorSample``; log_probs, entropy and probs are differentiable in ``params``, in soft mode weights too.
+        A ``ConductorSample``. Its log_probs, entropy and probs are differentiable in ``params``, and in soft mode its
+        weights too.
 
     Raises:
-        ValueError: shapes, devices, or a number out of its range.
-        TypeError: dtypes.
+        ValueError: a shape or device does not fit, or a number is out of its range.
+        TypeError: a dtype does not fit.
     """
-    check_choice(h, params, tau, min_prob, alpha, mode)
+    choice = checked_choice(h, params, ConductorChoice(tau, min_prob, alpha, mode, seed, step, offset))
     chosen = resolve("conductor_weights", backend, h, *params.tensors)
-    if chosen != "torch":
-        if mode == "sample":
-            check_key(seed, step, offset)
-        key = (seed, step, offset) if mode == "sample" else (0, 0, 0)
-        choice = Choice(tau, min_prob, alpha, mode == "soft", *key)
-        if chosen == "triton":
-            return ConductorSample(*_by_triton(h, params, choice))
-        return _by_cpp(h, params, choice)
-    probs = action_probs(params.logits(h), tau, min_prob)
-    if mode == "soft":
-        actions = probs.detach().argmax(-1)
-        weights = probs
-    else:
-        u = uniform(seed, step, offset, h.shape[0], h.device)
-        actions = _inverse_cdf(probs.detach(), u)
-        equal = (1.0 - alpha) / params.num_rewards
-        weights = equal + alpha * functional.one_hot(actions, params.num_rewards).to(probs.dtype)
-    possible = probs > 0  # without a floor a probability may be 0, where log has no finite derivative
-    log = torch.where(possible, torch.where(possible, probs, 1.0).log(), float("-inf"))
-    entropy = -torch.where(possible, probs * torch.where(possible, log, 0.0), 0.0).sum(-1)
-    return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)
+    if chosen == "triton":
+        return _by_triton(h, params, choice)
+    if chosen == "cpp":
+        if params.hidden_weight is None:
+            return _by_cpp(h, params.mean, params.rstd, params.weight, params.bias, choice)
+        return _by_cpp(params.features(h), None, None, params.weight, params.bias, choice)
+    return _reference(h, params, choice)
 
 
-def _by_cpp(h: Tensor, params: ConductorParams, choice: Choice) -> ConductorSample:
-    mean, rstd = (params.mean, params.rstd) if params.hidden_weight is None else (None, None)
-    x = h if params.hidden_weight is None else params.features(h)
-    return ConductorSample(*cpp_conductor.conductor_weights(x, mean, rstd, params.weight, params.bias, choice))
+def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorChoice:
+    """The choice as every backend takes it: soft weights draw nothing, so their key is 0.
 
-
-def action_probs(logits: Tensor, tau: float, min_prob: float) -> Tensor:
-    """p = (1 - K m) softmax(z / tau) + m over the last axis."""
-    return (1.0 - logits.shape[-1] * min_prob) * (logits / tau).softmax(-1) + min_prob
-
-
-def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The first action whose cumulative probability exceeds u; sequential sum, as every backend does it."""
-    total = torch.zeros_like(probs[:, 0])
-    actions = torch.zeros_like(probs[:, 0], dtype=torch.int64)
-    for k in range(probs.shape[1] - 1):
-        total = total + probs[:, k]
-        actions = actions + (u >= total)
-    return actions
-
-
-def check_choice(h: Tensor, params: ConductorParams, tau: float, min_prob: float, alpha: float, mode: str) -> None:
+    Raises:
+        ValueError, TypeError: as ``conductor_weights``.
+    """
     if not h.is_floating_point():
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
     check_params(h, params)
+    tau, min_prob, alpha, mode, seed, step, offset = choice
     if not tau > 0:
         raise ValueError(f"tau: {tau}, expected a positive number")
     if not 0 <= min_prob < 1 / params.num_rewards:
@@ -149,44 +90,149 @@ def check_choice(h: Tensor, params: ConductorParams, tau: float, min_prob: float
         raise ValueError(f"alpha: {alpha}, expected 0 < alpha <= 1")
     if mode not in ("sample", "soft"):
         raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
+    if mode == "soft":
+        return ConductorChoice(tau, min_prob, alpha, mode)
+    check_key(seed, step, offset)
+    return choice
 
 
-# --- Triton ---
+def check_params(h: Tensor, params: ConductorParams) -> None:
+    """Raises a ValueError or TypeError that names the parameter. Every launch waits for this, so it has to be quick."""
+    if h.ndim != 2 or h.shape[1:] != params.mean.shape:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
+    if (params.hidden_weight is None) != (params.hidden_bias is None):
+        raise ValueError("params: hidden_weight or hidden_bias alone, expected both or neither")
+    size, actions = h.shape[1], params.weight.shape[0]
+    inner = size if params.hidden_weight is None else params.hidden_weight.shape[0]
+    device, dtype = h.device, params.weight.dtype
+    for name, tensor, shape in (
+        ("mean", params.mean, (size,)),
+        ("rstd", params.rstd, (size,)),
+        ("weight", params.weight, (actions, inner)),
+        ("bias", params.bias, (actions,)),
+        ("hidden_weight", params.hidden_weight, (inner, size)),
+        ("hidden_bias", params.hidden_bias, (inner,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"params.{name}: shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype is not dtype or not dtype.is_floating_point:
+            raise TypeError(f"params.{name}: dtype {tensor.dtype}, expected one floating dtype for all")
+        if tensor.device != device:
+            raise ValueError(f"params.{name}: on {tensor.device}, expected {device} as h")
 
+
+# --- the reference ---
+
+
+def _reference(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
+    probs = action_probs(params.logits(h), choice.tau, choice.min_prob)
+    if choice.soft:
+        actions = probs.detach().argmax(-1)
+        weights = probs
+    else:
+        u = uniform(choice.seed, choice.step, choice.offset, h.shape[0], h.device)
+        actions = _inverse_cdf(probs.detach(), u)
+        equal = (1.0 - choice.alpha) / params.num_rewards
+        weights = equal + choice.alpha * functional.one_hot(actions, params.num_rewards).to(probs.dtype)
+    possible = probs > 0  # without a floor a probability may be 0, where log has no finite derivative
+    log = torch.where(possible, torch.where(possible, probs, 1.0).log(), float("-inf"))
+    entropy = -torch.where(possible, probs * torch.where(possible, log, 0.0), 0.0).sum(-1)
+    return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)
+
+
+def action_probs(logits: Tensor, tau: float, min_prob: float) -> Tensor:
+    """p = (1 - K m) softmax(z / tau) + m over the last axis."""
+    return (1.0 - logits.shape[-1] * min_prob) * (logits / tau).softmax(-1) + min_prob
+
+
+def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """The first action whose cumulated probability exceeds u. Every backend sums over the actions in their order."""
+    total = torch.zeros_like(probs[:, 0])
+    actions = torch.zeros_like(probs[:, 0], dtype=torch.int64)
+    for k in range(probs.shape[1] - 1):
+        total = total + probs[:, k]
+        actions = actions + (u >= total)
+    return actions
+
+
+# --- C++ and Triton ---
+
+RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 PARAMS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? hidden_weight, Tensor? hidden_bias"
+# The integers of an operator are signed, so the seed passes as two halves. These numbers are arguments and not text,
+# because the step changes from call to call.
 CHOICE = "float tau, float min_prob, float alpha, bool soft, int seed_low, int seed_high, int step, int offset"
 
 
-def sample_shapes(batch: int, weight: Tensor) -> tuple[Tensor, ...]:
-    """Empty outputs of the operators that give the fields of ``ConductorSample``."""
-
-    def floating(*shape: int) -> Tensor:
-        return weight.new_empty(shape, dtype=torch.float32)
-
-    K, actions = weight.shape[0], weight.new_empty(batch, dtype=torch.int64)
-    return floating(batch, K), actions, floating(batch), floating(batch), floating(batch, K)
+def flat_choice(choice: ConductorChoice) -> tuple[float | int | bool, ...]:
+    """The choice as an operator with the arguments ``CHOICE`` takes it."""
+    numbers = float(choice.tau), float(choice.min_prob), float(choice.alpha)
+    return (*numbers, choice.soft, choice.seed & 0xFFFFFFFF, choice.seed >> 32, choice.step, choice.offset)
 
 
-def kernel_rows(x: Tensor) -> Tensor:
-    """Columns contiguous, as the kernels read rows."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def whole_choice(*given: Any) -> ConductorChoice:
+    """The opposite of ``flat_choice``."""
+    tau, min_prob, alpha, soft, seed_low, seed_high, step, offset = given
+    return ConductorChoice(tau, min_prob, alpha, "soft" if soft else "sample", seed_low | seed_high << 32, step, offset)
 
 
-def kernel_draw(rewards: int, choice: Choice) -> Any:
-    from maestro_fast.kernels.conductor_weights import Draw
-
-    tau, min_prob, alpha, _, seed, step, offset = choice
-    return Draw.of(rewards, tau=tau, min_prob=min_prob, alpha=alpha, seed=seed, step=step, offset=offset)
+@cpp.operator(
+    f"conductor_weights(Tensor h, Tensor? mean, Tensor? rstd, Tensor weight, Tensor bias, {CHOICE}) -> ({RESULTS})",
+    lambda h, mean, rstd, weight, *rest: ConductorSample.empty(h.shape[0], weight),
+    flat=lambda h, mean, rstd, weight, bias, choice: (h, mean, rstd, weight, bias, *flat_choice(choice)),
+    whole=lambda h, mean, rstd, weight, bias, *choice: (h, mean, rstd, weight, bias, whole_choice(*choice)),
+    result=ConductorSample,
+)
+def _by_cpp(
+    h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor, bias: Tensor, choice: ConductorChoice
+) -> ConductorSample:
+    """The choice by a linear layer; without mean and rstd, h is not standardised."""
+    h = h.contiguous() if h.dtype is torch.bfloat16 else floats(h)
+    mean, rstd = (None if x is None else floats(x) for x in (mean, rstd))
+    weight, bias = floats(weight), floats(bias)
+    out = ConductorSample.empty(h.shape[0], weight)
+    cpp._C.conductor_weights(
+        h.data_ptr(),
+        h.dtype is torch.bfloat16,
+        h.shape[0],
+        h.shape[1],
+        weight.shape[0],
+        cpp.address(mean),
+        cpp.address(rstd),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        choice.tau,
+        choice.min_prob,
+        choice.alpha,
+        choice.soft,
+        choice.seed,
+        choice.step,
+        choice.offset,
+        out.weights.data_ptr(),
+        out.actions.data_ptr(),
+        out.log_probs.data_ptr(),
+        out.entropy.data_ptr(),
+        out.probs.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 @operator(
-    f"triton_conductor_weights(Tensor h, {PARAMS}, {CHOICE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda h, *rest: sample_shapes(h.shape[0], rest[2]),
-    flat=lambda h, params, choice: (h, *params.tensors, *choice.plain()),
-    whole=lambda h, *rest: (h, ConductorParams(*rest[:6]), Choice.of_plain(rest[6:])),
+    f"triton_conductor_weights(Tensor h, {PARAMS}, {CHOICE}) -> ({RESULTS})",
+    lambda h, mean, rstd, weight, *rest: ConductorSample.empty(h.shape[0], weight),
+    flat=lambda h, params, choice: (h, *params.tensors, *flat_choice(choice)),
+    whole=lambda h, *rest: (h, ConductorParams(*rest[:6]), whole_choice(*rest[6:])),
+    result=ConductorSample,
 )
-def _by_triton(h: Tensor, params: ConductorParams, choice: Choice) -> tuple[Tensor, ...]:
+def _by_triton(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
     from maestro_fast.kernels import conductor_weights as kernel
 
-    draw = kernel_draw(params.num_rewards, choice)
-    return kernel.conductor_weights(kernel_rows(h), params.contiguous_floats, draw, soft=choice.soft)
+    return kernel.conductor_weights(kernel_rows(h), params.contiguous_floats, choice)
+
+
+def kernel_rows(x: Tensor) -> Tensor:
+    """The rows with contiguous columns, as the kernels read them."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

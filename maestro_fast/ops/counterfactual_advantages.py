@@ -4,8 +4,8 @@
     cf[j, a] = (s_j(a) - mean) / (std + eps)                         over the group with s_j replaced by s_j(a)
 
 r' are the rewards normalised as in ``group_advantages``, which weights do not touch. The other responses keep their
-scores, but response j moves the mean and the deviation that it is compared with: each of the B * A entries has moments
-of its own. That is what makes cf[j, a] the advantage of j, had its action been a, and not a first-order guess at it.
+scores, but response j moves the mean and the deviation that it is compared with, so each of the B * A entries has
+moments of its own. That makes cf[j, a] the advantage of j had its action been a, and not a first-order guess at it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.group_advantages import (
+    Members,
     as_matrices,
     check_inputs,
     cpp_groups,
@@ -25,10 +26,13 @@ from maestro_fast.ops.group_advantages import (
     cpp_rewards,
     flat_profile,
     kernel_matrices,
+    live_weights,
+    normalize_rewards,
+    standardise_scores,
+    sum_over_rewards,
     whole_profile,
 )
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
 from maestro_fast.ops.tensors import floats
 from maestro_fast.specs import AdvantageProfile, resolve_profile
 
@@ -48,27 +52,26 @@ def counterfactual_advantages(
 
     Args:
         rewards: [B, K] or [B]; NaN where a reward abstained.
-        weights: [B, K], [K], or None for weights of 1: those that the other responses keep. Differentiable.
+        weights: [B, K], [K], or None for weights of 1. The other responses of a group keep them. Differentiable.
         action_weights: [A, K], the weights of each action. Differentiable.
         groups, kl, beta: as in ``group_advantages``.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
             scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
-        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
-            or a gradient to compute.
-            Triton serves groups of at most 1,024.
+        backend: "cpp", "triton" or "torch". None takes C++ on the CPU and Triton on a CUDA device, unless there is
+            float64 or a gradient to compute. Triton serves groups of at most 1,024.
 
     Returns:
-        [B, A], float32 (float64 for float64 rewards). Entry [j, a] is advantage j of ``group_advantages`` with row j of
-        the weights replaced by ``action_weights[a]``, to rounding: 0 where that leaves the group degenerate or the
-        response without a live weight, even if it is neither as things are, and the other way round. Singletons and
-        abstained rewards follow the profile, so ``renormalize`` rescales the weights of each action too.
+        [B, A], float32 (float64 for float64 rewards). Up to rounding, entry [j, a] is advantage j of
+        ``group_advantages`` with row j of the weights replaced by ``action_weights[a]``. So it is 0 where that
+        replacement leaves the group degenerate or the response without a live weight, whatever they are without it.
+        Singletons and abstained rewards follow the profile: ``renormalize`` rescales the weights of each action, too.
 
     The PyTorch reference forms [N, G, G, A] scores for N groups of at most G responses; C++ takes O(B * A * K).
 
     Raises:
-        ValueError: as ``group_advantages``; action_weights of a wrong shape or device; a profile that compares scores
+        ValueError: as in ``group_advantages``; action_weights have a wrong shape or device; the profile compares scores
             beyond the group.
-        TypeError: dtypes.
+        TypeError: a dtype is wrong.
     """
     prof = resolve_profile(profile)
     check_inputs(rewards, weights, kl, beta, prof)
@@ -107,13 +110,14 @@ def _reference(
     beta: float,
     profile: AdvantageProfile,
 ) -> Tensor:
+    """The formula of the module in PyTorch, differentiable. It forms every group once for each of its responses."""
     B, A = rewards_BK.shape[0], action_weights_AK.shape[0]
     if B == 0:
         return rewards_BK.new_zeros(0, A)
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
     normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
-    # one more action, the last: the weights as they are
+    # One more action is added, the last: the weights as they are.
     weights_BAK = torch.cat([action_weights_AK.expand(B, -1, -1), weights_BK[:, None]], 1)
     weights_BAK, live_BA = live_weights(weights_BAK, live_BK[:, None].expand_as(weights_BAK), profile)
     raw_BA = torch.where(live_BA, sum_over_rewards(weights_BAK * normalized_BK[:, None]), 0.0)
@@ -126,7 +130,7 @@ def _reference(
 
 
 def _replaced(x_NGA: Tensor) -> Tensor:
-    """[N, G, A + 1] -> [N, G, G, A]: column j holds the group as it is (the last action), but for j under action a."""
+    """[N, G, A + 1] -> [N, G, G, A]. Column j holds the group as it is, the last action, but for j under action a."""
     own_GG = torch.eye(x_NGA.shape[1], dtype=torch.bool, device=x_NGA.device)
     return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
 
@@ -195,7 +199,7 @@ def _by_triton(
     index_NG: Tensor,
     profile: AdvantageProfile,
 ) -> Tensor:
-    """[B, A]. Raises ValueError where a group is larger than the kernel's tile."""
+    """Raises a ValueError where a group is larger than the kernel's tile."""
     from maestro_fast.kernels import counterfactual_advantages as kernel
 
     rewards_BK, weights_BK = kernel_matrices(rewards, weights)

@@ -4,14 +4,16 @@
     s    = sum_k w_k r'_k  -  beta * KL        the score of a response
     A    = (s - mean) / (std + eps)            over the profile's scopes; verl_gdpo: / sqrt(std^2 + eps)
 
-Each scope's maximum is subtracted before its mean is taken. That changes nothing in exact arithmetic, and makes groups
-of identical rewards exactly 0, where (r - mean) would be rounding noise that the division by a tiny std blows up.
+Each scope's maximum is subtracted before its mean is taken. In exact arithmetic that changes nothing. In floating point
+it makes groups of identical rewards exactly 0, where r - mean would leave rounding noise for the division by a tiny std
+to blow up.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +22,18 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
 from maestro_fast.ops.tensors import floats, is_integer, readable, wide
-from maestro_fast.specs import AdvantageProfile, GroupAdvantages, as_text, from_text, resolve_profile
+from maestro_fast.specs import (
+    AdvantageProfile,
+    Center,
+    GroupAdvantages,
+    ScoreCenter,
+    ScoreScale,
+    Singleton,
+    as_text,
+    from_text,
+    resolve_profile,
+)
 
 if TYPE_CHECKING:
     from maestro_fast import _C
@@ -49,17 +60,17 @@ def group_advantages(
         groups: G, a [B] list or CPU tensor of group ids, or ``Groups``. Required.
         kl: [B], the per-response token mean of log pi - log pi_ref in nats; needs a profile with ``kl_in="score"``.
         beta: the KL's coefficient.
-        lengths: [B], integer or floating, tokens of each completion; what a profile with the scope ``tokens`` needs and
-            no other takes. A response counts as often as it has tokens in that scope alone: one of length 0 is live in
-            its group, and has an advantage, which no token carries.
+        lengths: [B], integer or floating, the tokens of each completion. A profile with the scope ``tokens`` needs
+            them, and no other takes them. A response counts as often as it has tokens in that scope alone: one of
+            length 0 is live in its group, and has an advantage, which no token carries.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``.
-        backend: "cpp", "triton", "torch", or None: C++ on the CPU and Triton on a CUDA device, unless there is float64
-            or a gradient to compute.
+        backend: "cpp", "triton" or "torch". None takes C++ on the CPU and Triton on a CUDA device, unless there is
+            float64 or a gradient to compute.
 
     Raises:
-        ValueError: shapes, devices, unknown names, a KL given to a profile whose KL is in the loss; lengths
-            missing, not wanted, or (where the host can look at them) not finite or negative.
-        TypeError: dtypes.
+        ValueError: a shape, a device or a name is wrong; a KL is given to a profile whose KL is in the loss; lengths
+            are missing, not wanted, or (where the host can look at them) not finite or negative.
+        TypeError: a dtype is wrong, or there are no groups.
     """
     prof = resolve_profile(profile)
     if groups is None:
@@ -78,10 +89,13 @@ def group_advantages(
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
 
 
+# --- checks ---
+
+
 def check_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
 ) -> None:
-    """Raises an error that names the argument. Every microsecond here counts: the C++ kernel takes ten."""
+    """Raises an error that names the argument. Every microsecond counts here, as the C++ kernel takes but ten."""
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):
@@ -103,15 +117,8 @@ def check_inputs(
             raise ValueError(f"{name}: on {tensor.device}, expected {rewards.device} as rewards")
 
 
-def as_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rewards and weights as [B, K] of one dtype, float32 or float64."""
-    rewards_BK = wide(rewards)[:, None] if rewards.ndim == 1 else wide(rewards)
-    if weights is None:
-        return rewards_BK, torch.ones_like(rewards_BK)
-    return rewards_BK, weights.to(rewards_BK.dtype).expand_as(rewards_BK)
-
-
 def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
+    """Raises an error unless the profile gets lengths that it needs, and no others."""
     if lengths is None:
         if profile.needs_lengths:
             raise ValueError(f"lengths: missing, expected ({rewards.shape[0]},) with a profile of scope 'tokens'")
@@ -128,6 +135,169 @@ def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantagePro
         raise ValueError("lengths: negative or not finite, expected numbers of tokens")
 
 
+# --- PyTorch, the reference ---
+
+Scope = ScoreCenter | ScoreScale
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is compared with whom, in the padded [N, G_max, ...] layout of ``Groups``.
+
+    Dims behind the second are independent columns.
+
+    Attributes:
+        live_NG: bool [N, G_max, ...], which elements count.
+        singleton: what the moments of a group with one live element are taken to be, see ``AdvantageProfile``.
+        lengths_NG: [N, G_max, ...], how often an element counts in the scope ``tokens``. It counts once in any other.
+    """
+
+    live_NG: Tensor
+    singleton: Singleton = "zero"
+    lengths_NG: Tensor | None = None
+
+    def centred(self, x_NG: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+        """x minus its scope's mean, and that mean, both [N, G_max, ...]."""
+        if scope == "none":
+            return x_NG, torch.zeros_like(x_NG)
+        shifted, top = self._shifted(x_NG, scope)
+        total, count = self._sum(shifted, scope), self._count(scope)
+        if scope == "leave_one_out":
+            mean = (total - shifted) / (count - self.live_NG.long()).clamp(min=1)  # the others that are live
+        else:
+            mean = (total / count.clamp(min=1)).expand_as(x_NG)
+        if self.singleton == "raw" and scope in ("group", "leave_one_out"):
+            raw_NG = self.alone_N1.expand_as(x_NG)
+            return torch.where(raw_NG, x_NG, shifted - mean), torch.where(raw_NG, 0.0, mean + top)
+        return shifted - mean, mean + top
+
+    def deviation(self, x_NG: Tensor, scope: Scope, ddof: int) -> Tensor:
+        """The standard deviation over the scope, [N, G_max, ...]. It is 0 for fewer than two live elements."""
+        shifted, _ = self._shifted(x_NG, scope)
+        count = self._count(scope)
+        mean = self._sum(shifted, scope) / count.clamp(min=1)
+        squares = self._sum(torch.where(self.live_NG, (shifted - mean) ** 2, 0.0), scope)
+        variance = squares / (count - ddof).clamp(min=1)
+        positive = variance > 0  # sqrt has no finite derivative at 0
+        std = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+        if self.singleton == "raw" and scope == "group":
+            std = torch.where(self.alone_N1, 1.0, std)
+        return std.expand_as(x_NG)
+
+    def flat(self, x_NG: Tensor) -> Tensor:
+        """bool [N, 1, ...]: whether a group has no spread. One live element or none have no spread, a NaN is spread."""
+        x_NG = x_NG.detach()
+        top = torch.where(self.live_NG, x_NG, float("-inf")).amax(1, keepdim=True)
+        low = torch.where(self.live_NG, x_NG, float("inf")).amin(1, keepdim=True)
+        return top <= low
+
+    @property
+    def alone_N1(self) -> Tensor:
+        """bool [N, 1, ...]: whether a group has one live element."""
+        return self.live_NG.sum(1, keepdim=True) == 1
+
+    def _shifted(self, x_NG: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+        """x minus the maximum of the scope's live elements (0 where not live), and that maximum."""
+        top = torch.where(self.live_NG, x_NG.detach(), float("-inf")).amax(dims(scope), keepdim=True)
+        top = torch.where(top == float("-inf"), 0.0, top)
+        return torch.where(self.live_NG, x_NG - top, 0.0), top
+
+    def _sum(self, x_NG: Tensor, scope: Scope) -> Tensor:
+        """The scope's sum of x, where x is 0 if not live."""
+        if scope == "tokens":
+            assert self.lengths_NG is not None
+            x_NG = x_NG * self.lengths_NG
+        return x_NG.sum(dims(scope), keepdim=True)
+
+    def _count(self, scope: Scope) -> Tensor:
+        """How many elements the scope has; in the scope ``tokens`` each counts as often as it has tokens."""
+        counted = self.live_NG
+        if scope == "tokens":
+            assert self.lengths_NG is not None
+            counted = torch.where(self.live_NG, self.lengths_NG, 0.0)
+        return counted.sum(dims(scope), keepdim=True)
+
+
+class Standardised(NamedTuple):
+    """Scores that were compared with those of their scopes, all [N, G_max, ...]; see ``GroupAdvantages``."""
+
+    advantages_NG: Tensor
+    mean_NG: Tensor
+    std_NG: Tensor
+    degenerate_NG: Tensor
+
+
+def standardise_scores(raw_NG: Tensor, scores_NG: Tensor, members: Members, profile: AdvantageProfile) -> Standardised:
+    """Advantages from scores. ``raw_NG`` are the scores before the KL, by which spread is judged."""
+    centred_NG, mean_NG = members.centred(scores_NG, profile.score_center)
+    spread: Scope = "group" if profile.score_scale == "none" else profile.score_scale
+    std_NG = members.deviation(scores_NG, spread, profile.ddof)
+    if profile.score_scale != "none":
+        inside = profile.score_eps_in == "variance"
+        divisor_NG = (std_NG**2 + profile.score_eps).sqrt() if inside else std_NG + profile.score_eps
+        centred_NG = over(centred_NG, divisor_NG)
+    flat_N1 = members.flat(raw_NG)
+    zero_N1 = flat_N1 & ~members.alone_N1 if profile.singleton == "raw" else flat_N1
+    advantages_NG = torch.where(zero_N1 | ~members.live_NG, 0.0, centred_NG)
+    return Standardised(advantages_NG, mean_NG, std_NG, flat_N1.expand_as(members.live_NG))
+
+
+def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profile: AdvantageProfile) -> Tensor:
+    """Rewards [B, K] over the profile's scopes; 0 where not live, and where no other is live in their scope."""
+    if profile.reward_center == "none" and profile.reward_scale == "none":
+        return rewards_BK
+    x_NGK, live_NGK = groups.gather(rewards_BK, 0.0), groups.gather(live_BK, False)
+    members = Members(live_NGK, profile.singleton)
+    out_NGK, _ = members.centred(x_NGK, profile.reward_center)
+    scope: Center = profile.reward_center
+    if profile.reward_scale != "none":
+        scope = profile.reward_scale
+        out_NGK = over(out_NGK, members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
+    if profile.singleton == "zero" or scope == "batch":
+        alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # one value has no place among others
+        out_NGK = torch.where(alone, 0.0, out_NGK)
+    return torch.where(live_BK, groups.scatter(out_NGK), 0.0)
+
+
+def live_weights(weights: Tensor, live: Tensor, profile: AdvantageProfile) -> tuple[Tensor, Tensor]:
+    """Weights [..., K] with 0 for abstained rewards, and which responses [...] count at all."""
+    masked = torch.where(live, weights, 0.0)
+    scorable = live.any(-1)
+    if profile.missing == "zero":
+        return masked, scorable
+    whole, rest = sum_over_rewards(weights), sum_over_rewards(masked)
+    partial = ~live.all(-1)
+    scorable = scorable & ~(partial & (rest == 0))  # their weights cannot be scaled up
+    factor = torch.where(partial & scorable, whole / torch.where(rest == 0, 1.0, rest), 1.0)
+    return masked * factor[..., None], scorable
+
+
+def sum_over_rewards(x: Tensor) -> Tensor:
+    """Sums [...] in the order of K. The order of torch.sum depends on strides and row, so equal rows could differ."""
+    total = x[..., 0]
+    for k in range(1, x.shape[-1]):
+        total = total + x[..., k]
+    return total
+
+
+def over(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor, and 0 where the divisor is 0: what has no spread is 0 without an epsilon, too."""
+    return torch.where(divisor == 0, 0.0, x / torch.where(divisor == 0, 1.0, divisor))
+
+
+def dims(scope: Scope) -> tuple[int, ...]:
+    """The axes of the padded layout that a scope reduces."""
+    return (0, 1) if scope in ("batch", "tokens") else (1,)
+
+
+def as_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards and weights as [B, K] tensors of one dtype, float32 or float64."""
+    rewards_BK = wide(rewards)[:, None] if rewards.ndim == 1 else wide(rewards)
+    if weights is None:
+        return rewards_BK, torch.ones_like(rewards_BK)
+    return rewards_BK, weights.to(rewards_BK.dtype).expand_as(rewards_BK)
+
+
 def _reference(
     rewards_BK: Tensor,
     weights_BK: Tensor,
@@ -137,6 +307,7 @@ def _reference(
     lengths: Tensor | None,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
+    """The formula of the module in PyTorch, differentiable. It is the truth that other backends are compared with."""
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
     if rewards_BK.shape[0] == 0:  # there is no maximum over nothing
@@ -271,7 +442,7 @@ def cpp_profile(profile: AdvantageProfile) -> _C.AdvantageProfile:
 
 
 def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """float32 [B, K] as the kernels take them; weights are expanded, since a stride of 0 costs nothing."""
+    """Rewards and weights as the Triton kernels take them, float32 [B, K]. Expanding costs nothing: the stride is 0."""
     rewards_BK = rewards.float() if rewards.ndim == 2 else rewards.float()[:, None]
     weights = rewards_BK.new_ones(1) if weights is None else weights.float()
     return rewards_BK, weights if weights.shape == rewards_BK.shape else weights.expand_as(rewards_BK)
@@ -298,5 +469,4 @@ def _by_triton(
 
     rewards_BK, weights_BK = kernel_matrices(rewards, weights)
     kl, lengths = (None if x is None else x.contiguous() for x in (kl, lengths))
-    out = kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
-    return GroupAdvantages(*out)
+    return kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)

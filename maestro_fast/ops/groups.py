@@ -1,8 +1,8 @@
-"""Which response belongs to which prompt: a partition that the host makes, and that devices get when they ask for it.
+"""Which response belongs to which prompt: a partition that the host makes, and that a device gets when it asks for it.
 
 A group size is enough to make the partition anywhere, so ``Groups.of(8, 4096)`` is remembered, and a device computes
-its own copy instead of waiting for one from the host. Ids belong to one batch: their partition is made anew each time,
-and what a device needs of it is copied through pinned memory, once for each ``Groups``.
+its own copy instead of waiting for one from the host. Ids belong to one batch, so their partition is made anew each
+time, and what a device needs of it is copied through pinned memory, once for each ``Groups``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Groups:
     Attributes:
         index_NG: int64 [N, G_max], the responses of each group in ascending order, padded with B.
         batch: B.
-        size: G if the groups are consecutive and all of G responses, else 0.
+        size: G if the groups are consecutive and each has G responses, else 0.
 
     Its tensors are shared between calls and must not be written to. Those that are properties reach a device when
-    they are first asked for there: the Triton kernels read ``index_NG`` alone.
+    they are first asked for there, because the Triton kernels read ``index_NG`` alone.
 
-    All reductions over a group run over the padded [N, G_max] layout: a gather and a masked reduction. This is
-    deterministic on every device, which a scatter with floating-point atomics is not.
+    All reductions over a group run over the padded [N, G_max] layout, by a gather and a masked reduction. They are
+    deterministic on every device, as a scatter with floating-point atomics is not.
     """
 
     index_NG: Tensor
@@ -108,13 +108,8 @@ class Groups:
 
     @property
     def slot_B(self) -> Tensor:
-        """int64 [B], where response b stands in ``index_NG.flatten()``."""
+        """int64 [B], the place of each response in ``index_NG.flatten()``."""
         return self._other("slot_B")
-
-    @property
-    def sizes_N(self) -> Tensor:
-        """int64 [N], responses per group."""
-        return self._other("sizes_N")
 
     @property
     def order_B(self) -> Tensor:
@@ -132,20 +127,11 @@ class Groups:
         if self.size:
             found = _of_consecutive(name, self.index_NG, self.size)
         else:
-            assert self._host is not None  # a partition made from ids has all of them on the host
+            assert self._host is not None  # a partition that was made from ids has every tensor on the host
             found = _copied(self._host._others[name], self.index_NG.device)
         if not _recorded():
             self._others[name] = found
         return found
-
-    @property
-    def num_groups(self) -> int:
-        return self.index_NG.shape[0]
-
-    @property
-    def live_NG(self) -> Tensor:
-        """bool [N, G_max]: True where the padded layout holds a response."""
-        return self.index_NG < self.batch
 
     def gather(self, x: Tensor, fill: float | bool) -> Tensor:
         """[B, ...] -> [N, G_max, ...], ``fill`` in the padding."""
@@ -158,10 +144,10 @@ class Groups:
 
 
 def _recorded() -> bool:
-    """Whether operations are written down, by torch.compile, fake tensors or a CUDA graph: nothing may be remembered.
+    """Whether torch.compile, fake tensors or a CUDA graph record the operations. Then nothing may be remembered.
 
-    Traced tensors hold no values. What a captured graph computes is there once the graph is replayed, and what it
-    reads has to live as long as it does, which a bounded cache cannot promise.
+    Traced tensors hold no values. A captured graph computes its tensors only when it is replayed, and the tensors that
+    it reads have to live as long as the graph, which a bounded cache cannot promise.
     """
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None or _captured()
 
@@ -181,16 +167,15 @@ def _computed(size: int, batch: int, device: torch.device) -> Groups:
 
 
 def _of_consecutive(name: str, index_NG: Tensor, size: int) -> Tensor:
+    """The property ``name`` of consecutive groups of one size."""
     with _lasting():
-        if name == "sizes_N":
-            return torch.full((index_NG.shape[0],), size, device=index_NG.device)
         if name == "offsets_N1":
             return torch.arange(index_NG.shape[0] + 1, device=index_NG.device) * size
         return index_NG.view(-1)
 
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; a CUDA device fetches it from pinned memory in the order of its stream."""
+    """The tensor on ``device``. A CUDA device fetches it from pinned memory in the order of its stream."""
     with _lasting():
         if device.type != "cuda" or not readable(x):
             return x.to(device)
@@ -200,11 +185,12 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _lasting() -> AbstractContextManager[None]:
-    """An index made in inference mode could not serve a later backward pass."""
+    """A context for tensors that later calls use: an index from inference mode could not serve a backward pass."""
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
+    """The ids as an int64 [B] tensor on the CPU."""
     if isinstance(groups, Tensor):
         if groups.device.type != "cpu":
             raise TypeError(
@@ -223,12 +209,13 @@ def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
 
 
 def _ragged_groups(ids: Tensor, batch: int) -> Groups:
+    """The partition by ids [B] in any order."""
     _, compact_B, sizes_N = torch.unique(ids, return_inverse=True, return_counts=True)
     position_B = torch.arange(batch, device=_CPU)
     order = torch.argsort(compact_B, stable=True)
     starts_N = torch.cumsum(sizes_N, 0) - sizes_N
     rank_B = torch.empty_like(order)
-    rank_B[order] = position_B - starts_N[compact_B[order]]
+    rank_B[order] = position_B - starts_N[compact_B[order]]  # the place of each response within its group
     width = int(sizes_N.max()) if batch else 0
     slot_B = compact_B * width + rank_B
     index = torch.full((sizes_N.numel() * width,), batch, dtype=torch.int64, device=_CPU)
@@ -236,7 +223,7 @@ def _ragged_groups(ids: Tensor, batch: int) -> Groups:
     index_NG = index.view(-1, width) if batch else index.view(0, 0)
     offsets_N1 = torch.cat([starts_N, torch.tensor([batch], device=_CPU)])
     consecutive = bool((sizes_N == width).all()) and torch.equal(order, position_B)
-    others = {"slot_B": slot_B, "sizes_N": sizes_N, "order_B": order, "offsets_N1": offsets_N1}
+    others = {"slot_B": slot_B, "order_B": order, "offsets_N1": offsets_N1}
     return Groups(index_NG, batch, width if consecutive else 0, others)
 
 

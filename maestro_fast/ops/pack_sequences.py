@@ -1,9 +1,16 @@
-"""Packing of sequences into micro-batches of a bounded number of tokens: first-fit decreasing, on the CPU."""
+"""Sequences of different lengths, dealt out on the CPU: into bins of bounded size, or over a given number of parts.
+
+``pack_sequences`` fills micro-batches of at most so many tokens, by first-fit decreasing. ``balance_sequences`` gives
+every process about as many tokens as the others, by Karmarkar-Karp. Both are deterministic, and C++ and plain Python
+give the same lists.
+"""
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -12,7 +19,7 @@ from torch import Tensor
 from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 
-INT64_MAX = torch.iinfo(torch.int64).max
+_INT64_MAX = torch.iinfo(torch.int64).max
 
 
 def pack_sequences(
@@ -20,22 +27,20 @@ def pack_sequences(
 ) -> list[list[int]]:
     """Splits sequences into bins of at most ``max_tokens`` tokens each.
 
-    First-fit decreasing: the sequences are taken from the longest to the shortest, equal lengths by lower
-    index, and each goes into the first bin with room for it. At most 11/9 of the optimal number of bins + 6/9
-    (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) + 6/9",
-    ESCAPE 2007). Deterministic, O(n log n).
+    First-fit decreasing takes the sequences from the longest to the shortest, equal lengths by lower index, and puts
+    each into the first bin with room for it. That takes O(n log n) and at most 11/9 of the optimal number of bins + 6/9
+    (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) + 6/9", ESCAPE 2007).
 
     Args:
         lengths: tokens per sequence, n integers or an integer CPU tensor [n]; 0 is allowed.
         max_tokens: the capacity of a bin, in tokens.
-        backend: "cpp", "torch" (the reference, in plain Python), or None: C++ where it is built. Both give the same
-            bins.
+        backend: "cpp" or "torch" (the reference, in plain Python). None takes C++ where it is built.
 
     Returns:
-        One list of indices into ``lengths`` per bin, ascending; bins in the order in which they were opened.
+        One list of ascending indices into ``lengths`` per bin. The bins are in the order in which they were opened.
 
     Raises:
-        TypeError: ``lengths`` or ``max_tokens`` is not of these types.
+        TypeError: ``lengths`` or ``max_tokens`` has another type.
         ValueError: ``lengths`` has another shape or device, a length is negative or exceeds ``max_tokens``,
             ``max_tokens`` is not positive, or ``backend`` cannot serve here.
     """
@@ -43,15 +48,16 @@ def pack_sequences(
         raise TypeError(f"max_tokens: got {type(max_tokens).__name__}, expected an int")
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
-    if max_tokens > INT64_MAX:
-        raise ValueError(f"max_tokens: got {max_tokens}, expected at most {INT64_MAX}")
-    lengths_n = lengths_as_int64(lengths)
+    if max_tokens > _INT64_MAX:
+        raise ValueError(f"max_tokens: got {max_tokens}, expected at most {_INT64_MAX}")
+    lengths_n = _as_int64(lengths)
     if resolve("pack_sequences", backend) == "cpp":
         return cpp._C.pack_sequences(lengths_n.data_ptr(), lengths_n.numel(), max_tokens)
-    return _reference(lengths_n.tolist(), max_tokens)
+    return _first_fit_decreasing(lengths_n.tolist(), max_tokens)
 
 
-def _reference(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def _first_fit_decreasing(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """The reference of ``pack_sequences``."""
     for i, length in enumerate(lengths):
         if not 0 <= length <= max_tokens:
             raise ValueError(f"lengths[{i}]: got {length}, expected 0 to max_tokens = {max_tokens}")
@@ -91,8 +97,115 @@ class _FreeRoom:
         return taken
 
 
-def lengths_as_int64(lengths: Sequence[int] | Tensor) -> Tensor:
-    """int64 [n], contiguous, on the CPU."""
+def balance_sequences(
+    lengths: Sequence[int] | Tensor, parts: int, *, equal_size: bool = False, backend: Backend | None = None
+) -> list[list[int]]:
+    """Splits sequences into ``parts`` lists with nearly equal numbers of tokens, e.g. one list per process.
+
+    By the largest differencing method (Karmarkar and Karp, "The differencing method of set partitioning", 1982) the
+    spread between the largest and the smallest part is at most the longest sequence, and mostly far less. Equal lengths
+    are taken by lower index.
+
+    Args:
+        lengths: tokens per sequence, n >= parts integers or an integer CPU tensor [n]; 0 is allowed.
+        parts: how many lists there are.
+        equal_size: whether the lists hold n / parts sequences each, as a batch dimension needs it. The spread is then
+            at most the largest difference in length within a run of ``parts`` of the sorted lengths.
+        backend: "cpp" or "torch" (the reference, in plain Python). None takes C++ where it is built.
+
+    Returns:
+        ``parts`` non-empty lists of ascending indices into ``lengths``. The lists are sorted by their first index.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: ``lengths`` has another shape or device, a length is negative, their sum is beyond int64, or their
+            number is less than ``parts`` or with ``equal_size`` no multiple of it; ``parts`` is not positive; or
+            ``backend`` cannot serve here.
+    """
+    if isinstance(parts, bool) or not isinstance(parts, int):
+        raise TypeError(f"parts: got {type(parts).__name__}, expected an int")
+    if not isinstance(equal_size, bool):
+        raise TypeError(f"equal_size: got {type(equal_size).__name__}, expected a bool")
+    if not 1 <= parts <= _INT64_MAX:
+        raise ValueError(f"parts: got {parts}, expected 1 to {_INT64_MAX}")
+    lengths_n = _as_int64(lengths)
+    if resolve("balance_sequences", backend) == "cpp":
+        return cpp._C.balance_sequences(lengths_n.data_ptr(), lengths_n.numel(), parts, equal_size)
+    listed: list[int] = lengths_n.tolist()
+    _check_parts(listed, parts, equal_size)
+    return _karmarkar_karp(listed, parts, equal_size)
+
+
+def _check_parts(lengths: list[int], parts: int, equal_size: bool) -> None:
+    """Raises the errors of ``balance_sequences`` that the C++ code raises itself."""
+    got = f"lengths: got {len(lengths)} sequences, expected"
+    if len(lengths) < parts:
+        raise ValueError(f"{got} at least parts = {parts}")
+    if equal_size and len(lengths) % parts:
+        raise ValueError(f"{got} a multiple of parts = {parts} with equal_size")
+    total = 0
+    for i, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"lengths[{i}]: got {length}, expected at least 0")
+        total += length
+        if total > _INT64_MAX:
+            raise ValueError("lengths: their sum is beyond int64")
+
+
+# A set of sequences is minus its tokens, minus its number of sequences, its first index, and all its indices. Sets are
+# sorted as these tuples are, so the one with the most tokens comes first. The number of sequences decides between equal
+# tokens: a set of sequences without tokens then comes before an empty set, which gets filled. The first index decides
+# last, so that the order is strict and the result depends on the lengths alone.
+_Set = tuple[int, int, int, list[int]]
+# A split is some of the sequences in as many sets as there are parts, sorted. Empty sets come last and are left out.
+_Split = list[_Set]
+
+
+def _karmarkar_karp(lengths: list[int], parts: int, equal_size: bool) -> list[list[int]]:
+    """The reference of ``balance_sequences``: merges the two splits of the largest spreads until one is left."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # sorted() keeps equal lengths in order
+    # With equal sizes a split starts as one sequence per part, of neighbouring lengths; merging adds up the sizes.
+    step = parts if equal_size else 1
+    singles: list[_Set] = [(-lengths[i], -1, i, [i]) for i in longest_first]
+    splits = [singles[start : start + step] for start in range(0, len(singles), step)]
+    age = count()  # the older split goes first where spreads are equal
+    widest = [(-_spread(split, parts), next(age), split) for split in splits]
+    heapq.heapify(widest)
+    while len(widest) > 1:
+        _, _, into = heapq.heappop(widest)
+        _, _, other = heapq.heappop(widest)
+        merged = _merge(into, other, parts)
+        heapq.heappush(widest, (-_spread(merged, parts), next(age), merged))
+    ((_, _, split),) = widest
+    return sorted(sorted(members) for _, _, _, members in split)
+
+
+def _spread(split: _Split, parts: int) -> int:
+    """The tokens of the largest set minus those of the smallest."""
+    least = split[-1][0] if len(split) == parts else 0
+    return least - split[0][0]
+
+
+def _merge(into: _Split, other: _Split, parts: int) -> _Split:
+    """Joins the largest sets of one split with the smallest of the other. Neither split may be used after that."""
+    merged = list(into)
+    for place, small in zip(range(parts - 1, -1, -1), other, strict=False):
+        if place < len(into):
+            large = into[place]
+            longer, shorter = (large[3], small[3]) if len(large[3]) > len(small[3]) else (small[3], large[3])
+            longer += shorter  # in place, as neither list is used again; the order within it does not matter
+            merged[place] = (large[0] + small[0], large[1] + small[1], large[2], longer)
+        else:
+            merged.append(small)
+    merged.sort()
+    return merged
+
+
+# --- lengths, checked ---
+
+
+def _as_int64(lengths: Sequence[int] | Tensor) -> Tensor:
+    """The lengths as a contiguous int64 tensor [n] on the CPU."""
     return _checked_tensor(lengths) if isinstance(lengths, Tensor) else _checked_ints(lengths)
 
 
@@ -110,7 +223,7 @@ def _checked_ints(lengths: Sequence[int]) -> Tensor:
     if isinstance(lengths, (str, bytes, bytearray)) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths: got {type(lengths).__name__}, expected a sequence of ints or a tensor")
     try:
-        # By way of array, which refuses floats: torch would truncate them.
+        # An array refuses floats, which torch would truncate.
         return torch.from_numpy(np.asarray(array("q", lengths)))
     except TypeError as error:
         raise TypeError(f"lengths: {error}, expected ints") from error

@@ -1,7 +1,8 @@
-"""Philox4x32-10 (Salmon et al., SC 2011): random numbers keyed by what they are for, the same on every backend.
+"""Philox4x32-10 (Salmon et al., SC 2011): random numbers that are the same on every backend.
 
-A draw is a pure function of (seed, step, index), so it does not depend on the device, on the order of calls, on how
-responses are sharded over processes, or on a run having been resumed.
+A draw is a pure function of (seed, step, index of the response). So it does not depend on the device, on the order of
+calls, on how responses are split over processes, or on whether a run has been resumed. The kernels in Triton
+(``kernels/conductor_weights.py``) and C++ (``csrc/conductor_weights.cpp``) draw the same bits.
 """
 
 from __future__ import annotations
@@ -11,11 +12,38 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # what the two words of the key grow by from round to round
+
+
+def uniform(seed: int, step: int, offset: int, count: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1) for the responses ``offset .. offset + count``: float32 [count], multiples of 2^-24.
+
+    Args:
+        seed: 64 bits, the key.
+        step: 32 bits, word 2 of the counter.
+        offset: 63 bits, the global index of the first response; an index is words 0 and 1 of the counter.
+        count: how many responses there are.
+        device: where the numbers are made.
+
+    Raises:
+        ValueError: a number does not fit into its bits.
+    """
+    check_key(seed, step, offset)
+    index = torch.arange(offset, offset + count, device=device)
+    zero = torch.zeros_like(index)
+    words = philox_4x32((index & _WORD, index >> 32, zero + step, zero), (seed & _WORD, seed >> 32))
+    return (words[0] >> 8).float() * 2.0**-24  # a float32 holds 24 bits exactly
+
+
+def check_key(seed: int, step: int, offset: int) -> None:
+    """Raises a ValueError for a number that does not fit into its bits."""
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 words; returns four such tensors."""
+    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 words. Returns four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -27,33 +55,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Low and high word of the 64-bit product, in halves: int64 cannot hold an unsigned 64-bit product."""
+    """Low and high word of the product of two words, from two halves, since int64 cannot hold 64 unsigned bits."""
     low, high = factor & 0xFFFF, factor >> 16
     below = x * low
     above = x * high + (below >> 16)
     return ((above & 0xFFFF) << 16) | (below & 0xFFFF), above >> 16
-
-
-def uniform(seed: int, step: int, offset: int, count: int, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1) for the responses ``offset .. offset + count``: float32 [count], multiples of 2^-24.
-
-    Args:
-        seed: 64 bits, the key.
-        step: 32 bits, words 2 of the counter.
-        offset: 64 bits, global index of the first response, words 0 and 1 of the counter.
-
-    Raises:
-        ValueError: a number that does not fit.
-    """
-    check_key(seed, step, offset)
-    index = torch.arange(offset, offset + count, device=device)
-    zero = torch.zeros_like(index)
-    words = philox_4x32((index & _WORD, index >> 32, zero + step, zero), (seed & _WORD, seed >> 32))
-    return (words[0] >> 8).float() * 2.0**-24
-
-
-def check_key(seed: int, step: int, offset: int) -> None:
-    """Raises ValueError for a number that does not fit."""
-    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")

@@ -1,7 +1,8 @@
 """One context vector per response from its hidden states.
 
-last: the last token's state      mean: the mean over all tokens of the response's sequence
-prompt_last, prompt_mean: the same over the prompt's tokens alone
+last                        the state of the sequence's last token
+mean                        the mean over all tokens of the sequence, which are the prompt's and the completion's
+prompt_last, prompt_mean    the same over the prompt's tokens alone
 """
 
 from __future__ import annotations
@@ -35,32 +36,34 @@ def pool_hidden(
         mask: [B, L], nonzero on tokens; padding on the left or on the right.
         lengths: int [B], tokens per row, padding on the right.
         cu_seqlens: int [B + 1], sequence b is ``hidden[cu_seqlens[b]:cu_seqlens[b + 1]]``.
-        mode: see the module.
-        prompt_lengths: int [B], required by the prompt modes; the prompt comes first in each sequence.
-        backend: "triton", "torch", or None: Triton on a CUDA device, unless there is float64 or a gradient to compute.
+        mode: one of the four of the module.
+        prompt_lengths: int [B], required by the prompt modes. The prompt comes first in each sequence.
+        backend: "triton" or "torch". None takes Triton on a CUDA device, unless there is float64 or a gradient to
+            compute.
 
     Returns:
         [B, d], float32 (float64 for float64 input). An empty sequence pools to 0. Differentiable.
 
     Raises:
-        ValueError: shapes, or not exactly one description of the layout, or an unknown mode.
-        TypeError: dtypes.
+        ValueError: a shape is wrong, the mode is unknown, or the layout is described not once, but never or twice.
+        TypeError: a dtype is wrong.
     """
     if resolve("pool_hidden", backend, hidden) == "triton":
-        where = layout(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
-        return _by_triton(*where, mode.endswith("mean"))
-    bounds, start_B, length_B, flat = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
-    if flat.shape[0] == 0:  # all sequences are empty: one row to point at
+        rows = layout(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+        return _by_triton(rows.flat, rows.bounds, rows.limit_B, rows.width, mode.endswith("mean"))
+    where = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
+    flat, length_B = where.flat, where.length_B
+    if flat.shape[0] == 0:  # all sequences are empty, and need a row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
-        row_B = (start_B + length_B - 1).clamp(0, flat.shape[0] - 1)
+        row_B = (where.start_B + length_B - 1).clamp(0, flat.shape[0] - 1)
         return torch.where(length_B[:, None] > 0, wide(flat[row_B]), 0.0)
-    if start_B.numel() == 0:
+    if length_B.numel() == 0:
         return wide(flat).new_zeros(0, flat.shape[-1])
-    return _segment_mean(flat, bounds, start_B, length_B)
+    return _segment_mean(flat, where.bounds, where.start_B, length_B)
 
 
-# --- what is given, checked ---
+# --- checks ---
 
 
 def _check(
@@ -71,6 +74,7 @@ def _check(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    """Raises an error that names the argument."""
     named = (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens))
     given = [name for name, x in named if x is not None]
     if len(given) != 1:
@@ -137,8 +141,20 @@ def _check_lengths(name: str, lengths: Tensor, batch: int, most: int | None) -> 
 
 # --- PyTorch, the reference ---
 
-# Segment bounds [B + 1], first token [B] and tokens [B] of each sequence, and the flattened states [*, d].
-Segments = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class Segments(NamedTuple):
+    """Where the sequences stand in the flattened hidden states.
+
+    Attributes:
+        bounds: int64 [B + 1], the rows between which each sequence lies, its padding included.
+        start_B, length_B: int64 [B], the first row and the number of tokens that are pooled.
+        flat: [*, d].
+    """
+
+    bounds: Tensor
+    start_B: Tensor
+    length_B: Tensor
+    flat: Tensor
 
 
 def segments(
@@ -149,7 +165,7 @@ def segments(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Segments:
-    """What ``pool_hidden`` pools in this mode, checked."""
+    """What ``pool_hidden`` pools in this mode, from arguments that this function checks."""
     _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     if cu_seqlens is not None:
         bounds, flat = cu_seqlens.to(hidden.device, torch.int64), hidden
@@ -167,16 +183,16 @@ def segments(
     if mode.startswith("prompt"):
         assert prompt_lengths is not None
         length_B = torch.minimum(prompt_lengths.to(length_B), length_B)
-    return bounds, start_B, length_B, flat
+    return Segments(bounds, start_B, length_B, flat)
 
 
 def _first_live(live: Tensor) -> Tensor:
-    """[B], the width where a row has none; argmax cannot take a width of 0."""
+    """[B], the place of each row's first token, or the width where a row has none. (argmax refuses a width of 0.)"""
     return (live.cumsum(1) == 0).sum(1)
 
 
 def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tensor) -> Tensor:
-    """Mean over the tokens [start, start + length) that each segment of ``bounds`` [B + 1] holds; no atomics."""
+    """The mean over the tokens [start, start + length) of each segment of ``bounds`` [B + 1], without atomics."""
     position_T = torch.arange(flat.shape[0], device=flat.device)
     segment_T = torch.bucketize(position_T, bounds[1:], right=True).clamp(max=start_B.shape[0] - 1)
     offset_T = position_T - start_B[segment_T]
@@ -190,13 +206,19 @@ def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tenso
 
 
 class Layout(NamedTuple):
-    """Where the kernels find the sequences, as ``kernels/pool_hidden.py`` says: without a computation of its own,
-    except for a mask, and for the prompts of padded rows with lengths."""
+    """Where the kernels find the sequences.
+
+    Nothing is computed for it, except from a mask, and for the prompts of padded rows with lengths.
+
+    Attributes:
+        flat, bounds, limit_B: as the kernels' ``pool_hidden`` takes them.
+        width: of padded rows, or None for packed ones.
+    """
 
     flat: Tensor
     bounds: Tensor | None
     limit_B: Tensor | None
-    width: int | None  # of padded rows
+    width: int | None
 
 
 def layout(
@@ -207,7 +229,7 @@ def layout(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """What ``pool_hidden`` pools in this mode, checked, as the Triton kernels take it."""
+    """What ``pool_hidden`` pools in this mode as the Triton kernels take it, from arguments that it checks."""
     _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     limit_B = None
     if mode.startswith("prompt"):
@@ -224,6 +246,7 @@ def layout(
 
 
 def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The bounds [B + 1] and the limit [B] of a mask's rows, by a kernel or, under torch.compile, by PyTorch."""
     if not torch.compiler.is_compiling():
         from maestro_fast.kernels import pool_hidden as kernel
 
@@ -237,11 +260,12 @@ def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Columns contiguous, as the kernels read them."""
+    """The rows [*, d] with contiguous columns, as the kernels read them."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _shapes(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None, *rest: object) -> Tensor:
+    """The empty output of the operator."""
     if bounds is not None:
         batch = bounds.shape[0] - 1
     else:

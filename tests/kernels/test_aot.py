@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
-from maestro_fast.specs import HeadSpec, LossInputs, RowStatistics
+from maestro_fast.specs import (
+    ConductorBatch,
+    ConductorChoice,
+    ConductorState,
+    ConductorUpdateConfig,
+    ContextSource,
+    HeadSpec,
+    LossInputs,
+    RowStatistics,
+    ScoreInputs,
+    SourceKind,
+)
 from tests.kernels.helpers import INTERPRETED
 
 if not INTERPRETED:
@@ -54,41 +65,40 @@ def head(size: int, rewards: int, units: int | None) -> ConductorParams:
 
 
 def conductor_weights() -> Iterator[Callable[[], Any]]:
-    from maestro_fast.kernels.conductor_weights import Draw
     from maestro_fast.kernels.conductor_weights import conductor_weights as launch
 
-    draw = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3, seed=2**40)
     for dtype, units, soft in (
         (torch.bfloat16, None, False),
         (torch.float32, None, True),
         (torch.bfloat16, 256, False),
     ):
         h = torch.zeros(512, 4096, dtype=dtype)
-        yield lambda h=h, u=units, s=soft: launch(h, head(4096, 8, u), draw, soft=s)
+        choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, mode="soft" if soft else "sample", seed=2**40)
+        yield lambda h=h, u=units, c=choice: launch(h, head(4096, 8, u), c)
 
 
 def maestro_advantages() -> Iterator[Callable[[], Any]]:
-    from maestro_fast.kernels.conductor_weights import Draw
     from maestro_fast.kernels.maestro_advantages import maestro_advantages as launch
 
-    draw, bounds = Draw.of(8, tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
-    for source, units, size, name in (
+    choice, bounds = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3), torch.arange(513)
+    sources: tuple[tuple[SourceKind, int | None, int, str], ...] = (
         ("context", None, 8, "maestro"),
         ("context", None, 32, "gdpo"),
         ("last", 256, 16, "maestro"),
         ("mean", None, 16, "maestro"),
         ("mean", 256, 16, "maestro"),
-    ):
-        yield lambda o=source, u=units, g=size, p=name: launch(
+    )
+    x = torch.zeros(512, 4096, dtype=torch.bfloat16)
+    for kind, units, size, name in sources:
+        contexts = ContextSource(x, kind, None if kind == "context" else bounds)
+        yield lambda c=contexts, u=units, g=size, p=name: launch(
             torch.zeros(512, 8),
             head(4096, 8, u),
-            draw,
+            choice,
             Groups.of(g, 512).index_NG,
-            torch.zeros(512, 4096, dtype=torch.bfloat16),
-            soft=False,
-            source=o,
-            bounds=None if o == "context" else bounds,
-            profile=PROFILES[p],
+            c,
+            ScoreInputs(None, 0.0, None),
+            PROFILES[p],
         )
 
 
@@ -124,10 +134,10 @@ def policy_loss() -> Iterator[Callable[[], Any]]:
 def conductor_update() -> Iterator[Callable[[], Any]]:
     from maestro_fast.kernels import conductor_update as kernel
 
-    actions, advantages = torch.zeros(2560, dtype=torch.int64), torch.zeros(2560)
-    everything = {"actions": None, "advantages": torch.zeros(2560, 8)}
-    drawn = {"actions": actions, "advantages": advantages}
-    before = {**drawn, "drawn_probs": advantages}
+    actions, meta = torch.zeros(2560, dtype=torch.int64), torch.zeros(2560)
+    everything: dict[str, Any] = {"meta": torch.zeros(2560, 8), "live": actions.bool()}
+    drawn: dict[str, Any] = {"meta": meta, "actions": actions, "live": actions.bool()}
+    before = {**drawn, "drawn_probs": meta}
     for dtype, units, given in (
         (torch.float32, None, drawn),
         (torch.bfloat16, 256, drawn),
@@ -136,10 +146,9 @@ def conductor_update() -> Iterator[Callable[[], Any]]:
         (torch.bfloat16, 256, before),
     ):
         params, h = head(4096, 8, units), torch.zeros(2560, 4096, dtype=dtype)
-        moments = {name: kernel.Moments(x, x) for name, x in vars(params).items() if x is not None}
-        options = {"tau": 1.0, "min_prob": 0.05, "entropy_coef": 0.3, "adamw": kernel.AdamW(1, 1e-3), **given}
-        yield lambda h=h, p=params, m=moments, o=options: kernel.conductor_update(
-            h, params=p, moments=m, made=kernel.activations(h, p), live=actions.bool(), **o
+        state, batch = ConductorState(params, params.learned, params.learned, 1), ConductorBatch(h, **given)
+        yield lambda s=state, b=batch: kernel.conductor_update(
+            s, b, ConductorUpdateConfig(), kernel.activations(b.h, s.params)
         )
 
 

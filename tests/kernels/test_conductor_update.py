@@ -1,7 +1,8 @@
-"""Three steps of the update kernel against the op's reference in float64, from the same parameters each."""
+"""Each of three steps of the update kernel equals the op's reference in float64 from the same parameters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,8 @@ from maestro_fast.ops import conductor_update as reference
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 from tests.kernels.test_conductor_weights import head, moved
 
-EPSILON = 1e-5  # of a parameter: lr 0.01 times a relative error of 1e-3 where a gradient all but vanishes
-SETTINGS = {"tau": 0.7, "min_prob": 0.02, "entropy_coef": 0.3}
-RATE, DECAY = 1e-2, 0.05
-CONFIG = ConductorUpdateConfig(**SETTINGS, learning_rate=RATE, weight_decay=DECAY)
+EPSILON = 1e-5  # of a parameter: lr 0.01 times the relative error of 1e-3 that a vanishing gradient may have
+CONFIG = ConductorUpdateConfig(tau=0.7, min_prob=0.02, entropy_coef=0.3, learning_rate=1e-2, weight_decay=0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +28,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn") -> ConductorBatch:
-    """With rows that count, and NaN in those that do not."""
+    """Makes a batch in which some rows do not count. Those hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(number, size, generator=generator) * 2 + 0.5
     actions = torch.randint(0, rewards, (number,), generator=generator)
@@ -44,36 +43,34 @@ def batch_of(number: int, size: int, rewards: int, seed: int, kind: str = "drawn
 
 
 def kept(batch: ConductorBatch) -> ConductorBatch:
-    """Its live rows, in float64."""
+    """Keeps the live rows of a batch, in float64."""
     assert batch.live is not None
     parts = (batch.h, batch.meta, batch.actions, batch.drawn_probs)
     rows = (None if x is None else x[batch.live] for x in parts)
     return ConductorBatch(*(x.double() if x is not None and x.is_floating_point() else x for x in rows))  # type: ignore[arg-type]
 
 
-def stepped(
-    params: ConductorParams, moments: dict[str, kernel.Moments], batch: ConductorBatch, step: int
-) -> kernel.Update:
-    h, meta, actions, before, live = (None if x is None else x.to(DEVICE) for x in vars(batch).values())
-    made = kernel.activations(h, params)
-    adamw = kernel.AdamW(step, RATE, DECAY)
-    options = {"adamw": adamw, "drawn_probs": before, "max_ratio": CONFIG.max_ratio, "live": live, **SETTINGS}
-    return kernel.conductor_update(h, actions, meta, params, moments, made, **options)
+def stepped(state: ConductorState, batch: ConductorBatch) -> kernel.Update:
+    """Makes one update of the state's tensors. Its step counts the updates before this one."""
+    there = ConductorBatch(*(None if x is None else x.to(DEVICE) for x in vars(batch).values()))  # type: ignore[arg-type]
+    made = kernel.activations(there.h, state.params)
+    return kernel.conductor_update(replace(state, step=state.step + 1), there, CONFIG, made)
 
 
-def on_device(params: ConductorParams) -> tuple[ConductorParams, dict[str, kernel.Moments]]:
-    """A copy of the parameters there, and moments of 0."""
-    there = ConductorParams(*(None if x is None else x.detach().clone().to(DEVICE) for x in vars(params).values()))
-    return there, {name: kernel.Moments(torch.zeros_like(x), torch.zeros_like(x)) for name, x in there.learned.items()}
+def on_device(params: ConductorParams) -> ConductorState:
+    """Copies the parameters to the device, with moments of 0."""
+    copies = (None if x is None else x.detach().clone().to(DEVICE) for x in vars(params).values())
+    return ConductorState.start(ConductorParams(*copies))  # type: ignore[arg-type]
 
 
-def widened(params: ConductorParams, moments: dict[str, kernel.Moments], step: int) -> ConductorState:
-    first, second = ({name: pair[i].double().cpu() for name, pair in moments.items()} for i in (0, 1))
-    return ConductorState(moved(params, dtype=torch.float64, device="cpu"), first, second, step)
+def widened(state: ConductorState) -> ConductorState:
+    """Copies the state to the CPU, in float64."""
+    first, second = ({name: x.double().cpu() for name, x in part.items()} for part in (state.first, state.second))
+    return ConductorState(moved(state.params, dtype=torch.float64, device="cpu"), first, second, state.step)
 
 
 def narrowed(value: Any) -> Any:
-    """A copy of a state or a batch in float32."""
+    """Copies a state or a batch in float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -88,30 +85,31 @@ def narrowed(value: Any) -> Any:
 @pytest.mark.parametrize(("number", "rewards", "size"), [(1, 3, 32), (45, 1, 50), (40, 8, 130)])
 def test_three_steps(number: int, rewards: int, size: int, units: int | None, kind: str, masked: bool) -> None:
     params = head(size, rewards, units)
-    (ours, moments), (again, other) = on_device(params), on_device(params)
+    ours, again = on_device(params), on_device(params)
     for step in (1, 2, 3):
-        state = widened(ours, moments, step - 1)
+        ours, again = replace(ours, step=step - 1), replace(again, step=step - 1)
+        state = widened(ours)
         given = batch_of(number, size, rewards, step, kind)
         truth = kept(given)
         if not masked:
             given = ConductorBatch(*(None if x is None else x[given.live] for x in list(vars(given).values())[:4]))
-        update, same = stepped(ours, moments, given, step), stepped(again, other, given, step)
+        update, same = stepped(ours, given), stepped(again, given)
         plain, _ = reference(narrowed(state), narrowed(truth), CONFIG, backend="torch")
         state, metrics = reference(state, truth, CONFIG, backend="torch")
         assert_close(update.objective, metrics["objective"], epsilon=EPSILON, what="objective")
         assert_close(update.grad_norm, metrics["grad_norm"], epsilon=EPSILON, what="grad_norm")
         assert torch.equal(update.squares, same.squares)
-        for name, x in ours.learned.items():
+        for name, x in ours.params.learned.items():
             assert_close(x, state.params.learned[name], epsilon=EPSILON, what=f"{name} after step {step}")
-            assert torch.equal(x, again.learned[name]), f"{name} differs between two runs"
+            assert torch.equal(x, again.params.learned[name]), f"{name} differs between two runs"
             for mine, right, simple in zip(
-                moments[name],
+                (ours.first[name], ours.second[name]),
                 (state.first[name], state.second[name]),
                 (plain.first[name], plain.second[name]),
                 strict=True,
             ):
                 scale = right.abs().max().clamp(min=1e-12)
-                if scale > 1e-6:  # K = 1 has no gradient, only rounding
+                if scale > 1e-6:  # with K = 1 the gradient is rounding noise
                     shares = mine / scale.float().item(), right / scale, simple / scale
                     assert_close(*shares, epsilon=EPSILON, what=f"moments of {name}")
 
@@ -119,23 +117,23 @@ def test_three_steps(number: int, rewards: int, size: int, units: int | None, ki
 @pytest.mark.parametrize("units", [None, 40])
 def test_without_a_live_row_nothing_changes(units: int | None) -> None:
     params = head(50, 3, units)
-    ours, moments = on_device(params)
+    ours = on_device(params)
     dead = ConductorBatch(*list(vars(batch_of(20, 50, 3, 0)).values())[:4], live=torch.zeros(20, dtype=torch.bool))
-    update = stepped(ours, moments, dead, 1)
+    update = stepped(ours, dead)
     assert update.objective == 0 and update.grad_norm == 0
-    for name, x in ours.learned.items():
+    for name, x in ours.params.learned.items():
         assert torch.equal(x.cpu(), getattr(params, name))
-        assert not moments[name].first.any() and not moments[name].second.any()
+        assert not ours.first[name].any() and not ours.second[name].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contexts_of_other_dtypes_with_a_stride(dtype: torch.dtype) -> None:
     params = head(50, 4, None)
     state = ConductorState.start(moved(params, dtype=torch.float64))
-    ours, moments = on_device(params)
+    ours = on_device(params)
     wide = kept(batch_of(20, 64, 4, 5))
     h, meta, actions = wide.h.to(dtype)[:, :50], wide.meta.float(), wide.actions
     assert actions is not None
-    stepped(ours, moments, ConductorBatch(h, meta, actions.int()), 1)
+    stepped(ours, ConductorBatch(h, meta, actions.int()))
     reference(state, ConductorBatch(h.double(), meta.double(), actions), CONFIG, backend="torch")
-    assert_close(ours.weight, state.params.weight, epsilon=EPSILON)
+    assert_close(ours.params.weight, state.params.weight, epsilon=EPSILON)

@@ -1,4 +1,4 @@
-"""The Conductor's forward in Triton against the reference in float64, and its draws bit for bit."""
+"""The Conductor's forward in Triton equals the reference in float64, and its draws are the same bit for bit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from maestro_fast.kernels import conductor_weights as kernel
 from maestro_fast.ops import ConductorParams
 from maestro_fast.ops.conductor_weights import conductor_weights as reference
 from maestro_fast.ops.philox import uniform
+from maestro_fast.specs import ConductorChoice
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close
 
 EPSILON = 3e-6  # three TF32 products stand for one of float32, over d = 200 terms
@@ -55,11 +56,9 @@ def moved(params: ConductorParams, **to: Any) -> ConductorParams:
 
 def check(h: Tensor, params: ConductorParams, *, mode: str, **options: Any) -> None:
     settings = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3} | options
-    draw = kernel.Draw.of(params.num_rewards, **settings)
-    ours, again = (
-        kernel.conductor_weights(h.to(DEVICE), moved(params, device=DEVICE), draw, soft=mode == "soft")
-        for _ in range(2)
-    )
+    choice = ConductorChoice(**settings, mode=mode)
+    there = moved(params, device=DEVICE)
+    ours, again = (kernel.conductor_weights(h.to(DEVICE), there, choice) for _ in range(2))
     truth = reference(h.double(), moved(params, dtype=torch.float64), mode=mode, **settings)
     plain = reference(h.float(), params, mode=mode, **settings)
     for name, x, same, expected, simple in zip(truth._fields, ours, again, truth, plain, strict=True):
@@ -83,20 +82,20 @@ def test_dtypes_and_rows_with_a_stride(dtype: torch.dtype, units: int | None) ->
 
 
 def test_a_probability_of_zero() -> None:
-    """Without a floor, far logits underflow: no NaN in the entropy, and the log-prob of what is drawn is finite."""
+    """Without a floor, far logits underflow. The entropy has no NaN then, and a drawn action has a finite log-prob."""
     params = head(32, 3, None)
     h = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) * 2000
     check(h, params, mode="soft", min_prob=0.0, tau=0.01)
-    draw = kernel.Draw.of(3, tau=0.01, min_prob=0.0, alpha=0.3)
-    out = kernel.conductor_weights(h.to(DEVICE), moved(params, device=DEVICE), draw, soft=False)
+    choice = ConductorChoice(tau=0.01, min_prob=0.0, alpha=0.3)
+    out = kernel.conductor_weights(h.to(DEVICE), moved(params, device=DEVICE), choice)
     assert (out.probs == 0).any() and out.log_probs.isfinite().all() and out.entropy.isfinite().all()
 
 
 def test_last_layer_of_zeros_weighs_equally() -> None:
     params = head(32, 4, 24)
     params = ConductorParams(**vars(params) | {"weight": torch.zeros(4, 24), "bias": torch.zeros(4)})
-    draw = kernel.Draw.of(4, tau=1.0, min_prob=0.05, alpha=0.3)
-    out = kernel.conductor_weights(torch.randn(5, 32).to(DEVICE), moved(params, device=DEVICE), draw, soft=True)
+    choice = ConductorChoice(tau=1.0, min_prob=0.05, alpha=0.3, mode="soft")
+    out = kernel.conductor_weights(torch.randn(5, 32).to(DEVICE), moved(params, device=DEVICE), choice)
     torch.testing.assert_close(out.weights.cpu(), torch.full((5, 4), 0.25))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.kernels import group_advantages as kernel
-from maestro_fast.ops import PROFILES, AdvantageProfile, Groups
+from maestro_fast.ops import PROFILES, AdvantageProfile, GroupAdvantages, Groups
 from maestro_fast.ops.group_advantages import group_advantages as reference
 from tests.kernels.helpers import DEVICE, assert_close, counted_launches, on_device
 
@@ -51,7 +51,7 @@ def inputs(batch: int, rewards: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
 
 def launched(
     rewards_BK: Tensor, weights_BK: Tensor, groups: Any, profile: AdvantageProfile, kl: Tensor | None, lengths: Tensor
-) -> kernel.Outputs:
+) -> GroupAdvantages:
     index_NG = Groups.of(groups, rewards_BK.shape[0]).index_NG
     rewards_BK, weights_BK, index_NG, kl, counts = on_device(
         rewards_BK, weights_BK, index_NG, kl, lengths if profile.needs_lengths else None

@@ -1,4 +1,4 @@
-"""The fused adaptive step against the ops that it is made of, in float64."""
+"""The fused adaptive step equals the ops that it is made of, in float64."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights, group_advantages, pool_hidden
 from maestro_fast.kernels import maestro_advantages as kernel
-from maestro_fast.kernels.conductor_weights import Draw
 from maestro_fast.ops import PROFILES, Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages as reference
+from maestro_fast.specs import ConductorChoice, ContextSource, ScoreInputs
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches, on_device
 from tests.kernels.test_conductor_weights import head, moved
 from tests.kernels.test_group_advantages import RAGGED, inputs
 
-EPSILON = 4e-6  # that of the Conductor's forward, through two normalisations
-SETTINGS = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
+EPSILON = 4e-6  # the error of the Conductor's forward, after two normalisations
+SETTINGS: dict[str, Any] = {"tau": 0.7, "min_prob": 0.02, "alpha": 0.3, "seed": 11, "step": 2, "offset": 5}
 SIZE = 72
 
 
@@ -37,7 +37,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hidden_states(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Packed [T, d] and the lengths [B], among them an empty sequence and one of three chunks."""
+    """Makes packed states [T, d] and lengths [B]. One sequence is empty, and one has three chunks."""
     generator = torch.Generator().manual_seed(batch)
     length_B = torch.randint(1, 12, (batch,), generator=generator)
     length_B[0], length_B[batch // 2] = 19, 0
@@ -89,22 +89,17 @@ def check(
         assert torch.equal(mine, same), f"{what} differs between two runs"
 
 
-def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: str, soft: bool) -> Any:
+def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: Any, soft: bool) -> Any:
     rewards_BK, index_NG, x, bounds, kl, lengths = arguments
     assert rewards_BK is not None and index_NG is not None and x is not None
     return kernel.maestro_advantages(
         rewards_BK,
         moved(params, device=DEVICE),
-        Draw.of(rewards_BK.shape[1], **SETTINGS),
+        ConductorChoice(**SETTINGS, mode="soft" if soft else "sample"),
         index_NG,
-        x,
-        soft=soft,
-        source=source,
-        bounds=None if source == "context" else bounds,
-        profile=profile,
-        kl=kl,
-        beta=0.0 if kl is None else 0.1,
-        lengths=lengths,
+        ContextSource(x, source, None if source == "context" else bounds),
+        ScoreInputs(kl, 0.0 if kl is None else 0.1, lengths),
+        profile,
     )
 
 
@@ -156,7 +151,7 @@ def test_launches(source: str, units: int | None, expected: int, monkeypatch: py
 def test_the_bits_are_those_of_the_single_launches(
     batch: int, groups: Any, units: int | None, soft: bool, name: str, rewards: int
 ) -> None:
-    """Whatever is fused, and whatever is not: nobody should see which it was."""
+    """Nobody can tell from the bits which launches were fused."""
     rewards_BK, _, kl, _ = inputs(batch, rewards)
     kl = kl if PROFILES[name].kl_in == "score" else None
     index_NG = Groups.of(groups, batch).index_NG
@@ -164,11 +159,33 @@ def test_the_bits_are_those_of_the_single_launches(
     x = torch.randn(batch, SIZE, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     rewards_BK, index_NG, kl = on_device(rewards_BK, index_NG, kl)
     assert rewards_BK is not None and index_NG is not None
-    draw, beta = Draw.of(rewards, **SETTINGS), 0.0 if kl is None else 0.1
+    choice, beta = ConductorChoice(**SETTINGS, mode="soft" if soft else "sample"), 0.0 if kl is None else 0.1
     sample, out = kernel.maestro_advantages(
-        rewards_BK, params, draw, index_NG, x, soft=soft, profile=profile, kl=kl, beta=beta
+        rewards_BK, params, choice, index_NG, ContextSource(x), ScoreInputs(kl, beta, None), profile
     )
-    alone = conductor_weights.conductor_weights(x, params, draw, soft=soft)
+    alone = conductor_weights.conductor_weights(x, params, choice)
     after = group_advantages.group_advantages(rewards_BK, alone.weights, index_NG, profile=profile, kl=kl, beta=beta)
     for field, fused, single in zip((*sample._fields, *out._fields), (*sample, *out), (*alone, *after), strict=True):
         assert torch.equal(fused, single), field
+
+
+@pytest.mark.parametrize(("source", "units"), [("context", None), ("last", 24), ("mean", None)])
+def test_a_compiled_step_is_one_graph_with_the_same_bits(source: Any, units: int | None) -> None:
+    batch = 20
+    rewards_BK, _, kl, _ = inputs(batch, 3)
+    flat, length_B = hidden_states(batch)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length_B.cumsum(0)])
+    rewards_BK, kl, flat, bounds = (x.to(DEVICE) for x in (rewards_BK, kl, flat, bounds))
+    where = {"h": flat[:batch]} if source == "context" else {"hidden": flat, "cu_seqlens": bounds, "pool": source}
+    params, groups = moved(head(SIZE, 3, units), device=DEVICE), Groups.of(4, batch)
+    groups.to(torch.device(DEVICE))
+
+    def step() -> Any:
+        options = {**where, **SETTINGS, "kl": kl, "beta": 0.1, "mode": "sample"}
+        return reference(rewards_BK, params, groups, **options, backend="triton")
+
+    found, expected = torch.compile(step, fullgraph=True, backend="aot_eager")(), step()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert type(ours) is type(theirs)
+        for name, one, other in zip(theirs._fields, ours, theirs, strict=True):
+            assert torch.equal(one, other), name

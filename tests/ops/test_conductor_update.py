@@ -1,4 +1,4 @@
-"""The Conductor's update against autograd and torch.optim.AdamW in float64, and what it refuses."""
+"""The Conductor's update equals autograd and torch.optim.AdamW in float64, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def experience(kind: str = "drawn", *, seed: int = 0, dtype: torch.dtype = torch
 
 
 def objective(params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig) -> Tensor:
-    """J by the formula, for autograd."""
+    """Computes J by its formula, so that autograd can differentiate it."""
     p = (1 - K * config.min_prob) * (params.logits(batch.h) / config.tau).softmax(-1) + config.min_prob
     log = torch.where(p > 0, p, 1.0).log()
     if batch.actions is None:

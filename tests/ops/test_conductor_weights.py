@@ -1,4 +1,4 @@
-"""The Conductor's forward: probabilities by hand, draws that follow them, gradients of p and not of softmax."""
+"""The Conductor's forward: probabilities equal those by hand, draws follow them, and gradients are those of p."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_params(*, mlp: bool = False, dtype: torch.dtype = torch.float64, seed
 
 
 def with_logits(*logits: float) -> ConductorParams:
-    """A head that gives these logits whatever h is."""
+    """Makes a network that gives these logits whatever h is."""
     k = len(logits)
     return ConductorParams(torch.zeros(D), torch.ones(D), torch.zeros(k, D), torch.tensor(logits))
 
@@ -155,7 +155,7 @@ def test_gradients_of_the_head(mlp: bool, mode: Any) -> None:
         differentiable = (sample.log_probs, sample.entropy, sample.probs)
         return (*differentiable, sample.weights) if mode == "soft" else differentiable
 
-    assert all(x.requires_grad for x in outputs(*leaves))  # gradcheck passes over those that do not
+    assert all(x.requires_grad for x in outputs(*leaves))  # gradcheck skips outputs that do not
     assert torch.autograd.gradcheck(outputs, leaves)
 
 

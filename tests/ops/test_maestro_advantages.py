@@ -1,4 +1,4 @@
-"""The fused step is what it is made of."""
+"""The adaptive step gives what the ops that it is made of give one after the other."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_from_packed_hidden_states(params: ConductorParams, pool: Any, dtype: to
 
 
 def test_a_new_conductor_weighs_equally() -> None:
-    """The last layer starts at zero: with soft weights the advantages are those of weights 1 / K."""
+    """A last layer of zeros gives soft weights of 1 / K, and the advantages under them."""
     zeros = ConductorParams(torch.zeros(D), torch.ones(D), torch.zeros(K, D), torch.zeros(K))
     _, ours = maestro_advantages(rewards_BK, zeros, IDS, h=torch.randn(B, D), mode="soft")
     equal = group_advantages(rewards_BK, torch.full((K,), 1 / K), IDS)

@@ -1,4 +1,4 @@
-"""Philox4x32-10 against Random123's vectors and against itself in Python integers; draws that depend on keys alone."""
+"""Philox4x32-10 equals Random123's vectors and a version in Python integers, and draws depend on their keys alone."""
 
 from __future__ import annotations
 

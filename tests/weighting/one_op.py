@@ -1,4 +1,4 @@
-"""Which ops a batch's weights and advantages came from: calls are counted where our own code makes them."""
+"""Counts which ops a batch's weights and advantages came from, where our own code calls them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINGLE = {"conductor_weights": 1, "group_advantages": 1}
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *, trl: bool = False) -> Counter[str]:
-    """Counts from now on. What an op calls inside itself, and what a Conductor compares to learn, is not counted."""
+    """Counts from now on. Calls inside an op, and those with which a Conductor learns, are not counted."""
     found: Counter[str] = Counter()
 
     def spy(name: str, op: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Weights and advantages of a batch: by one op where a Conductor allows it, by two elsewhere, always the same bits."""
+"""One op gives a batch's weights and advantages where it can, else two ops do, always with the same bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OVER_THE_BATCH = ("grpo_batch", "gdpo", "verl_gdpo")
 
 
 def conductor(kind: type[Conductor] = Conductor, **options: Any) -> Conductor:
-    """One whose weights depend on the context, in every layer."""
+    """Makes a Conductor whose weights depend on the context in every layer."""
     policy = kind(ConductorConfig(**{"alpha": 0.6, "learning_rate": 0.0, **options}), NAMES, D)
     policy.weight.copy_(normal(*policy.weight.shape, seed=7))
     policy.bias.copy_(normal(K, seed=8))
@@ -41,13 +41,13 @@ def conductor(kind: type[Conductor] = Conductor, **options: Any) -> Conductor:
 
 def batch(step: int = 0) -> WeightContext:
     rewards_BK = normal(B, K, seed=1000 + step)
-    rewards_BK[1, 0] = rewards_BK[5] = float("nan")  # one abstains, and a whole row does
+    rewards_BK[1, 0] = rewards_BK[5] = float("nan")  # one reward abstains, and all rewards of a row do
     rewards_BK[8:12] = 0.3  # a group without spread
     return WeightContext(NAMES, G, step, rewards_BK, normal(B, D, seed=step) * 3, normal(B, seed=2000 + step))
 
 
 def comparison(profile: str | AdvantageProfile = "maestro") -> Comparison:
-    """With all that the profile takes."""
+    """Makes a comparison with everything that the profile takes."""
     resolved = PROFILES[profile] if isinstance(profile, str) else profile
     kl_B = normal(B, seed=3).abs() if resolved.kl_in == "score" else None
     lengths_B = torch.arange(1, B + 1) if resolved.needs_lengths else None
@@ -109,7 +109,7 @@ def test_one_op_with_every_option(monkeypatch: pytest.MonkeyPatch, options: dict
 
 
 class Constant(Conductor):
-    """A user's Conductor that does not ask its head."""
+    """A user's Conductor that does not ask its network."""
 
     def weights(self, context: WeightContext) -> Weights:
         fixed_BK = torch.tensor([0.2, 0.3, 0.5]).expand_as(context.rewards_BK)

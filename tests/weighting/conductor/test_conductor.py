@@ -1,4 +1,4 @@
-"""The Conductor as a policy: the weights it gives, and when and from what it updates."""
+"""The Conductor as a policy: which weights it gives, when it updates, and from what."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def states(batch: int = B, seed: int = 0) -> Tensor:
 
 
 def probabilities(policy: Conductor, h: Tensor) -> Tensor:
-    """p by the formula, in float64, of a head that has not standardised yet."""
+    """Computes p by its formula, in float64, for a Conductor that has not seen a context yet."""
     config, k = policy.config, len(policy.reward_names)
     logits = h.double() @ policy.weight.detach().double().T + policy.bias.detach().double()
     return (1 - k * config.min_prob) * torch.softmax(logits / config.tau, -1) + config.min_prob
@@ -87,7 +87,7 @@ def test_soft_mode_uses_the_probabilities() -> None:
 
 @pytest.mark.parametrize("period", [1, 3])
 def test_an_update_uses_all_batches_since_the_last(period: int) -> None:
-    """The gradient of the whole buffer, by hand, and AdamW's first step: learning_rate * sign(gradient)."""
+    """The gradient is that of the whole buffer, by hand; AdamW's first step is learning_rate * sign(gradient)."""
     policy = conductor(period=period, learning_rate=0.01, entropy_coef=0.2)
     batches = []
     for step in range(period):
@@ -132,7 +132,7 @@ def test_statistics_are_frozen_between_updates() -> None:
 
 
 def test_degenerate_rows_are_left_out() -> None:
-    """As if the batch had never held them: same statistics, same gradient, same parameters."""
+    """The statistics, gradients and parameters are those of batches that never held these rows."""
     policy, clean = conductor(period=2), conductor(period=2)
     for step in range(4):
         h, advantages = states(12, seed=step), normal(12, seed=20 + step)
@@ -197,7 +197,7 @@ def test_entropy_of_the_batch_is_reported() -> None:
 
 
 def test_self_flattery_by_hand() -> None:
-    """Two groups of two; normalised rewards are +-1/sqrt(2) (almost: there is an eps)."""
+    """There are two groups of two, so normalised rewards are +-1/sqrt(2), but for the eps."""
     rewards_BK = torch.tensor([[1.0, 0.0], [0.0, 4.0], [5.0, 7.0], [5.0, 9.0]])
     at = context(rewards_BK, group_size=2)
 
@@ -208,7 +208,7 @@ def test_self_flattery_by_hand() -> None:
     one = 0.5**0.5
     assert flattery([[0.5, 0.5]] * 4) == pytest.approx(0, abs=1e-6)
     assert flattery([[0.9, 0.1]] * 4) == pytest.approx(0, abs=1e-6)
-    # each row its best column; the third reward pair has no spread in column 0
+    # Each row gets its best column. Column 0 of the second group has no spread.
     assert flattery([[1, 0], [0, 1], [1, 0], [0, 1]]) == pytest.approx((one + one + 0 + one) / 4, rel=1e-3)
     assert flattery([[0, 1], [1, 0], [0, 1], [1, 0]]) == pytest.approx((-one - one - one - 0) / 4, rel=1e-3)
 

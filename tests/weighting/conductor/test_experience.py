@@ -1,16 +1,21 @@
-"""Running statistics: any split of the rows gives the direct mean and variance."""
+"""Contexts reach the right responses when they are shuffled, and running statistics do not depend on the batches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from maestro_fast.ops import group_advantages
+from maestro_fast.weighting import ConductorConfig, Outcome
 from maestro_fast.weighting.conductor.experience import RunningStatistics
-from tests.weighting.helpers import normal
+from tests.weighting.helpers import NAMES, K, context, normal
 
-D = 3
+B, D = 64, 3
 
 
 def seen(*batches: torch.Tensor) -> RunningStatistics:
@@ -78,3 +83,36 @@ def test_an_update_leaves_earlier_figures_alone() -> None:
     copies = [tensor.clone() for tensor in before]
     statistics.update(normal(5, D, seed=6))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(before, copies, strict=True))
+
+
+# --- shuffled contexts ---
+
+
+def test_shuffling_gives_every_response_the_state_of_another() -> None:
+    at = context(B, torch.arange(B).float()[:, None].expand(B, D), step=3)
+    policy = ConductorConfig(context="shuffled", seed=5).build(NAMES, D)
+    policy.observe(Outcome(at, policy.weights(at), group_advantages(at.rewards_BK, None, 4)))
+    source_B = policy.state_dict()["buffer.0.h"][:, 0]
+    assert sorted(source_B.tolist()) == list(range(B))
+    assert (source_B != torch.arange(B)).all()
+
+
+def test_shuffling_follows_from_seed_and_step_alone() -> None:
+    h = normal(B, D, seed=0)
+
+    def expected(seed: int, step: int, kind: Any = "shuffled") -> Tensor:
+        policy = ConductorConfig(context=kind, seed=seed).build(NAMES, D)
+        policy.weight.data.copy_(normal(K, D, seed=7))
+        return policy.weights(context(B, h, step=step)).expected_BK
+
+    rows = expected(5, 3)
+    assert torch.equal(expected(5, 3), rows)
+    for other in (expected(5, 4), expected(6, 3), expected(5, 3, "response")):
+        assert not torch.equal(other, rows)
+        assert sorted(other.tolist()) == sorted(rows.tolist())  # the same states, in another order
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_shuffling_tiny_batches(batch: int) -> None:
+    policy = ConductorConfig(context="shuffled").build(NAMES, D)
+    assert policy.weights(context(batch, normal(batch, D, seed=0), group_size=1)).weights_BK.shape == (batch, K)

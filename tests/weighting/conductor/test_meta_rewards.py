@@ -1,6 +1,6 @@
-"""Meta-rewards and estimators: values and gradients by hand, and what they are the gradient of on average.
+"""Estimators of the meta-gradient have the values and gradients that are computed by hand.
 
-For the latter every joint action of a tiny group is enumerated, and autograd gives the truth.
+Every joint action of a tiny group is enumerated to show what they climb on average; autograd gives the truth.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN = AdvantageProfile("group", "group", "group", "none")  # rewards are stand
 def climbed(
     logits_BK: Tensor, actions_B: Tensor | None, meta: Tensor, *, tau: float, min_prob: float, entropy_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """J, the mean over the responses, and its gradient [B, K] by the logits, from the closed form of the update."""
+    """Gives J, the mean over the responses, and its gradient [B, K] by the logits, from the update's closed form."""
     config = ConductorUpdateConfig(tau, min_prob, entropy_coef)
     gradient_BK, gain_B = logit_gradient(logits_BK, ConductorBatch(torch.empty(0), meta, actions_B), config)
     return gain_B.mean(), gradient_BK / len(logits_BK)
@@ -52,7 +52,7 @@ def problem(batch: int = 6, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, 
 def reinforce(
     logits_BK: Tensor, actions_B: Tensor, meta_B: Tensor, tau: float, floor: float, coef: float
 ) -> tuple[Tensor, Tensor]:
-    """J, and its gradient by the logits."""
+    """Gives J and its gradient by the logits."""
     return climbed(logits_BK, actions_B, meta_B, tau=tau, min_prob=floor, entropy_coef=coef)
 
 
@@ -85,7 +85,7 @@ def test_gradient_by_hand(k: int, entropy_coef: float) -> None:
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_on_average_it_climbs_the_expected_advantage(k: int) -> None:
-    """Sum over all joint actions of p(a) grad REINFORCE(a) = grad of sum_a p(a_b) A_b(a), others' actions given.
+    """The sum over all joint actions of p(a) grad REINFORCE(a) is grad of sum_a p(a_b) A_b(a), the others being fixed.
 
     The advantages are real ones: those of one group whose weights follow from the joint action.
     """
@@ -111,7 +111,7 @@ def test_on_average_it_climbs_the_expected_advantage(k: int) -> None:
 
 
 def test_its_known_weakness() -> None:
-    """The group's advantages add up to 0 whatever the actions are, yet the head is pushed: towards what flatters."""
+    """The group's advantages add up to 0 whatever the actions are, and yet they push the network to flatter itself."""
     k, batch = 2, 2
     rewards_BK = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     logits_BK = torch.zeros(batch, k, dtype=torch.float64)
@@ -137,7 +137,7 @@ def closed_form(logits_BK: Tensor, actions_B: Tensor | None, meta: Tensor, coef:
 
 
 def estimate(kind: str, logits_BK: Tensor, actions_B: Tensor, rewards_BK: Tensor, weigh: Tensor) -> Tensor:
-    """The gradient for one joint action; ``weigh`` multiplies the advantages (1: the paper's, z(U): first order)."""
+    """Gives the gradient for one joint action. ``weigh``, 1 in the paper and z(U) in first order, scales advantages."""
     batch, k = logits_BK.shape
     every_AK = (1 - ALPHA) / k + ALPHA * torch.eye(k).double()
     weights_BK = every_AK[actions_B]
@@ -151,7 +151,7 @@ def estimate(kind: str, logits_BK: Tensor, actions_B: Tensor, rewards_BK: Tensor
 
 
 def enumerated(logits_BK: Tensor, rewards_BK: Tensor, weigh: Tensor) -> Tensor:
-    """E over all joint actions of mean_b weigh_b A_b, each response differentiated in its own action, plus entropy."""
+    """Sums p(a) mean_b weigh_b A_b over all joint actions, plus entropy; a response moves its own action alone."""
     batch, k = logits_BK.shape
     p_BK, total = probabilities(logits_BK), torch.zeros((), dtype=torch.float64)
     for joint in product(range(k), repeat=batch):
@@ -165,7 +165,7 @@ def enumerated(logits_BK: Tensor, rewards_BK: Tensor, weigh: Tensor) -> Tensor:
 
 
 def moments(kind: str, logits_BK: Tensor, rewards_BK: Tensor, weigh: Tensor) -> tuple[Tensor, float]:
-    """Mean of the estimator's gradient over all joint actions, and the trace of its covariance."""
+    """Gives the mean of the estimator's gradient over all joint actions, and the trace of its covariance."""
     batch, k = logits_BK.shape
     p_BK = probabilities(logits_BK.detach())
     mean_BK, square = torch.zeros_like(p_BK), 0.0
@@ -193,7 +193,7 @@ def test_gradient_is_that_of_the_enumerated_expectation(kind: str, k: int, weigh
 
 
 def test_variance_falls_from_reinforce_to_all_actions() -> None:
-    """Mean over some problems of the variance, given that of all_actions; printed, as it is a finding."""
+    """The ratios of the variances over some problems are printed, since they are a finding."""
     spread = dict.fromkeys(DRAWN, 0.0)
     for seed in range(4):
         logits_BK = (0.5 * normal(3, 3, seed=seed)).double().requires_grad_()
@@ -208,7 +208,7 @@ def test_variance_falls_from_reinforce_to_all_actions() -> None:
 
 @pytest.mark.parametrize("kl", [False, True])
 def test_pathwise_is_autograd_through_the_soft_weights(kl: bool) -> None:
-    """By central differences of the value, which is formed by hand."""
+    """The slopes are those of central differences of the value, which is formed by hand."""
     logits_BK = normal(4, 3, seed=3).double().requires_grad_()
     rewards_BK, worth_B = normal(4, 3, seed=4).double(), worth(4)
     kl_B = normal(4, seed=5).double().abs() if kl else None
@@ -234,7 +234,7 @@ def test_pathwise_is_autograd_through_the_soft_weights(kl: bool) -> None:
 
 
 def meta_gradient(kind: str, profile: str | AdvantageProfile, seed: int, *, centred: bool = True) -> float:
-    """Largest element of the enumerated meta-gradient of 'advantage', all of a group reading one context."""
+    """Gives the largest element of the enumerated meta-gradient of 'advantage', where a group reads one context."""
     shared_K = normal(1, 3, seed=seed).double()
     rewards_BK = normal(3, 3, seed=100 + seed).double()
     if centred:
@@ -261,7 +261,7 @@ def meta_gradient(kind: str, profile: str | AdvantageProfile, seed: int, *, cent
 def test_a_prompt_context_has_no_meta_gradient_with_mean_only_scaling(
     kind: str, profile: str | AdvantageProfile
 ) -> None:
-    """E sum_b A_b grad log p(a_b) = (1 - 1/G) grad E_p sum_b s_b(a): 0, as each reward adds up to 0 over its group.
+    """E sum_b A_b grad log p(a_b) = (1 - 1/G) grad E_p sum_b s_b(a) = 0, since each reward adds up to 0 in its group.
 
     So rewards have to be centred: by the profile, or, as dr_grpo leaves them as they are, before it.
     """
@@ -269,12 +269,12 @@ def test_a_prompt_context_has_no_meta_gradient_with_mean_only_scaling(
 
 
 def test_rewards_that_are_not_centred_leave_a_meta_gradient() -> None:
-    """dr_grpo on raw rewards: the paper's objective then prefers the reward that is large, whatever it measures."""
+    """With dr_grpo on raw rewards, the paper's objective prefers the larger reward, whatever it measures."""
     assert meta_gradient("reinforce", "dr_grpo", 0, centred=False) > 0.01
 
 
 def test_std_scaling_leaves_a_small_residual() -> None:
-    """Reported, not wished for: the division by a random std keeps the sum from vanishing."""
+    """The division by a random std keeps the sum from vanishing. The residual is printed."""
     residual = max(meta_gradient("reinforce", "maestro", seed) for seed in range(3))
     print(f"largest meta-gradient of a prompt context under std scaling: {residual:.2e}")
     assert 1e-6 < residual < 0.05

@@ -1,4 +1,4 @@
-"""Saving and loading: a Conductor that is resumed in the middle of a period goes on as if nothing had happened."""
+"""A Conductor that is saved and loaded in the middle of a period goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def conductor(**options: Any) -> Conductor:
 
 
 def batch(policy: Conductor, step: int) -> Weights:
-    """Batch 4 is degenerate throughout, every other in part."""
+    """Plays one batch. Batch 4 is degenerate throughout, every other batch in part."""
     h, advantages_B = normal(B, D, seed=step) * 3 + 1, normal(B, seed=100 + step)
     degenerate_B = torch.arange(B) < (B if step == 4 else 4)
     return play(policy, context(B, h, step=step), advantages_B, degenerate_B)
@@ -48,7 +48,7 @@ def test_a_resumed_conductor_has_the_same_future(cut: int, kind: str, tmp_path: 
 
 
 def test_a_state_is_loaded_over_another() -> None:
-    """Nothing of the old state stays: parameters, moments, buffer."""
+    """No parameter, moment or batch of the old state stays."""
     policy, other = conductor(), conductor()
     batch(policy, 0)
     for step in range(5):

@@ -1,4 +1,4 @@
-"""The options of the Conductor: heads, contexts, modes, estimators through the policy, decay, buffer."""
+"""Each option of the Conductor does what it says: network, contexts, modes, estimators, decay, buffer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def at(step: int = 0, *, utilities: bool = False, h: Tensor | None = None) -> We
 
 
 def real(policy: Conductor, context: WeightContext, **how: Any) -> Weights:
-    """A batch with the advantages that its weights give."""
+    """Plays one batch with the advantages that its weights give."""
     weights = policy.weights(context)
     advantages = group_advantages(context.rewards_BK, weights.weights_BK, G)
     policy.observe(Outcome(context, weights, advantages, **how))
@@ -60,8 +60,8 @@ def test_an_mlp_head_starts_at_equal_weights_and_learns_in_both_layers() -> None
     assert (expected_BK - 1 / K).abs().max() < 1e-7
     real(policy, at(1))
     assert policy.weight.abs().max() > 0
-    assert not torch.equal(hidden_weight(policy), hidden)  # once the last layer is not 0 any more
-    assert torch.equal(hidden, hidden_weight(conductor(hidden=7)))  # drawn from the seed alone
+    assert not torch.equal(hidden_weight(policy), hidden)  # the last layer is not 0 any more
+    assert torch.equal(hidden, hidden_weight(conductor(hidden=7)))  # the seed alone decides
     assert not torch.equal(hidden, hidden_weight(conductor(hidden=7, seed=1)))
 
 
@@ -241,7 +241,7 @@ def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(options: dict[str, Any]) -
     for step in range(6):
         real(here, at(step))
         real(there, at(step))
-        if step == 3:  # and a state goes from one to the other
+        if step == 3:  # a state passes from one to the other
             there.load_state_dict(here.state_dict())
     assert there.weight.is_cuda
     for name, value in here.state_dict().items():
