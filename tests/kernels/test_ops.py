@@ -309,4 +309,5 @@ def test_the_host_only_allocates_outputs_and_launches(
     launches.clear()
     with Operations() as counted:
         run()
-    assert launches == expected and [call.removesuffix("_like") for call in counted.calls] == ["empty"] * allocations
+    calls = [name.removesuffix("_like") for name in counted.calls]
+    assert launches == expected and calls == ["empty"] * allocations
