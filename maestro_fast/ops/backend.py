@@ -44,7 +44,10 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
     """
     served = SERVED_BY[op]
     if backend is None:
-        return next(candidate for candidate in served if _obstacle(op, candidate, tensors, False) is None)
+        for candidate in served[:-1]:
+            if _obstacle(op, candidate, tensors, False) is None:
+                return candidate
+        return served[-1]  # the reference, which takes all tensors
     if backend not in served:
         raise ValueError(f"backend: {backend!r} does not serve {op}, expected one of {', '.join(served)}")
     reason = _obstacle(op, backend, tensors, True)

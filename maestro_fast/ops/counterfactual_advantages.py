@@ -17,20 +17,21 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.group_advantages import (
+    CppGroups,
     Members,
     as_matrices,
     check_inputs,
-    cpp_groups,
-    cpp_partition,
+    cpp_flat,
     cpp_profile,
     cpp_rewards,
-    flat_profile,
+    cpp_whole,
     kernel_matrices,
     live_weights,
     normalize_rewards,
     standardise_scores,
     sum_over_rewards,
-    whole_profile,
+    triton_flat,
+    triton_whole,
 )
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.tensors import floats
@@ -78,8 +79,8 @@ def counterfactual_advantages(
     _check(rewards, action_weights, prof)
     chosen = resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl)
     if chosen == "cpp":
-        partition = cpp_groups(groups, rewards.shape[0])
-        return _by_cpp(rewards, weights, action_weights, kl, float(beta), *partition, prof)
+        partition = CppGroups.of(groups, rewards.shape[0])
+        return _by_cpp(rewards, weights, action_weights, kl, float(beta), partition, prof)
     if chosen == "triton":
         index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
         return _by_triton(rewards, weights, action_weights, kl, float(beta), index_NG, prof)
@@ -89,6 +90,7 @@ def counterfactual_advantages(
 
 
 def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
+    """Raises an error that names the argument, beyond those of ``check_inputs``."""
     K = rewards.shape[1] if rewards.ndim == 2 else 1
     if not action_weights.is_floating_point():
         raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")
@@ -96,9 +98,11 @@ def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -
         raise ValueError(f"action_weights: shape {tuple(action_weights.shape)}, expected [A, {K}] with A >= 1")
     if action_weights.device != rewards.device:
         raise ValueError(f"action_weights: on {action_weights.device}, expected {rewards.device} as rewards")
-    for name, scope in (("score_center", profile.score_center), ("score_scale", profile.score_scale)):
-        if scope in ("batch", "tokens"):
-            raise ValueError(f"profile: its {name} is {scope!r}, expected one that compares scores within the group")
+    beyond = "batch", "tokens"
+    if profile.score_center in beyond or profile.score_scale in beyond:
+        name = "score_center" if profile.score_center in beyond else "score_scale"
+        scope = getattr(profile, name)
+        raise ValueError(f"profile: its {name} is {scope!r}, expected one that compares scores within the group")
 
 
 def _reference(
@@ -139,6 +143,7 @@ def _replaced(x_NGA: Tensor) -> Tensor:
 
 
 def _shapes(rewards: Tensor, weights: Tensor | None, action_weights: Tensor, *rest: object) -> Tensor:
+    """The empty output of the operators, [B, A]."""
     return torch.empty(rewards.shape[0], action_weights.shape[0], dtype=torch.float32, device=rewards.device)
 
 
@@ -146,8 +151,8 @@ def _shapes(rewards: Tensor, weights: Tensor | None, action_weights: Tensor, *re
     "counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor action_weights, Tensor? kl, float beta,"
     " int size, Tensor? offsets, Tensor? order, str profile) -> Tensor",
     _shapes,
-    flat=flat_profile,
-    whole=whole_profile,
+    flat=cpp_flat,
+    whole=cpp_whole,
 )
 def _by_cpp(
     rewards: Tensor,
@@ -155,9 +160,7 @@ def _by_cpp(
     action_weights: Tensor,
     kl: Tensor | None,
     beta: float,
-    size: int,
-    offsets: Tensor | None,
-    order: Tensor | None,
+    groups: CppGroups,
     profile: AdvantageProfile,
 ) -> Tensor:
     rewards, action_weights = cpp_rewards(rewards), floats(action_weights)
@@ -175,7 +178,7 @@ def _by_cpp(
         beta,
         action_weights.data_ptr(),
         actions,
-        cpp_partition(size, offsets, order, rewards.shape[0]),
+        groups.native(rewards.shape[0]),
         cpp_profile(profile),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -187,8 +190,8 @@ def _by_cpp(
     "triton_counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor actions, Tensor? kl, float beta,"
     " Tensor index, str profile) -> Tensor",
     _shapes,
-    flat=flat_profile,
-    whole=whole_profile,
+    flat=triton_flat,
+    whole=triton_whole,
 )
 def _by_triton(
     rewards: Tensor,

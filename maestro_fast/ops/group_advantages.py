@@ -79,8 +79,8 @@ def group_advantages(
     check_lengths(lengths, rewards, prof)
     chosen = resolve("group_advantages", backend, rewards, weights, kl, lengths)
     if chosen == "cpp":
-        partition = cpp_groups(groups, rewards.shape[0])
-        return _by_cpp(rewards, weights, kl, float(beta), lengths, *partition, prof)
+        partition = CppGroups.of(groups, rewards.shape[0])
+        return _by_cpp(rewards, weights, kl, float(beta), lengths, partition, prof)
     if chosen == "triton":
         index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
         return _by_triton(rewards, weights, kl, float(beta), lengths, index_NG, prof)
@@ -112,9 +112,10 @@ def check_inputs(
         raise ValueError("kl: given, but this profile has the KL in the loss (kl_in='loss'); it must enter once")
     if kl is None and beta != 0.0:
         raise ValueError(f"beta: {beta} without kl, expected the [B] tensor kl beside it")
-    for name, tensor in (("weights", weights), ("kl", kl)):
-        if tensor is not None and tensor.device != rewards.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {rewards.device} as rewards")
+    if weights is not None and weights.device != rewards.device:
+        raise ValueError(f"weights: on {weights.device}, expected {rewards.device} as rewards")
+    if kl is not None and kl.device != rewards.device:
+        raise ValueError(f"kl: on {kl.device}, expected {rewards.device} as rewards")
 
 
 def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
@@ -330,27 +331,65 @@ def _reference(
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-def flat_profile(*arguments: Any) -> tuple[Any, ...]:
-    """The arguments of a launch, of which a profile is the last, as its operator takes them."""
-    return *arguments[:-1], as_text(arguments[-1])
-
-
-def whole_profile(*arguments: Any) -> tuple[Any, ...]:
-    """The opposite of ``flat_profile``."""
-    return *arguments[:-1], from_text(AdvantageProfile, arguments[-1])
-
-
 def advantage_shapes(rewards: Tensor, *rest: Any) -> GroupAdvantages:
     """Empty outputs of the operators that compute ``GroupAdvantages``."""
     return GroupAdvantages.empty(rewards)
+
+
+class CppGroups(NamedTuple):
+    """A partition as the C++ kernels take it.
+
+    Attributes:
+        size: G for consecutive groups of G, else 0.
+        offsets, order: those of ``Groups``, on the CPU, or None for consecutive groups.
+    """
+
+    size: int
+    offsets: Tensor | None
+    order: Tensor | None
+
+    @staticmethod
+    def of(groups: GroupsLike, batch: int) -> CppGroups:
+        if type(groups) is int and groups > 0 and batch % groups == 0:
+            return CppGroups(groups, None, None)
+        known = Groups.of(groups, batch)
+        if known.size:
+            return CppGroups(known.size, None, None)
+        if known.offsets_N1.device.type != "cpu":
+            raise ValueError(f"groups: on {known.offsets_N1.device}, expected the CPU as rewards")
+        return CppGroups(0, known.offsets_N1, known.order_B)
+
+    def native(self, batch: int) -> _C.Partition:
+        """The object of C++. It holds the addresses of these tensors, and must not outlive them."""
+        if self.size:
+            return _consecutive(self.size, batch)
+        assert self.offsets is not None and self.order is not None
+        return cpp._C.Partition(self.offsets.numel() - 1, batch, 0, self.offsets.data_ptr(), self.order.data_ptr())
+
+
+@lru_cache(maxsize=1024)
+def _consecutive(size: int, batch: int) -> _C.Partition:
+    return cpp._C.Partition(batch // size, batch, size, 0, 0)
+
+
+def cpp_flat(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of a C++ launch, of which the last two are groups and a profile, as its operator takes them."""
+    *others, groups, profile = arguments
+    return *others, *groups, as_text(profile)
+
+
+def cpp_whole(*arguments: Any) -> tuple[Any, ...]:
+    """The opposite of ``cpp_flat``."""
+    *others, size, offsets, order, profile = arguments
+    return *others, CppGroups(size, offsets, order), from_text(AdvantageProfile, profile)
 
 
 @cpp.operator(
     "group_advantages(Tensor rewards, Tensor? weights, Tensor? kl, float beta, Tensor? lengths, int size,"
     f" Tensor? offsets, Tensor? order, str profile) -> {_RESULTS}",
     advantage_shapes,
-    flat=flat_profile,
-    whole=whole_profile,
+    flat=cpp_flat,
+    whole=cpp_whole,
     result=GroupAdvantages,
 )
 def _by_cpp(
@@ -359,9 +398,7 @@ def _by_cpp(
     kl: Tensor | None,
     beta: float,
     lengths: Tensor | None,
-    size: int,
-    offsets: Tensor | None,
-    order: Tensor | None,
+    groups: CppGroups,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
     rewards = cpp_rewards(rewards)
@@ -378,7 +415,7 @@ def _by_cpp(
         cpp.address(kl),
         beta,
         cpp.address(lengths),
-        cpp_partition(size, offsets, order, rewards.shape[0]),
+        groups.native(rewards.shape[0]),
         cpp_profile(profile),
         out.advantages.data_ptr(),
         out.scores.data_ptr(),
@@ -392,33 +429,8 @@ def _by_cpp(
 
 
 def cpp_rewards(rewards: Tensor) -> Tensor:
-    """Contiguous bfloat16 or float32."""
+    """The rewards in contiguous bfloat16 or float32."""
     return rewards.contiguous() if rewards.dtype is torch.bfloat16 else floats(rewards)
-
-
-def cpp_groups(groups: GroupsLike, batch: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """The partition as an operator takes it: (G, None, None) for consecutive groups of G, else (0, offsets, order)."""
-    if type(groups) is int and groups > 0 and batch % groups == 0:
-        return groups, None, None
-    known = Groups.of(groups, batch)
-    if known.size:
-        return known.size, None, None
-    if known.offsets_N1.device.type != "cpu":
-        raise ValueError(f"groups: on {known.offsets_N1.device}, expected the CPU as rewards")
-    return 0, known.offsets_N1, known.order_B
-
-
-def cpp_partition(size: int, offsets: Tensor | None, order: Tensor | None, batch: int) -> _C.Partition:
-    """The partition of ``cpp_groups`` as the C++ kernels take it. It holds addresses of these tensors."""
-    if size:
-        return _consecutive(size, batch)
-    assert offsets is not None and order is not None
-    return cpp._C.Partition(offsets.numel() - 1, batch, 0, offsets.data_ptr(), order.data_ptr())
-
-
-@lru_cache(maxsize=1024)
-def _consecutive(size: int, batch: int) -> _C.Partition:
-    return cpp._C.Partition(batch // size, batch, size, 0, 0)
 
 
 _SCOPES = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
@@ -448,12 +460,22 @@ def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Te
     return rewards_BK, weights if weights.shape == rewards_BK.shape else weights.expand_as(rewards_BK)
 
 
+def triton_flat(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of a Triton launch, of which the last is a profile, as its operator takes them."""
+    return *arguments[:-1], as_text(arguments[-1])
+
+
+def triton_whole(*arguments: Any) -> tuple[Any, ...]:
+    """The opposite of ``triton_flat``."""
+    return *arguments[:-1], from_text(AdvantageProfile, arguments[-1])
+
+
 @operator(
     "triton_group_advantages(Tensor rewards, Tensor? weights, Tensor? kl, float beta, Tensor? lengths, Tensor index,"
     f" str profile) -> {_RESULTS}",
     advantage_shapes,
-    flat=flat_profile,
-    whole=whole_profile,
+    flat=triton_flat,
+    whole=triton_whole,
     result=GroupAdvantages,
 )
 def _by_triton(

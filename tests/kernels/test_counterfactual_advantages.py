@@ -16,7 +16,7 @@ from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from tests.kernels.helpers import assert_close, on_device
 from tests.kernels.test_group_advantages import CUSTOM, RAGGED, inputs
 
-EPSILON = 3e-6  # the advantages' own, with the moments of the others for those of the group
+EPSILON = 3e-6  # like that of the advantages; the moments are of the others instead of the group
 WITHIN_GROUPS = ["maestro", "grpo", "dr_grpo", "rloo", "verl_grpo", "verl_dr_grpo"]
 OWN = {**{name: PROFILES[name] for name in WITHIN_GROUPS}, **CUSTOM, "plain": AdvantageProfile(ddof=0)}
 PROFILES_HERE = {name: p for name, p in OWN.items() if {p.score_center, p.score_scale}.isdisjoint({"batch", "tokens"})}

@@ -18,7 +18,7 @@ from maestro_fast.ops import pool_hidden as op
 from tests.kernels.helpers import DEVICE, DTYPES, assert_close, counted_launches
 from tests.kernels.test_policy_loss import Operations
 
-EPSILON = 1e-6  # one division, and a sum that is at most as long as the plain op's
+EPSILON = 1e-6  # for one division; the kernel's sum is at most as long as the plain op's
 MODES = ["last", "mean", "prompt_last", "prompt_mean"]
 
 
@@ -47,7 +47,7 @@ def truth(flat: Tensor, start_B: Tensor, length_B: Tensor, mean: bool) -> Tensor
 
 
 def packed(lengths: list[int], size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """States [T, d] and bounds [B + 1]."""
+    """Hidden states [T, d] and bounds [B + 1]."""
     generator = torch.Generator().manual_seed(sum(lengths))
     flat = torch.randn(sum(lengths), size, generator=generator) * 3 + 2
     return flat.to(dtype), torch.tensor([0, *lengths]).cumsum(0)
@@ -66,7 +66,7 @@ def test_packed(lengths: list[int], mean: bool, dtype: torch.dtype) -> None:
 
 
 def test_rows_outside_the_bounds_are_not_read() -> None:
-    """Bounds that begin and end within the states, int32: slots before the first sequence have no owner."""
+    """The int32 bounds begin and end within the states, so slots before the first sequence have no owner."""
     flat, bounds = packed([50, 20, 41, 9], 24)
     flat[:50] = flat[111:] = float("nan")
     for mean in (False, True):
@@ -175,7 +175,7 @@ def test_segments_of_many_sequences_at_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_segments_of_a_mask(dtype: torch.dtype) -> None:
     mask = torch.zeros(5, 2050)
-    mask[0, 2000:] = mask[1, :7] = mask[3] = mask[4, -1] = 1  # longer than one step of the kernel's loop
+    mask[0, 2000:] = mask[1, :7] = mask[3] = mask[4, -1] = 1  # row 0 is longer than one step of the kernel's loop
     for given in (mask, mask.T.contiguous().T):
         bounds, limit_B = kernel.mask_segments(given.to(dtype).to(DEVICE), None)
         assert bounds.tolist() == [2000, 2050, 2 * 2050 + 2050, 3 * 2050, 4 * 2050 + 2049, 5 * 2050]
@@ -219,7 +219,7 @@ def test_layouts_and_modes_by_the_op(layout: str, mode: Any, given: dict[str, An
 
 @pytest.mark.parametrize(("layout", "mode", "given"), CASES, ids=[f"{layout}, {mode}" for layout, mode, _ in CASES])
 def test_launches(layout: str, mode: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for the last states, two for means; a mask takes one more, and so do prompts beside lengths."""
+    """Last states take one launch and means two. A mask takes one more, and so do prompts beside lengths."""
     launches = counted_launches(monkeypatch, start=False)
     monkeypatch.setattr(sys.modules[op.__module__], "readable", lambda x: False)  # as on a device
     there = {name: x.to(DEVICE) for name, x in given.items()}

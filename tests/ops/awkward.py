@@ -1,4 +1,4 @@
-"""Inputs on which backends could disagree, and what all of them owe; for the tests of each."""
+"""Checks of every backend on inputs on which backends could disagree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTIONS_AK = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
 
 
 def check_no_epsilon_and_no_spread(name: str, backend: Backend, device: str = "cpu") -> None:
-    """0 / 0 is 0: without an epsilon, what has no spread is 0 as it is with one."""
+    """0 / 0 is 0, so rewards without spread give 0 without an epsilon, as they do with one."""
     profile = replace(PROFILES[name], reward_eps=0.0, score_eps=0.0)
     rewards_BK = torch.tensor([[1.0, 1], [1, 1], [1, 2], [1, 3], [2, 2], [2, 2], [2, 2], [2, 2]], device=device)
     lengths = torch.ones(8, device=device) if profile.needs_lengths else None
@@ -31,7 +31,7 @@ def check_no_epsilon_and_no_spread(name: str, backend: Backend, device: str = "c
 
 
 def check_a_weight_that_is_not_a_number(name: str, backend: Backend, device: str = "cpu") -> None:
-    """It shows in its group and in no other: not 0, which would pass for a group without spread."""
+    """It makes its own group NaN and no other. A 0 would pass for a group without spread."""
     rewards_BK = torch.tensor([[1.0, 2], [1, 2], [1, 2], [1, 2], [1, 5], [3, 4], [5, 1], [7, 8]], device=device)
     weights_BK = torch.ones(8, 2, device=device)
     weights_BK[1, 1] = torch.nan

@@ -28,7 +28,7 @@ def draw(*shape: int, missing: float = 0.0, seed: int = 0) -> Tensor:
 def brute_force(
     rewards_BK: Tensor, weights_BK: Tensor, action_weights_AK: Tensor, groups: Any, **options: Any
 ) -> Tensor:
-    """The definition: row j of the weights replaced, everything recomputed."""
+    """The definition: row j of the weights is replaced and everything computed again."""
     table_BA = torch.empty(len(rewards_BK), len(action_weights_AK), dtype=rewards_BK.dtype)
     for j in range(len(rewards_BK)):
         for a, weights_K in enumerate(action_weights_AK):
@@ -66,7 +66,7 @@ any_served_profile = st.builds(
 @settings(max_examples=100, deadline=None)
 @given(st.data(), any_served_profile)
 def test_equals_the_definition_for_every_profile(data: st.DataObject, profile: AdvantageProfile) -> None:
-    """Quarters and few values: ties, flat groups, rows without a live weight and singletons are common."""
+    """Rewards are few quarters, so ties, flat groups, rows without a live weight and singletons are common."""
     batch, K, A = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     ids = data.draw(st.lists(st.integers(0, 2), min_size=batch, max_size=batch))
     quarters = st.integers(-4, 4).map(lambda i: i / 4)
@@ -100,7 +100,7 @@ def test_the_action_that_was_taken_has_the_advantage_as_it_is(profile: str) -> N
 
 def test_the_kl_enters_and_degenerate_is_judged_before_it() -> None:
     rewards_BK, weights_BK, actions_AK = draw(8, 2, seed=7), draw(8, 2, seed=8).abs(), draw(3, 2, seed=9).abs()
-    rewards_BK[4:] = 0.1  # flat, whatever the weights
+    rewards_BK[4:] = 0.1  # this group is flat, whatever the weights
     options: dict[str, Any] = {"kl": draw(8, seed=10), "beta": 0.7}
     ours = counterfactual_advantages(rewards_BK, weights_BK, actions_AK, 4, **options)
     torch.testing.assert_close(ours, brute_force(rewards_BK, weights_BK, actions_AK, 4, **options))
@@ -119,7 +119,9 @@ def test_an_action_may_wake_a_degenerate_group_and_silence_a_live_one() -> None:
         rewards_BK, weights_BK, torch.tensor([only_first, only_second]), 3, profile=profile
     )
     assert (table_BA[:3, 0] == 0).all() and (table_BA[:3, 1].abs() > 0.05).all()
-    assert table_BA[4, 0] == 0.0 and table_BA[4, 1] == advantages.advantages[4]  # it alone has the group's spread
+    assert (
+        table_BA[4, 0] == 0.0 and table_BA[4, 1] == advantages.advantages[4]
+    )  # this response alone gives its group a spread
 
 
 def test_a_response_without_a_live_weight_has_no_advantage_under_that_action() -> None:

@@ -92,7 +92,7 @@ def assert_against_float64(arguments: dict[str, Any], groups: Any, profile: Any,
 @pytest.mark.parametrize("groups", [1, 4, 20, "ragged"])
 def test_every_profile_is_as_accurate_as_the_reference(profile: str, dtype: Any, missing: float, groups: Any) -> None:
     arguments = case(missing=missing, dtype=dtype) | extras(PROFILES[profile], 40)
-    # one float32 rounding of what is computed in float64
+    # The kernel computes in float64, and rounds to float32 once.
     assert_against_float64(arguments, ragged_ids(40) if groups == "ragged" else groups, profile, 1e-7)
 
 
@@ -117,7 +117,7 @@ def test_beside_a_large_offset(offset: float, profile: str) -> None:
     ours = group_advantages(**arguments, groups=8, profile=profile, backend="cpp").advantages
     assert_as_accurate(
         ours, truth, truth, epsilon=2e-6 * max(float(truth.abs().max()), 1.0)
-    )  # without the plain op's error
+    )  # the plain op's error is not allowed on top
 
 
 any_profile = st.builds(
@@ -138,7 +138,7 @@ any_profile = st.builds(
 def test_any_profile_groups_and_abstentions(data: st.DataObject, profile: AdvantageProfile) -> None:
     batch, K = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 6))
     ids = data.draw(st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
-    # quarters: sums and differences are exact, so that every backend finds the same groups flat
+    # Rewards are quarters, whose sums and differences are exact, so that every backend finds the same groups flat.
     value = st.just(NAN) | st.integers(-8, 8).map(lambda i: i / 4)
     rewards = data.draw(st.lists(st.lists(value, min_size=K, max_size=K), min_size=batch, max_size=batch))
     arguments: dict[str, Any] = {"rewards": torch.tensor(rewards), "weights": torch.rand(batch, K) + 0.1}
@@ -211,7 +211,7 @@ def test_an_outlier_is_compared_with_identical_others_without_cancelling() -> No
     profile = replace(PROFILES["grpo"], score_eps=0.0)
     weights_K, actions_AK = torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0]])
     ours = counterfactual_advantages(rewards_BK, weights_K, actions_AK, 4, profile=profile, backend="cpp")
-    assert ours[0].item() == 0.0  # under the other weights all four are one
+    assert ours[0].item() == 0.0  # under the other weights all four scores are the same
 
 
 # --- the Conductor ---
@@ -242,7 +242,7 @@ def test_the_conductor_is_as_accurate_as_the_reference(size: int, K: int, mode: 
     ours = conductor_weights(h, params, **options, backend="cpp")
     plain = conductor_weights(h, params, **options, backend="torch")
     truth = conductor_weights(h.double(), doubled(params), **options)
-    # float32 sums of size / 8 terms per lane: the reference's order is another, and may by chance be the luckier
+    # Each lane sums size / 8 terms in float32. The reference has another order, which may be luckier by chance.
     epsilon = 3e-6
     assert_as_accurate(ours.probs, plain.probs, truth.probs, epsilon=epsilon)
     assert_as_accurate(ours.entropy, plain.entropy, truth.entropy, epsilon=epsilon)

@@ -1,4 +1,4 @@
-"""Triton launches on the current device: every launch makes that of its tensors current, and only where it is not."""
+"""Launches as operators. Triton launches on the current device, so a launch makes that of its tensors current."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import maestro_fast.ops
-from maestro_fast.ops import gpu
+from maestro_fast.ops import cpp, gpu
+from tests.ops.helpers import assert_same_compiled
 
 
 class Devices:
@@ -61,6 +63,34 @@ def test_an_operator_is_guarded_in_eager_calls(devices: Devices) -> None:
         return devices.current + y
 
     assert launch(on("cuda:1"), 10) == 11 and devices.current == 0
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@cpp.operator(
+    "test_records(Tensor x, float[] shifts) -> (Tensor, Tensor, Tensor)",
+    lambda x, shifts: tuple(torch.empty_like(x) for _ in range(3)),
+    flat=lambda x, shifts: (x, [float(shift) for shift in shifts]),
+    whole=lambda x, shifts: (x, tuple(shifts)),
+    result=lambda x, first, second: (x, Pair(first, second)),
+)
+def records(x: Tensor, shifts: tuple[int, int]) -> tuple[Tensor, Pair]:
+    assert isinstance(shifts, tuple)
+    return x.clone(), Pair(x + shifts[0], x + shifts[1])
+
+
+def test_records_pass_through_an_operator_and_come_back() -> None:
+    """A graph gets what an eager call gets: a tuple with a record in it, made of the operator's three tensors."""
+
+    def function(x: Tensor) -> Tensor:
+        same, pair = records(x, (1, 2))
+        return same + 10 * pair.first + 100 * pair.second
+
+    assert_same_compiled(function, torch.arange(3.0))
+    assert function(torch.zeros(1)).item() == 210
 
 
 def test_no_op_reaches_a_kernel_without_a_guard() -> None:

@@ -21,7 +21,7 @@ from tests.ops.trl_oracle import trl_advantages
 NAN = float("nan")
 TRL_PROFILES = ["grpo", "dr_grpo", "grpo_batch", "gdpo", "rloo"]
 PLAIN = AdvantageProfile("none", "none", "none", "none")  # the advantage is the score
-AWKWARD = (0.1, 1 / 3, 1e4 + 0.1, -7.7e-3)  # sums of these round
+AWKWARD = (0.1, 1 / 3, 1e4 + 0.1, -7.7e-3)  # sums of these are rounded
 
 
 def random_rewards(batch: int, rewards: int, *, missing: float = 0.0, seed: int = 0) -> Tensor:
@@ -45,12 +45,12 @@ def tokens(profile: str | AdvantageProfile, batch: int) -> dict[str, Tensor]:
 def test_equals_trl(profile: str, size: int, dtype: torch.dtype, tolerance: float) -> None:
     weights_K = torch.tensor([0.7, -0.3, 1.9], dtype=dtype)
     rewards_BK = random_rewards(24, 3, missing=0.2, seed=size).to(dtype)
-    rewards_BK[5] = NAN  # unscorable
+    rewards_BK[5] = NAN  # a response without a reward
     rewards_BK[8:16, 1] = NAN  # a reward that abstains for whole groups
-    rewards_BK[17:24] = NAN  # with groups of 8: one response left
+    rewards_BK[17:24] = NAN  # groups of 8 have one response left
     ours = group_advantages(rewards_BK, weights_K, size, profile=profile).advantages
     theirs = trl_advantages(profile, rewards_BK, weights_K, size)
-    # in float64 too TRL's count / (count - 1) is a float32
+    # TRL's count / (count - 1) is a float32 in float64, too.
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert size == 1 or ours.abs().max() > 0.1
 
@@ -74,7 +74,7 @@ def test_as_accurate_as_trl_beside_a_large_offset(profile: str, offset: float) -
     assert_as_accurate(ours, theirs, truth, epsilon=1e-6)
 
 
-# --- the formula a second time: loops over Python floats ---
+# --- the formula a second time, in loops over Python floats ---
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Column:
 def direct_rewards(
     rewards: list[list[float]], ids: list[int], lengths: list[int], p: AdvantageProfile
 ) -> list[list[float]]:
-    """[B][K], 0 for an abstained reward and for one that has nothing to be compared with."""
+    """Normalised rewards [B][K], with 0 for one that abstained or has nothing to be compared with."""
     normalized = [[0.0] * len(row) for row in rewards]
     for k in range(len(rewards[0])):
         live = [not math.isnan(row[k]) for row in rewards]
@@ -161,7 +161,7 @@ def direct(
     flat_B: Tensor,
     lengths_B: Tensor | None = None,
 ) -> Tensor:
-    """Advantages [B]. Which groups are flat is given: it hangs on the last bit of the scores."""
+    """Advantages [B]. The caller says which groups are flat, because that hangs on the last bit of the scores."""
     lengths = [1] * len(ids) if lengths_B is None else lengths_B.tolist()
     scores = direct_scores(rewards_BK.tolist(), weights_BK.tolist(), ids, lengths, p)
     for b, flat in enumerate(flat_B.tolist()):
@@ -232,7 +232,7 @@ def test_maestro_in_float32_is_as_accurate_as_the_plain_formula(size: int, offse
     ours = group_advantages(rewards_BK, weights_BK, ids)
     wide = rewards_BK.double(), weights_BK.double()
     truth = direct(*wide, ids, PROFILES["maestro"], torch.zeros(16), ours.degenerate)
-    plain = truth if missing else plain_maestro(rewards_BK, weights_BK, size)  # which knows no abstentions
+    plain = truth if missing else plain_maestro(rewards_BK, weights_BK, size)  # the plain formula knows no abstentions
     assert_as_accurate(ours.advantages, plain, truth, epsilon=3e-6)
     assert ours.advantages.abs().max() > 0.1
 
@@ -254,7 +254,7 @@ def test_identical_rewards_give_exactly_zero(profile: str, size: int) -> None:
     for K in (1, 5, 8):
         rewards_BK, ids = constant_groups(size, K)
         weights_K = torch.linspace(0.1, 0.7, K)
-        for layout in (rewards_BK, rewards_BK.T.contiguous().T):  # sums of strided rows take another order
+        for layout in (rewards_BK, rewards_BK.T.contiguous().T):  # strided rows are summed in another order
             for weights in (None, weights_K):
                 result = group_advantages(layout, weights, ids, profile=profile, **tokens(profile, len(ids)))
                 assert (result.advantages[:-size] == 0).all()
@@ -318,7 +318,7 @@ def test_a_length_is_a_number_of_copies() -> None:
 def test_a_response_without_tokens_is_live_in_its_group_alone() -> None:
     rewards_BK, lengths_B = random_rewards(6, 2, seed=1), torch.tensor([3, 1, 0, 2, 5, 1])
     result = group_advantages(rewards_BK, None, 3, lengths=lengths_B, profile="verl_gdpo")
-    assert not result.degenerate.any() and result.advantages[2] != 0  # though no token carries it
+    assert not result.degenerate.any() and result.advantages[2] != 0  # though no token carries that advantage
     wholly = group_advantages(rewards_BK, None, 3, lengths=lengths_B * 0, profile="verl_gdpo")
     assert wholly.advantages.isfinite().all() and (wholly.std == 0).all()
 
@@ -353,7 +353,7 @@ def test_renormalize_scales_the_live_weights_to_the_sum_of_the_row() -> None:
     rewards_BK = torch.tensor([[3.0, NAN], [NAN, 5.0], [1.0, 2.0], [4.0, NAN]])
     weights_BK = torch.tensor([[0.5, 1.5], [0.5, 1.5], [0.5, 1.5], [0.0, 2.0]])
     scores = group_advantages(rewards_BK, weights_BK, 4, profile=PLAIN).scores
-    # 3 * (0.5 + 1.5); 5 * (0.5 + 1.5); 0.5 + 3; nothing left to scale up
+    # The scores are 3 * (0.5 + 1.5), 5 * (0.5 + 1.5) and 0.5 + 3; the last response has nothing to scale up.
     assert scores.tolist() == [6.0, 10.0, 3.5, 0.0]
     scores = group_advantages(rewards_BK, weights_BK, 4, profile=replace(PLAIN, missing="zero")).scores
     assert scores.tolist() == [1.5, 7.5, 3.5, 0.0]
@@ -442,7 +442,7 @@ def test_a_constant_added_to_a_reward_of_a_group_changes_nothing(profile: str) -
     before, after = (
         group_advantages(x, weights_K, 4, profile=profile, **tokens(profile, 12)) for x in (rewards_BK, moved)
     )
-    if profile == "grpo_batch":  # its scale is the spread of the whole batch, between groups too
+    if profile == "grpo_batch":  # its scale is the spread of the whole batch, so groups matter to each other
         before, after = (x._replace(advantages=x.advantages * (x.std + 1e-4)) for x in (before, after))
     torch.testing.assert_close(after.advantages, before.advantages, rtol=1e-10, atol=1e-11)
 
@@ -515,7 +515,7 @@ def test_huge_rewards() -> None:
     expected = group_advantages(rewards_BK, weights_BK, 4, profile=AdvantageProfile(reward_eps=0.0))
     huge = group_advantages(rewards_BK * 1e17, weights_BK, 4)
     torch.testing.assert_close(huge.advantages, expected.advantages, rtol=1e-5, atol=1e-5)
-    for profile in PROFILES:  # squares beyond float32: no signal is left, and no NaN either
+    for profile in PROFILES:  # the squares are beyond float32, so no signal is left, and no NaN either
         result = group_advantages(rewards_BK * 1e30, weights_BK, 4, profile=profile, **tokens(profile, 12))
         assert result.advantages.isfinite().all()
 
@@ -534,7 +534,7 @@ def test_gradient_of_the_weights(profile: str) -> None:
         live = ~result.degenerate
         return result.advantages, result.scores, result.mean[live], result.std[live]
 
-    assert all(x.requires_grad for x in outputs(weights_BK))  # gradcheck passes over those that do not
+    assert all(x.requires_grad for x in outputs(weights_BK))  # gradcheck passes over outputs that do not
     assert torch.autograd.gradcheck(outputs, (weights_BK,))
 
 

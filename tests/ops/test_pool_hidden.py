@@ -14,7 +14,7 @@ from tests.ops.helpers import assert_same_compiled, assert_same_fake
 
 MODES = get_args(PoolMode)
 LENGTHS = [3, 1, 0, 7, 5]
-PROMPTS = [2, 1, 0, 4, 9]  # the last one is longer than its sequence: all of it is prompt
+PROMPTS = [2, 1, 0, 4, 9]  # the last one is longer than its sequence, which is all prompt
 WIDTH, D = 7, 4
 NAN = float("nan")
 lengths_B, prompts_B = torch.tensor(LENGTHS), torch.tensor(PROMPTS)
@@ -27,7 +27,7 @@ def sequences(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def padded(parts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """[B, WIDTH, D] with NaN as padding, and its mask."""
+    """The sequences as [B, WIDTH, D] with NaN as padding, and their mask."""
     hidden = torch.full((len(parts), WIDTH, D), NAN, dtype=parts[0].dtype)
     mask = torch.zeros(len(parts), WIDTH, dtype=torch.int64)
     for b, part in enumerate(parts):
@@ -37,7 +37,7 @@ def padded(parts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
 
 
 def direct(parts: list[Tensor], mode: str) -> Tensor:
-    """[B, D] in float64, one sequence at a time."""
+    """The contexts [B, D] in float64, computed one sequence at a time."""
     out = torch.zeros(len(parts), D, dtype=torch.float64)
     for b, part in enumerate(parts):
         used = part.double()[: PROMPTS[b]] if mode.startswith("prompt") else part.double()
@@ -68,7 +68,7 @@ def test_every_layout_gives_the_pooled_sequence(mode: PoolMode, dtype: torch.dty
     expected = direct(parts, mode)
     for layout, pooled in every_layout(parts, mode).items():
         assert pooled.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), layout
-        tolerance = 1e-12 if dtype == torch.float64 else 3e-7  # sums in float32, whatever the dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 3e-7  # sums are in float32, whatever the dtype
         torch.testing.assert_close(pooled.double(), expected, rtol=tolerance, atol=tolerance, msg=layout)
         assert (pooled[2] == 0).all(), layout
 
@@ -84,12 +84,12 @@ def test_the_gradient_goes_to_the_pooled_tokens_alone(mode: PoolMode) -> None:
         hidden, mask = padded(parts, side)
         pooled = pool_hidden(hidden.requires_grad_(), mask=mask, mode=mode, prompt_lengths=prompts_B)
         (gradient,) = torch.autograd.grad((pooled * upstream).sum(), hidden)
-        assert (gradient[mask == 0] == 0).all()  # NaN stands there
+        assert (gradient[mask == 0] == 0).all()  # where NaN stands
         torch.testing.assert_close(gradient[mask == 1], expected)
 
 
 def direct_of_leaf(packed: Tensor, mode: str) -> Tensor:
-    """``direct``, differentiable."""
+    """The contexts of ``direct`` by differentiable operations."""
     rows = []
     for b, part in enumerate(packed.split(LENGTHS)):
         used = part[: PROMPTS[b]] if mode.startswith("prompt") else part
