@@ -131,7 +131,7 @@ def test_a_users_own_loss_from_states_and_from_logprobs() -> None:
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-14)
     assert (found[0] != 0).any(-1).sum() == TOKENS
-    on_policy = loss_of_states(h, batch(ref_C=compared()["ref_C"]), w, TEMPERATURE, own_loss)
+    on_policy = loss_of_states(h, batch(), w, TEMPERATURE, lambda inputs: (inputs.logprobs.sum(), {}))
     assert (on_policy.logprobs != 0).all()
 
 
