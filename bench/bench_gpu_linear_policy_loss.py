@@ -1,13 +1,13 @@
 """linear_policy_loss with its gradients in bfloat16, beside its peers on the same batch.
 
-The limit is its own three products by torch.mm, into float32, in chunks of as many rows as ours, with every row.
-TRL is its head with its loss, padded, which reads its metrics on the host; Liger its fused linear GRPO loss, compiled
-as it comes; verl its kernel with our loss, the fastest there is. ``--head 1024x32768x2048,...`` takes other shapes than
-the default ones, ``make gpu-bench ARGS=linear_policy_loss:1024x32768x2048``.
+The limit is its three products by torch.mm, into float32, in chunks of as many rows as ours, with every row. TRL runs
+its own head and loss, padded, and reads its metrics on the host; Liger runs its fused linear GRPO loss, compiled by its
+default; verl runs its kernel with our loss, which is the fastest. ``--head 1024x32768x2048,...`` or ``make gpu-bench
+ARGS=linear_policy_loss:1024x32768x2048`` takes other shapes.
 
-The column of errors holds the largest against float64: of the loss, and of gradients as shares of the largest element.
-Ours are gated; a peer's are only printed. A dry run on a CPU has PyTorch serve the rows: the op takes Triton by itself,
-on a CUDA device.
+The column of errors holds the largest error against float64; that of a gradient is a share of its largest element. Ours
+must pass a gate; a peer's are only printed. In a dry run on a CPU, PyTorch computes the rows: the op takes Triton on a
+CUDA device alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LIGER = "Liger's linear GRPO loss"
 
 
 class Batch:
-    """Hidden states, head and targets of a shape, with as much of the loss as all contenders take."""
+    """Hidden states, head and targets of a shape, with the inputs of the loss that all contenders take."""
 
     def __init__(self, shape: Shape, without_gradient: float) -> None:
         self.hidden, self.head, self.targets = inputs(shape)
@@ -108,7 +108,7 @@ class Batch:
 
 
 def rivals(batch: Batch) -> tuple[list[Contender], list[str]]:
-    """Our two ops, those of the peers that are here, and a line for each that is not."""
+    """Our two ops, the peers that are installed, and a line for each that is not."""
 
     def two_ops() -> Tensor:
         return batch.loss(token_logprobs(batch.hidden, batch.head, batch.targets).logprobs)
@@ -167,7 +167,7 @@ def test_linear_policy_loss(capsys: Any, shape: Shape, without_gradient: float) 
 
 
 def targets(figures: Any, shape: Shape, limit: str, without_gradient: float) -> list[Target]:
-    """Those of DESIGN.md; the milliseconds are of its own shape."""
+    """The targets of DESIGN.md; that in milliseconds holds for one shape."""
     if without_gradient:
         ms = figures["one sweep"].wall / 1e3 if shape == (4096, 151936, 16384) else None
         faster = Target(f"times as fast as {TRL}, wall", ratio(figures, TRL, "wall"), 2.1, at_least=True)

@@ -1,7 +1,7 @@
 """policy_loss by Triton, with gradient and metrics, beside TRL's, the PyTorch reference and torch.compile of it.
 
-A call is the loss, its metrics and the gradient of the log-probs. The kernel writes the gradient with the loss; what
-autograd adds to hand it over (a slice, a product) is counted in "triton", and left out in "triton, the launch alone".
+A call computes the loss, its metrics and the gradient of the log-probs. The kernel writes the gradient with the loss;
+what autograd adds to hand it over (a slice, a product) is counted in "triton", not in "triton, the launch alone".
 TRL computes on padded [B, T], as it does in training, and reads its metrics on the host.
 """
 
@@ -26,7 +26,7 @@ CONFIGS = {"dapo": PolicyLossConfig("dapo"), "grpo, KL": PolicyLossConfig("grpo"
 
 
 def lengths() -> Tensor:
-    """int64 [B] on the CPU: from half to one and a half times the mean, in all T."""
+    """int64 [B] on the CPU, from half to one and a half times the mean, whose sum is T."""
     steps = torch.arange(B) * MEAN_LENGTH // max(1, B - 1) + MEAN_LENGTH // 2
     steps[-1] += T - steps.sum()
     assert steps.min() > 0
@@ -51,7 +51,7 @@ def with_gradient(given: dict[str, Any], config: PolicyLossConfig, backend: Any)
 
 
 def trl(given: dict[str, Any], config: PolicyLossConfig) -> Contender:
-    """TRL's ``_compute_loss`` on the same tokens, padded beforehand, which is not timed."""
+    """TRL's ``_compute_loss`` on the same tokens. They are padded beforehand, which is not timed."""
     sizes = lengths().tolist()
     pad = {
         name: torch.nn.utils.rnn.pad_sequence(list(x.detach().split(sizes)), batch_first=True)

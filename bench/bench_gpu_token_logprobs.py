@@ -1,11 +1,11 @@
 """token_logprobs by Triton in bfloat16, forward, and forward with backward, beside its peers.
 
-The limit is torch.mm of the same shapes, into float32, in chunks of as many rows as ours: one for a forward, four for a
-forward with backward (the logits twice), three with a frozen head. ``--head 1024x32768x2048,...`` takes other shapes
-than the default ones, ``make gpu-bench ARGS=token_logprobs:1024x32768x2048``.
+The limit is torch.mm of the same shapes, into float32, in chunks of as many rows as ours: one product for a forward,
+four for a forward with backward (the logits are computed twice), three with a frozen head. ``--head
+1024x32768x2048,...`` or ``make gpu-bench ARGS=token_logprobs:1024x32768x2048`` takes other shapes.
 
-The column of errors holds the largest against float64: of log-probs and entropies in nats, of gradients as shares of
-the largest element. Ours are gated; a peer's are only printed.
+The column of errors holds the largest error against float64, in nats; that of a gradient is a share of its largest
+element. Ours must pass a gate; a peer's are only printed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """linear_policy_loss with its gradients on the CPU, beside TRL's chunked head with TRL's loss, and the two ops.
 
-Operations: three GEMMs of 2 T V d, where ``token_logprobs`` with ``policy_loss``, and TRL, need four. The plain
-composition needs three as well, and holds all logits.
+It takes three matrix products of 2 T V d operations, where ``token_logprobs`` with ``policy_loss``, and TRL, take four.
+The plain composition takes three as well, and holds all logits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_linear_policy_loss(benchmark: Any, capsys: Any, T: int, d: int, V: int,
 
     exact = [x.detach().double().requires_grad_() for x in leaves]
     truth = torch.autograd.grad(plain(*exact), exact)
-    for op in (sweep, active_only):  # nothing wrong is timed
+    for op in (sweep, active_only):  # A wrong answer is not timed.
         for mine, theirs, wanted in zip(with_gradient(op)(), with_gradient(plain)(), truth, strict=True):
             assert_as_accurate(mine, theirs, wanted, epsilon=1e-6 * wanted.abs().max().item())
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of the head pass share: shapes, inputs, the truth in float64, memory."""
+"""What the benchmarks of the head share: shapes, inputs, the truth in float64, errors and memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bench.gpu_race import DEVICE, DRY, Contender, wait
 from maestro_fast.ops.head import chunk_rows
 
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter is wrong in bfloat16
-ROUNDING = 1e-5 if DTYPE is torch.float32 else 2e-3  # of a gradient, beside its largest element
+ROUNDING = 1e-5 if DTYPE is torch.float32 else 2e-3  # the rounding of a gradient, as a share of its largest element
 GATED = 64  # rows, and tokens of the vocabulary, at which gradients are compared
-RACE = 10.0  # seconds of one
+RACE = 10.0  # seconds that one race takes
 
 
 class Shape(NamedTuple):
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     def parse(text: str) -> Shape:
         """
         Raises:
-            ValueError: not of the form dxVxT.
+            ValueError: the text does not have the form dxVxT.
         """
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
             raise ValueError(f"shape of a head: {text!r}, expected dxVxT, e.g. 4096x151936x16384")
@@ -43,7 +43,7 @@ SHAPES = [Shape(16, 70, 9)] if DRY else [Shape(4096, 151936, 16384), Shape(1024,
 
 
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, d], head [V, d], targets [T]: logits of a standard deviation of about 1."""
+    """hidden [T, d], head [V, d] and targets [T], whose logits have a standard deviation of about 1."""
     torch.manual_seed(0)
     hidden, head = (torch.randn(n, shape.d, device=DEVICE, dtype=DTYPE) for n in (shape.T, shape.V))
     targets = torch.randint(0, shape.V, (shape.T,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -51,7 +51,7 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Truth(NamedTuple):
-    """float64 [T]."""
+    """Log-probs, entropies and logsumexp of every row, float64 [T]."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -60,7 +60,7 @@ class Truth(NamedTuple):
 
 @cache
 def truth(shape: Shape) -> Truth:
-    """Of ``inputs``, in chunks of rows that fit."""
+    """The truth for ``inputs``, computed in chunks of rows that fit into memory."""
     hidden, head, targets = inputs(shape)
     parts = [_true_rows(*case) for case in _chunks(hidden, targets, wide(head))]
     return Truth(*(torch.cat(x) for x in zip(*parts, strict=True)))
@@ -80,7 +80,7 @@ def _true_rows(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, T
 
 
 def true_gradients(shape: Shape, dlogprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dhidden and dL/dhead in float64 from dL/dlog p [T], where ``picked`` looks."""
+    """The part of dL/dhidden and dL/dhead that ``picked`` looks at, in float64, from dL/dlog p [T]."""
     hidden, head, targets = inputs(shape)
     log_z, some = truth(shape).log_z, slice(-GATED, None)
 
@@ -96,19 +96,19 @@ def true_gradients(shape: Shape, dlogprobs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picked(targets: Tensor, dhidden: Tensor, dhead: Tensor | None) -> list[Tensor]:
-    """The last rows, and the tokens that are their targets, so that a gradient is not all noise."""
+    """The last rows, and the rows of the head that belong to their targets, whose gradients are not only noise."""
     return [dhidden[-GATED:], *([] if dhead is None else [dhead[targets[-GATED:]]])]
 
 
 def gate_gradients(ours: list[Tensor], plain: list[Tensor], true: list[Tensor], what: str) -> None:
-    """See ``gate``; as shares of the largest element."""
+    """``gate`` of gradients, as shares of their largest element."""
     for name, *values in zip(("dhidden", "dhead"), ours, plain, true, strict=False):
         scale = values[-1].abs().max()
         gate(*(x.double() / scale for x in values), epsilon=ROUNDING, what=f"{what}, {name}")
 
 
 def worst(found: list[Tensor], true: list[Tensor]) -> float:
-    """The largest error, beside the largest element of each where that is a gradient."""
+    """The largest error; that of a gradient is a share of its largest element."""
     return max(
         ((x.double() - y).abs().max() / (y.abs().max() if y.ndim == 2 else 1)).item()
         for x, y in zip(found, true, strict=True)
@@ -116,10 +116,10 @@ def worst(found: list[Tensor], true: list[Tensor]) -> float:
 
 
 def products(shape: Shape, kinds: str) -> Contender:
-    """The limit: torch.mm of the shapes of the head's products, by chunks of as many rows as ours, into float32.
+    """The limit: torch.mm into float32 of the shapes of the head's products, in chunks of as many rows as ours.
 
     Args:
-        kinds: a letter for each, "x" logits, "h" gradient of the states, "w" of the head.
+        kinds: a letter for each product, "x" for the logits, "h" and "w" for the gradients of states and head.
     """
     hidden, head, _ = inputs(shape)
     rows = min(shape.T, chunk_rows(shape.V, DEVICE))
@@ -142,7 +142,7 @@ def products(shape: Shape, kinds: str) -> Contender:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Beyond what is there before the call, and what it returns."""
+    """The memory that a call takes beyond what was there before and what it returns."""
     if DEVICE.type == "cpu":
         return None
     wait()
@@ -155,7 +155,7 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 
 
 def measured(contenders: list[Contender], errors: Callable[[Any], float]) -> dict[str, dict[str, Any]]:
-    """Error and memory of each by name; a peer that fails has none, and the race says why."""
+    """Error and memory of each contender, by name. A peer that fails has none, and the race says why."""
     found: dict[str, dict[str, Any]] = {"error": {}, "GB": {}}
     for c in contenders:
         try:

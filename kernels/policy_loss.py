@@ -300,13 +300,13 @@ def _sequences(
             tl.store(d_entropies_ptr + tokens.index, tl.where(live, share, 0.0), mask=tokens.inside)
 
     part_ptr = parts_ptr + b * _PARTS
+    tl.store(part_ptr + _LOSS, tl.sum(loss_L, 0) * coefficient)
+    tl.store(part_ptr + _ENTROPY, tl.sum(entropy_L, 0))
     tl.store(part_ptr, tl.sum(low_L, 0))
     tl.store(part_ptr + 1, tl.sum(high_L, 0))
     tl.store(part_ptr + 2, tl.sum(ratio_L, 0))
     tl.store(part_ptr + 3, tl.sum(kl_L, 0))
     tl.store(part_ptr + 4, tl.sum(sampler_L, 0))
-    tl.store(part_ptr + _LOSS, tl.sum(loss_L, 0) * coefficient)
-    tl.store(part_ptr + _ENTROPY, tl.sum(entropy_L, 0))
     tl.store(part_ptr + _LIVE, length)
 
 

@@ -20,6 +20,7 @@ from maestro_fast.ops import (
     ConductorUpdateConfig,
     PolicyLossConfig,
 )
+from maestro_fast.specs import as_text
 from tests.kernels.helpers import DEVICE, assert_close, counted_launches
 from tests.kernels.test_policy_loss import Operations
 from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
@@ -229,8 +230,8 @@ def test_operators_are_registered_properly() -> None:
     """Schemas, fake tensors and autograd registration, by torch's own checks."""
     registered = torch.ops.maestro_fast
     log, advantages, bounds = (-rand(T).abs()).requires_grad_(), rand(B), BOUNDS.to(DEVICE)
-    config = ["dapo", "clip", "token", "none"], [0.2, 0.2, 0.0, 3.0, 0.0], None, None
-    loss = (log, advantages, bounds, *[None] * 7, 40.0, None, *config)
+    config = as_text(PolicyLossConfig("dapo"))
+    loss = (log, advantages, bounds, *[None] * 7, 40.0, None, config)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(registered.triton_policy_loss, loss, test_utils=checks)
     for given in ((bounds, None, True, None), (bounds, bounds.diff(), False, None), (None, bounds.diff(), True, 4)):

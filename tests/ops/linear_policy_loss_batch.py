@@ -1,4 +1,4 @@
-"""A packed batch for the loss from hidden states, and the composition that it is to equal."""
+"""A packed batch for the loss from hidden states, and the composition that the loss has to equal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL_VARIANTS: dict[str, PolicyLossConfig] = VARIANTS | {
 
 @dataclass(frozen=True)
 class Batch:
-    """Float64 tensors of T rows; ``bias`` None: none."""
+    """Float64 tensors of T rows. ``tokenwise`` has the [T] arguments of the loss by their names."""
 
     hidden: Tensor
     lm_head: Tensor
@@ -38,14 +38,14 @@ class Batch:
     targets: Tensor
     advantages: Tensor
     lengths: tuple[int, ...]
-    tokenwise: dict[str, Tensor | None]  # old, ref, sampling, mask
+    tokenwise: dict[str, Tensor | None]
 
     @property
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *self.lengths]).cumsum(0)
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """Heads and hidden states in a dtype, leaves of a graph; the rest in float32, or float64 for float64."""
+        """Head and hidden states become leaves in a dtype; the rest becomes float32, or float64 for float64."""
         other = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in self.leaves]
         tokenwise = {name: None if x is None else x.to(other) for name, x in self.tokenwise.items()}
@@ -60,7 +60,7 @@ class Batch:
         return self.hidden, self.lm_head, self.bias
 
     def given(self, config: PolicyLossConfig, options: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the loss, by what the variant needs."""
+        """The arguments of the loss that the variant needs."""
         given = {**self.tokenwise, **options}
         if config.kl_coef == 0:
             given.pop("ref_logprobs", None)
@@ -84,7 +84,7 @@ class Batch:
         )
 
     def composed(self, config: PolicyLossConfig, head: dict[str, Any] | None = None, **options: Any) -> PolicyLoss:
-        """All logits, log_softmax, and the loss of the log-probs."""
+        """The loss from all logits and log_softmax."""
         given = self.given(config, options)
         mean_entropy = given.pop("mean_entropy", False)
         logprobs, entropies = written_logprobs(self, **(head or {}))
@@ -120,7 +120,7 @@ def random_batch(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Batch:
-    """Logits of about +-3 from values that ``dtype`` holds; ratios on either side of every clip."""
+    """Values that ``dtype`` holds, whose logits are about +-3 and whose ratios lie on either side of every clip."""
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
 
@@ -133,7 +133,7 @@ def random_batch(
     batch = Batch(hidden, lm_head, normal(vocabulary) if bias else None, targets, normal(len(lengths)), lengths, {})
     current = written_logprobs(batch)[0]
     noise = torch.randn(3, tokens, dtype=torch.float64, generator=generator) * 0.4
-    # of the noise, a part that a whole response shares: else ratios of sequences would all be near 1
+    # A whole response shares a part of the noise; otherwise the ratios of sequences would all be near 1.
     sizes = torch.tensor(lengths, dtype=torch.int64)
     shared = torch.randn(len(lengths), dtype=torch.float64, generator=generator).repeat_interleave(sizes)
     old = (current + noise[0] + 0.3 * shared).float().double()
@@ -147,7 +147,7 @@ def gradients(result: PolicyLoss, batch: Batch) -> list[Tensor]:
 
 
 def values_and_gradients(loss: Callable[..., PolicyLoss], batch: Batch, *args: Any, **options: Any) -> list[Tensor]:
-    """Loss, metrics in the order of their names, gradients."""
+    """The loss, its metrics in the order of their names, its gradients."""
     result = loss(batch, *args, **options)
     metrics = [result.metrics[name] for name in sorted(result.metrics)]
     return [result.loss.detach(), *metrics, *gradients(result, batch)]

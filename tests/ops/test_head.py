@@ -1,4 +1,4 @@
-"""Products of 16-bit heads in graphs: on the CPU with products that stand for a device's, and on fake CUDA tensors."""
+"""Products of 16-bit heads in compiled graphs: on the CPU, with products in place of a GPU's, and on fake tensors."""
 
 from __future__ import annotations
 

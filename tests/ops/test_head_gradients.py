@@ -1,4 +1,4 @@
-"""16-bit gradients of logits: how they are scaled, and of how many rows."""
+"""16-bit gradients of logits: how they are scaled, and how many rows they have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss from hidden states copies from the host to a device, for which the meta device stands here."""
+"""What the loss from hidden states copies from the host to a device; here that is the meta device."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from maestro_fast.ops import PolicyLossConfig, policy_loss
+from maestro_fast.specs import OBJECTIVES, Objective, as_text, from_text
 from tests.ops.helpers import assert_same_compiled
 from tests.ops.trl_oracle import trl_policy_loss, trl_sampler_ratio
 
@@ -190,3 +192,13 @@ def test_a_wrong_option_is_named(options: dict[str, Any], complaint: str) -> Non
 def test_a_missing_input_is_named(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         policy_loss(LOGPROBS, ADVANTAGES, CU_SEQLENS, config=make("grpo", **options))
+
+
+def test_every_objective_has_a_formula() -> None:
+    assert set(OBJECTIVES) == set(get_args(Objective))
+
+
+def test_options_without_a_cap_pass_through_text() -> None:
+    """TRL without a cap has an infinite one."""
+    config = PolicyLossConfig("dapo", sampler_cap=math.inf)
+    assert from_text(PolicyLossConfig, as_text(config)) == config

@@ -1,4 +1,4 @@
-"""In which order rows are swept, what leaves which GEMM, and what that must not change."""
+"""The sweep: in which order rows pass the head, which products they skip, and what that must not change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GEMMS = ("logits", "dhidden", "add_dweight_")
 
 @dataclass
 class Work:
-    """Rows that went through each GEMM, padding not counted."""
+    """How many rows went through each product of the head, without padding."""
 
     rows: Counter[str] = field(default_factory=Counter)
 
@@ -42,7 +42,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    """Chunks are small, and count."""
+    """Small chunks, whose rows are counted."""
     work = Work()
     monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
 
@@ -100,7 +100,7 @@ def test_rows_of_advantage_zero_keep_the_gradient_of_kl_and_entropy(variant: str
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_compaction_changes_nothing(variant: str, masked: bool, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a host that knows nothing, where all rows are in every GEMM, as zeros."""
+    """If the host can read nothing, all rows take part in every product, as zeros: the results are the same."""
     batch, _ = with_zeros(masked=masked)
     compacted = run(batch, variant)
     monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
@@ -122,7 +122,7 @@ def test_what_is_not_active_leaves_every_gemm_and_the_metrics(
     expected = batch.ours(ALL_VARIANTS[variant])
     live_T = batch.tokenwise["token_mask"] != 0
     nowhere = replace(batch, hidden=torch.where(zero_T[:, None], float("nan"), batch.hidden).detach().requires_grad_())
-    old = torch.where(zero_T, -500.0, batch.tokenwise["old_logprobs"])  # whose ratio, if one were taken, overflows
+    old = torch.where(zero_T, -500.0, batch.tokenwise["old_logprobs"])  # their ratio would overflow
     nowhere = replace(nowhere, tokenwise={**batch.tokenwise, "old_logprobs": old})
     given = {"active": batch.advantages != 0}
     if readable:
@@ -141,7 +141,7 @@ def test_what_is_not_active_leaves_every_gemm_and_the_metrics(
 
 
 def test_a_clipped_row_is_exactly_zero(work: Work) -> None:
-    """What only the log-probs tell is found on the device: the row stays in the GEMM, as zeros."""
+    """Only the log-probs tell which rows are clipped, so these rows stay in the products, as zeros."""
     batch = random_batch(masked=False).to(torch.float32)
     logprobs = token_logprobs(batch.hidden, batch.lm_head, batch.targets, bias=batch.bias).logprobs.detach()
     ratio = (logprobs - batch.tokenwise["old_logprobs"]).exp()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maestro_fast.model.forward import Sequences, completion_logprobs
 from maestro_fast.model.head import LanguageHead
-from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops import LossInputs, PolicyLossConfig, loss_function
 from maestro_fast.ops.head import Chunk
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
@@ -106,6 +106,33 @@ def test_it_is_where_a_metric_reads_its_log_probs(forwards: Counter[str], name: 
 def test_it_is_where_it_has_an_entropy_bonus(forwards: Counter[str]) -> None:
     loss_of_states(hidden(), batch(), head(), TEMPERATURE, PolicyLossConfig("dapo", entropy_coef=0.1))
     assert forwards["rows"] == TOKENS
+
+
+@loss_function(row_wise=True, entropies=True)
+def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL and entropy bonus of the options above, without a ratio."""
+    assert inputs.ref_logprobs is not None and inputs.entropies is not None
+    gap = inputs.ref_logprobs - inputs.logprobs
+    advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff())
+    terms = -advantages * inputs.logprobs + 0.1 * (gap.expm1() - gap)
+    loss = terms.sum() / inputs.normalizer - 0.1 * inputs.entropies.sum() / inputs.entropy_normalizer
+    return loss, {"gap": gap.mean()}
+
+
+def test_a_users_own_loss_from_states_and_from_logprobs() -> None:
+    """Responses of advantage 0 keep the gradients that it gives them."""
+    h, w, parts = hidden(), head(), batch(**compared())
+    ours = loss_of_states(h, parts, w, TEMPERATURE, own_loss)
+    logprobs, entropies = completion_logprobs(h, parts.sequences, w, TEMPERATURE, "grad")
+    expected = loss_of_logprobs(logprobs, entropies, parts, own_loss)
+    torch.testing.assert_close(ours[:2], tuple(expected), rtol=1e-12, atol=1e-14)
+    leaves = [h, w.weight, w.module.bias]
+    found, wanted = (torch.autograd.grad(x.loss, leaves, retain_graph=True) for x in (ours, expected))
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-14)
+    assert (found[0] != 0).any(-1).sum() == TOKENS
+    on_policy = loss_of_states(h, batch(), w, TEMPERATURE, lambda inputs: (inputs.logprobs.sum(), {}))
+    assert (on_policy.logprobs != 0).all()
 
 
 def test_all_advantages_zero_leave_metrics_and_gradients_of_zero() -> None:
