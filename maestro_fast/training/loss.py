@@ -6,12 +6,20 @@ from torch import Tensor
 
 from maestro_fast.model.forward import completion_states
 from maestro_fast.model.head import LanguageHead
-from maestro_fast.ops import LinearPolicyLoss, PolicyLoss, PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.ops import (
+    LinearPolicyLoss,
+    LossFunction,
+    PolicyLoss,
+    PolicyLossConfig,
+    linear_policy_loss,
+    policy_loss,
+)
+from maestro_fast.ops.sweep import keeps_every_gradient
 from maestro_fast.training.batches import MicroBatch
 
 
 def loss_of_states(
-    hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig
+    hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig | LossFunction
 ) -> LinearPolicyLoss:
     """From packed states [T, d]: head and loss in one sweep.
 
@@ -34,13 +42,13 @@ def loss_of_states(
         sampling_logprobs=logprobs.sampling_C,
         normalizer=batch.normalizer,
         entropy_normalizer=batch.entropy_normalizer,
-        active=None if compared or config.entropy_coef > 0 or not bool(active.any()) else active,
+        active=None if compared or keeps_every_gradient(config) or not bool(active.any()) else active,
         config=config,
     )
 
 
 def loss_of_logprobs(
-    current_C: Tensor, entropies_C: Tensor | None, batch: MicroBatch, config: PolicyLossConfig
+    current_C: Tensor, entropies_C: Tensor | None, batch: MicroBatch, config: PolicyLossConfig | LossFunction
 ) -> PolicyLoss:
     """From the policy's log-probs, which the advantages had to wait for: their gradient costs a GEMM more."""
     logprobs, device = batch.logprobs, current_C.device

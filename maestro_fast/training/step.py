@@ -389,9 +389,8 @@ def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> 
     if not terms.wants_sampling:
         return None if scored else rollouts.sampling_logprobs_C
     if terms.needs_sampling and rollouts.sampling_logprobs_C is None:
-        raise ValueError(
-            f"loss.sampler_correction: {terms.function.sampler_correction}, but the generator returns no log-probs"
-        )
+        correction = getattr(terms.function, "sampler_correction", None)
+        raise ValueError(f"loss.sampler_correction: {correction}, but the generator returns no log-probs")
     return rollouts.sampling_logprobs_C
 
 

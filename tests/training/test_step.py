@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,18 +26,6 @@ def case(raw: dict[str, Any], name: str, **sections: dict[str, Any]) -> tuple[Ma
     for section, values in {**CASES[name], **sections}.items():
         raw[section] = {**raw.get(section, {}), **values}
     return run(raw)
-
-
-@pytest.fixture
-def steady(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Rewards that are functions of the tokens: nothing amplifies the last bit in which two forwards differ."""
-    (tmp_path / "own.py").write_text(
-        "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
-        encoding="utf-8",
-    )
-    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"name": "brevity", "kind": "length", "target": 2}]
-    raw_config["trainer"] |= {"optim": "sgd"}
-    return raw_config
 
 
 def test_the_three_cases_give_the_same_numbers(steady: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
