@@ -1,9 +1,9 @@
-"""What a run does in every step, and what follows from it before the first: sizes, losses, and which forward is read.
+"""What a run does in every step, and what is decided and checked before the first: sizes, loss, which forward is read.
 
 Everything that the weight policy, the rewards and the loss read off the policy network (log-probs, entropies, hidden
 states) comes from one of three sources, see ``choose_scoring``:
 
-none      nothing reads them.
+none      Nothing reads them.
 scoring   A forward before the training forward. Several updates per batch need it anyway, for the log-probs of the
           policy that sampled; otherwise it is extra.
 training  The training forward itself. It serves where one micro-batch holds the whole batch and one update is made of

@@ -3,9 +3,9 @@
 The page is read from top to bottom. ``Step`` holds the parts that all batches of a run share, and its four methods
 are the order of a batch:
 
-    start     the generator begins to sample G responses to each prompt
-    collect   the responses come in
-    score     one forward of the policy gives log-probs, entropies and hidden states, if this is where they come from
+    start     The generator begins to sample G responses to each prompt.
+    collect   The responses come in.
+    score     One forward of the policy gives log-probs, entropies and hidden states, if they come from there.
     prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
               scores are compared, which gives the advantages; the responses are cut into micro-batches.
 
