@@ -80,7 +80,7 @@ def test_weights_are_those_that_save_pretrained_writes(tmp_path: Path, family: s
     ids=["all", "dora", "rslora and dropout", "a module of its own"],
 )
 def test_adapters_are_merged_into_copies(tmp_path: Path, options: dict[str, Any]) -> None:
-    """What is sent equals PEFT's own merge of a copy; the trained model keeps its bits, its modes and the random state."""
+    """What is sent equals PEFT's own merge of a copy. The trained model keeps its bits, modes and random state."""
     model = get_peft_model(tiny_model(), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).train()
     nudge(model)
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
