@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class PlainKernels:
-    """``calls`` holds (kernel, heads of queries, heads of keys, bounds) of every call."""
+    """``calls``: (kernel, heads of queries, heads of keys, bounds) of every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int, list[int]]] = []
@@ -99,7 +99,7 @@ class PlainKernels:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainKernels:
-    """Replaces both kernels, below everything that transformers and we do around them."""
+    """Both kernels replaced, below everything that transformers and we do around them."""
     plain = PlainKernels()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain.varlen_attn)
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
@@ -112,7 +112,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainKernels:
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
-    for name, value in vars(flash_utils).copy().items():  # what it keeps of a kernel is given back after the test
+    for name, value in vars(flash_utils).copy().items():  # what it keeps of a kernel, so that it is given back after
         if name.startswith(("_loaded_", "_flash_", "_pad_", "_unpad_", "_process_")) and name.endswith(("_fn", "tion")):
             monkeypatch.setattr(flash_utils, name, value)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
