@@ -37,13 +37,15 @@ LOWEST = tl.constexpr(-1.0e30)  # finite, because the difference of two infiniti
 
 
 class HeadValues(NamedTuple):
-    """What is done to a logit before the temperature. ``bias`` is a pointer, or None."""
+    """What is done to a logit before the temperature: a pointer and two numbers.
+
+    None stands for what is not done. A field that is None is known when a kernel is compiled; a flag would not be,
+    because Triton turns the flags in a tuple into run-time values.
+    """
 
     bias: tl.tensor
     scale: tl.tensor
     softcap: tl.tensor
-    HAS_SCALE: tl.constexpr
-    HAS_SOFTCAP: tl.constexpr
 
 
 class Sums(NamedTuple):
@@ -58,7 +60,10 @@ class Sums(NamedTuple):
 
 
 class RowGradient(NamedTuple):
-    """What the gradient of one row is made of: its target and statistics, and dL/dlog p and dL/dH."""
+    """What the gradient of one row is made of: its target and statistics, dL/dlog p, dL/dH, the temperature.
+
+    The last two are None where dL/dH is 0 and where the temperature is 1.
+    """
 
     target: tl.tensor
     peak: tl.tensor
@@ -67,8 +72,6 @@ class RowGradient(NamedTuple):
     dlogprob: tl.tensor
     dentropy: tl.tensor
     temperature: tl.tensor
-    HAS_TEMPERATURE: tl.constexpr
-    HAS_DENTROPY: tl.constexpr
 
 
 @triton.jit
@@ -95,14 +98,14 @@ def cap_logits(x, head, column, inside, MASKED: tl.constexpr):
 
     ``MASKED`` says that some columns are not ``inside`` the vocabulary.
     """
-    if head.HAS_SCALE:
+    if head.scale is not None:
         x = x * head.scale
     if head.bias is not None:
         if MASKED:
             x += tl.load(head.bias + column, mask=inside, other=0.0).to(tl.float32)
         else:
             x += tl.load(head.bias + column).to(tl.float32)
-    if head.HAS_SOFTCAP:
+    if head.softcap is not None:
         bent = _tanh(x / head.softcap)
         return bent * head.softcap, bent
     else:
@@ -139,14 +142,12 @@ def _statistics(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     F: tl.constexpr,
     L: tl.constexpr,
 ):
     """The statistics of one row, which is read once."""
-    head = HeadValues(bias_ptr, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
@@ -194,17 +195,19 @@ def _slope(x, head, row, column, inside, MASKED: tl.constexpr):
     """dL/du of some columns of a row."""
     y, bent = cap_logits(x, head, column, inside, MASKED)
     gap = y - row.peak
-    logp = (gap / row.temperature if row.HAS_TEMPERATURE else gap) - row.log_total
+    if row.temperature is not None:
+        gap = gap / row.temperature
+    logp = gap - row.log_total
     if MASKED:
         logp = tl.where(inside, logp, LOWEST)
     p = tl.exp2(logp * LOG2E)
     down = p * row.dlogprob
-    if row.HAS_DENTROPY:
+    if row.dentropy is not None:
         down += tl.where(p > 0, p * row.dentropy * (logp + row.entropy), 0.0)  # log p may be -inf
     g = tl.where(column == row.target, row.dlogprob, 0.0) - down
-    if row.HAS_TEMPERATURE:
+    if row.temperature is not None:
         g = g / row.temperature
-    if head.HAS_SOFTCAP:
+    if head.softcap is not None:
         g *= 1.0 - bent * bent
     return g
 
@@ -227,31 +230,35 @@ def _dlogits(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """The gradient of one row, into ``out``, which is x or lies apart from it."""
-    head = HeadValues(bias_ptr, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    """The gradient of one row, into ``out``, which is x or lies apart from it.
+
+    ``dentropies_ptr`` and ``temperature`` may be None, see ``RowGradient``.
+    """
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     program = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + program)
     dlogprob = tl.load(dlogprobs_ptr + program).to(tl.float32)
     peak = tl.load(peaks_ptr + program)
     log_total = tl.log(tl.load(totals_ptr + program))
-    entropy = peak
-    dentropy = dlogprob * 0.0
+    entropy = None
+    dentropy = None
     live = dlogprob != 0
-    if ENTROPY:
+    if dentropies_ptr is not None:
         entropy = tl.load(entropies_ptr + program)
         dentropy = tl.load(dentropies_ptr + program).to(tl.float32)
         live = live | (dentropy != 0)
     live = live & (target != ignore_index)
     row = RowGradient(
-        target, peak, log_total, entropy, dlogprob, dentropy, temperature,
-        HAS_TEMPERATURE=HAS_TEMPERATURE, HAS_DENTROPY=ENTROPY,
-    )  # fmt: skip
+        target=target,
+        peak=peak,
+        log_total=log_total,
+        entropy=entropy,
+        dlogprob=dlogprob,
+        dentropy=dentropy,
+        temperature=temperature,
+    )
     row_ptr = x_ptr + program * stride_x
     to_ptr = out_ptr + program * stride_out
     lane = tl.arange(0, BV)
@@ -278,24 +285,18 @@ def _dlogits(
 
 
 class HeadArguments(TypedDict):
-    """What every kernel of a head takes by these names."""
+    """What every kernel of a head takes by these names, see ``HeadValues``."""
 
     bias_ptr: Tensor | None
-    scale: float
-    softcap: float
-    temperature: float
-    HAS_SCALE: bool
-    HAS_SOFTCAP: bool
+    scale: float | None
+    softcap: float | None
 
 
 def head_arguments(spec: HeadSpec, bias: Tensor | None) -> HeadArguments:
     return {
         "bias_ptr": bias,
-        "scale": float(spec.scale),
-        "softcap": float(spec.softcap or 1.0),
-        "temperature": float(spec.temperature),
-        "HAS_SCALE": spec.scale != 1.0,
-        "HAS_SOFTCAP": spec.softcap is not None,
+        "scale": None if spec.scale == 1.0 else float(spec.scale),
+        "softcap": None if spec.softcap is None else float(spec.softcap),
     }
 
 
@@ -323,6 +324,7 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
             stride_x=x.stride(0),
             ignore_index=spec.ignore_index,
             **head_arguments(spec, bias),
+            temperature=float(spec.temperature),
             ENTROPY=wants_entropy,
             F=_FOLDS,
             L=_LANES,
@@ -366,8 +368,7 @@ def dlogits(
         stride_out=out.stride(0),
         ignore_index=spec.ignore_index,
         **head_arguments(spec, bias),
-        HAS_TEMPERATURE=spec.temperature != 1.0,
-        ENTROPY=dentropies is not None,
+        temperature=None if spec.temperature == 1.0 else float(spec.temperature),
         BV=_LANES * _FOLDS,
         num_warps=_WARPS,
         enable_fp_fusion=False,

@@ -181,8 +181,6 @@ def _scores(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WHOLE_K: tl.constexpr,
@@ -198,7 +196,7 @@ def _scores(
 
     h and w are pointers, or tensor descriptors made on the host.
     """
-    head = HeadValues(bias_ptr, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     operands = Operands(h, w, T, V, d, stride_h, stride_w)
     tile, part = _place(T, PARTS, BM, GROUP)
     row = tile * BM
@@ -215,7 +213,7 @@ def _scores(
         for i in tl.static_range(2):
             half_MN = low_MN if i == 0 else high_MN
             begin_N = column + i * (BN // 2)
-            if HAS_SOFTCAP:
+            if softcap is not None:
                 left_MN, right_MN = _halves(half_MN)
                 for j in tl.static_range(2):
                     column_N = begin_N + j * (BN // 4) + tl.arange(0, BN // 4)
@@ -253,15 +251,13 @@ def _combine(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     PARTS: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
     """The statistics of one row: the logit of its target, and its parts [PARTS, T] added up."""
-    head = HeadValues(bias_ptr, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
@@ -333,6 +329,7 @@ def token_logprobs(
         "stride_h": hidden.stride(0),
         "stride_w": weight.stride(0),
         **head_arguments(spec, bias),
+        "temperature": float(spec.temperature),
         "ENTROPY": wants_entropy,
         "PARTS": parts,
         "enable_fp_fusion": False,

@@ -430,38 +430,6 @@ class LossInputs(NamedTuple):
 
 # A user's own loss returns the scalar loss, and metrics as scalar tensors by their names.
 LossFunction = Callable[[LossInputs], tuple[Tensor, dict[str, Tensor]]]
-_Function = TypeVar("_Function", bound=LossFunction)
-
-
-def loss_function(*, row_wise: bool = False, entropies: bool = False) -> Callable[[_Function], _Function]:
-    """A decorator that says what ``linear_policy_loss`` and the trainers have to know of a user's own loss.
-
-    A function without this decorator works, too: it is taken to be neither.
-
-    Args:
-        row_wise: the derivative of the loss by a token's log-prob (or entropy) depends on no other token's log-prob and
-            entropy. So it is for a sum over tokens of terms of their own, whatever fixed numbers divide it; it is not
-            where ratios are averaged over a response, or advantages are rescaled by the log-probs. Then
-            ``linear_policy_loss`` goes through the head once and not twice.
-        entropies: the function reads ``LossInputs.entropies``.
-    """
-
-    def mark(function: _Function) -> _Function:
-        function.row_wise, function.entropies = row_wise, entropies  # type: ignore[attr-defined]
-        return function
-
-    return mark
-
-
-def is_row_wise(function: LossFunction) -> bool:
-    return bool(getattr(function, "row_wise", False))
-
-
-def wants_entropies(loss: PolicyLossConfig | LossFunction) -> bool:
-    """Whether the loss reads the entropies of the current policy, with their gradient."""
-    if isinstance(loss, PolicyLossConfig):
-        return loss.entropy_coef > 0
-    return bool(getattr(loss, "entropies", False))
 
 
 class PolicyLoss(NamedTuple):

@@ -11,6 +11,7 @@ from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups
 from maestro_fast.ops.linear_policy_loss import linear_policy_loss
+from maestro_fast.ops.loss_function import loss_function
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.pack_sequences import pack_sequences
 from maestro_fast.ops.policy_loss import policy_loss
@@ -29,7 +30,6 @@ from maestro_fast.specs import (
     PolicyLoss,
     PolicyLossConfig,
     TokenLogprobs,
-    loss_function,
 )
 
 __all__ = [

@@ -4,7 +4,7 @@ The sweep (``ops.sweep``) takes three matrix products of 2 T V d operations, whe
 ``policy_loss`` one after the other need four: their backward pass computes the logits a second time. So the gradient
 comes with the loss, and backward() only multiplies it. Chunks and row maths are those of ``token_logprobs``, whose
 log-probs are bitwise the same. On a CUDA device a chunk of a 16-bit head is half of the rows that the products of the
-gradient take, see ``ops.head_pass``.
+gradient take, see ``ops.head``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.head import Head
+from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.policy_loss import check_bounds, check_loss_inputs
 from maestro_fast.ops.sweep import IGNORED, Known, Step, Sweep, empty_logprobs, keeps_every_gradient, sweep_steps
 from maestro_fast.ops.tensors import readable
@@ -28,7 +29,6 @@ from maestro_fast.specs import (
     LossFunction,
     LossInputs,
     PolicyLossConfig,
-    wants_entropies,
 )
 
 

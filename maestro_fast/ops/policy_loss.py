@@ -14,7 +14,11 @@
     dapo            1 / normalizer                                tokens of the optimizer step    it must be given
     dr_grpo         1 / (max_completion_length * normalizer)      responses of the optimizer step B
 
-Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
+Sources: GRPO ar    wants_entropies,
+)
+
+
+def policy_lossiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
 values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.
 
 The formulas l_t stand in ``specs.OBJECTIVES``. Inside, a loss is computed from ``LossInputs``; a user's own loss is a
@@ -31,6 +35,13 @@ from torch.autograd.function import once_differentiable
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.loss_function import (
+    LogprobGradients,
+    call_loss_function,
+    function_name,
+    loss_function_gradient,
+    wants_entropies,
+)
 from maestro_fast.ops.tensors import is_integer, library, readable, wide
 from maestro_fast.specs import (
     LOSS_METRICS,
@@ -42,7 +53,6 @@ from maestro_fast.specs import (
     PolicyLossConfig,
     as_text,
     from_text,
-    wants_entropies,
 )
 
 
@@ -110,13 +120,6 @@ def loss_of(inputs: LossInputs, config: PolicyLossConfig | LossFunction, backend
     return _loss_by_triton(inputs, config) if chosen == "triton" else reference_loss(inputs, config)
 
 
-class LogprobGradients(NamedTuple):
-    """dL/dlog p [T] and dL/dH [T] (None where the loss reads no entropies), without a graph."""
-
-    logprobs: Tensor
-    entropies: Tensor | None
-
-
 def policy_gradient(
     inputs: LossInputs, config: PolicyLossConfig | LossFunction, backend: Backend | None = None
 ) -> LogprobGradients:
@@ -178,7 +181,8 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
 def _check_needed(inputs: LossInputs, config: PolicyLossConfig | LossFunction) -> None:
     if not isinstance(config, PolicyLossConfig):
         if wants_entropies(config) and inputs.entropies is None:
-            raise ValueError(f"entropies: missing, expected [T] for {_name(config)}, which is marked to read them")
+            name = function_name(config)
+            raise ValueError(f"entropies: missing, expected [T] for {name}, which is marked to read them")
         return
     if config.kl_coef > 0 and inputs.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: missing, expected [T] with kl_coef={config.kl_coef}")
@@ -199,68 +203,6 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {tokens}")
-
-
-# --- a user's own loss ---
-
-
-def call_loss_function(function: LossFunction, inputs: LossInputs) -> PolicyLoss:
-    """The loss and the metrics, the latter without a graph.
-
-    Raises:
-        ValueError: the function returned something else than a scalar loss and scalar metrics.
-    """
-    found: Any = function(inputs)
-    expected = "expected a scalar loss and a dict of scalar metrics, all of them tensors"
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(f"config: {_name(function)} returned {_said(found)}, {expected}")
-    loss, metrics = found
-    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        raise ValueError(f"config: {_name(function)} returned a loss that is {_said(loss)}, {expected}")
-    if not isinstance(metrics, dict):
-        raise ValueError(f"config: {_name(function)} returned metrics that are {_said(metrics)}, {expected}")
-    for name, value in metrics.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.ndim != 0:
-            raise ValueError(f"config: {_name(function)} returned a metric {name!r} that is {_said(value)}, {expected}")
-    return PolicyLoss(loss, {name: value.detach() for name, value in metrics.items()})
-
-
-def loss_function_gradient(function: LossFunction, inputs: LossInputs) -> tuple[PolicyLoss, LogprobGradients]:
-    """One call of the function: loss and metrics without a graph, and the gradient by log-probs and entropies.
-
-    Raises:
-        ValueError: see ``call_loss_function``, or the loss does not depend on the log-probs.
-    """
-    leaves = [x for x in (inputs.logprobs, inputs.entropies) if x is not None]
-
-    def call(*given: Tensor) -> tuple[Tensor, PolicyLoss]:
-        result = call_loss_function(function, inputs._replace(logprobs=given[0], entropies=(*given, None)[1]))
-        return result.loss, PolicyLoss(result.loss.detach(), result.metrics)
-
-    if torch.compiler.is_compiling():  # Dynamo traces torch.func alone.
-        gradients, result = torch.func.grad(call, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
-        return result, LogprobGradients(gradients[0], (*gradients, None)[1])
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        loss, result = call(*leaves)
-        if not loss.requires_grad:
-            raise ValueError(
-                f"config: {_name(function)} returned a loss without a graph, expected one that is computed from "
-                "inputs.logprobs"
-            )
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    first, *rest = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
-    return result, LogprobGradients(first, rest[0] if rest else None)
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _said(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
-    return f"a tuple of {len(x)}" if isinstance(x, tuple) else f"of type {type(x).__name__}"
 
 
 # --- PyTorch, the reference ---

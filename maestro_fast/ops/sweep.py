@@ -20,18 +20,12 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.backend import Backend
-from maestro_fast.ops.head import Head, Rows
-from maestro_fast.ops.head_pass import GradientSums, float16_unit
+from maestro_fast.ops.head import GradientSums, Head, Rows, float16_unit
+from maestro_fast.ops.loss_function import LogprobGradients, call_loss_function, is_row_wise, loss_function_gradient
 from maestro_fast.ops.pack_sequences import pack_sequences
-from maestro_fast.ops.policy_loss import (
-    LogprobGradients,
-    call_loss_function,
-    loss_function_gradient,
-    loss_of,
-    policy_gradient,
-)
+from maestro_fast.ops.policy_loss import loss_of, policy_gradient
 from maestro_fast.ops.tensors import readable, wide
-from maestro_fast.specs import LossFunction, LossInputs, PolicyLoss, PolicyLossConfig, is_row_wise
+from maestro_fast.specs import LossFunction, LossInputs, PolicyLoss, PolicyLossConfig
 
 IGNORED = -100  # the target of a masked token
 Scope = Literal["token", "response", "batch"]  # whose log-probs the gradient of a token depends on

@@ -4,8 +4,7 @@
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-The way through all rows stands in ``ops.head_pass``, a head and its chunks in ``ops.head``, the maths of a row in
-``ops.head_rows``.
+The way of all rows through a head stands in ``ops.head``, the maths of a row in ``ops.head_rows``.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.head import Head
-from maestro_fast.ops.head_pass import HeadGradients, head_backward, head_forward
+from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
 from maestro_fast.ops.head_rows import capped_logits
 from maestro_fast.ops.tensors import library, readable, without_autocast
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
@@ -270,7 +268,7 @@ def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
     *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
     stats = RowStatistics(peaks, peaks, totals, entropies)
     spec = from_text(HeadSpec, spec)
-    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))  # type: ignore[arg-type]
+    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))
     return tuple(peaks.new_empty(0) if x is None else x for x in found)
 
 

@@ -21,9 +21,10 @@ from torch import nn
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.model.head import causal_lm, head_of
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
+from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.rewards import RewardSet
-from maestro_fast.specs import EntropyMode, LossFunction, wants_entropies
+from maestro_fast.specs import EntropyMode, LossFunction
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import WeightPolicy

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LinearPolicyLoss, PolicyLossConfig, policy_loss
+from maestro_fast.ops.head import chunk_rows
 from maestro_fast.ops.token_logprobs import TokenLogprobs, reference_token_logprobs
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.rewards import build_rewards

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import token_logprobs
-from maestro_fast.ops.head_chunks import Chunk
+from maestro_fast.ops.head import Chunk
 from maestro_fast.ops.sweep import Known, Step, sweep_steps
 from tests.ops.linear_policy_loss_batch import (
     ALL_VARIANTS,
@@ -44,7 +44,7 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Chunks are small, and count."""
     work = Work()
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
 
     def counted(name: str) -> Any:
         original = getattr(Chunk, name)
@@ -84,9 +84,9 @@ VARIANTS = ["grpo", "dapo", "gspo", "cispo", "sampler token_mask", "two-sided cl
 def test_rows_without_a_gradient_leave_its_gemms(variant: str, masked: bool, work: Work) -> None:
     batch, zero_T = with_zeros(masked=masked)
     live_T = batch.tokenwise["token_mask"] != 0 if masked else torch.ones(TOKENS, dtype=torch.bool)
-    loud = int((live_T & ~zero_T).sum())
+    with_gradient = int((live_T & ~zero_T).sum())
     forward = int(live_T.sum())
-    assert work.of(lambda: run(batch, variant)) == (forward, loud, loud)
+    assert work.of(lambda: run(batch, variant)) == (forward, with_gradient, with_gradient)
 
 
 @pytest.mark.parametrize("variant", ["k3 KL", "entropy bonus", "gspo, KL, entropy bonus"])
@@ -103,7 +103,7 @@ def test_compaction_changes_nothing(variant: str, masked: bool, work: Work, monk
     """Against a host that knows nothing, where all rows are in every GEMM, as zeros."""
     batch, _ = with_zeros(masked=masked)
     compacted = run(batch, variant)
-    monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
+    monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
     twice = 2 if variant == "gspo" else 1
     assert work.of(lambda: run(batch, variant)) == (twice * TOKENS, TOKENS, TOKENS)
     whole = run(batch, variant)
@@ -126,10 +126,11 @@ def test_what_is_not_active_leaves_every_gemm_and_the_metrics(
     nowhere = replace(nowhere, tokenwise={**batch.tokenwise, "old_logprobs": old})
     given = {"active": batch.advantages != 0}
     if readable:
-        loud = int((live_T & ~zero_T).sum())
-        assert work.of(lambda: gradients(nowhere.ours(ALL_VARIANTS[variant], **given), nowhere)) == (loud, loud, loud)
+        with_gradient = int((live_T & ~zero_T).sum())
+        found = work.of(lambda: gradients(nowhere.ours(ALL_VARIANTS[variant], **given), nowhere))
+        assert found == (with_gradient,) * 3
     else:
-        monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
+        monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
     result = nowhere.ours(ALL_VARIANTS[variant], mean_entropy=True, **given)
     torch.testing.assert_close(result.loss, expected.loss, rtol=1e-6, atol=0)
     for mine, wanted in zip(gradients(result, nowhere), gradients(expected, batch), strict=True):
@@ -186,30 +187,30 @@ def rows_of(steps: list[Step], *, gradient: bool) -> list[list[int]]:
 
 def test_steps() -> None:
     bounds = torch.tensor([0, 3, 3, 13, 15, 18])
-    loud_B = torch.tensor([True, True, True, False, True])
+    has_gradient_B = torch.tensor([True, True, True, False, True])
     worked_T = torch.ones(18, dtype=torch.bool)
     worked_T[4] = False
-    known = Known(bounds, worked_T, loud_B)
+    known = Known(bounds, worked_T, has_gradient_B)
 
-    steps = sweep_steps(18, 8, known, gradient=True, whole=False)
+    steps = sweep_steps(18, 8, known, gradient=True, scope="token")
     assert rows_of(steps, gradient=False) == [[13, 14]]
     assert rows_of(steps, gradient=True) == [[0, 1, 2, 3, 5, 6, 7, 8], [9, 10, 11, 12, 15, 16, 17]]
 
-    steps = sweep_steps(18, 8, known, gradient=True, whole=True)
+    steps = sweep_steps(18, 8, known, gradient=True, scope="response")
     assert rows_of(steps, gradient=False) == [[13, 14, 3, 5, 6, 7, 8, 9], [10, 11, 12]]
     assert rows_of(steps, gradient=True) == [[0, 1, 2, 15, 16, 17], [3, 5, 6, 7, 8, 9, 10, 11], [12]]
     assert [step.gradient for step in steps] == sorted(step.gradient for step in steps)  # log-probs come first
 
-    steps = sweep_steps(18, 8, known, gradient=False, whole=True)
+    steps = sweep_steps(18, 8, known, gradient=False, scope="response")
     assert rows_of(steps, gradient=True) == []
     assert rows_of(steps, gradient=False) == [[0, 1, 2, 3, 5, 6, 7, 8], [*range(9, 17)], [17]]
 
-    nothing = sweep_steps(18, 8, Known(), gradient=True, whole=True)
+    nothing = sweep_steps(18, 8, Known(), gradient=True, scope="response")
     assert rows_of(nothing, gradient=False) == rows_of(nothing, gradient=True)
     assert nothing[:3] == [(slice(0, 8), False), (slice(8, 16), False), (slice(16, 18), False)]
 
 
 def test_a_range_of_rows_is_not_gathered() -> None:
     """A view of the hidden states instead of a copy."""
-    steps = sweep_steps(20, 8, Known(worked_T=torch.ones(20, dtype=torch.bool)), gradient=True, whole=False)
+    steps = sweep_steps(20, 8, Known(worked_T=torch.ones(20, dtype=torch.bool)), gradient=True, scope="token")
     assert [step.rows for step in steps] == [slice(0, 8), slice(8, 16), slice(16, 20)]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maestro_fast.ops import PolicyLossConfig, head_products, linear_policy_loss
+from maestro_fast.ops import PolicyLossConfig, linear_policy_loss
+from maestro_fast.ops import head as head_module
 from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.test_token_logprobs import IGNORE_TRACING
 
@@ -37,8 +38,8 @@ def losses(backend: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: 32)
-    monkeypatch.setattr("maestro_fast.ops.gpu_head_rows._PRODUCT_ROWS", 16)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: 32)
+    monkeypatch.setattr("maestro_fast.ops.head._PRODUCT_ROWS", 16)
 
 
 @IGNORE_TRACING
@@ -46,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_graph_gives_what_eager_calls_give(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host knows nothing in a graph: to be bitwise the same, eager mode must not either."""
     half_products_on_the_cpu(monkeypatch)
-    monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
+    monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
     assert_same_compiled(losses("torch"), *batch(dtype, "cpu"))
 
 
@@ -54,8 +55,8 @@ def test_a_graph_gives_what_eager_calls_give(dtype: torch.dtype, monkeypatch: py
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_products_of_fake_tensors_of_a_device(dtype: torch.dtype, compiled: bool) -> None:
     def products(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
-        head_products.add_product_(total, a, b, 0.5)
-        return head_products.product(a, b)
+        head_module.add_product_(total, a, b, 0.5)
+        return head_module.product(a, b)
 
     torch._dynamo.reset()
     function = torch.compile(products, fullgraph=True, backend="eager") if compiled else products
@@ -90,7 +91,7 @@ def test_operators_are_registered_properly(monkeypatch: pytest.MonkeyPatch) -> N
 def test_eager_calls_pass_the_operators_by(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost the host several microseconds each."""
     half_products_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(head_products.torch.ops, "maestro_fast", None)
+    monkeypatch.setattr(head_module.torch.ops, "maestro_fast", None)
     hidden, head, *rest = batch(dtype, "cpu")
     losses("torch")(hidden, head, *rest).backward()
     assert hidden.grad is not None and head.grad is not None and head.grad.abs().max() > 0
