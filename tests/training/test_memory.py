@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from maestro_fast.ops.head_chunks import chunk_rows
 from torch import Tensor
 from transformers import TrainingArguments
 
