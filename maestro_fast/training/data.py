@@ -26,10 +26,10 @@ class DataConfig:
         split: the split that ``datasets.load_dataset`` loads.
         prompt_column: the column with the prompts, each a string or a list of {"role", "content"} messages, to which
             the chat template is applied.
-        family_column: the column with the task family of each prompt, for logs and reports; None means "family" where
+        family_column: the column with the task family of each prompt, for logs and reports; null means "family" where
             there is such a column.
-        max_prompt_tokens: the limit above which a prompt is an error; None means no limit.
-        limit: how many of the first rows are used; None means all.
+        max_prompt_tokens: the limit above which a prompt is an error; null means no limit.
+        limit: how many of the first rows are used; null means all.
     """
 
     path: str
