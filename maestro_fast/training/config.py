@@ -84,9 +84,8 @@ class TrainConfig:
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
         final: the policy that ``final/`` holds: "last", or "best" by the utility of its labelled responses (see
-            ``training/best_policy.py``; the last one is in the last checkpoint); "auto": the best where the weight
-            policy is ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last
-            label.
+            ``training/best.py``; the last one is in the last checkpoint); "auto": the best where the weight policy is
+            ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last label.
         evaluation: rewards on held-out prompts, during training.
         seed: of the data order, the sampling and the trainer.
     """

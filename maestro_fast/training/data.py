@@ -1,4 +1,4 @@
-"""Prompts from JSONL, Parquet or whatever ``datasets.load_dataset`` takes, checked before a model is loaded."""
+"""Prompts from JSONL, Parquet or what ``datasets.load_dataset`` reads; they are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class DataConfig:
     """Where the prompts are.
 
     Attributes:
-        path: a .jsonl or .parquet file, else a name or directory for ``datasets.load_dataset``.
-        split: of the latter.
-        prompt_column: holds a string, or a list of {"role", "content"} messages, to which the chat template is applied.
-        family_column: names the task family of a prompt for logs and reports; None: "family" where there is one.
-        max_prompt_tokens: a longer prompt is an error; None: no limit.
-        limit: use the first so many rows only.
+        path: a .jsonl or .parquet file, or a name or directory for ``datasets.load_dataset``.
+        split: the split that ``datasets.load_dataset`` loads.
+        prompt_column: the column with the prompts, each a string or a list of {"role", "content"} messages, to which
+            the chat template is applied.
+        family_column: the column with the task family of each prompt, for logs and reports; null means "family" where
+            there is such a column.
+        max_prompt_tokens: the limit above which a prompt is an error; null means no limit.
+        limit: how many of the first rows are used; null means all.
     """
 
     path: str
@@ -39,12 +41,16 @@ class DataConfig:
 
 
 class PromptDataset(Dataset[Row]):
-    """Rows with a prompt column; every other column goes to the rewards."""
+    """Rows with a column of prompts; the rewards may read every other column."""
 
     def __init__(self, rows: Sequence[Row], prompt_column: str = "prompt", family_column: str | None = None) -> None:
         """
+        Args:
+            rows: one mapping for each prompt, by column.
+            prompt_column, family_column: as in ``DataConfig``.
+
         Raises:
-            ValueError: no rows, no such column, or a prompt that is neither text nor messages (its row is named).
+            ValueError: there are no rows or no such column, or a prompt is neither text nor messages. Its row is named.
         """
         if not rows:
             raise ValueError("data.path: holds no rows, expected at least one prompt")
@@ -69,26 +75,27 @@ class PromptDataset(Dataset[Row]):
         return self.rows[index]
 
     def prompts(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
-        """``Prompts`` of some rows, tokenised. A column that a row leaves out is None there."""
+        """Tokenises the prompts of some rows. A column that a row leaves out is None there."""
         texts: list[Text] = [row[self.prompt_column] for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
         return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, self._families(rows))
 
     @property
     def families(self) -> list[str]:
-        """The task family of every row, "" where it names none."""
+        """The task family of every row, "" for a row that names none."""
         return self._families(self.rows)
 
     def _families(self, rows: Sequence[Row]) -> list[str]:
         return [str(row.get(self.family_column) or "") for row in rows]
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> int:
-        """
+        """Checks that every prompt has tokens, and no more than ``limit`` of them.
+
         Returns:
-            Tokens of the longest prompt.
+            The tokens of the longest prompt.
 
         Raises:
-            ValueError: a prompt has no tokens, or more than ``limit``.
+            ValueError: one has none, or too many.
         """
         longest = 0
         for i, row in enumerate(self.rows):
@@ -107,8 +114,8 @@ def load_prompts(config: DataConfig) -> PromptDataset:
     """Reads the prompts of a config.
 
     Raises:
-        ValueError: an empty or broken file (the line is named), or a missing column.
-        FileNotFoundError: no such file.
+        ValueError: the file is empty or broken (the line is named), or a column is missing.
+        FileNotFoundError: there is no such file.
     """
     path = Path(config.path)
     if path.suffix == ".jsonl":

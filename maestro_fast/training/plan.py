@@ -1,9 +1,9 @@
-"""What a run does in every step, and what follows from it before the first: sizes, losses, and which forward is read.
+"""What a run does in every step, and what is decided and checked before the first: sizes, loss, which forward is read.
 
 Everything that the weight policy, the rewards and the loss read off the policy network (log-probs, entropies, hidden
 states) comes from one of three sources, see ``choose_scoring``:
 
-none      nothing reads them.
+none      Nothing reads them.
 scoring   A forward before the training forward. Several updates per batch need it anyway, for the log-probs of the
           policy that sampled; otherwise it is extra.
 training  The training forward itself. It serves where one micro-batch holds the whole batch and one update is made of
@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.model.head import causal_lm, head_of
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
+from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.rewards import RewardSet
-from maestro_fast.specs import EntropyMode
+from maestro_fast.specs import EntropyMode, LossFunction
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import WeightPolicy
@@ -33,14 +34,20 @@ Source = Literal["none", "scoring", "training"]
 
 @dataclass(frozen=True)
 class Method:
-    """Sampling, batch sizes, advantages and loss. ``evaluation_samples``: responses per prompt of an evaluation.
+    """What is done in a step, apart from the optimiser.
 
-    ``loss`` is a ``PolicyLossConfig`` or a function of one's own, see ``LossTerms``.
+    Attributes:
+        sampling: how responses are sampled.
+        batch: sizes of a generation batch.
+        loss: the policy loss, or a function of one's own, see ``LossTerms``.
+        profile: how rewards become advantages.
+        seed: that of the order of the prompts and of the sampling.
+        evaluation_samples: responses to each prompt of an evaluation.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    loss: Any = field(default_factory=PolicyLossConfig)
+    loss: PolicyLossConfig | LossFunction = field(default_factory=PolicyLossConfig)
     profile: str | AdvantageProfile = "maestro"
     seed: int = 0
     evaluation_samples: int = 1
@@ -82,7 +89,7 @@ class LossTerms:
         normalization: as in ``PolicyLossConfig``; it decides by what a micro-batch's sum is divided.
     """
 
-    function: Any
+    function: PolicyLossConfig | LossFunction
     kl_in_score: float
     needs_reference: bool
     needs_sampling: bool
@@ -91,12 +98,12 @@ class LossTerms:
     normalization: str
 
     @staticmethod
-    def of(loss: Any, profile: AdvantageProfile) -> LossTerms:
+    def of(loss: PolicyLossConfig | LossFunction, profile: AdvantageProfile) -> LossTerms:
         """The terms of ``loss`` where ``profile`` makes the advantages.
 
-        A function of a user's own has no KL that could enter the scores. It gets the reference's log-probs if its
-        ``needs_reference`` is true, differentiable entropies if its ``needs_entropy`` is, and the sampler's log-probs
-        where the generator returns them. Its sums are divided by the tokens of the update.
+        A function of a user's own has no KL that could enter the scores. It gets the reference's log-probs only if its
+        attribute ``needs_reference`` is true (``specs.FunctionLoss`` has it), entropies if ``wants_entropies`` says so,
+        and the sampler's log-probs where the generator returns them. Its normalizer counts the tokens of the update.
 
         Raises:
             TypeError: ``loss`` is neither of the two.
@@ -110,10 +117,10 @@ class LossTerms:
                 needs_reference=loss.kl_coef > 0 and not in_score,
                 needs_sampling=corrects,
                 wants_sampling=corrects,
-                entropy="grad" if loss.entropy_coef > 0 else "value",
+                entropy="grad" if wants_entropies(loss) else "value",
                 normalization=loss.normalization,
             )
-        if not callable(getattr(loss, "function", loss)):
+        if not callable(loss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a PolicyLossConfig or a function of LossInputs")
         return LossTerms(
             function=loss,
@@ -121,7 +128,7 @@ class LossTerms:
             needs_reference=bool(getattr(loss, "needs_reference", False)),
             needs_sampling=False,
             wants_sampling=True,
-            entropy="grad" if getattr(loss, "needs_entropy", False) else "value",
+            entropy="grad" if wants_entropies(loss) else "value",
             normalization="dapo",
         )
 

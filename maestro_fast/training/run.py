@@ -150,10 +150,7 @@ def train(
                 timing_observers=timing_observers,
                 callbacks=list(callbacks),
             )
-            if config.model.attention == "varlen" and trainer.step.scorer.layout != "varlen":
-                raise SettingsError(
-                    "model.attention: varlen does not serve this model, for the reason logged as its layout"
-                )
+            _check_layout(config.model.attention, trainer.step.scorer.layout)
             if trainer.is_world_process_zero():
                 (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
             trainer.train(resume_from_checkpoint=resume or None)
@@ -226,6 +223,11 @@ def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingCon
     if getattr(config, "rope_parameters", None) is None:  # positions are learned, or a table of that length
         raise ValueError(complaint)
     logger.warning(complaint)
+
+
+def _check_layout(attention: str, layout: str) -> None:
+    if attention == "varlen" and layout != "varlen":
+        raise SettingsError("model.attention: varlen does not serve this model, for the reason logged as its layout")
 
 
 def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bool:

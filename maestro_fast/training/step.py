@@ -3,9 +3,9 @@
 The page is read from top to bottom. ``Step`` holds the parts that all batches of a run share, and its four methods
 are the order of a batch:
 
-    start     the generator begins to sample G responses to each prompt
-    collect   the responses come in
-    score     one forward of the policy gives log-probs, entropies and hidden states, if this is where they come from
+    start     The generator begins to sample G responses to each prompt.
+    collect   The responses come in.
+    score     One forward of the policy gives log-probs, entropies and hidden states, if they come from there.
     prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
               scores are compared, which gives the advantages; the responses are cut into micro-batches.
 
@@ -389,9 +389,8 @@ def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> 
     if not terms.wants_sampling:
         return None if scored else rollouts.sampling_logprobs_C
     if terms.needs_sampling and rollouts.sampling_logprobs_C is None:
-        raise ValueError(
-            f"loss.sampler_correction: {terms.function.sampler_correction}, but the generator returns no log-probs"
-        )
+        correction = getattr(terms.function, "sampler_correction", None)
+        raise ValueError(f"loss.sampler_correction: {correction}, but the generator returns no log-probs")
     return rollouts.sampling_logprobs_C
 
 

@@ -42,7 +42,7 @@ from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
-from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
+from maestro_fast.training.batches import BatchPlan, GroupSampler, MicroBatch, Processes
 from maestro_fast.training.best_policy import BestPolicy, check_best
 from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_complete
 from maestro_fast.training.data import PromptDataset
@@ -103,6 +103,8 @@ class MaestroTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # the normalizer of the loss already spans the accumulated micro-batches
+    _restored: StepState | None = None  # from a checkpoint, until transformers has set its own counters
+    _staging: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(
         self,
@@ -132,17 +134,11 @@ class MaestroTrainer(Trainer):
         self._profile = resolve_profile(self.method.profile)
         self._terms = LossTerms.of(self.method.loss, self._profile)
         self._plan = plan = checked_plan(self.method, model, dataset, args.world_size)
-        args.per_device_train_batch_size = plan.prompts
-        args.gradient_accumulation_steps = plan.accumulation
-        args.remove_unused_columns = False
-        args.dataloader_pin_memory = False
+        _set_sizes(args, plan)
         needs_reference = self._terms.reads_reference or reads_reference(weights)
         frozen = frozen_copy(model) if needs_reference else None
-        self._dataset, self._tokenizer = dataset, tokenizer
+        self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
         self._micro_batches: list[MicroBatch | Sampled] = []  # of the generation batch, not trained on yet
-        self._means = MetricMeans()
-        self._restored: StepState | None = None
-        self._staging: Path | None = None
         super().__init__(
             model=model,
             args=args,
@@ -166,11 +162,9 @@ class MaestroTrainer(Trainer):
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
         self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
-        sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
-        self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
-        self._lessons = Lessons(weights)
+        self.checkpoints = Checkpoints(weights, rewards.names, self.best, self._batch_sizes, self.args)
         self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
-        self._gaps = SamplerGaps(self.step.processes.gather)
+        self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
 
     def _build_step(
         self,
@@ -204,6 +198,10 @@ class MaestroTrainer(Trainer):
             processes=processes,
             clock=self.clock,
         )
+
+    @property
+    def _batch_sizes(self) -> dict[str, int]:
+        return batch_sizes(self._plan, self.method.sampling.group_size, self.args.world_size)
 
     def _choose_generator(
         self, generator: Generator | None, engine: Engine | None, probe: ProbeConfig, scorer: Scorer
@@ -459,6 +457,14 @@ class MaestroTrainer(Trainer):
                     f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume."
                 )
             raise
+
+
+def _set_sizes(args: TrainingArguments, plan: BatchPlan) -> None:
+    """Has transformers' data loader deliver the prompts of one process, as plain rows, for every micro-step."""
+    args.per_device_train_batch_size = plan.prompts
+    args.gradient_accumulation_steps = plan.accumulation
+    args.remove_unused_columns = False
+    args.dataloader_pin_memory = False
 
 
 class StepEvents(TrainerCallback):

@@ -19,7 +19,7 @@ ROWS = [
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A local checkpoint by family and tying; made once."""
+    """Gives a local checkpoint by model family and by whether its head is tied. Each is made once."""
     made: dict[tuple[str, bool], Path] = {}
 
     def get(family: str = "qwen3", tied: bool = False) -> Path:
@@ -46,3 +46,15 @@ def raw_config(tmp_path: Path, checkpoint: Callable[..., Path]) -> dict[str, Any
         "batch": {"prompts_per_batch": 4, "micro_batch": 8},
         "trainer": {"learning_rate": 1e-3, "max_steps": 2, "disable_tqdm": True, "use_cpu": True},
     }
+
+
+@pytest.fixture
+def steady(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A run whose rewards are functions of the tokens: nothing amplifies the last bit in which two forwards differ."""
+    (tmp_path / "own.py").write_text(
+        "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
+        encoding="utf-8",
+    )
+    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"name": "brevity", "kind": "length", "target": 2}]
+    raw_config["trainer"] |= {"optim": "sgd"}
+    return raw_config

@@ -15,7 +15,7 @@ from tests.tiny import tiny_tokenizer
 
 
 class CopyEngine:
-    """Attributes: ``calls``, what was asked of it, in order; ``keeps_weights``: what ``sleep`` returns."""
+    """``calls`` holds the names of the called methods, in order; ``keeps_weights`` is what ``sleep`` returns."""
 
     dtype, max_tokens, cache_block, concurrent_parts = torch.float32, 256, 16, 0
 

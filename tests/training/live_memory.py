@@ -26,7 +26,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):  # arguments too: weights came before, and are only read
+        for leaf in tree_leaves((args, kwargs, out)):  # also the arguments, because weights are older than the count
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         self.peak = max(self.peak, self.live)

@@ -46,7 +46,9 @@ def test_labels_reach_the_policy_and_the_log(raw: dict[str, Any]) -> None:
     known = [x.view(4, 4) for x in (first, second)]
     spread = sum(int((x.amax(1) > x.amin(1)).sum()) for x in known)
     assert policy.labelled == spread
-    expected_B = group_advantages(first, None, 4, profile="maestro").advantages  # all labelled: hybrid uses U alone
+    expected_B = group_advantages(
+        first, None, 4, profile="maestro"
+    ).advantages  # every response is labelled, so hybrid scores are the utilities
     torch.testing.assert_close(records[0].advantages_B, expected_B, rtol=1e-3, atol=1e-3)
     logged = trainer.state.log_history[0]
     assert logged["anchor/labelled"] == 1.0 and logged["anchor/utility"] == pytest.approx(first.mean().item())

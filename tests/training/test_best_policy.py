@@ -53,7 +53,7 @@ class Policy(nn.Module):
 
 
 def test_the_rule_by_hand() -> None:
-    """Windows of 3 batches with labels, from batch 5 on; two optimiser steps a batch."""
+    """The window has 3 batches with labels and counts from batch 5 on. Each batch has two optimiser steps."""
     policy, keeper = Policy(), BestPolicy(window=3, first=5)
     utilities: list[list[float]] = [
         [9.0, 9.0],
@@ -71,7 +71,7 @@ def test_the_rule_by_hand() -> None:
         policy.value.data.fill_(float(number))
         keeper.see(number, record(2 * number, values), policy)
         found.append((keeper.step, keeper.utility))
-    # at 5: (-3 - 2 - 0.5) / 3; at 6 no labels; at 7: (-2 - 0.5 - 1) / 3, better; at 8: worse
+    # at 5 it is (-3 - 2 - 0.5) / 3, at 6 there are no labels, at 7 it is (-2 - 0.5 - 1) / 3 and better, at 8 worse
     assert found[:5] == [(None, None)] * 5
     assert found[5] == found[6] == (10, pytest.approx(-5.5 / 3))
     assert found[7] == found[8] == (14, pytest.approx(-3.5 / 3))
@@ -141,7 +141,7 @@ def test_a_killed_run_keeps_the_same_one(raw: dict[str, Any]) -> None:
     whole, killed = ({**raw, "run_dir": f"{raw['run_dir']}-{name}"} for name in ("whole", "killed"))
     recorded_train(whole)
     step = json.loads((Path(whole["run_dir"]) / "final" / "best.json").read_text())["step"]
-    killed_and_resumed(killed, step=step + 2)  # the best one is known then, and no longer the policy
+    killed_and_resumed(killed, step=step + 2)  # by then the best policy is known, and training has gone past it
 
     assert_same_run(whole["run_dir"], killed["run_dir"])
     ours, theirs = (Path(run["run_dir"]) / "final" / "best.json" for run in (whole, killed))

@@ -30,7 +30,7 @@ from tests.training.test_trainer import run
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may tidy up after it."""
+    """No ``Exception``, so that nothing tidies up after it."""
 
 
 class KillAt(TrainerCallback):
@@ -58,7 +58,7 @@ def make_raw(raw_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
 
 
 def killed_and_resumed(raw: dict[str, Any], step: int) -> None:
-    """Dies in ``step``, before its checkpoint is written."""
+    """The run dies in ``step``, before the checkpoint of that step is written, and is resumed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "maestro_fast.reporting.recorded_run.train",
@@ -105,7 +105,7 @@ def test_a_run_killed_in_its_second_epoch_goes_on(make_raw: Callable[..., dict[s
     epochs = {"max_steps": -1, "num_train_epochs": 2}
     whole = make_raw("whole", trainer=epochs)
     recorded_train(whole)
-    for step in (5, 6):  # the checkpoint is at the end of the first epoch, then inside the second
+    for step in (5, 6):  # the last checkpoint is at the end of the first epoch, or inside the second
         killed = make_raw(f"killed-{step}", trainer=epochs)
         killed_and_resumed(killed, step=step)
         assert_same_run(whole["run_dir"], killed["run_dir"])
@@ -151,7 +151,7 @@ def test_kill_9(make_raw: Callable[..., dict[str, Any]], tmp_path: Path, moment:
         raw = make_raw(name) | {"rewards": ["format", f"{tmp_path}/own.py:mine"]}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     if moment == "while saving":
-        (tmp_path / "killed").touch()  # the reward lets it live
+        (tmp_path / "killed").touch()  # so the reward does not kill the run
     died = command(tmp_path / "killed.yaml", code=KILLED_WHILE_SAVING if moment == "while saving" else None)
     left = {path.name for path in Path(make_raw("killed")["run_dir"]).iterdir()}
 
@@ -209,7 +209,7 @@ def test_a_staged_folder_replaces_its_like_and_leaves_none_behind(tmp_path: Path
         raise RuntimeError
 
     assert (tmp_path / "checkpoint-5" / "value").read_text() == "2"
-    assert (tmp_path / ".saving").exists()  # what failed half-way is looked at, or cleared by the next
+    assert (tmp_path / ".saving").exists()  # what failed half-way stays until the next one clears it
 
 
 def micro_batch(seed: int) -> MicroBatch:

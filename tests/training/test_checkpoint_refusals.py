@@ -1,4 +1,4 @@
-"""What a resumed run must not do: train too far, go on from half a checkpoint, or tear a batch."""
+"""A resumed run must not train too far, go on from half a checkpoint, or tear a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.training.test_trainer import run
 
 @pytest.fixture
 def raw(raw_config: dict[str, Any]) -> dict[str, Any]:
-    """Of three steps, with a checkpoint after each."""
+    """A run of three steps with a checkpoint after each."""
     raw_config["trainer"] |= {"max_steps": 3, "save_steps": 1}
     return raw_config
 
@@ -115,7 +115,7 @@ def test_a_replaced_folder_is_there_until_its_successor_stands(
 
 
 def test_metrics_hold_each_step_once(raw: dict[str, Any]) -> None:
-    """Also where a finished run was resumed."""
+    """This holds also where a finished run was resumed."""
     from maestro_fast.reporting.recorded_run import recorded_train
 
     recorded_train(raw)

@@ -1,4 +1,4 @@
-"""Two processes give what one gives on the same responses, and go on as one does."""
+"""Two processes give what one gives on the same responses, and resume as one does."""
 
 from __future__ import annotations
 

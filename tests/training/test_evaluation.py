@@ -69,7 +69,7 @@ def test_utility_stands_beside_the_rewards(raw: dict[str, Any], tmp_path: Path) 
     metrics = trainer.evaluate()
 
     assert metrics["eval_utility"] == pytest.approx((3 * 0.5 + 1.5) / 4)
-    assert metrics["eval_utility_count"] == 8.0  # two responses to each of four
+    assert metrics["eval_utility_count"] == 8.0  # two responses to each of four prompts
     assert metrics["eval_families/fact/utility"] == pytest.approx((0.5 + 1.5 + 0.5) / 3)
     assert metrics["eval_families/opening/utility"] == 0.5
     names = evaluation_names(("format", "brevity", "entropy"), trainer.eval_dataset, anchored=True)

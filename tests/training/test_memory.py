@@ -40,7 +40,7 @@ LOGITS = 8 * LENGTHS[1] * ADDED * 4  # bytes that V would add to the logits of a
 
 @dataclass
 class FixedGenerator:
-    """Completions of one length, so that nothing is sampled and every T is what it says."""
+    """Gives completions of one length, so that nothing is sampled and T is known."""
 
     length: int
     concurrent_parts = 0
@@ -73,7 +73,7 @@ def test_the_counter_counts_storages_once_and_forgets_what_is_freed() -> None:
 
 
 def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossConfig, micro_batch: int) -> int:
-    """Bytes: the peak of one step of the trainer, from the scoring forward, if there is one, to the optimiser."""
+    """The peak in bytes of one step of the trainer, from the scoring forward, if there is one, to the optimiser."""
     model = tiny_model()
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     rewards = build_rewards(["entropy", parity])
@@ -95,7 +95,7 @@ def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossC
 
 
 def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig, micro_batch: int) -> list[int]:
-    """Bytes that the larger vocabulary adds to the peak, at each number of tokens."""
+    """How many bytes the larger vocabulary adds to the peak, at each number of tokens."""
     small, large = VOCABULARIES
     large_peaks, small_peaks = (
         [peak_of_a_step(folder, vocabulary, n, loss, micro_batch) for n in LENGTHS] for vocabulary in (large, small)

@@ -14,7 +14,7 @@ from maestro_fast.training.metrics import MetricMeans, SamplerGaps, StageClock, 
 
 
 def share(lengths: list[int], seed: int) -> tuple[Rollouts, PolicyOutputs]:
-    """Of one process."""
+    """The responses and outputs of one process."""
     random = torch.Generator().manual_seed(seed)
     ids = [[7] * length for length in lengths]
     ours, theirs, entropies = (torch.rand(sum(lengths), generator=random) for _ in range(3))
@@ -57,7 +57,7 @@ def test_gaps_of_micro_batches_are_those_of_their_batch() -> None:
     gaps = SamplerGaps(lambda row: row)
     rollouts, outputs = share([3, 2, 4], 0)
     assert rollouts.sampling_logprobs_C is not None
-    for _ in range(2):  # the second batch knows nothing of the first
+    for _ in range(2):  # the figures of the second batch hold nothing of the first
         bounds = ((0, 3, False), (3, 5, False), (5, 9, True))
         found = [
             gaps.add(outputs.logprobs_C[a:b], rollouts.sampling_logprobs_C[a:b], last=last) for a, b, last in bounds
@@ -68,7 +68,7 @@ def test_gaps_of_micro_batches_are_those_of_their_batch() -> None:
 
 
 def test_means_join_those_of_other_processes() -> None:
-    """A process that counted one figure twice as often has twice its say."""
+    """A process that counted a figure twice as often has twice the weight in its mean."""
     each = [MetricMeans() for _ in range(2)]
     each[0].add({"kl": 1.0, "own": 5.0})
     each[1].add({"kl": 2.0})
@@ -81,7 +81,7 @@ def test_means_join_those_of_other_processes() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> tuple[StageClock, list[float]]:
-    """A clock, and the list whose sum is the time."""
+    """A clock, and a list whose sum is the time that the clock reads."""
     passed = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: sum(passed))
     return StageClock(torch.device("cpu")), passed

@@ -1,4 +1,4 @@
-"""A generator that works elsewhere: the same results, and what goes on meanwhile."""
+"""A generator that works elsewhere gives the same results, and other work goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from maestro_fast.weighting.conductor import Conductor
 from tests.training.test_checkpoint import assert_same_run, killed_and_resumed
 from tests.training.test_trainer import parameters, run
 
-PATIENCE = 60.0  # seconds; waited for in full only by a test that fails
+PATIENCE = 60.0  # seconds; only a test that fails waits for all of them
 
 
 class Elsewhere(TransformersGenerator):
-    """As if behind a server: called from threads, one call after the other."""
+    """Stands for a generator behind a server: it is called from threads, and works on one call after the other."""
 
     concurrent_parts = 1
     lock = threading.Lock()
@@ -42,7 +42,7 @@ class Elsewhere(TransformersGenerator):
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has the trainer use ``Elsewhere``, or a subclass of it."""
+    """Makes the trainer use ``Elsewhere``, or a subclass of it."""
 
     def use(generator: type[Elsewhere] = Elsewhere, parts: int = 1) -> None:
         monkeypatch.setattr(generator, "concurrent_parts", parts)
@@ -53,7 +53,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def raw(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """With rewards that tell all responses apart, and that do not need the whole batch."""
+    """A run whose rewards tell all responses apart and do not need the whole batch."""
 
     def letters(completions: Sequence[str], **_: Any) -> list[float]:
         return [float(len(text)) for text in completions]
@@ -215,7 +215,7 @@ def test_a_lesson_is_learnt_however_a_run_ends_and_by_that_run_alone(
     assert learnt == [0, 1, 0, 1]
 
 
-def test_no_part_is_under_way_any_more_when_a_run_has_failed(
+def test_no_part_is_being_sampled_any_more_when_a_run_has_failed(
     raw: dict[str, Any], elsewhere: Callable[..., None]
 ) -> None:
     ended, failed = threading.Event(), threading.Event()
@@ -241,11 +241,11 @@ def test_no_part_is_under_way_any_more_when_a_run_has_failed(
     assert ended.is_set()
 
 
-def test_calls_are_under_way_together_and_come_in_order() -> None:
+def test_calls_run_together_and_their_results_come_in_order() -> None:
     barrier = threading.Barrier(3, timeout=PATIENCE)
 
     def call(i: int) -> int:
-        barrier.wait()  # passed only by all at once
+        barrier.wait()  # lets all three through at once or none
         return i
 
     results, _ = run_together([lambda i=i: call(i) for i in range(3)], torch.device("cpu"))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from maestro_fast.training.plan import has_dropout
+from maestro_fast.ops import LossInputs, PolicyLossConfig
+from maestro_fast.specs import PROFILES
+from maestro_fast.training import MaestroTrainer, TrainConfig
+from maestro_fast.training.plan import LossTerms, has_dropout
 from tests.training.test_step import CASES, case
+from tests.training.test_trainer import parameters
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -47,3 +53,73 @@ def test_dropout_is_found() -> None:
     attention.attention_dropout = 0.1  # type: ignore[assignment]
     assert has_dropout(model)
     assert has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout1d(0.1)))
+
+
+def dapo(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """What ``PolicyLossConfig("dapo", kl_coef=0.1)`` computes on-policy, without clipping; it notes what it gets."""
+    GIVEN.append(inputs)
+    lengths = inputs.cu_seqlens.diff()
+    ratio = (inputs.logprobs - inputs.logprobs.detach()).exp()
+    loss = -(ratio * inputs.advantages.repeat_interleave(lengths)).sum()
+    if inputs.ref_logprobs is not None:
+        gap = inputs.ref_logprobs - inputs.logprobs
+        loss = loss + 0.1 * (gap.exp() - 1 - gap).sum()
+    return loss / inputs.normalizer, {"own": ratio.detach().mean()}
+
+
+class WithReference:
+    """A loss function that says what it needs, as ``specs.FunctionLoss`` does."""
+
+    needs_reference = True
+
+    def __call__(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        return dapo(inputs)
+
+
+GIVEN: list[LossInputs] = []
+
+
+def trained(raw: dict[str, Any], name: str, loss: Any, **sections: Any) -> tuple[dict[str, Tensor], MaestroTrainer]:
+    """The parameters after two steps with ``loss`` in place of the config's own."""
+    method = TrainConfig.method.fget  # type: ignore[attr-defined]
+    GIVEN.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainConfig, "method", property(lambda config: replace(method(config), loss=loss)))
+        trainer, _ = case(raw, name, **sections)
+    return parameters(trainer), trainer
+
+
+@pytest.mark.parametrize("name", ["training", "an extra forward"])
+@pytest.mark.parametrize(
+    ("own", "ours"), [(dapo, PolicyLossConfig()), (WithReference(), PolicyLossConfig(kl_coef=0.1))], ids=["plain", "kl"]
+)
+def test_a_loss_of_ones_own_trains_as_the_same_loss_of_ours(
+    steady: dict[str, Any], name: str, own: Any, ours: PolicyLossConfig
+) -> None:
+    advantages = {"profile": "grpo"}  # its KL stands in the loss
+    theirs, _ = trained(steady, name, ours, advantages=advantages)
+    steady["run_dir"] += "-own"
+    found, trainer = trained(steady, name, own, advantages=advantages)
+
+    for key, value in theirs.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert all((inputs.ref_logprobs is None) == (own is dapo) for inputs in GIVEN) and GIVEN
+    assert trainer.state.log_history[0]["loss/own"] == 1.0  # the figures of the function are logged
+
+
+def test_what_is_read_of_a_loss_depends_on_where_the_kl_enters() -> None:
+    loss = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.2, sampler_correction="token_mask")
+    in_score = LossTerms.of(loss, replace(PROFILES["maestro"], kl_in="score"))
+    in_loss = LossTerms.of(loss, replace(PROFILES["maestro"], kl_in="loss"))
+
+    assert (in_score.kl_in_score, in_score.needs_reference, in_score.function) == (0.1, False, replace(loss, kl_coef=0))
+    assert (in_loss.kl_in_score, in_loss.needs_reference, in_loss.function) == (0.0, True, loss)
+    assert in_score.reads_reference and in_loss.reads_reference and in_loss.needs_sampling
+    assert in_loss.entropy == "grad"
+    own = LossTerms.of(dapo, PROFILES["maestro"])
+    assert not own.reads_reference and own.entropy == "value" and not own.needs_sampling and own.wants_sampling
+
+
+def test_a_loss_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^loss: got str, expected a PolicyLossConfig or a function of LossInputs"):
+        LossTerms.of("dapo", PROFILES["maestro"])  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def shown(raw: dict[str, Any], folder: Path, **options: Any) -> PromptWeights:
 
 
 def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path: Path) -> None:
-    """It reads the reference, which the trained model is no longer."""
+    """The policy reads the reference, from which the trained model differs by now."""
     trainer, run_dir = trained(raw_config, tmp_path, {"policy": "anchored", "steps": 2, "guard": {}})
     step = trainer.step
     assert step.reference is not None

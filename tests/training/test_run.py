@@ -1,4 +1,4 @@
-"""What is refused before anything is trained."""
+"""A run is refused before it trains where prompts and responses do not fit into the model."""
 
 from __future__ import annotations
 

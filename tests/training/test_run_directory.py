@@ -1,4 +1,4 @@
-"""The run directory, and that one run at a time uses it."""
+"""The run directory is checked first, and one run at a time uses it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_was_moved_away_can_be_resumed_from(tmp_path: Path) ->
 
 
 def test_only_the_main_process_asks_whose_directory_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another may come when config.yaml is written already, and while the main process holds the lock."""
+    """Another process may come when config.yaml is written already, while the main process holds the lock."""
     (tmp_path / "config.yaml").write_text("")
     args = TrainingArguments(use_cpu=True, report_to="none")
     monkeypatch.setattr(TrainingArguments, "process_index", 1)

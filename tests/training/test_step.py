@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,18 +26,6 @@ def case(raw: dict[str, Any], name: str, **sections: dict[str, Any]) -> tuple[Ma
     for section, values in {**CASES[name], **sections}.items():
         raw[section] = {**raw.get(section, {}), **values}
     return run(raw)
-
-
-@pytest.fixture
-def steady(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Rewards that are functions of the tokens: nothing amplifies the last bit in which two forwards differ."""
-    (tmp_path / "own.py").write_text(
-        "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
-        encoding="utf-8",
-    )
-    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"name": "brevity", "kind": "length", "target": 2}]
-    raw_config["trainer"] |= {"optim": "sgd"}
-    return raw_config
 
 
 def test_the_three_cases_give_the_same_numbers(steady: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +55,7 @@ def test_the_three_cases_give_the_same_numbers(steady: dict[str, Any], monkeypat
 
 
 def test_policy_and_conductor_learn_the_same_from_either_forward(steady: dict[str, Any]) -> None:
-    """Perplexity scores the reference in a forward of its own, between the training forward and its backward."""
+    """The perplexity reward scores texts in a forward of its own, between the training forward and its backward."""
     steady["rewards"].append({"name": "perplexity", "require_format": False})
     both = [case(steady, name)[0] for name in ("training", "an extra forward")]
     one, other = (trainer.step.weights.state_dict() for trainer in both)
@@ -95,13 +82,13 @@ def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: py
     monkeypatch.setattr(trainer, "last_hidden", spy)
     case(raw_config, "training", trainer={"max_steps": 3})
 
-    assert len(calls) == 3 + 2  # two are the probe of the layout
+    assert len(calls) == 3 + 2  # two of them try the layout
 
 
 def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sharded models need the same number of forwards everywhere, from a process without a text to score as well."""
+    """A sharded model needs the same number of forwards on every process, even on one without a text to score."""
     trainer, _ = case(raw_config, "an extra forward", trainer={"max_steps": 1})
     texts = (["Name a colour.", "Sing."], ["it is", ""], [" red", "la la"])
     alone = trainer.step.judges.text_scorer(trainer.model)(*texts)
@@ -110,7 +97,7 @@ def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
     monkeypatch.setattr(Processes, "gather", lambda processes, own: torch.cat([own, torch.tensor([17])]))
     together = trainer.step.judges.text_scorer(trainer.model)(*texts)
 
-    assert len(calls) == 3  # 17 rows, 8 at a time
+    assert len(calls) == 3  # for 17 rows, 8 at a time
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert trainer.step.judges.text_scorer(trainer.model)([], [], []) == []

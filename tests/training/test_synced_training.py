@@ -26,7 +26,7 @@ from tests.training.copy_engine import CopyEngine
 
 @pytest.fixture
 def engines(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[CopyEngine]:
-    """Of the runs of a test, in which ``CopyEngine`` stands for vLLM."""
+    """The engines of the runs of a test, in which ``CopyEngine`` stands for vLLM."""
     made: list[CopyEngine] = []
 
     def build_engine(config: GenerationConfig, served: Served) -> CopyEngine:
@@ -130,13 +130,13 @@ def test_a_sequence_that_the_engine_has_no_room_for_is_refused(
 def test_of_two_parts_at_once_one_syncs_and_both_are_sampled_with_the_new_weights(
     raw_config: dict[str, Any], engines: list[CopyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part against what the policy itself samples of it."""
+    """Each part is compared with what the policy itself samples for it."""
     both, lock = threading.Barrier(2, timeout=60.0), threading.Lock()
     engine_sample, generate = CopyEngine.sample, SyncedGenerator.generate
-    parts: list[tuple[int, list[Any]]] = []  # seed and prompts of each
+    parts: list[tuple[int, list[Any]]] = []  # the seed and the prompts of each part
 
     def sample(self: CopyEngine, prompts: Prompts, *, seed: int) -> Rollouts:
-        both.wait()  # the second is here before the first goes on
+        both.wait()  # both parts are being sampled before either goes on
         with lock:
             return engine_sample(self, prompts, seed=seed)
 
@@ -159,6 +159,6 @@ def test_of_two_parts_at_once_one_syncs_and_both_are_sampled_with_the_new_weight
     scored, renewed = ["prompt_logprobs"], ["load_weights", "reset_prefix_cache", "prompt_logprobs"]
     sampled = ["sample", "sample", "sleep"]
     assert engines[0].calls[:-1] == [*renewed, *sampled, *2 * (scored + renewed + sampled)]
-    assert len({seed for seed, _ in parts}) == 6  # no two draw alike
+    assert len({seed for seed, _ in parts}) == 6  # no two parts draw the same numbers
     for i, record in enumerate(records):
         assert sorted(record.prompts) == sorted(text for _, texts in parts[2 * i : 2 * i + 2] for text in texts)

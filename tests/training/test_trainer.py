@@ -82,7 +82,7 @@ def test_records_hold_the_batch_and_its_advantages(raw_config: dict[str, Any]) -
 
 
 def test_one_step_follows_the_policy_gradient(raw_config: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
-    """SGD for one step against a float64 model whose logits are all materialised."""
+    """One step of SGD is compared with a float64 model that forms all logits."""
     rate = 0.1
     raw_config["trainer"] |= {"max_steps": 1, "optim": "sgd", "learning_rate": rate, "max_grad_norm": 0.0}
     seen: list[Any] = []
@@ -110,7 +110,7 @@ def test_one_step_follows_the_policy_gradient(raw_config: dict[str, Any], checkp
 
 
 def _materialised_loss(model: Any, sequences: Sequences, advantages: torch.Tensor) -> torch.Tensor:
-    """-sum over tokens of A * rho, whose gradient on-policy is -A grad log pi."""
+    """The sum over tokens of -A * rho, whose gradient on-policy is -A grad log pi."""
     total = torch.zeros((), dtype=torch.float64)
     for prompt, completion, advantage in zip(sequences.prompt_ids, sequences.completion_ids, advantages, strict=True):
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -125,7 +125,7 @@ def test_the_size_of_micro_batches_does_not_matter(
 ) -> None:
     raw_config["loss"] = {"normalization": normalization}
     raw_config["trainer"]["optim"] = "sgd"
-    # a reward that is an integer's function: a last-bit difference of log-probs must not reach the advantages
+    # the reward is a function of integers, so that a last-bit difference of log-probs does not reach the advantages
     (tmp_path / "own.py").write_text(
         "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
         encoding="utf-8",

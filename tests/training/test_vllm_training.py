@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[VllmEngine, Any]]:
-    """An engine, and a model of the same sizes."""
+    """An engine, and a model that is as large as the engine's."""
     model = served_model(tied=request.param)
     with engine(tmp_path_factory.mktemp("vllm"), model) as made:
         yield made, model
@@ -73,7 +73,7 @@ def test_the_engine_follows_the_adapters(served: tuple[VllmEngine, Any]) -> None
 def test_a_fault_of_the_sync_is_caught(
     served: tuple[VllmEngine, Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """A skipped sync, and a kept prefix cache."""
+    """A sync is skipped, or a prefix cache is kept."""
     made, model = served[0], copy.deepcopy(served[1])
     generator = synced(made)
     assert_samples_the_policy(generator, model)
@@ -82,7 +82,7 @@ def test_a_fault_of_the_sync_is_caught(
     with pytest.raises(StaleWeightsError, match="in the engine and"):
         assert_samples_the_policy(generator, model)
     monkeypatch.undo()
-    assert_samples_the_policy(synced(made), model)  # the next test finds it in order
+    assert_samples_the_policy(synced(made), model)  # so that the next test finds it in order
 
 
 def test_a_tied_head_that_keeps_old_weights_is_caught(
@@ -104,7 +104,7 @@ def test_a_tied_head_that_keeps_old_weights_is_caught(
 
 
 def _nothing(model: Any) -> None:
-    """In place of ``repack_tied_head``."""
+    """Stands in the place of ``repack_tied_head``."""
 
 
 def test_an_evicted_probe_still_finds_a_kept_cache(

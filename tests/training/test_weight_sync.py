@@ -50,7 +50,7 @@ def generator(engine: CopyEngine, **probe: Any) -> SyncedGenerator:
 
 
 def nudge(model: nn.Module, by: float = 0.05) -> None:
-    """As an optimiser does, but through ``data``, which no version counter sees."""
+    """Changes the weights as an optimiser does, but through ``data``, which no version counter sees."""
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -80,7 +80,7 @@ def test_weights_are_those_that_save_pretrained_writes(tmp_path: Path, family: s
     ids=["all", "dora", "rslora and dropout", "a module of its own"],
 )
 def test_adapters_are_merged_into_copies(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Against PEFT's own merge of a copy; the trained model keeps every bit, its modes and the random state."""
+    """What is sent equals PEFT's own merge of a copy. The trained model keeps its bits, modes and random state."""
     model = get_peft_model(tiny_model(), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).train()
     nudge(model)
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
@@ -104,14 +104,14 @@ def test_other_adapters_that_can_be_merged() -> None:
 
 
 def test_adapters_on_tied_embeddings_reach_every_weight() -> None:
-    """Merged copies come and go: what is tied is told by the weights that stay."""
+    """Merged copies come and go, so tied weights are recognised by the weights that stay."""
     model = get_peft_model(tiny_model(tied=True), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert [name for name, _ in checkpoint_weights(model)] == [n for n, _ in tiny_model(tied=True).named_parameters()]
 
 
 @pytest.fixture
 def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of one process, over a file."""
+    """A process group of one process, over a file."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -180,7 +180,7 @@ def test_an_engine_that_lost_its_weights_in_its_sleep_gets_them_again() -> None:
 
 @pytest.mark.parametrize("fault", ["load_weights", "reset_prefix_cache", "fingerprint"])
 def test_a_sync_that_did_not_take_ends_the_run(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Weights that were not sent, a prefix cache that was kept, a change that went unnoticed."""
+    """Weights are not sent, a prefix cache is kept, or a change goes unnoticed."""
     model = tiny_model()
     engine = CopyEngine(model)
     synced = generator(engine)

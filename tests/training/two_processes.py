@@ -1,4 +1,4 @@
-"""Run by test_distributed.py, in one process or two: trains on fixed responses and writes what came of it."""
+"""test_distributed.py runs this in one process or two: it trains on fixed responses and writes the results."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float]:
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may tidy up after it."""
+    """No ``Exception``, so that nothing tidies up after it."""
 
 
 class KillAt(TrainerCallback):
-    """Dies in a step, before its checkpoint is written."""
+    """Dies in a step, before the checkpoint of that step is written."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -64,7 +64,7 @@ class KillAt(TrainerCallback):
 def build(
     checkpoint: str, run_dir: Path, micro_batches: int, records: list[StepRecord], **changes: Any
 ) -> MaestroTrainer:
-    """``micro_batches`` per update and process; with one, hidden states come from the training forward."""
+    """A trainer with ``micro_batches`` per update and process; with one, it judges in the training forward."""
     rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
     settings: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", **changes}
     args = TrainingArguments(
@@ -104,7 +104,7 @@ def policy(trainer: MaestroTrainer) -> dict[str, torch.Tensor]:
 
 
 def compare(checkpoint: str, out: Path, micro_batches: int) -> None:
-    """Three steps; what came of them."""
+    """Trains for three steps and writes the results."""
     records: list[StepRecord] = []
     trainer = build(checkpoint, out / "run", micro_batches, records)
     assert trainer.step.scoring.source == ("training" if micro_batches == 1 else "scoring")
@@ -118,7 +118,7 @@ def compare(checkpoint: str, out: Path, micro_batches: int) -> None:
 
 
 def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
-    """Two epochs of four steps; the same killed in the second epoch's second step and resumed."""
+    """Trains for two epochs of four steps, and again, killed in the second epoch's second step and resumed."""
     settings = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
     evaluated = {
         "eval_strategy": "steps",
@@ -149,7 +149,7 @@ def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
 
 
 def best(checkpoint: str, out: Path, micro_batches: int) -> None:
-    """The main process holds the best parameters, and both get them, whatever theirs are by then."""
+    """The main process holds the best parameters, and both get them, whatever their own are by then."""
     del checkpoint, micro_batches
     accelerator = Accelerator(cpu=True)
     model, empty = torch.nn.Linear(3, 2), torch.zeros(1)
@@ -172,7 +172,7 @@ def best(checkpoint: str, out: Path, micro_batches: int) -> None:
 
 
 def note_prompts(trainer: MaestroTrainer, prompts: list[list[str]]) -> None:
-    """Those of this process, batch by batch."""
+    """The responses of this process, batch by batch."""
     next_batch = trainer._next_batch
 
     def noting(model: Any, rows: Any) -> Any:
