@@ -120,7 +120,9 @@ def sentences(cls: type[Any]) -> dict[str, str]:
         for item in re.split(r"\n(?=    \S)", block):
             names, _, sentence = item.partition(": ")
             words = " ".join(sentence.split()).removesuffix(".")
-            found |= {name.strip(): f"{words[:1].upper()}{words[1:]}." for name in names.split(",") if words}
+            if re.match(r"[a-z]+\b(?!_)", words):  # a word, and no name such as w_r
+                words = f"{words[0].upper()}{words[1:]}"
+            found |= {name.strip(): f"{words}." for name in names.split(",") if words}
     return found
 
 
@@ -255,6 +257,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise SettingsError(f"{path}: got {_show(value)}, expected a mapping")
         inner = get_args(hint)[1] if get_args(hint) else Any
         return {str(name): _convert(item, inner, _join(path, str(name))) for name, item in value.items()}
+    if origin is Callable:
+        if not callable(value):
+            raise SettingsError(f"{path}: got {_show(value)}, expected a function")
+        return value
     return _convert_scalar(value, hint, path)
 
 

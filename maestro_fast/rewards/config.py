@@ -51,7 +51,7 @@ class RewardConfig:
     """One reward, with the conditions under which it counts.
 
     Attributes:
-        reward: the reward itself, or what it is built from.
+        reward: the reward, which ``type`` names; its settings stand beside these.
         where: a column of the data that is true where the reward counts, or a mapping of columns to the value, or the
             list of values, that they have there; elsewhere the reward abstains.
         gate: makes the reward count only where another reward reaches a threshold.
@@ -159,7 +159,7 @@ def build_rewards(entries: Sequence[RewardEntry], *, base_dir: str | Path = ".")
     return RewardSet([_build(entry, RewardConfig, f"rewards[{i}]", base_dir) for i, entry in enumerate(entries)])
 
 
-def build_anchor(entry: RewardEntry, *, base_dir: str | Path = ".") -> RewardSet:
+def build_anchor(entry: RewardEntry | None, *, base_dir: str | Path = ".") -> RewardSet:
     """The utility of responses, for a weight policy to learn from.
 
     Args:
@@ -167,7 +167,7 @@ def build_anchor(entry: RewardEntry, *, base_dir: str | Path = ".") -> RewardSet
             returns None, for all responses to a prompt, where the utility is not known.
 
     Raises:
-        ValueError, TypeError: as ``build_rewards``. Also, the utility reads the policy's entropy.
+        ValueError, TypeError: as ``build_rewards``. Also, there is no entry, or the utility reads the policy's entropy.
     """
     reward = _build(entry, AnchorConfig, "anchor", base_dir)
     if reward.needs_entropy:
@@ -175,7 +175,7 @@ def build_anchor(entry: RewardEntry, *, base_dir: str | Path = ".") -> RewardSet
     return RewardSet([reward])
 
 
-def _build(entry: RewardEntry, config: type[RewardConfig], path: str, base_dir: str | Path) -> Reward:
+def _build(entry: RewardEntry | None, config: type[RewardConfig], path: str, base_dir: str | Path) -> Reward:
     if isinstance(entry, RewardSpec):
         entry = entry.entry()
     if isinstance(entry, str | Mapping):

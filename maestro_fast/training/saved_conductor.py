@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,15 @@ from safetensors import safe_open
 
 from maestro_fast.training.checkpoint import WEIGHTS_FILE, load_weight_policy
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
-from maestro_fast.weighting import Anchored, Conductor, Guarded, WeightPolicy, build_weight_policy, from_pretrained
+from maestro_fast.weighting import (
+    Anchored,
+    Conductor,
+    Guarded,
+    WeightPolicy,
+    WeightsConfig,
+    build_weight_policy,
+    from_pretrained,
+)
 from maestro_fast.weighting.pretrained import CONFIG_FILE
 
 
@@ -96,6 +103,5 @@ def _is_context_mean(name: str) -> bool:
     return name.removeprefix("policy.") == "statistics.mean"
 
 
-def _entry(run: TrainConfig) -> str | Mapping[str, object]:
-    entry: str | Mapping[str, object] = run.weights
-    return entry
+def _entry(run: TrainConfig) -> WeightsConfig:
+    return run.weights

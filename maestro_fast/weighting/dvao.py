@@ -23,7 +23,11 @@ from maestro_fast.weighting.values import positive_in_order
 
 @dataclass(frozen=True)
 class DvaoConfig:
-    """Options of ``dvao``. ``priorities``: base weights, by name; 1 where none is given."""
+    """Options of ``dvao``.
+
+    Attributes:
+        priorities: A constant factor for each reward, by name. It is 1 for a reward that is left out.
+    """
 
     priorities: dict[str, float] = field(default_factory=dict)
 

@@ -39,7 +39,8 @@ class GuardConfig:
         action: "freeze" the policy's weights as they are, hand over to "static" ones, or "stop" training.
         values: of the static weights, by reward name; empty: equal ones.
         held_back: share of the labelled groups that is watched, and neither learnt nor trained from as labels.
-        window: batches with held-back labels in an average; warmup: such batches before the guard may step in.
+        window: The number of batches with held-back labels in one window.
+        warmup: The number of such batches before the guard may step in.
         margin: how many standard errors utility must have fallen.
         seed: of the choice of groups.
     """

@@ -20,7 +20,12 @@ from maestro_fast.weighting.values import in_order
 
 @dataclass(frozen=True)
 class Point:
-    """From generation batch ``step`` on, a weight for every reward, by name."""
+    """The weights from one generation batch on.
+
+    Attributes:
+        step: The generation batch, from 0, at which these weights begin.
+        values: A weight for every reward, by name.
+    """
 
     step: int
     values: dict[str, float]
