@@ -20,7 +20,7 @@ from packaging.version import Version
 from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, versions
 
 Make = Callable[..., Any]
-STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
+STATIC = {"type": "static", "values": {"parity": 1, "brevity": 2}}
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
         ({"vllm_importance_sampling_clip_min": 0.1}, {"loss": "maestro_fast"}, "vllm_importance_sampling_clip_min"),
         ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl' or 'maestro_fast'"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
-        ({}, {"weights": "mine"}, "weights.policy: 'mine'"),
-        ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
+        ({}, {"weights": "mine"}, "weights.type: 'mine'"),
+        ({}, {"weights": {"type": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
     ],
 )
 def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any, said: str) -> None:
