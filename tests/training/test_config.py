@@ -84,6 +84,57 @@ def test_every_section_is_read_into_its_dataclass(config_file: Path) -> None:
     assert reward.gate == GateConfig(RewardConfig(FormatReward()), 1.0)
 
 
+OLD = """
+run_dir: out
+model: {path: m}
+data: {path: p.jsonl}
+rewards:
+  - format
+  - {name: brevity, kind: length, target: 12, gate: {on: format, threshold: 1}, where: {family: [poem, 3]}}
+  - {name: entropy, direction: maximise}
+  - {name: rich, function: "my_rewards.py:richness", scale: 2}
+anchor: {name: truth, kind: length, target: 3, labels: {share: 0.25}}
+weights: {policy: callable, function: "my_weights.py:f", guard: {window: 3}}
+generation: {engine: vllm, mode: server, url: "http://h:1"}
+"""
+NEW = """
+run_dir: out
+model: {path: m}
+data: {path: p.jsonl}
+rewards:
+  - {type: format}
+  - {type: length, name: brevity, target: 12, gate: {on: format, threshold: 1}, where: {family: [poem, 3]}}
+  - {type: entropy, direction: maximise}
+  - {type: function, name: rich, function: "my_rewards.py:richness", scale: 2}
+anchor: {type: length, name: truth, target: 3, labels: {share: 0.25}}
+weights: {type: function, function: "my_weights.py:f", guard: {window: 3}}
+generation: {type: vllm_server, url: "http://h:1"}
+loss: {type: policy_loss}
+"""
+
+
+def test_a_config_of_release_0_1_means_the_same_as_in_todays_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.settings._said", set())
+    (tmp_path / "new.yaml").write_text(NEW, encoding="utf-8")
+    (tmp_path / "old.yaml").write_text(OLD, encoding="utf-8")
+    new = parse_config(read_config(tmp_path / "new.yaml"))
+    assert not caplog.messages
+
+    assert parse_config(read_config(tmp_path / "old.yaml")) == new
+    old_keys = ("rewards: the key `kind`", "rewards[2]: a reward's type", "anchor: the key `kind`", "weights: the key")
+    others = ("weights.type: `callable`", "generation: the key `engine`", "generation.mode: is part of the type")
+    assert [next(words for words in (*old_keys, *others) if line.startswith(words)) for line in caplog.messages] == [
+        *old_keys,
+        *others,
+    ]
+    caplog.clear()
+    changed = read_config(tmp_path / "old.yaml", ["--weights.policy", "equal", "--generation.engine", "transformers"])
+    assert (changed["weights"]["type"], changed["generation"]["type"]) == ("equal", "transformers")
+    assert "policy" not in changed["weights"] and "engine" not in changed["generation"]
+
+
 LOSS = """
 from maestro_fast.specs import PolicyLossConfig
 
