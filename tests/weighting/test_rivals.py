@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def build(name: str, **options: Any) -> WeightPolicy:
-    return build_weight_policy({"type": name, **options}, NAMES, 1)
+    return build_weight_policy({"policy": name, **options}, NAMES, 1)
 
 
 def at(rows: list[list[float]] | Tensor, *, step: int = 0, group_size: int = 2, **more: Any) -> WeightContext:
@@ -73,15 +73,15 @@ def infinite(context: WeightContext) -> Tensor:
 
 def test_callable() -> None:
     rows = [[0.0, 0.0]] * 2
-    policy = build("function", function=by_step)
+    policy = build("callable", function=by_step)
     assert policy.weights(at(rows, step=3)).weights_BK.tolist() == [[3.0, 1.0]] * 2
-    policy = build("function", function=f"{__file__}:by_column", columns=["hard"])
+    policy = build("callable", function=f"{__file__}:by_column", columns=["hard"])
     assert policy.needs_columns == ("hard",)
     assert policy.weights(at(rows, columns={"hard": [2, 5]})).weights_BK.tolist() == [[2.0, 0.0], [5.0, 0.0]]
     with pytest.raises(ValueError, match=r"^weights\.function: returned shape \(3,\), expected a tensor \(2, 2\) or"):
-        build("function", function=wrong).weights(at(rows))
+        build("callable", function=wrong).weights(at(rows))
     with pytest.raises(ValueError, match=r"^weights\.function: returned weights that are not finite"):
-        build("function", function=infinite).weights(at(rows))
+        build("callable", function=infinite).weights(at(rows))
 
 
 def test_router() -> None:
@@ -203,26 +203,26 @@ def test_a_resumed_policy_has_the_same_future(name: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"type": "schedule", "points": []}, "weights.points: start at step None, expected 0"),
-        ({"type": "schedule", "points": [POINTS[1]]}, "weights.points: start at step 4, expected 0"),
+        ({"policy": "schedule", "points": []}, "weights.points: start at step None, expected 0"),
+        ({"policy": "schedule", "points": [POINTS[1]]}, "weights.points: start at step 4, expected 0"),
         (
-            {"type": "schedule", "points": [POINTS[0], POINTS[0]]},
+            {"policy": "schedule", "points": [POINTS[0], POINTS[0]]},
             "weights.points: at steps [0, 0], expected ascending",
         ),
-        ({"type": "schedule", "points": [{"step": 0, "values": {"a": 1}}]}, "weights.points[0].values.b: missing"),
-        ({"type": "function", "function": 3}, "weights.function: 3, expected a function or its name"),
-        ({"type": "function", "function": "json:nothing"}, "weights.function: json has no 'nothing'"),
-        ({"type": "router", "column": "k", "routes": {"x": {"a": 1}}}, "weights.routes.x.b: missing"),
-        ({"type": "router", "column": "k", "routes": {"x": {"c": 1}}}, "weights.routes.x.c: there is no such reward"),
-        ({"type": "saw", "delta": 0}, "weights.delta: 0.0, expected a number above 0"),
-        ({"type": "saw", "priorities": {"a": 0}}, "weights.priorities.a: 0.0, expected a number above 0"),
-        ({"type": "saw", "minima": {"c": 0}}, "weights.minima.c: there is no such reward, expected one of a, b"),
-        ({"type": "dvao", "priorities": {"a": -1}}, "weights.priorities.a: -1.0, expected a number above 0"),
-        ({"type": "weakest_first", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
-        ({"type": "weakest_first", "decay": 1}, "weights.decay: 1.0, expected 0 <= decay < 1"),
-        ({"type": "weakest_first", "low": {"a": 1}, "high": {"a": 1}}, "weights.high.a: 1.0, expected more than low"),
-        ({"type": "exp3", "gamma": 0}, "weights.gamma: 0.0, expected 0 < gamma <= 1"),
-        ({"type": "exp3", "alpha": 2}, "weights.alpha: 2.0, expected 0 < alpha <= 1"),
+        ({"policy": "schedule", "points": [{"step": 0, "values": {"a": 1}}]}, "weights.points[0].values.b: missing"),
+        ({"policy": "callable", "function": 3}, "weights.function: 3, expected a function or its name"),
+        ({"policy": "callable", "function": "json:nothing"}, "weights.function: json has no 'nothing'"),
+        ({"policy": "router", "column": "k", "routes": {"x": {"a": 1}}}, "weights.routes.x.b: missing"),
+        ({"policy": "router", "column": "k", "routes": {"x": {"c": 1}}}, "weights.routes.x.c: there is no such reward"),
+        ({"policy": "saw", "delta": 0}, "weights.delta: 0.0, expected a number above 0"),
+        ({"policy": "saw", "priorities": {"a": 0}}, "weights.priorities.a: 0.0, expected a number above 0"),
+        ({"policy": "saw", "minima": {"c": 0}}, "weights.minima.c: there is no such reward, expected one of a, b"),
+        ({"policy": "dvao", "priorities": {"a": -1}}, "weights.priorities.a: -1.0, expected a number above 0"),
+        ({"policy": "weakest_first", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
+        ({"policy": "weakest_first", "decay": 1}, "weights.decay: 1.0, expected 0 <= decay < 1"),
+        ({"policy": "weakest_first", "low": {"a": 1}, "high": {"a": 1}}, "weights.high.a: 1.0, expected more than low"),
+        ({"policy": "exp3", "gamma": 0}, "weights.gamma: 0.0, expected 0 < gamma <= 1"),
+        ({"policy": "exp3", "alpha": 2}, "weights.alpha: 2.0, expected 0 < alpha <= 1"),
     ],
 )
 def test_errors_name_the_setting(entry: Any, words: str) -> None:

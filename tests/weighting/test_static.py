@@ -15,7 +15,7 @@ from tests.weighting.helpers import NAMES, context
 
 
 def test_the_order_of_the_rewards_decides() -> None:
-    policy = build_weight_policy({"type": "static", "values": {"entropy": -0.5, "format": 2, "length": 0}}, NAMES, 1)
+    policy = build_weight_policy({"policy": "static", "values": {"entropy": -0.5, "format": 2, "length": 0}}, NAMES, 1)
     weights = policy.weights(context(4))
     expected = torch.tensor([[2.0, 0.0, -0.5]] * 4)
     assert torch.equal(weights.weights_BK, expected) and torch.equal(weights.expected_BK, expected)
@@ -45,4 +45,4 @@ def test_abstentions_do_not_matter() -> None:
 )
 def test_errors_name_the_reward(values: Any, words: str) -> None:
     with pytest.raises(SettingsError, match="^" + re.escape(words)):
-        build_weight_policy({"type": "static", "values": values}, NAMES, 1)
+        build_weight_policy({"policy": "static", "values": values}, NAMES, 1)
