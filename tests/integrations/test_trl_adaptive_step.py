@@ -21,7 +21,7 @@ from tests.weighting.helpers import normal
 from tests.weighting.one_op import FUSED, SINGLE, apart, counted
 
 Make = Callable[..., Any]
-CONDUCTOR = {"type": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
+CONDUCTOR = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
 MIXED = AdvantageProfile(score_eps_in="variance", score_eps=1e-3)
 TOKENS = AdvantageProfile(score_center="tokens", score_scale="tokens")
 

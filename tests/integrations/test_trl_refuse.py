@@ -20,7 +20,7 @@ from packaging.version import Version
 from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, versions
 
 Make = Callable[..., Any]
-STATIC = {"type": "static", "values": {"parity": 1, "brevity": 2}}
+STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ STATIC = {"type": "static", "values": {"parity": 1, "brevity": 2}}
         ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl' or 'maestro_fast'"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
         ({}, {"weights": "mine"}, "weights.type: 'mine'"),
-        ({}, {"weights": {"type": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
+        ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
     ],
 )
 def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any, said: str) -> None:

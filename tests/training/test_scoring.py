@@ -52,7 +52,7 @@ def steady(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
         encoding="utf-8",
     )
-    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"type": "length", "name": "brevity", "target": 2}]
+    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"name": "brevity", "kind": "length", "target": 2}]
     raw_config["trainer"] |= {"optim": "sgd"}
     return raw_config
 
