@@ -254,6 +254,17 @@ class Square:
 
 
 @dataclass(frozen=True)
+class Cube(Square):
+    """A cube.
+
+    Attributes:
+        w_0: w_0 of the formula
+    """
+
+    w_0: int = 0
+
+
+@dataclass(frozen=True)
 class Own:
     function: str
     options: Annotated[dict[str, Any], REST] = field(default_factory=dict)
@@ -336,6 +347,7 @@ def test_sentences_come_from_the_attributes() -> None:
         "pattern": "How it looks: any words.",
     }
     assert sentences(Empty) == {}
+    assert sentences(Cube) == sentences(Square) | {"w_0": "w_0 of the formula."}  # a name keeps its case
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from maestro_fast import specs
 from maestro_fast.generation import ColocateConfig, TransformersConfig
 from maestro_fast.rewards import (
     AnchorConfig,
@@ -22,7 +23,7 @@ from maestro_fast.rewards import (
 )
 from maestro_fast.settings import SettingsError
 from maestro_fast.specs import FunctionLoss, PolicyLossConfig
-from maestro_fast.training import parse_config, read_config
+from maestro_fast.training import parse_config, read_config, train
 from maestro_fast.training.arguments import training_arguments
 from maestro_fast.weighting import POLICIES, GuardConfig, WeightsConfig
 
@@ -169,6 +170,40 @@ def test_a_loss_of_ones_own(section: str, config_file: Path) -> None:
     assert not loss.entropies and not loss.row_wise
     value, metrics = loss(SimpleNamespace(logprobs=torch.tensor([1.0, 2.0])))
     assert value.item() == 6.0 and metrics == {"tokens": 2}
+
+
+DAPO = """
+import torch
+
+def dapo(inputs):
+    assert (inputs.ref_logprobs is not None) == WANTED and (inputs.entropies is not None or not WANTED)
+    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    ratio = (inputs.logprobs - old).exp()
+    advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff().long())
+    tokens = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return tokens.sum() / inputs.normalizer, {"own_ratio": ratio.mean()}
+"""
+
+
+@pytest.mark.skipif(not hasattr(specs, "LossInputs"), reason="the ops take no loss of one's own yet")
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("micro_batch", [8, 16])
+def test_a_loss_of_ones_own_trains_as_the_built_in_one(
+    raw_config: dict[str, Any], tmp_path: Path, wanted: bool, micro_batch: int
+) -> None:
+    """DAPO's loss from a file, with several micro-batches (scored before) and with one (judged in the forward)."""
+    (tmp_path / "own.py").write_text(DAPO.replace("WANTED", str(wanted)), encoding="utf-8")
+    own = {"function": f"{tmp_path}/own.py:dapo", "needs_reference": wanted, "needs_entropy": wanted}
+    trained = []
+    for name, loss in (("own", own), ("built_in", {"normalization": "dapo"})):
+        raw = raw_config | {"run_dir": str(tmp_path / name), "loss": loss}
+        raw["batch"] = raw["batch"] | {"micro_batch": micro_batch}
+        trained.append(train(parse_config(raw), raw))
+
+    one, other = (dict(trainer.model.named_parameters()) for trainer in trained)
+    for name, parameter in one.items():
+        torch.testing.assert_close(parameter, other[name], rtol=1e-4, atol=1e-6)
+    assert trained[0].state.log_history[0]["loss/own_ratio"] == pytest.approx(1.0)
 
 
 def test_what_a_loss_is_marked_with_reaches_the_trainer(config_file: Path) -> None:
