@@ -211,6 +211,7 @@ def test_what_a_loss_is_marked_with_reaches_the_trainer(config_file: Path) -> No
     config = parse_config(read_config(config_file, ["--loss", f"{config_file.parent}/my_loss.py:with_entropies"]))
     loss: Any = config.method.loss
     assert loss.needs_entropy and loss.entropies and loss.row_wise and not loss.needs_reference
+    assert FunctionLoss(print, needs_entropy=True).entropies and not FunctionLoss(print).entropies
 
 
 @pytest.mark.parametrize(
