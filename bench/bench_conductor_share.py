@@ -112,7 +112,7 @@ def test_conductor_share(
     blocks: list[tuple[list[Run], list[Run]]] = []
 
     def run(kind: str, name: str) -> Run:
-        return run_once(models, name, None if kind == "conductor" else {"policy": "equal"}, monkeypatch)
+        return run_once(models, name, None if kind == "conductor" else {"type": "equal"}, monkeypatch)
 
     def one_block() -> None:
         outer, inner = ("conductor", "equal") if len(blocks) % 2 else ("equal", "conductor")

@@ -1,4 +1,4 @@
-"""The command line: ``maestro-fast`` or ``python -m maestro_fast``. Each command imports what it needs, and no more."""
+"""The command line: ``maestro-fast`` or ``python -m maestro_fast``. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maestro_fast import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 for bad input (whose message names the setting)."""
+    """Runs a command. Returns the exit status: 0, or 2 for bad input, whose message names the setting."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
@@ -37,6 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _TrainHelp(argparse.Action):
+    """Prints the help of ``train`` and behind it every setting of a config, which takes the imports of a run."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from maestro_fast.training.config_reference import as_text
+
+        print(f"{parser.format_help()}\n{as_text()}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="maestro-fast", description="GRPO with adaptive weights for several rewards.", allow_abbrev=False
@@ -45,21 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="log choices and their reasons; show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("quickstart", help="train a tiny model on bundled prompts, in a few minutes on a CPU")
-    start.add_argument("--out", type=Path, help="directory for the results (default: the first free runs/quickstart*)")
-    start.add_argument("--resume", action="store_true", help="go on with what was killed in --out")
-    train = commands.add_parser("train", help="a training run from a YAML file", allow_abbrev=False)
-    train.add_argument("config", type=Path)
+    start.add_argument(
+        "--out", type=Path, help="the directory for the results (default: the first free runs/quickstart*)"
+    )
+    start.add_argument("--resume", action="store_true", help="go on with a quickstart in --out that was killed")
+    train = commands.add_parser("train", help="a training run from a YAML file", allow_abbrev=False, add_help=False)
+    train.add_argument("config", type=Path, help="the YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
+    train.add_argument("-h", "--help", action=_TrainHelp, help="show this message, and all settings of the YAML file")
     train.epilog = "Any setting can be changed behind the file: --sampling.group_size 16 --weights equal"
-    report = commands.add_parser("report", help="the HTML page and the plots of a run, also of one that still trains")
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--title", help="of the page (default: the directory's name)")
+    report = commands.add_parser("report", help="the HTML page and the plots of a run, which may still be training")
+    report.add_argument("run_dir", type=Path, help="the run directory")
+    report.add_argument("--title", help="the title of the page (default: the directory's name)")
     report.add_argument(
         "--compare",
         action="append",
         default=[],
         metavar="LABEL=RUN_DIR",
-        help="lay the weights of another run over this one's; up to three times",
+        help="lay the weights of another run over those of this one, up to three times",
     )
     _add_conductor(commands)
     commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
@@ -69,17 +85,34 @@ def _parser() -> argparse.ArgumentParser:
 def _add_conductor(commands: Any) -> None:
     conductor = commands.add_parser("conductor", help="look into a saved Conductor", allow_abbrev=False)
     actions = conductor.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="the weights that it gives each of some prompts", allow_abbrev=False)
-    show.add_argument("folder", type=Path, metavar="DIR", help="of save_pretrained, or a run's final/ or checkpoint")
-    show.add_argument("--on", required=True, metavar="PROMPTS", help=".jsonl or .parquet file, or a data set's name")
-    show.add_argument("--model", help="the model whose states it reads (default: what DIR or its run tells)")
+    show = actions.add_parser("show", help="the weights that it gives to each of some prompts", allow_abbrev=False)
+    show.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder of save_pretrained, a run directory, or its final/ or a checkpoint",
+    )
+    show.add_argument(
+        "--on", required=True, metavar="PROMPTS", help="a .jsonl or .parquet file, or the name of a data set"
+    )
+    show.add_argument("--model", help="the model whose states it reads (default: the one that DIR or its run names)")
     show.add_argument("--out", type=Path, default=Path("prompt_weights.png"), help="the picture (%(default)s)")
-    show.add_argument("--rows", type=int, default=20, help="prompts in the table (%(default)s); the rest uses all")
-    show.add_argument("--limit", type=int, help="use the first so many prompts only")
-    show.add_argument("--samples", type=int, default=4, help="responses to a prompt, where it reads them (%(default)s)")
-    show.add_argument("--seed", type=int, default=0, help="of these responses (%(default)s)")
-    show.add_argument("--prompt-column", default="prompt", help="(%(default)s)")
-    show.add_argument("--family-column", help="names the task family of a prompt (family, where there is one)")
+    show.add_argument(
+        "--rows",
+        type=int,
+        default=20,
+        help="the number of prompts in the table (%(default)s); everything else uses all prompts",
+    )
+    show.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
+    show.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        help="the number of responses to a prompt, where it reads responses (%(default)s)",
+    )
+    show.add_argument("--seed", type=int, default=0, help="the seed of these responses (%(default)s)")
+    show.add_argument("--prompt-column", default="prompt", help="the column of the prompts (%(default)s)")
+    show.add_argument("--family-column", help="the column of the task families (family, where there is one)")
 
 
 def _quickstart(out: Path | None, resume: bool) -> int:

@@ -13,18 +13,18 @@ from typing import Any
 
 
 def load_function(target: str, *, field: str = "function", base_dir: str | Path = ".") -> Callable[..., Any]:
-    """The function that ``target`` names.
+    """Loads the function that ``target`` names.
 
     Args:
-        target: "package.module:attribute" or "path/to/file.py:attribute". A file is run once per process,
-            under a module name of its own; its folder is not put on the import path.
-        field: the configuration field that holds ``target``; every error begins with it.
+        target: "package.module:attribute" or "path/to/file.py:attribute". A file is run once in a process, under a
+            module name of its own. Its folder is not put on the import path.
+        field: the setting that holds ``target``. Every error begins with it.
         base_dir: where relative file paths start.
 
     Raises:
-        ValueError: not of either form, no such file, module or attribute.
-        TypeError: not a string, or the attribute is not callable.
-        Exception: whatever the module raises while it is run, with a note that names the field.
+        ValueError: ``target`` has neither form, or there is no such file, module or attribute.
+        TypeError: ``target`` is not a string, or the attribute is not callable.
+        Exception: the module raised it while it was run; a note names the field.
     """
     if not isinstance(target, str):
         raise TypeError(f"{field}: got {target!r}, expected 'package.module:attribute' or 'path/to/file.py:attribute'")
@@ -50,7 +50,7 @@ def _load_module(source: str, field: str) -> ModuleType:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise  # the module is there, and what is missing is something that it imports
+            raise  # the module is there, and something that it imports is missing
         raise ValueError(f"{field}: there is no module {error.name!r}") from error
 
 

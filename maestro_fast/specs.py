@@ -635,6 +635,38 @@ class PolicyLossConfig:
             raise ValueError(f"sampler_cap: {self.sampler_cap}, expected sampler_cap >= 1")
 
 
+@dataclass(frozen=True)
+class FunctionLoss:
+    """A loss of the user's own, as a config names it. Once ``function`` is loaded, this is a loss function itself.
+
+    The function takes ``LossInputs`` and returns the scalar loss and a dict of scalar metrics.
+
+    Attributes:
+        function: the loss function, in a config as "package.module:name" or "path/to/file.py:name".
+        needs_reference: says that the function reads ``ref_logprobs``, so the reference policy is scored for it.
+        needs_entropy: says that the function reads ``entropies``, and that their gradient counts.
+    """
+
+    function: str | Callable[[Any], Any]
+    needs_reference: bool = False
+    needs_entropy: bool = False
+
+    def __call__(self, inputs: Any) -> Any:
+        if isinstance(self.function, str):
+            raise TypeError(f"function: is the name {self.function!r}, expected the function that it stands for")
+        return self.function(inputs)
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether the function is marked to be evaluated chunk by chunk, see ``ops.linear_policy_loss``."""
+        return bool(getattr(self.function, "row_wise", False))
+
+    @property
+    def entropies(self) -> bool:
+        """Whether entropies and their gradient are needed: it says so, or the function is marked so."""
+        return self.needs_entropy or bool(getattr(self.function, "entropies", False))
+
+
 class TokenLosses(NamedTuple):
     """[T] each: the loss of a token before its weight, and bool, whether it was clipped on either side."""
 

@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> Path:
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(tmp_path / "model")},
         "data": {"path": str(tmp_path / "prompts.jsonl")},
-        "rewards": ["format", {"name": "brevity", "kind": "length", "target": 2}],
+        "rewards": ["format", {"type": "length", "name": "brevity", "target": 2}],
         "sampling": {"group_size": 2, "max_new_tokens": 4},
         "batch": {"prompts_per_batch": 2, "micro_batch": 4},
         "trainer": {"disable_tqdm": True, "use_cpu": True},
@@ -56,7 +56,7 @@ def test_train_leaves_a_run_directory_with_a_report(
     ("words", "complaint"),
     [
         (["--sampling.group_size", "1"], "sampling.group_size: 1, expected at least 2"),
-        (["--weights", "{policy: static, values: {tone: 1}}"], "weights.values.tone: there is no such reward"),
+        (["--weights", "{type: static, values: {tone: 1}}"], "weights.values.tone: there is no such reward"),
         (["--data.prompt_column", "question"], "data.prompt_column: no column 'question'"),
         (["--run_dir", "config.yaml/run"], "run_dir: cannot write to"),
         (["--weights.policy"], "weights.policy: missing its value"),
@@ -115,7 +115,7 @@ def test_report_of_a_run_that_was_left_without_one(
 
 
 def test_a_conductor_is_shown(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--weights", "{policy: conductor, context: prompt_mean}"]
+    options = ["--weights", "{type: conductor, context: prompt_mean}"]
     assert main(["train", str(config), *options]) == 0
     capsys.readouterr()
     picture, on = tmp_path / "weights.png", str(tmp_path / "prompts.jsonl")

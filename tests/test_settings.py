@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 
-from maestro_fast.settings import SettingsError, build, override
+from maestro_fast.settings import REST, Choice, SettingsError, build, override, rename_key, sentences
 
 
 @dataclass(frozen=True)
@@ -206,16 +206,148 @@ def test_not_a_number_is_a_float() -> None:
         ({}, "a.b.c", 1, {"a": {"b": {"c": 1}}}),
         ({"a": None}, "a.b", 1, {"a": {"b": 1}}),  # an empty section of a YAML file
         ({"a": {"b": 1}}, "a", "x", {"a": "x"}),
-        ({"weights": "conductor"}, "weights.alpha", 0.5, {"weights": {"policy": "conductor", "alpha": 0.5}}),
-        ({"weights": "conductor"}, "weights.policy", "equal", {"weights": {"policy": "equal"}}),
-        ({"weights": {"policy": "a"}}, "weights.values.b", 1, {"weights": {"policy": "a", "values": {"b": 1}}}),
-        ({"weights": "static"}, "weights.values.a", 1, {"weights": {"policy": "static", "values": {"a": 1}}}),
-        ({}, "weights.policy", "random", {"weights": {"policy": "random"}}),
+        ({"weights": "conductor"}, "weights.alpha", 0.5, {"weights": {"type": "conductor", "alpha": 0.5}}),
+        ({"weights": "conductor"}, "weights.type", "equal", {"weights": {"type": "equal"}}),
+        ({"weights": {"type": "a"}}, "weights.values.b", 1, {"weights": {"type": "a", "values": {"b": 1}}}),
+        ({"weights": "static"}, "weights.values.a", 1, {"weights": {"type": "static", "values": {"a": 1}}}),
+        ({"weights": "m.py:f"}, "weights.columns", ["x"], {"weights": {"function": "m.py:f", "columns": ["x"]}}),
+        ({}, "weights.type", "random", {"weights": {"type": "random"}}),
+        ({}, "generation.type", "vllm", {"generation": {"type": "vllm"}}),
+        # the keys of release 0.1
+        ({"weights": "conductor"}, "weights.policy", "equal", {"weights": {"type": "equal"}}),
+        ({"weights": {"policy": "a"}}, "weights.values.b", 1, {"weights": {"type": "a", "values": {"b": 1}}}),
+        ({"weights": {"policy": "a"}}, "weights.type", "b", {"weights": {"type": "b"}}),
+        ({"weights": {"type": "a"}}, "weights.policy", "b", {"weights": {"type": "b"}}),
+        ({}, "generation.engine", "vllm", {"generation": {"type": "vllm"}}),
     ],
 )
 def test_override(before: dict[str, Any], dotted: str, value: Any, after: dict[str, Any]) -> None:
     override(before, dotted, value)
     assert before == after
+
+
+def test_an_old_key_in_an_override_is_named_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.settings._said", set())
+    for _ in range(2):
+        override({}, "weights.policy", "equal")
+    assert caplog.messages == [
+        "weights.policy: this key is now called `type`: write weights.type. "
+        "The old one is read in this release and refused in the next."
+    ]
+
+
+@dataclass(frozen=True)
+class Square:
+    """A square.
+
+    Attributes:
+        side: the length of a side, in metres;
+            never 0.
+        colour, pattern: how it looks: any words.
+    """
+
+    side: float
+    colour: str = "red"
+    pattern: str = "plain"
+
+
+@dataclass(frozen=True)
+class Cube(Square):
+    """A cube.
+
+    Attributes:
+        w_0: w_0 of the formula
+    """
+
+    w_0: int = 0
+
+
+@dataclass(frozen=True)
+class Own:
+    function: str
+    options: Annotated[dict[str, Any], REST] = field(default_factory=dict)
+
+
+def _modernise(entry: dict[str, Any], path: str) -> None:
+    rename_key(entry, "kind", "type", path)
+
+
+SHAPES = Choice({"square": Square, "dot": Empty, "function": Own}, what="shape", modernise=_modernise)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A shape in its place.
+
+    Attributes:
+        shape: what is drawn.
+        on: where.
+    """
+
+    shape: Annotated[Square | Empty | Own, SHAPES, REST]
+    on: str = "paper"
+
+
+@dataclass(frozen=True)
+class Picture:
+    frame: Annotated[Square | Empty | Own, Choice(SHAPES.types, "dot", "frame")] = field(default_factory=Empty)
+    shapes: list[Drawn] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("frame: {type: square, side: 2}", Picture(Square(2.0))),
+        ("frame: dot", Picture()),
+        ("frame: {}", Picture()),
+        ("frame: a.py:f", Picture(Own("a.py:f"))),
+        ("frame: {function: 'a.py:f', x: 1, options: 2}", Picture(Own("a.py:f", {"x": 1, "options": 2}))),
+        ("frame: {type: function, function: f}", Picture(Own("f"))),
+        (
+            "shapes: [dot, {type: square, side: 1, on: wood}]",
+            Picture(shapes=[Drawn(Empty()), Drawn(Square(1), "wood")]),
+        ),
+        ("shapes: [{kind: square, side: 1, 'on': wood}]", Picture(shapes=[Drawn(Square(1), "wood")])),
+    ],
+)
+def test_a_type_chooses_the_dataclass(text: str, expected: Picture) -> None:
+    found = build(Picture, yaml.safe_load(text))
+    assert found == expected
+    assert build(Picture, {"frame": expected.frame}).frame is expected.frame
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("frame: 3", "frame: got int 3, expected the type of a frame or a mapping with it under 'type'"),
+        ("frame: circle", "frame.type: 'circle', expected one of square, dot, function; a function of your own is"),
+        ("frame: {type: [dot]}", "frame.type: ['dot'], expected one of square"),
+        ("frame: {type: null}", "frame.type: missing, expected one of square"),
+        ("frame: {side: 3}", "frame.side: unknown setting, there are none here"),
+        ("frame: square", "frame.side: missing, it has no default"),
+        ("frame: {kind: dot}", "frame.kind: unknown setting, there are none here"),
+        ("shapes: [{on: x}]", "shapes[0].type: missing, expected one of square, dot, function"),
+        ("shapes: [dot, {type: square, side: x}]", "shapes[1].side: got str 'x', expected float"),
+        ("shapes: [{type: square, side: 1, on: 3}]", "shapes[0].on: got int 3, expected str"),
+        ("shapes: [{type: dot, kind: dot}]", "shapes[0].kind: is the old name of type, which is set too"),
+        ("shapes: [[dot]]", "shapes[0]: got list ['dot'], expected the type of a shape or a mapping"),
+    ],
+)
+def test_errors_of_a_choice_begin_with_the_setting(text: str, words: str) -> None:
+    with pytest.raises(SettingsError, match="^" + re.escape(words)):
+        build(Picture, yaml.safe_load(text))
+
+
+def test_sentences_come_from_the_attributes() -> None:
+    assert sentences(Square) == {
+        "side": "The length of a side, in metres; never 0.",
+        "colour": "How it looks: any words.",
+        "pattern": "How it looks: any words.",
+    }
+    assert sentences(Empty) == {}
+    assert sentences(Cube) == sentences(Square) | {"w_0": "w_0 of the formula."}  # a name keeps its case
 
 
 @pytest.mark.parametrize(

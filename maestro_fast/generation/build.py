@@ -1,4 +1,4 @@
-"""From a config to the inference engine that it names."""
+"""From the config of a generator to the engine that serves it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from maestro_fast.settings import SettingsError
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine is to sample from, and how.
+    """The policy that an engine serves, and how it samples.
 
     Attributes:
-        path: of the policy's checkpoint, a local directory or a hub name; the engine reads its sizes there.
+        path: the policy's checkpoint, a local directory or a hub name, where the engine reads the model's sizes.
+        tokenizer: the policy's tokenizer.
+        sampling: how responses are sampled.
         stop_ids: every token id that ends a response.
-        dtype: that the trainer computes in.
-        device: of this process's policy.
-        processes: of the run.
+        dtype: the dtype that the trainer computes in.
+        device: the device of this process's policy.
+        processes: the number of processes of the run.
     """
 
     path: str
@@ -40,10 +42,10 @@ class Served:
 
 
 def check_generation(config: GenerationConfig, device: torch.device, processes: int) -> None:
-    """Refuses what cannot be served, before a model is loaded.
+    """Refuses a config that cannot be served here, before a model is loaded.
 
     Raises:
-        SettingsError, ImportError: see ``check_colocate``.
+        SettingsError, ImportError: as ``check_colocate``. Also, NCCL is to send weights that are not on a GPU.
     """
     if isinstance(config, ServerConfig):
         if config.weights == "nccl" and device.type != "cuda":
@@ -53,7 +55,7 @@ def check_generation(config: GenerationConfig, device: torch.device, processes: 
 
 
 def build_engine(config: GenerationConfig, served: Served) -> Engine | None:
-    """The engine, its weights those of the checkpoint; None where the policy samples for itself."""
+    """The engine, with the weights of the checkpoint, or None where the policy samples for itself."""
     if isinstance(config, TransformersConfig):
         return None
     if isinstance(config, ServerConfig):

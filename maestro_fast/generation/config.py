@@ -1,4 +1,9 @@
-"""Which generator samples the responses: ``vllm``, or ``{engine: vllm, mode: colocate, tensor_parallel: 2, ...}``."""
+"""What samples the responses: ``transformers``, or vLLM in the training process or behind a server.
+
+generation: vllm
+generation: {type: vllm, tensor_parallel: 2}
+generation: {type: vllm_server, url: "http://host:8000"}
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from maestro_fast.settings import SettingsError, build
+from maestro_fast.settings import Choice, SettingsError, rename_key, say_once
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -16,10 +21,10 @@ class ProbeConfig:
     """The comparison of log-probs between engine and trainer that follows every weight sync.
 
     Attributes:
-        threshold: in nats; a larger difference on any token ends the run. None: by the engine's dtype, see
-            ``training.sync_probe``.
-        sequences: that are compared, made of the first prompts of the data.
-        tokens: of each, at least; more where the prefix cache keeps larger blocks.
+        threshold: the largest difference in nats, on any token, that does not end the run; null takes one by the
+            engine's dtype.
+        sequences: the number of sequences that are compared, made of the first prompts of the data.
+        tokens: the least number of tokens of each; there are more where the prefix cache keeps larger blocks.
     """
 
     threshold: float | None = None
@@ -37,7 +42,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class TransformersConfig:
-    """transformers' own ``generate``, with the policy itself."""
+    """The policy itself samples, by the ``generate`` of transformers."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,18 @@ class ColocateConfig:
     """vLLM in the training process, with a copy of the policy on the same device.
 
     Attributes:
-        tensor_parallel: processes, each with its device, that share one copy; divides the number of processes.
-        gpu_memory_share: of the device's memory (on the CPU: of the host's) that vLLM takes for weights and KV cache.
-        kv_cache_gib: size of the KV cache, in place of what that share leaves for it.
-        sleep: what vLLM gives back while the policy is trained: 0 nothing, 1 the KV cache and the weights, which wait
-            in host memory, 2 the KV cache and the weights, which are sent again. CUDA devices only.
-        dtype: that vLLM computes in; "auto": the policy's, or that of the trainer's mixed precision.
-        max_tokens: of a sequence, prompt and response together; None: the model's positions.
-        enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
-        probe: see ``ProbeConfig``.
+        tensor_parallel: the number of processes, each with its device, that share one copy; it divides the number of
+            processes of the run.
+        gpu_memory_share: the share of the device's memory (on the CPU: of the host's) that vLLM takes for weights and
+            KV cache.
+        kv_cache_gib: the size of the KV cache in GiB; null takes what that share leaves for it.
+        sleep: what vLLM gives back while the policy is trained, on CUDA devices only: 0 nothing, 1 the KV cache and the
+            weights, which wait in host memory, 2 the KV cache and the weights, which are sent again.
+        dtype: the dtype that vLLM computes in; "auto" takes the policy's, or that of the trainer's mixed precision.
+        max_tokens: the number of tokens of the longest sequence, prompt and response together; null takes the model's
+            positions.
+        enforce_eager: turns compilation and CUDA graphs off, so that vLLM starts sooner and samples slower.
+        probe: the comparison of log-probs that follows every weight sync.
     """
 
     tensor_parallel: int = 1
@@ -81,16 +89,18 @@ class ServerConfig:
     """A vLLM server that is running, on other devices or machines than the training.
 
     Attributes:
-        url: of the server, ``http://HOST:PORT``.
-        weights: the way of the weights: "nccl" from GPU to GPU, "folder" through files.
-        folder: for "folder": shared by trainer and server under one path, and used by this run alone.
-        address, port: for "nccl": where the server's workers reach the machine of the training's first process.
-        timeout: seconds that one call may take.
-        retries: how often a call is repeated that was lost, after 1, 2, 4, ... seconds.
-        start_timeout: seconds to wait for a server that is starting.
-        parts: that a batch is asked for in, all at once; a divisor of the prompts of a process. With more than one, the
-            rewards judge those that have come in while the others are sampled, and see one part at a time.
-        probe: see ``ProbeConfig``.
+        url: the address of the server, ``http://HOST:PORT``.
+        weights: how weights reach the server: "nccl" sends them from GPU to GPU, "folder" through files.
+        folder: the folder of "folder", which trainer and server see under one path, and which this run alone uses.
+        address: the address at which the server's workers reach the machine of the training's first process, for
+            "nccl".
+        port: the port of that address.
+        timeout: the number of seconds that one call may take.
+        retries: how often a call that was lost is repeated, after 1, 2, 4, ... seconds.
+        start_timeout: the number of seconds to wait for a server that is starting.
+        parts: the number of parts in which a batch is asked for, all at once, a divisor of the prompts of a process;
+            with more than one, rewards see one part at a time, and judge it while the others are sampled.
+        probe: the comparison of log-probs that follows every weight sync.
     """
 
     url: str
@@ -118,31 +128,42 @@ class ServerConfig:
 
 
 GenerationConfig = TransformersConfig | ColocateConfig | ServerConfig
-MODES: dict[str, type[ColocateConfig | ServerConfig]] = {"colocate": ColocateConfig, "server": ServerConfig}
 
 
-def generation_config(entry: str | Mapping[str, Any], path: str = "generation") -> GenerationConfig:
-    """The config of a generator by its engine's name, and for vLLM its mode.
+def _modernise(entry: dict[str, Any], path: str) -> None:
+    """In release 0.1 ``type`` was called ``engine``, and vLLM's server was a ``mode`` of the engine vllm."""
+    rename_key(entry, "engine", "type", path)
+    if "mode" not in entry or entry.get("type") != "vllm":
+        return
+    types = {"colocate": "vllm", "server": "vllm_server"}
+    mode = entry.pop("mode")
+    if not isinstance(mode, str) or mode not in types:
+        raise SettingsError(f"{path}.mode: {mode!r}, expected one of {', '.join(types)}")
+    entry["type"] = types[mode]
+    say_once(
+        f"{path}.mode: is part of the type now: write `type: {types[mode]}` in place of `mode: {mode}`. "
+        "The old key is read in this release and refused in the next."
+    )
+
+
+GENERATION = Choice(
+    {"transformers": TransformersConfig, "vllm": ColocateConfig, "vllm_server": ServerConfig},
+    default="transformers",
+    what="generator",
+    modernise=_modernise,
+)
+
+
+def generation_config(entry: str | Mapping[str, Any] | GenerationConfig, path: str = "generation") -> GenerationConfig:
+    """The config of a generator from its entry.
 
     Args:
-        entry: ``transformers`` or ``vllm``, or a mapping with that name under ``engine`` and the engine's options.
-        path: dotted name of ``entry``, for messages.
+        entry: "transformers", "vllm" or "vllm_server", or a mapping with that name under ``type`` and the generator's
+            options.
+        path: the dotted name of ``entry``, for messages.
 
     Raises:
-        SettingsError: an unknown engine, mode or option.
+        SettingsError: an unknown type or option.
     """
-    if not isinstance(entry, str | Mapping):
-        raise SettingsError(
-            f"{path}: got {entry!r}, expected the name of an engine or a mapping with it under 'engine'"
-        )
-    options = {"engine": entry} if isinstance(entry, str) else dict(entry)
-    engine = options.pop("engine", "transformers")
-    if engine == "transformers":
-        return build(TransformersConfig, options, path)
-    if engine != "vllm":
-        raise SettingsError(f"{path}.engine: {engine!r}, expected one of transformers, vllm")
-    mode = options.pop("mode", "colocate")
-    if not isinstance(mode, str) or mode not in MODES:
-        raise SettingsError(f"{path}.mode: {mode!r}, expected one of {', '.join(MODES)}")
-    config: GenerationConfig = build(MODES[mode], options, path)
-    return config
+    found: GenerationConfig = GENERATION.build(entry, path)
+    return found

@@ -1,8 +1,8 @@
-"""Does a completion have the wanted form: tags in order, or a pattern.
+"""Whether a completion has the wanted form: tags in order, or a pattern.
+
+By default the form is
 
     <think> the reasoning </think> <answer> the answer </answer>
-
-is the form by default.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from maestro_fast.records import RewardBatch, plain_text
 class FormatReward:
     """1 for a completion of the wanted form, else 0 or partial credit.
 
-    The form is: every tag of ``tags`` opened once and closed once, in this order, nothing but whitespace
-    outside. With ``partial`` a completion that misses it gets 0.5 * w / T for w of T tags that are
-    well-formed: opened once, then closed once. So well-formed tags share half of the reward, whatever their
-    order and surroundings; the tag counts of open-r1 and the soft format rewards in wide use are of this
-    kind, and like theirs it never needs the answer to be right.
+    A completion has the form if every tag of ``tags`` is opened once and closed once, in this order, with nothing but
+    whitespace outside. With ``partial`` a completion that lacks the form gets 0.5 * w / T, where w of the T tags are
+    well-formed: opened once, then closed once. So well-formed tags share half of the reward, whatever their order and
+    surroundings. The tag counts of open-r1 and the soft format rewards in wide use are of this kind, and like them this
+    one never needs the answer to be right.
 
     Attributes:
-        tags: names of the tags, without brackets.
+        tags: the names of the tags, without brackets.
         partial: gives partial credit.
-        pattern: instead of tags, a regular expression that has to match the whole completion (a dot also
-            matches a line break).
+        pattern: a regular expression in place of tags, which has to match the whole completion (a dot also matches a
+            line break).
         name: the reward's name.
 
     Raises:
-        ValueError: no tags, a tag twice or of odd characters, an invalid pattern, or ``partial`` beside a
-            pattern.
+        ValueError: there are no tags, a tag occurs twice or has odd characters, the pattern is invalid, or ``partial``
+            is set beside a pattern.
     """
 
     tags: Sequence[str] = ("think", "answer")
@@ -70,13 +70,13 @@ class FormatReward:
 
 
 def split_tags(text: str, tags: Sequence[str] = ("think", "answer")) -> dict[str, str] | None:
-    """What stands in each tag, without the whitespace around it; None if ``text`` does not have the form."""
+    """What stands in each tag, without the whitespace around it, or None if ``text`` does not have the form."""
     match = match_tags(text, tags)
     return None if match is None else {tag: match[i].strip() for i, tag in enumerate(tags, start=1)}
 
 
 def match_tags(text: str, tags: Sequence[str]) -> re.Match[str] | None:
-    """A match of the whole ``text`` whose group i is the content of the i-th tag; None without the form."""
+    """A match of the whole ``text`` whose group i is the content of the i-th tag, or None if it lacks the form."""
     if not all(_well_formed(text, tag) for tag in tags):
         return None
     blocks = [rf"\s*<{re.escape(tag)}>(.*?)</{re.escape(tag)}>\s*" for tag in tags]

@@ -2,42 +2,67 @@
 
     def richness(prompts, completions, reference, **kwargs) -> list[float | None]
 
-The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16), without
-what only that trainer has: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments`` are not
-passed.
+The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16), without what only
+that trainer has: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments`` are not passed.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from maestro_fast.functions import load_function
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.reward import RewardValues
+from maestro_fast.settings import REST
 
-__all__ = ["FunctionReward", "callable_name", "load_function"]
+__all__ = ["FunctionReward", "FunctionRewardConfig", "callable_name", "load_function"]
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class FunctionRewardConfig:
+    """A reward function of the user's own.
+
+    Attributes:
+        function: the function, as "package.module:name" or "path/to/file.py:name".
+        name: the reward's name; null takes the function's.
+        options: all other settings of the entry, which the function gets as constant keyword arguments.
+    """
+
+    function: str
+    name: str | None = None
+    options: Annotated[dict[str, Any], REST] = field(default_factory=dict)
+
+    def build(self, path: str, base_dir: str | Path) -> FunctionReward:
+        """The reward. ``path`` is the dotted name of the entry, and ``base_dir`` where relative file paths start."""
+        function = load_function(self.function, field=f"{path}.function", base_dir=base_dir)
+        name = self.function.rpartition(":")[2] if self.name is None else self.name
+        try:
+            return FunctionReward(function, name, self.options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
 
 class FunctionReward:
     """Calls a function with prompts, completions, completion_ids and every data column, B entries each.
 
-    All are keyword arguments. A function without ``**kwargs`` gets only the arguments that it names. An
-    ``async def`` function, or an object whose ``__call__`` is one, works as well: the awaitable that it
-    returns is awaited by the ``RewardSet``.
+    All are keyword arguments. A function without ``**kwargs`` gets only the arguments that it names. An ``async def``
+    function, or an object whose ``__call__`` is one, works as well: ``RewardSet`` awaits the awaitable that it returns.
 
     Args:
         function: returns B values, None where it abstains.
-        name: the reward's name; by default the function's, as TRL names it.
-        options: constant keyword arguments; they go before data columns of the same name.
+        name: the reward's name, by default the function's, as TRL names it.
+        options: constant keyword arguments. They take precedence over data columns of the same name.
 
     Raises:
-        TypeError: not callable, or with positional-only arguments.
-        ValueError: an option that is a standard argument or that the function does not take. When called: an
-            argument without default that is neither standard nor an option nor a column.
+        TypeError: the function is not callable, or has positional-only arguments.
+        ValueError: an option has the name of a standard argument, or the function does not take it. When called: an
+            argument without a default is neither standard nor an option nor a column.
     """
 
     needs_entropy = False
@@ -82,17 +107,17 @@ class FunctionReward:
 
 
 def callable_name(function: Callable[..., Any]) -> str:
-    """``__name__`` of a function, of a partial that of its function, of an object that of its class."""
+    """The ``__name__`` of a function, of the function in a partial, or of the class of any other object."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _arguments(name: str, function: Callable[..., Any]) -> tuple[list[str] | None, list[str]]:
-    """Arguments that may be passed by keyword (None: any), and those without default."""
+    """The arguments that may be passed by keyword (None stands for any), and those without a default."""
     try:
         parameters = signature(function).parameters.values()
-    except ValueError:  # some callables written in C have none
+    except ValueError:  # some callables written in C have no signature
         return None, []
     if any(p.kind is Parameter.POSITIONAL_ONLY for p in parameters):
         raise TypeError(f"reward {name!r}: positional-only arguments, expected arguments that take keywords")

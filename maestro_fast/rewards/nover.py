@@ -1,14 +1,15 @@
 """NOVER's reward beside the format's: ranks of the perplexity, and a term for reasoning that is short and good.
 
-For the V rows of a group that have the format, with P_j the perplexity of the reference after the reasoning of row j
-and l_j that reasoning's length in tokens:
+Let V rows of a group have the format, P_j be the perplexity of the reference after the reasoning of row j, and l_j the
+length of that reasoning in tokens:
 
     R_r(j) = (V - rank_j) / V,   rank_j = number of the V rows with a lower P (ties share the mean of their ranks)
     R_e(j) = number of the V rows with l > l_j and P > P_j, over V - 1;   0 where V = 1
 
-and w_r R_r + w_e R_e is the reward; a row without the format gets 0. It is the code that NOVER's authors released
-(github.com/thinkwee/NOVER, reasoning_reward and efficiency_reward) except that it breaks ties by position, and
-that it counts reasoning tokens exactly, where this takes their share of the characters (see ``perplexity``).
+The reward is w_r R_r + w_e R_e, and 0 for a row without the format. This is the code that NOVER's authors released
+(github.com/thinkwee/NOVER, reasoning_reward and efficiency_reward) with two differences: that code breaks ties by
+position, and it counts reasoning tokens exactly, where this one takes their share of the characters (see
+``perplexity``).
 """
 
 from __future__ import annotations
@@ -25,21 +26,24 @@ from maestro_fast.rewards.perplexity import Formula, Judged, PerplexityReward
 
 @dataclass(frozen=True)
 class NoverReward:
-    """w_r R_r + w_e R_e of the module, for the rows that have the format; 0 for those that have not.
+    """w_r R_r + w_e R_e of the module for the rows that have the format, and 0 for the others.
 
-    NOVER's whole reward (arXiv 2505.16022) is w_f R_f + 1[R_f = 1] (w_r R_r + w_e R_e): set this beside a ``format``
-    reward and sum the two without normalising them first (profile ``dr_grpo``), as ``examples/recipes/nover.yaml``
-    does. One scoring of the batch serves both terms. A row abstains where its reference is None or blank.
+    NOVER's whole reward (arXiv 2505.16022) is w_f R_f + 1[R_f = 1] (w_r R_r + w_e R_e). To have it, set this reward
+    beside a ``format`` reward and sum the two without normalising them first (profile ``dr_grpo``), as
+    ``examples/recipes/nover.yaml`` does. One scoring of the batch serves both terms. A row abstains where its reference
+    is None or blank.
 
     Attributes:
-        tags, reference: as in ``PerplexityReward``.
-        formula: of the perplexity, see there; "released" is what NOVER's code computes.
-        reasoning_weight, efficiency_weight: w_r and w_e, at least 0.
+        tags: the names of the tags; the last one holds the answer, and those before it the reasoning.
+        reference: the column of reference answers (strings or numbers).
+        formula: the formula of the perplexity, see ``perplexity``; "released" is what NOVER's code computes.
+        reasoning_weight: w_r, the weight of the ranks, at least 0.
+        efficiency_weight: w_e, the weight of short and good reasoning, at least 0.
         name: the reward's name.
 
     Raises:
-        ValueError: a weight that is negative or not finite; also what ``PerplexityReward`` raises.
-        TypeError: a weight that is no number; also what ``PerplexityReward`` raises.
+        ValueError: a weight is negative or not finite. Also what ``PerplexityReward`` raises.
+        TypeError: a weight is no number. Also what ``PerplexityReward`` raises.
     """
 
     tags: Sequence[str] = ("think", "answer")

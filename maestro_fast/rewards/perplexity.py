@@ -2,14 +2,14 @@
 
     P = exp(-(sum_i log pi(g_i | prompt, reasoning, g_<i)) / (len(g) * n(t))),   n(t) = max(1, 1 + log len(t))
 
-g is the reference, t the reasoning. The logarithms are natural, and n(t) = 1 where the reasoning is empty.
-n(t) favours longer reasoning: set a length reward against it. The code that NOVER's authors released
-(github.com/thinkwee/NOVER, calculate_perplexity) takes log10 in n(t) and counts the answer's tags as part of g; that
-is the formula "released".
+g is the reference and t the reasoning. The logarithms are natural, and n(t) = 1 where the reasoning is empty. n(t)
+favours longer reasoning, so set a length reward against it. The code that NOVER's authors released
+(github.com/thinkwee/NOVER, calculate_perplexity) takes log10 in n(t) and counts the answer's tags as part of g. That is
+the formula "released".
 
-len(g) is the number of tokens that were scored. len(t) is in tokens too: the share of the completion's
-characters that are reasoning, times the completion's tokens. Counting exactly would need the text tokenised
-once more; 10 % more or fewer tokens move n(t) by about 0.1.
+len(g) is the number of tokens that were scored. len(t) is in tokens too: the share of the completion's characters that
+are reasoning, times the completion's tokens. An exact count would need the text tokenised once more, and 10 % more or
+fewer tokens move n(t) by about 0.1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Formula = Literal["paper", "released"]
 
 
 class _Query(NamedTuple):
-    """What to score for one row: the reference behind what the policy wrote before its answer."""
+    """The text to score for one row: the reference, behind what the policy wrote before its answer."""
 
     row: int
     prefix: str
@@ -39,7 +39,7 @@ class _Query(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """-log P of one row, and len(t), tokens."""
+    """-log P of one row, and len(t) in tokens."""
 
     neg_log_perplexity: float
     reasoning_tokens: float
@@ -49,31 +49,30 @@ class Judged(NamedTuple):
 class PerplexityReward:
     """-log P of the reference, or its rank in the group.
 
-    The policy scores the reference in the place of its own answer: behind the prompt and its completion up to
-    and including the opening tag of the answer and the whitespace that it wrote there. Spaces at the end of
-    that move to the front of the reference, for tokenisers join a space with the word that follows. All rows
-    go through ``batch.score_texts`` in exactly one call, also when there are none: it may be a collective.
+    The policy scores the reference in the place of its own answer: behind the prompt and its completion up to and
+    including the opening tag of the answer and the whitespace that it wrote there. Spaces at the end of that text move
+    to the front of the reference, because tokenisers join a space with the word that follows. All rows go through
+    ``batch.score_texts`` in exactly one call, even if there are none, because it may be a collective.
 
-    A row abstains where its reference is None or blank, and where the completion lacks the format of
-    ``tags``. With ``require_format=False`` such a completion is reasoning as a whole, and the reference
-    follows behind ``separator``.
+    A row abstains where its reference is None or blank, and where the completion lacks the format of ``tags``. With
+    ``require_format=False`` such a completion counts as reasoning as a whole, and the reference follows behind
+    ``separator``. A group is a run of rows with equal prompt and reference.
 
     Attributes:
-        tags: the last one holds the answer, those before it the reasoning.
+        tags: the names of the tags; the last one holds the answer, and those before it the reasoning.
         reference: the column of reference answers (strings or numbers).
-        require_format: see above.
-        separator: see above.
-        transform: "neg_log" gives -log P, which is 0 at best. "rank" gives (l + e / 2) / (n - 1), where l of
-            the n scored rows of the group are worse and e others equal: 1 for the best, 0 for the worst, 0.5
-            for one that is alone. A group is a run of rows with equal prompt and reference.
-        formula: "paper", or "released": log10 in n(t), and the policy scores the reference together with the opening
-            tag of the answer in front of it and the closing tag behind. It needs ``require_format``.
+        require_format: makes a completion without the tags abstain; false takes it as reasoning as a whole.
+        separator: the text between such a completion and the reference.
+        transform: "neg_log" gives -log P, which is 0 at best, and "rank" the rank in the group: (l + e / 2) / (n - 1)
+            where l of its n scored rows are worse and e others equal, and 0.5 for a row that is alone.
+        formula: "paper", or "released", which takes log10 in n(t) and scores the reference together with the tags
+            around it, so that it needs ``require_format``.
         name: the reward's name.
 
     Raises:
-        ValueError: fewer than two tags, an unknown transform or formula. When called: no score_texts, no column of that
-            name, or score_texts did not return tokens for every text.
-        TypeError: a reference that is neither string nor number.
+        ValueError: there are fewer than two tags, or the transform or formula is unknown. When called: the batch has no
+            score_texts or no column of that name, or score_texts did not return tokens for every text.
+        TypeError: a reference is neither a string nor a number.
     """
 
     tags: Sequence[str] = ("think", "answer")
@@ -108,7 +107,7 @@ class PerplexityReward:
         return [rank for _, group in groups for rank in _ranks([values[row] for row in group])]
 
     def judge(self, batch: RewardBatch, references: list[str]) -> list[Judged | None]:
-        """What each row was found to be; None where the reward abstains."""
+        """-log P and len(t) of each row, or None where the reward abstains."""
         rows = range(len(batch))
         queries = [q for q in (self._query(batch, row, references[row]) for row in rows) if q is not None]
         judged: list[Judged | None] = [None] * len(batch)
@@ -118,7 +117,7 @@ class PerplexityReward:
         return judged
 
     def references(self, batch: RewardBatch) -> list[str]:
-        """B references, "" where there is none."""
+        """The B references, with "" where there is none."""
         if self.reference not in batch.columns:
             raise ValueError(
                 f"reward {self.name!r}: the data have no column {self.reference!r}; the columns are "
@@ -156,7 +155,7 @@ class PerplexityReward:
         return _Query(row, prefix[: len(prefix) - spaces], " " * spaces + continuation, tokens)
 
     def _score(self, batch: RewardBatch, queries: list[_Query]) -> list[Tensor]:
-        """Log-probs of each continuation's tokens."""
+        """The log-probs of each continuation's tokens."""
         if batch.score_texts is None:
             raise ValueError(
                 f"reward {self.name!r}: score_texts is missing: only a training step has the policy for it"
@@ -181,8 +180,8 @@ def neg_log_perplexity(logprobs: Tensor, reasoning_tokens: float, formula: Formu
     """-log P of the module's formula.
 
     Args:
-        logprobs: [len(g)], nats, not empty.
-        reasoning_tokens: len(t), tokens; 0 for empty reasoning.
+        logprobs: [len(g)] in nats, not empty.
+        reasoning_tokens: len(t) in tokens, 0 for empty reasoning.
         formula: "paper" has the natural logarithm in n(t), "released" log10.
     """
     log = math.log10 if formula == "released" else math.log
@@ -191,7 +190,7 @@ def neg_log_perplexity(logprobs: Tensor, reasoning_tokens: float, formula: Formu
 
 
 def _ranks(values: list[float | None]) -> list[float | None]:
-    """Ranks in [0, 1] of one group, the highest value first; ties share the mean of their ranks."""
+    """Ranks in [0, 1] of one group, 1 for the highest value. Ties share the mean of their ranks."""
     live = [value for value in values if value is not None]
 
     def rank(value: float) -> float:

@@ -1,4 +1,4 @@
-"""A pretrained reward model's score of (prompt, completion): any sequence-classification model, Skywork-Reward say.
+"""A pretrained reward model's score of (prompt, completion): any sequence-classification model, say Skywork-Reward.
 
 The model is frozen and separate from the policy: it has its own tokenizer, its own chat template and its own device.
 Each process of a run holds a whole copy and scores its own rows.
@@ -18,45 +18,31 @@ import torch
 from torch import Tensor
 
 from maestro_fast.records import Message, RewardBatch, Text, plain_text
+from maestro_fast.settings import SettingsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class PreferenceReward:
-    """The raw score (a logit, unbounded) that a reward model gives the conversation of prompt and completion.
-
-    The model is loaded here, on the CPU, so that a wrong path or an unsuitable model is found before anything is
-    trained; at the first batch it moves to its device. A conversation is the prompt (a string is one user message) and
-    the completion as the assistant's message, in the chat template of the reward model's tokenizer. Without a template
-    it is prompt, ``separator`` and completion, one text, with whatever special tokens the tokenizer adds.
-
-    Rows are scored longest first, ``batch_size`` at a time, padded on the right whatever the tokenizer's own side: a
-    causal model never sees such padding, an encoder masks it. So a score does not depend on the rest of the batch,
-    beyond rounding.
-
-    A conversation of more than ``max_length`` tokens loses tokens at its beginning, behind the special tokens that open
-    it: the end of the completion, the template's closing tokens and an encoder's first token, where its score is
-    read, stay. That is logged once.
+@dataclass(frozen=True, eq=False)
+class PreferenceConfig:
+    """The options of ``PreferenceReward``, which loads its model only when it is built.
 
     Attributes:
         model: a local directory or a hub name, for ``AutoModelForSequenceClassification`` and ``AutoTokenizer``.
-        batch_size: rows per forward.
-        max_length: tokens, see above.
-        dtype: of the weights; "auto" keeps the checkpoint's. Scores are float32.
-        device: for instance "cuda:1" or "cpu"; by default where the process trains its policy (outside training, the
-            CPU).
-        label: the output to take, by index or by its name in the checkpoint; needed if the model has more than one.
-        separator: see above.
+        batch_size: the number of rows in a forward.
+        max_length: the number of tokens of the longest conversation; longer ones lose tokens at their beginning.
+        dtype: the dtype of the weights; "auto" keeps the checkpoint's; scores are float32.
+        device: the model's device, such as "cuda:1" or "cpu"; null takes the one where the process trains its policy
+            (outside training, the CPU).
+        label: the output to take, by index or by its name in the checkpoint; a model with several outputs needs it.
+        separator: the text between prompt and completion where the tokenizer has no chat template.
         name: the reward's name.
 
     Raises:
-        ValueError: an option out of its range, a path that holds no such model, a model with several outputs and no
-            ``label``, weights that the checkpoint lacks (a language model has no score head), no padding token, or a
-            tokenizer with more tokens than the model. When called: a score that is not finite; its row is named.
-        TypeError: an option of the wrong type.
+        ValueError: an option is out of its range.
+        TypeError: an option is of the wrong type.
     """
 
     model: str
@@ -68,9 +54,6 @@ class PreferenceReward:
     separator: str = "\n"
     name: str = "preference"
 
-    needs_entropy: ClassVar[bool] = False
-    needs_policy: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, Path)) or not str(self.model):
             raise TypeError(f"model: {self.model!r}, expected a directory or a hub name")
@@ -80,6 +63,51 @@ class PreferenceReward:
             raise ValueError(f"dtype: {self.dtype!r}, expected one of {get_args(Dtype)}")
         if not isinstance(self.separator, str):
             raise TypeError(f"separator: {self.separator!r}, expected a string")
+        if self.device is not None:
+            _device(self.device)
+
+    def build(self, path: str, base_dir: str | Path) -> PreferenceReward:
+        """The reward. ``path`` is the dotted name of the entry. ``base_dir`` does not matter for ``model``."""
+        del base_dir
+        try:
+            return PreferenceReward(**vars(self))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{path}.{error}") from error
+
+
+class PreferenceReward(PreferenceConfig):
+    """The raw score (a logit, unbounded) that a reward model gives the conversation of prompt and completion.
+
+    The model is loaded when the reward is made, on the CPU, so that a wrong path or an unsuitable model is found before
+    anything is trained. At the first batch it moves to its device. A conversation is the prompt (a string is one user
+    message) and the completion as the assistant's message, in the chat template of the reward model's tokenizer.
+    Without a template it is prompt, ``separator`` and completion in one text, with the special tokens that the
+    tokenizer adds.
+
+    Rows are scored longest first, ``batch_size`` at a time, and padded on the right, whatever the tokenizer's own side
+    is: a causal model never sees such padding, and an encoder masks it. So a score does not depend on the rest of the
+    batch, beyond rounding.
+
+    A conversation of more than ``max_length`` tokens loses tokens at its beginning, behind the special tokens that open
+    it. The end of the completion, the template's closing tokens and an encoder's first token, where its score is read,
+    stay. That is logged once.
+
+    Args:
+        model, batch_size, max_length, dtype, device, label, separator, name: as in ``PreferenceConfig``.
+
+    Raises:
+        ValueError: an option is out of its range, the path holds no such model, the model has several outputs and
+            ``label`` is missing, the checkpoint lacks weights (a language model has no score head), there is no padding
+            token, or the tokenizer has more tokens than the model. When called: a score is not finite; its row is
+            named.
+        TypeError: an option is of the wrong type.
+    """
+
+    needs_entropy: ClassVar[bool] = False
+    needs_policy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._device = None if self.device is None else _device(self.device)
         self._model, self._tokenizer, self._column = self._load()
         self._special = frozenset(self._tokenizer.all_special_ids)
@@ -127,7 +155,7 @@ class PreferenceReward:
         return scores
 
     def _load(self) -> tuple[Any, Any, int]:
-        """The model, its tokenizer and the column of its output; what is cheap to check comes first."""
+        """The model, its tokenizer and the column of its output. The cheap checks come first."""
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         path = str(Path(self.model).expanduser()) if str(self.model).startswith("~") else str(self.model)
@@ -151,10 +179,10 @@ class PreferenceReward:
 
 
 def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: str = "\n") -> list[int]:
-    """Token ids of a prompt and its completion as ``PreferenceReward`` scores them: what its model is to be trained on.
+    """Token ids of a prompt and its completion as ``PreferenceReward`` scores them. Train its model on these.
 
     Args:
-        tokenizer: the reward model's; its chat template is used if it has one.
+        tokenizer: the reward model's tokenizer. Its chat template is used if it has one.
         prompt, completion: a string, or a list of {"role", "content"} messages.
         separator: stands between the two where there is no template.
     """
@@ -165,7 +193,7 @@ def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: 
 
 
 def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
-    """The special tokens that open ``ids`` and behind them its last ones, ``limit`` tokens in all."""
+    """Shortens ``ids`` to ``limit`` tokens: the special tokens that open it, and behind them its last tokens."""
     opening = next((i for i, token in enumerate(ids) if token not in special), 0)
     opening = min(opening, limit - 1)
     return ids if len(ids) <= limit else ids[:opening] + ids[opening - limit :]
@@ -192,7 +220,7 @@ def _label_column(config: Any, label: int | str | None) -> int:
 
 
 def _check_model(path: str, model: Any, tokenizer: Any, missing: list[str]) -> None:
-    """Also gives the model its tokenizer's padding token where it names none."""
+    """Refuses an unsuitable model. One that names no padding token gets its tokenizer's."""
     if missing:
         raise ValueError(
             f"model: {path} lacks the weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a "
@@ -229,7 +257,8 @@ def _device(name: object) -> torch.device:
 def _loading(path: str) -> Iterator[None]:
     """Names the option in transformers' errors, and has every process load all weights.
 
-    Under FSDP transformers may load them on the first process alone, for FSDP to share; nobody would share these.
+    Under FSDP transformers may load weights on the first process alone, and FSDP then shares them. It would not share
+    those of a reward model.
     """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(name)

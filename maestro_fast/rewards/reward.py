@@ -1,25 +1,34 @@
-"""What a reward is, and a named set of rewards: one [B, K] tensor from one batch.
+"""What a reward is, and a named set of rewards: one [B, K] tensor from one batch of completions.
 
-A reward judges all completions of a batch at once. It returns one finite number per completion, or None where
-it abstains: what it measures does not apply to that completion. In the tensor an abstention is NaN, and
-nothing else is: a reward that computes NaN or inf is at fault and stops the run.
+A reward judges all completions of a batch at once. It returns one finite number for each completion, or None where it
+abstains, because what it measures does not apply to that completion. In the tensor an abstention is NaN, and nothing
+else is: a reward that computes NaN or inf is at fault and stops the run.
+
+A reward may be asynchronous. One event loop, on a thread of its own, serves all asynchronous rewards of a process. It
+works whether or not the caller's thread runs a loop already, and it lives as long as the process, so an HTTP client
+that a reward keeps between batches stays bound to a loop that is open.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import logging
 import math
-from collections.abc import Awaitable, Iterator, Sequence
+import os
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from inspect import isawaitable, iscoroutine
-from typing import Protocol, runtime_checkable
+from threading import Thread
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import event_loop
 
+T = TypeVar("T")
 RewardValues = Sequence[float | None] | Tensor
 
 logger = logging.getLogger(__name__)
@@ -32,9 +41,9 @@ class Reward(Protocol):
     """One reward over a batch.
 
     Attributes:
-        name: unique within a run.
-        needs_entropy: reads ``batch.mean_entropies_B``.
-        needs_policy: calls ``batch.score_texts``.
+        name: is unique within a run.
+        needs_entropy: says whether the reward reads ``batch.mean_entropies_B``.
+        needs_policy: says whether the reward calls ``batch.score_texts``.
     """
 
     @property
@@ -47,7 +56,7 @@ class Reward(Protocol):
     def needs_policy(self) -> bool: ...
 
     def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
-        """B finite numbers, None to abstain; a tensor [B] cannot abstain. The set awaits an awaitable."""
+        """B finite numbers, with None where it abstains. A tensor [B] cannot abstain. An awaitable is awaited."""
         ...
 
 
@@ -55,12 +64,13 @@ class RewardSet:
     """K rewards with unique names, in order.
 
     Attributes:
-        rewards: the K rewards; names: theirs.
-        needs_entropy, needs_policy: True if any of the rewards needs it.
+        rewards: the K rewards.
+        names: the K names.
+        needs_entropy, needs_policy: True if at least one of the rewards needs it.
 
     Raises:
-        ValueError: no reward, an empty name, or a name twice.
-        TypeError: an entry that is not a ``Reward``.
+        ValueError: there is no reward, a name is empty, or a name occurs twice.
+        TypeError: an entry is not a ``Reward``.
     """
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
@@ -85,7 +95,7 @@ class RewardSet:
         return len(self.rewards)
 
     def __call__(self, batch: RewardBatch) -> Tensor:
-        """All rewards of a batch; the asynchronous ones run concurrently, after the others.
+        """Computes all rewards of a batch. The asynchronous ones run concurrently, after the others.
 
         Returns:
             float32 [B, K] on the CPU, NaN exactly where a reward returned None.
@@ -93,7 +103,7 @@ class RewardSet:
         Raises:
             ValueError: a reward returned the wrong number of values, or NaN or inf.
             TypeError: a reward returned something else than numbers.
-            Exception: whatever a reward raised, with a note that names the reward.
+            Exception: a reward raised it; a note names the reward.
         """
         values = _await_all(self.names, self._call_all(batch))
         columns = [_column(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
@@ -109,14 +119,14 @@ class RewardSet:
         return rewards_BK
 
     def _call_all(self, batch: RewardBatch) -> list[object]:
-        """What each reward returned; not yet awaited."""
+        """What each reward returned, before awaitables are awaited."""
         values: list[object] = []
         try:
             for reward in self.rewards:
                 with _blame(reward.name):
                     values.append(reward(batch))
         except BaseException:
-            for value in values:  # else Python warns of coroutines that nobody awaited
+            for value in values:  # Python would warn of coroutines that nobody awaited
                 if iscoroutine(value):
                     value.close()
             raise
@@ -124,7 +134,7 @@ class RewardSet:
 
 
 def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
-    """``values`` with the results of the awaitable ones in their places."""
+    """``values``, with the result of each awaitable in its place."""
 
     async def awaited(name: str, value: Awaitable[object]) -> object:
         with _blame(name):
@@ -132,7 +142,7 @@ def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
 
     pending = {i: awaited(names[i], value) for i, value in enumerate(values) if isawaitable(value)}
     if pending:
-        results = event_loop.gather(list(pending.values()))
+        results = gather(list(pending.values()))
         for i, result in zip(pending, results, strict=True):
             values[i] = result
     return values
@@ -161,14 +171,63 @@ def _column(name: str, values: object, batch: int) -> Tensor:
 
 def _number(name: str, row: int, item: object) -> float:
     wrong = f"reward {name!r}: row {row} is {item!r}, expected a finite number, or None to abstain"
-    if isinstance(item, (str, bytes)):  # float() would read them
+    if isinstance(item, (str, bytes)):  # float() would read "1"
         raise TypeError(wrong)
     try:
         value = float(item)  # type: ignore[arg-type]
     except OverflowError as error:
         raise ValueError(wrong) from error
-    except Exception as error:  # whatever its __float__ raises
+    except Exception as error:  # an object may raise anything in its __float__
         raise TypeError(wrong) from error
-    if not abs(value) <= _LARGEST:  # also what overflows in float32
+    if not abs(value) <= _LARGEST:  # this also refuses what overflows in float32
         raise ValueError(wrong)
     return value
+
+
+# --- the event loop of asynchronous rewards ---
+
+
+def gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs coroutines concurrently and waits for all of them.
+
+    Returns:
+        Their results, in order.
+
+    Raises:
+        Exception: the first that one of them raised. The others are cancelled.
+    """
+    background = _background_loop(os.getpid())
+    future = asyncio.run_coroutine_threadsafe(_gather(coroutines), background.loop)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # this has an effect only where the wait was interrupted
+
+
+async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class _BackgroundLoop:
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = Thread(target=self.loop.run_forever, name="maestro-fast-rewards", daemon=True)
+        self.thread.start()
+
+    def close(self, pid: int) -> None:
+        if os.getpid() == pid:  # a forked child inherits this handler, but not the thread
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
+
+
+@cache
+def _background_loop(pid: int) -> _BackgroundLoop:
+    background = _BackgroundLoop()
+    atexit.register(background.close, pid)
+    return background

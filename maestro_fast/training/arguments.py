@@ -1,4 +1,4 @@
-"""transformers.TrainingArguments of a run: our defaults, what other sections set, and what is refused."""
+"""The transformers.TrainingArguments of a run: our defaults, what other sections set, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from transformers import TrainingArguments
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.config import TrainConfig
 
-# transformers' own defaults suit supervised training; these suit policy gradients and a run directory of ours
-_TRAINER_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-6,
-    "lr_scheduler_type": "constant",
-    "num_train_epochs": 1,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # a NaN loss has to show
-    "save_strategy": "steps",
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "report_to": "none",
+# The defaults of transformers suit supervised training. These suit policy gradients and a run directory of ours. Each
+# stands with the sentence that the reference of the config has for it.
+TRAINER_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "learning_rate": (1e-6, "The learning rate of the policy."),
+    "lr_scheduler_type": ("constant", "The schedule of the learning rate."),
+    "num_train_epochs": (1, "The number of passes over the prompts."),
+    "logging_steps": (1, "The number of optimiser steps between two lines of the log."),
+    "logging_nan_inf_filter": (False, "Leaves NaN and inf out of the logged loss; here they have to show."),
+    "save_strategy": ("steps", "Says when checkpoints are written."),
+    "save_steps": (100, "The number of optimiser steps between two checkpoints."),
+    "save_total_limit": (2, "The number of checkpoints that are kept."),
+    "report_to": ("none", "The trackers that get the log too; the run directory always gets it."),
 }
 _DERIVED = {
     "output_dir": "run_dir",
@@ -37,10 +38,10 @@ _REFUSED = {
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """``TrainingArguments`` of a config.
+    """The ``TrainingArguments`` of a config.
 
     Raises:
-        SettingsError: an unknown field, one that follows from another section, or one that cannot be served.
+        SettingsError: a field is unknown, follows from another section, or cannot be served.
     """
     known = {item.name: item.type for item in fields(TrainingArguments)}
     for name in config.trainer:
@@ -49,7 +50,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         if name not in known:
             raise SettingsError(f"trainer.{name}: transformers.TrainingArguments has no such field")
     given = {name: _number(value, str(known[name])) for name, value in config.trainer.items()}
-    values = {**_TRAINER_DEFAULTS, **given, "output_dir": config.run_dir, "seed": config.seed}
+    defaults = {name: value for name, (value, _) in TRAINER_DEFAULTS.items()}
+    values = {**defaults, **given, "output_dir": config.run_dir, "seed": config.seed}
     if config.evaluation is not None:
         values = {"eval_strategy": "steps", "eval_steps": values["save_steps"], **values}
     elif str(values.get("eval_strategy", "no")) != "no":
@@ -63,9 +65,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """
+    """Refuses arguments that the trainer cannot serve.
+
     Raises:
-        SettingsError: one that cannot be served, or one process with several GPUs.
+        SettingsError: an argument cannot be served, or the process sees several GPUs.
     """
     for name, reason in _REFUSED.items():
         if getattr(args, name):
@@ -78,7 +81,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _number(value: Any, field_type: str) -> Any:
-    """YAML 1.1 reads 1e-5 as text; a field for a float takes it as the number that was meant."""
+    """``value`` as a float where the field is one. YAML 1.1 reads 1e-5 as text."""
     if not isinstance(value, str) or "float" not in field_type:
         return value
     try:

@@ -1,26 +1,42 @@
-"""A training run as one YAML file: sections that belong to the packages they configure."""
+"""A training run as one YAML file, whose sections are the config dataclasses of the parts that they configure.
+
+``CONFIG.md`` beside this file lists every setting. It is made from these dataclasses by ``config_reference``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from maestro_fast.generation import SamplingConfig
+from maestro_fast.functions import load_function
+from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
+from maestro_fast.generation.config import GENERATION
 from maestro_fast.model.attention import Attention
-from maestro_fast.ops import PolicyLossConfig
-from maestro_fast.settings import SettingsError, build, override
+from maestro_fast.rewards import AnchorConfig, RewardConfig
+from maestro_fast.settings import Choice, SettingsError, build, override
+from maestro_fast.specs import FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
 from maestro_fast.training.plan import Method
+from maestro_fast.weighting import WeightsConfig
+
+LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA adapters (needs the extra ``peft``); ``target_modules`` as in ``peft.LoraConfig``."""
+    """LoRA adapters, which need the extra ``peft``.
+
+    Attributes:
+        r: the rank of the adapters.
+        alpha: the scale of the adapters, as ``lora_alpha`` of ``peft.LoraConfig``.
+        dropout: the dropout of the adapters' inputs, as ``lora_dropout`` of ``peft.LoraConfig``.
+        target_modules: the modules that get adapters, as in ``peft.LoraConfig``.
+    """
 
     r: int = 16
     alpha: int = 32
@@ -34,11 +50,11 @@ class ModelConfig:
 
     Attributes:
         path: a local directory or a hub name, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
-        dtype: of the weights; "auto" keeps the checkpoint's.
+        dtype: the dtype of the weights; "auto" keeps the checkpoint's.
         attention: "auto" takes flash-attn if it can be imported, else torch's varlen kernel, both on CUDA devices and
-            for half-precision weights only; else sdpa. Any other is used or refused. ``maestro-fast info`` shows which
-            can serve.
-        lora: adapters; without them all weights are trained.
+            for half-precision weights only, else sdpa; any other is used or refused, and ``maestro-fast info`` shows
+            which can serve.
+        lora: the adapters; null trains all weights.
     """
 
     path: str
@@ -49,18 +65,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdvantagesConfig:
-    """How rewards become advantages: a profile's name, see ``ops.PROFILES``."""
+    """How rewards become advantages.
+
+    Attributes:
+        profile: the name of an advantage profile, a key of ``ops.PROFILES``.
+    """
 
     profile: str = "maestro"
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out prompts; ``trainer.eval_strategy`` and ``trainer.eval_steps`` say when (default: at every checkpoint).
+    """Rewards on held-out prompts.
+
+    ``trainer.eval_strategy`` and ``trainer.eval_steps`` say when they are computed, by default at every checkpoint.
 
     Attributes:
-        data: the prompts.
-        samples: responses to each prompt.
+        data: the held-out prompts.
+        samples: the number of responses to each prompt.
     """
 
     data: DataConfig
@@ -76,31 +98,37 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        run_dir: where everything goes that the run produces; must not hold another run.
-        rewards: entries for ``rewards.build_rewards``.
-        weights: entry for ``weighting.build_weight_policy``.
-        anchor: entry for ``rewards.build_anchor``, the utility that some weight policies learn from; it is no reward.
-        generation: entry for ``generation.generation_config``, what samples the responses.
-        loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
+        run_dir: the directory for everything that the run produces, which must not hold another run.
+        model: the policy.
+        data: the prompts.
+        rewards: the rewards of the run, a list of entries.
+        weights: the weight policy, which says how much each reward counts.
+        anchor: the utility that some weight policies learn from, an entry as in ``rewards``, but no reward of the run.
+        advantages: how rewards become advantages.
+        sampling: how responses are sampled.
+        generation: what samples the responses.
+        batch: the sizes of a step.
+        loss: the policy loss, whose ``kl_coef`` is the coefficient of the KL wherever the profile has it enter, or a
+            function of your own.
         trainer: fields of ``transformers.TrainingArguments``.
-        final: the policy that ``final/`` holds: "last", or "best" by the utility of its labelled responses (see
-            ``training/best.py``; the last one is in the last checkpoint); "auto": the best where the weight policy is
-            ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last label.
-        evaluation: rewards on held-out prompts, during training.
-        seed: of the data order, the sampling and the trainer.
+        final: the policy that ``final/`` holds: "last", "best" by the utility of its labelled responses, or "auto",
+            which is "best" where the weight policy is ``anchored`` and "last" elsewhere; the weight policy beside it is
+            that of the end.
+        evaluation: the rewards on held-out prompts during training; null means none.
+        seed: the seed of the data order, the sampling and the trainer.
     """
 
     run_dir: str
     model: ModelConfig
     data: DataConfig
-    rewards: list[Any]
-    weights: Any = "equal"
-    anchor: Any = None
+    rewards: list[RewardConfig]
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    anchor: AnchorConfig | None = None
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    generation: Any = "transformers"
+    generation: Annotated[GenerationConfig, GENERATION] = field(default_factory=TransformersConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    loss: Annotated[PolicyLossConfig | FunctionLoss, LOSS] = field(default_factory=PolicyLossConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     final: Literal["auto", "best", "last"] = "auto"
     evaluation: EvaluationConfig | None = None
@@ -108,15 +136,24 @@ class TrainConfig:
 
     @property
     def method(self) -> Method:
+        """What is done in a step. A loss of the user's own is loaded here.
+
+        Raises:
+            ValueError, TypeError: ``loss.function`` cannot be loaded, see ``load_function``.
+        """
+        loss: Any = self.loss
+        if isinstance(loss, FunctionLoss) and isinstance(loss.function, str):
+            loaded = replace(loss, function=load_function(loss.function, field="loss.function"))
+            loss = replace(loaded, needs_entropy=loaded.entropies)
         samples = 1 if self.evaluation is None else self.evaluation.samples
-        return Method(self.sampling, self.batch, self.loss, self.advantages.profile, self.seed, samples)
+        return Method(self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples)
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file with ``--a.b value`` pairs set in it.
+    """The mapping of a YAML file, in which the ``--a.b value`` pairs of the command line are set.
 
     Raises:
-        SettingsError: no such file, no mapping, or an override without a value.
+        SettingsError: there is no such file, it holds no mapping, or an override lacks its value.
     """
     if not path.is_file():
         raise SettingsError(f"config: no file {path}")
@@ -141,5 +178,5 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def parse_config(values: dict[str, Any]) -> TrainConfig:
-    """A ``TrainConfig`` from a mapping; errors name the setting."""
+    """A ``TrainConfig`` from a mapping. Errors are ``SettingsError`` and name the setting."""
     return build(TrainConfig, values)

@@ -2,7 +2,7 @@
 
 from maestro_fast.weighting.adaptive_step import compare, weigh, weigh_and_compare
 from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
-from maestro_fast.weighting.build import POLICIES, build_weight_policy
+from maestro_fast.weighting.build import POLICIES, WeightsConfig, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
 from maestro_fast.weighting.dvao import Dvao
 from maestro_fast.weighting.exp3 import Exp3
@@ -46,6 +46,7 @@ __all__ = [
     "WeightContext",
     "WeightPolicy",
     "Weights",
+    "WeightsConfig",
     "build_weight_policy",
     "check_profile",
     "compare",

@@ -1,11 +1,16 @@
-"""From a config entry to a weight policy: ``conductor``, or ``{policy: static, values: {format: 0.5, ...}}``."""
+"""From a config entry to a weight policy: ``conductor``, or ``{type: static, values: {format: 0.5, ...}}``.
+
+``type`` names one of ``POLICIES``. Any policy may have the options of ``GuardConfig`` under ``guard``. A policy of the
+user's own is a function: ``{type: function, function: "file.py:name"}``, or only "file.py:name".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
 
-from maestro_fast.settings import SettingsError, build
+from maestro_fast.settings import REST, Choice, SettingsError, build, rename_key, say_once
 from maestro_fast.weighting.anchored import AnchoredConfig
 from maestro_fast.weighting.conductor import ConductorConfig
 from maestro_fast.weighting.dvao import DvaoConfig
@@ -18,17 +23,24 @@ from maestro_fast.weighting.fixed import (
     ScheduleConfig,
     StaticConfig,
 )
-from maestro_fast.weighting.guard import guarded
+from maestro_fast.weighting.guard import GuardConfig, Guarded
 from maestro_fast.weighting.policy import WeightPolicy
 from maestro_fast.weighting.saw import SawConfig
 from maestro_fast.weighting.weakest_first import WeakestFirstConfig
 
-POLICIES = {
+
+class PolicyConfig(Protocol):
+    """The options of a weight policy. The policy needs the K names of the rewards and d, the width of hidden states."""
+
+    def build(self, reward_names: tuple[str, ...], context_size: int) -> WeightPolicy: ...
+
+
+POLICIES: dict[str, type[Any]] = {
     "equal": EqualConfig,
     "static": StaticConfig,
     "random": RandomConfig,
     "schedule": ScheduleConfig,
-    "callable": CallableConfig,
+    "function": CallableConfig,
     "router": RouterConfig,
     "saw": SawConfig,
     "dvao": DvaoConfig,
@@ -39,33 +51,70 @@ POLICIES = {
 }
 
 
+def _modernise(entry: dict[str, Any], path: str) -> None:
+    """In release 0.1 ``type`` was called ``policy``, and the type ``function`` was called ``callable``."""
+    rename_key(entry, "policy", "type", path)
+    if entry.get("type") == "callable":
+        entry["type"] = "function"
+        say_once(
+            f"{path}.type: `callable` is now called `function`: write `type: function`. "
+            "The old name is read in this release and refused in the next."
+        )
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """The weight policy of a run, and its guard.
+
+    Attributes:
+        policy: the weight policy, which ``type`` names; its settings stand beside these.
+        guard: watches labelled utility and steps in when it falls while rewards rise; null means no guard.
+    """
+
+    policy: Annotated[PolicyConfig, Choice(POLICIES, "equal", "weight policy", _modernise), REST] = field(
+        default_factory=EqualConfig
+    )
+    guard: GuardConfig | None = None
+
+    def build(self, reward_names: tuple[str, ...], context_size: int, path: str = "weights") -> WeightPolicy:
+        """The policy, under its guard if there is one.
+
+        Args:
+            reward_names: K names. A policy that refers to rewards does so by these.
+            context_size: d, the width of the hidden states.
+            path: the dotted name of this section, for messages.
+
+        Raises:
+            SettingsError: an option does not fit the rewards.
+        """
+        within = path
+        try:
+            policy = self.policy.build(reward_names, context_size)
+            within = f"{path}.guard"
+            return policy if self.guard is None else Guarded(policy, self.guard, reward_names)
+        except SettingsError:
+            raise
+        except ValueError as error:
+            raise SettingsError(f"{within}.{error}") from error
+
+
 def build_weight_policy(
-    entry: str | Mapping[str, Any], reward_names: tuple[str, ...], context_size: int, path: str = "weights"
+    entry: str | Mapping[str, Any] | WeightsConfig,
+    reward_names: tuple[str, ...],
+    context_size: int,
+    path: str = "weights",
 ) -> WeightPolicy:
-    """A weight policy by name.
+    """A weight policy from its config entry.
 
     Args:
-        entry: a name of ``POLICIES``, or a mapping with that name under ``policy`` and the policy's options; any
-            policy may have the options of ``GuardConfig`` under ``guard``.
-        reward_names: K names; a policy that refers to rewards does so by these.
-        context_size: d, width of the hidden states.
-        path: dotted name of ``entry``, for messages.
+        entry: a name of ``POLICIES``, or a mapping with that name under ``type`` and the policy's options. Any policy
+            may have the options of ``GuardConfig`` under ``guard``.
+        reward_names: K names. A policy that refers to rewards does so by these.
+        context_size: d, the width of the hidden states.
+        path: the dotted name of ``entry``, for messages.
 
     Raises:
         SettingsError: an unknown policy, option or reward.
     """
-    if not isinstance(entry, str | Mapping):
-        raise SettingsError(f"{path}: got {entry!r}, expected the name of a policy or a mapping with it under 'policy'")
-    options = {"policy": entry} if isinstance(entry, str) else dict(entry)
-    name = options.pop("policy", "equal")
-    if not isinstance(name, str) or name not in POLICIES:
-        raise SettingsError(f"{path}.policy: {name!r}, expected one of {', '.join(POLICIES)}")
-    guard: Any = options.pop("guard", None)
-    config: Any = build(POLICIES[name], options, path)
-    try:
-        policy: WeightPolicy = config.build(reward_names, context_size)
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"{path}.{error}") from error
-    return guarded(policy, guard, reward_names, f"{path}.guard")
+    config = entry if isinstance(entry, WeightsConfig) else build(WeightsConfig, entry, path)
+    return config.build(reward_names, context_size, path)

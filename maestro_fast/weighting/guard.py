@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from maestro_fast.ops.philox import uniform
-from maestro_fast.settings import SettingsError, build
 from maestro_fast.weighting.conductor.experience import RunningStatistics
 from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights, in_reward_order, same_weights
 from maestro_fast.weighting.utilities import hide_utilities, labelled_groups
@@ -174,18 +172,3 @@ def verdict(history: list[tuple[float, float]], config: GuardConfig) -> str:
         f"held-back utility fell from {mean[best, 0]:.4g} to {mean[-1, 0]:.4g}, {fallen / max(error, 1e-300):.1f} "
         f"standard errors, while the weighted rewards rose from {mean[best, 1]:.4g} to {mean[-1, 1]:.4g}"
     )
-
-
-def guarded(policy: WeightPolicy, options: Mapping[str, Any] | None, names: tuple[str, ...], path: str) -> WeightPolicy:
-    """``policy`` under the guard that ``options`` describe, or ``policy`` itself if ``options`` is None.
-
-    Raises:
-        SettingsError: An option is wrong. The message starts with ``path``, the dotted name of ``options``.
-    """
-    if options is None:
-        return policy
-    config = build(GuardConfig, options, path)
-    try:
-        return Guarded(policy, config, names)
-    except ValueError as error:
-        raise SettingsError(f"{path}.{error}") from error

@@ -23,9 +23,9 @@ SMALL = ConflictConfig(steps=40, prompts=8, evaluation=32, learning_rate=0.03, l
 SEEDS = range(4)
 ENTRIES: dict[str, Any] = {
     "equal": "equal",
-    "anchored": {"policy": "anchored", "context": "prompt_mean", "steps": 8},
+    "anchored": {"type": "anchored", "context": "prompt_mean", "steps": 8},
     "advantage": {
-        "policy": "conductor",
+        "type": "conductor",
         "learning_rate": 0.05,
         "alpha": 0.7,
         "entropy_coef": 0.01,
@@ -97,7 +97,7 @@ def test_a_router_may_read_the_family() -> None:
     needs = enumerate(WORLDS["strong"].needs)
     routes = {str(f): dict(zip(REWARDS, row, strict=True)) for f, row in needs}
     tiny = ConflictConfig(steps=2, prompts=4, group_size=4, evaluation=8)
-    result = run_conflict("strong", {"policy": "router", "column": "family", "routes": routes}, (0, 1), tiny)
+    result = run_conflict("strong", {"type": "router", "column": "family", "routes": routes}, (0, 1), tiny)
     assert result.family_SF.shape == (2, FAMILIES) and result.utility_S.isfinite().all()
 
 

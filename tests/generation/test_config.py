@@ -15,13 +15,15 @@ from maestro_fast.generation import (
     ProbeConfig,
     SamplingConfig,
     Served,
+    ServerConfig,
     TransformersConfig,
     build_engine,
     check_generation,
     generation_config,
 )
+from maestro_fast.generation.config import GENERATION
 from maestro_fast.generation.vllm import vllm_obstacle
-from maestro_fast.settings import SettingsError
+from maestro_fast.settings import SettingsError, sentences, settings_of
 from maestro_fast.training import parse_config
 from tests.tiny import tiny_tokenizer
 
@@ -30,29 +32,33 @@ CPU = torch.device("cpu")
 
 def test_an_engine_by_name_or_with_options() -> None:
     assert generation_config("transformers") == generation_config({}) == TransformersConfig()
-    assert generation_config("vllm") == generation_config({"engine": "vllm", "mode": "colocate"}) == ColocateConfig()
+    assert generation_config("vllm") == generation_config({"type": "vllm"}) == ColocateConfig()
+    server = ServerConfig("http://h:1", timeout=3)
+    assert generation_config({"type": "vllm_server", "url": "http://h:1", "timeout": 3}) == server
+    assert generation_config(server) is server
     options = {"tensor_parallel": 2, "gpu_memory_share": 0.3, "sleep": 2, "probe": {"threshold": "1e-2"}}
     expected = ColocateConfig(tensor_parallel=2, gpu_memory_share=0.3, sleep=2, probe=ProbeConfig(threshold=0.01))
-    assert generation_config({"engine": "vllm", **options}) == expected
+    assert generation_config({"type": "vllm", **options}) == expected
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (3, "generation: got 3, expected the name of an engine or a mapping with it under 'engine'"),
-        ("sglang", "generation.engine: 'sglang', expected one of transformers, vllm"),
-        ({"engine": "vllm", "mode": "remote"}, "generation.mode: 'remote', expected one of colocate"),
-        ({"engine": "transformers", "sleep": 1}, "generation.sleep: unknown setting, there are none here"),
-        ({"engine": "vllm", "share": 1}, "generation.share: unknown setting, expected one of dtype, enforce_eager"),
-        ({"engine": "vllm", "sleep": True}, "generation.sleep: got bool True, expected one of 0, 1, 2"),
-        ({"engine": "vllm", "dtype": "fp8"}, "generation.dtype: got str 'fp8', expected one of auto, float32"),
-        ({"engine": "vllm", "tensor_parallel": 0}, "generation.tensor_parallel: 0, expected at least 1"),
-        ({"engine": "vllm", "gpu_memory_share": 1.0}, "generation.gpu_memory_share: 1.0, expected a share between"),
-        ({"engine": "vllm", "kv_cache_gib": 0}, "generation.kv_cache_gib: 0.0, expected a positive number"),
-        ({"engine": "vllm", "max_tokens": 2}, "generation.max_tokens: 2, expected at least 3"),
-        ({"engine": "vllm", "probe": {"threshold": 0}}, "generation.probe.threshold: 0.0, expected a positive number"),
-        ({"engine": "vllm", "probe": {"tokens": 1}}, "generation.probe.tokens: 1, expected at least 2"),
-        ({"engine": "vllm", "probe": {"sequences": 0}}, "generation.probe.sequences: 0, expected at least 1"),
+        (3, "generation: got int 3, expected the type of a generator or a mapping with it under 'type'"),
+        ("sglang", "generation.type: 'sglang', expected one of transformers, vllm, vllm_server"),
+        ({"type": "vllm", "mode": "remote"}, "generation.mode: 'remote', expected one of colocate"),
+        ({"type": "transformers", "mode": "remote"}, "generation.mode: unknown setting, there are none here"),
+        ({"type": "transformers", "sleep": 1}, "generation.sleep: unknown setting, there are none here"),
+        ({"type": "vllm", "share": 1}, "generation.share: unknown setting, expected one of dtype, enforce_eager"),
+        ({"type": "vllm", "sleep": True}, "generation.sleep: got bool True, expected one of 0, 1, 2"),
+        ({"type": "vllm", "dtype": "fp8"}, "generation.dtype: got str 'fp8', expected one of auto, float32"),
+        ({"type": "vllm", "tensor_parallel": 0}, "generation.tensor_parallel: 0, expected at least 1"),
+        ({"type": "vllm", "gpu_memory_share": 1.0}, "generation.gpu_memory_share: 1.0, expected a share between"),
+        ({"type": "vllm", "kv_cache_gib": 0}, "generation.kv_cache_gib: 0.0, expected a positive number"),
+        ({"type": "vllm", "max_tokens": 2}, "generation.max_tokens: 2, expected at least 3"),
+        ({"type": "vllm", "probe": {"threshold": 0}}, "generation.probe.threshold: 0.0, expected a positive number"),
+        ({"type": "vllm", "probe": {"tokens": 1}}, "generation.probe.tokens: 1, expected at least 2"),
+        ({"type": "vllm", "probe": {"sequences": 0}}, "generation.probe.sequences: 0, expected at least 1"),
     ],
 )
 def test_errors_name_the_setting(entry: Any, words: str) -> None:
@@ -92,5 +98,31 @@ def test_a_broken_vllm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_a_run_names_its_generator_in_one_line() -> None:
     raw = {"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d"}, "rewards": ["format"]}
-    assert parse_config(raw).generation == "transformers"
-    assert parse_config(raw | {"generation": "vllm"}).generation == "vllm"
+    assert parse_config(raw).generation == TransformersConfig()
+    assert parse_config(raw | {"generation": "vllm"}).generation == ColocateConfig()
+    with pytest.raises(SettingsError, match=r"^generation\.probe\.tokens: 1, expected at least 2"):
+        parse_config(raw | {"generation": {"type": "vllm", "probe": {"tokens": 1}}})
+
+
+def test_entries_of_release_0_1_are_read_with_one_warning_for_each_old_key(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.settings._said", set())
+    for _ in range(2):
+        assert generation_config({"engine": "transformers"}) == TransformersConfig()
+        assert generation_config({"engine": "vllm", "mode": "colocate"}) == ColocateConfig()
+        assert generation_config({"engine": "vllm", "mode": "server", "url": "u"}) == ServerConfig("u")
+        assert generation_config({"type": "vllm", "mode": "server", "url": "u"}) == ServerConfig("u")
+    assert caplog.messages == [
+        "generation: the key `engine` is now called `type`: write `type: transformers` in generation. "
+        "The old one is read in this release and refused in the next.",
+        "generation.mode: is part of the type now: write `type: vllm` in place of `mode: colocate`. "
+        "The old key is read in this release and refused in the next.",
+        "generation.mode: is part of the type now: write `type: vllm_server` in place of `mode: server`. "
+        "The old key is read in this release and refused in the next.",
+    ]
+
+
+@pytest.mark.parametrize("config", [*GENERATION.types.values(), ProbeConfig])
+def test_every_option_has_a_sentence(config: type) -> None:
+    assert set(settings_of(config)) <= sentences(config).keys()

@@ -1,4 +1,4 @@
-"""``generation: {engine: vllm, mode: server, ...}``: what is refused, and what is built from it."""
+"""``generation: {type: vllm_server, ...}``: what is refused, and what is built from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.generation.helpers import TOKENIZER, prompts
 from tests.generation.http_server import Calls, http_server
 from tests.generation.test_vllm_server import FakeVllm
 
-SERVER = {"engine": "vllm", "mode": "server", "url": "http://127.0.0.1:8000"}
+SERVER = {"type": "vllm_server", "url": "http://127.0.0.1:8000"}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 
 def test_the_url_is_needed() -> None:
     with pytest.raises(SettingsError, match=r"^generation.url: missing"):
-        generation_config({"engine": "vllm", "mode": "server"})
+        generation_config({"type": "vllm_server"})
 
 
 def test_nccl_moves_weights_between_gpus_only() -> None:

@@ -59,7 +59,7 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         ({"top_entropy_quantile": 0.2}, {"loss": own_loss}, "top_entropy_quantile below 1"),
         ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl', 'maestro_fast' or a function"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
-        ({}, {"weights": "mine"}, "weights.policy: 'mine'"),
+        ({}, {"weights": "mine"}, "weights.type: 'mine'"),
         ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
     ],
 )

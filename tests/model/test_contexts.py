@@ -73,7 +73,7 @@ def test_a_profile_that_compares_over_the_batch_is_refused(raw_config: dict[str,
 def test_columns_reach_the_policy_in_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
     rows = {name: dict.fromkeys(("format", "brevity", "entropy"), v) for name, v in (("fact", 1.0), ("opening", 2.0))}
     records: list[Any] = []
-    raw = raw_config | {"weights": {"policy": "router", "column": "family", "routes": rows}}
+    raw = raw_config | {"weights": {"type": "router", "column": "family", "routes": rows}}
     train(parse_config(raw), raw, observers=[records.append])
     for record in records:
         assert record.weights_BK[:, 0].tolist() == [1.0 if family == "fact" else 2.0 for family in record.families]

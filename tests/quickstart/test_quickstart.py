@@ -233,7 +233,7 @@ def test_the_reward_model_learns_what_the_reward_then_scores(tmp_path: Path) -> 
     """It does far better than chance on held-out pairs, and the configured reward gives the same scores as training."""
     judged = make_reward_model(EXAMPLE, tmp_path / "reward_model", epochs=2)
     _, held_out = read_preferences(EXAMPLE / "pairs.jsonl")
-    (entry,) = [entry for entry in example_config(tmp_path)["rewards"] if entry["name"] == "preference"]
+    (entry,) = [entry for entry in example_config(tmp_path)["rewards"] if entry["type"] == "preference"]
     (reward,) = build_rewards([entry]).rewards
 
     def scores(which: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import RewardBatch
@@ -92,8 +93,17 @@ def test_they_compose_and_abstentions_reach_the_advantages(make_batch: MakeBatch
     assert advantages.advantages[3] == 0.0 and advantages.advantages.isfinite().all()
 
 
+def test_a_gate_from_yaml(make_batch: MakeBatch) -> None:
+    """YAML 1.1 reads the key ``on`` as true."""
+    entry = yaml.safe_load(
+        f"{{function: '{__name__}:length', gate: {{on: '{__name__}:good', threshold: 1, closed: 0}}}}"
+    )
+    assert True in entry["gate"]
+    assert build_rewards([entry])(make_batch(TEXTS))[:, 0].tolist() == [2.0, 0.0, 5.0, 0.0]
+
+
 def test_what_they_need_is_what_their_parts_need(make_batch: MakeBatch) -> None:
-    (reward,) = build_rewards([{"kind": "format", "gate": {"on": "entropy", "threshold": 1}, "where": "x"}]).rewards
+    (reward,) = build_rewards([{"type": "format", "gate": {"on": "entropy", "threshold": 1}, "where": "x"}]).rewards
     assert reward.needs_entropy and not reward.needs_policy and reward.name == "format"
     batch = make_batch(TEXTS, columns={"x": [1, 0, 1, 1]}, mean_entropies_B=torch.tensor([0.0, 1.0, 2.0, 3.0]))
     found = batch.select([2, 0])
@@ -126,11 +136,24 @@ def test_an_anchor_labels_whole_groups(make_batch: MakeBatch) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"kind": "format", "gate": {"on": "length"}}, r"rewards\[0\] 'format'.gate: got .* expected on, threshold"),
-        ({"kind": "format", "gate": "length"}, r"rewards\[0\] 'format'.gate: got 'length', expected on"),
-        ({"kind": "format", "gate": {"on": "taste", "threshold": 1}}, r"rewards\[0\] 'format'.gate.on 'taste': kind"),
-        ({"kind": "format", "gate": {"on": "entropy", "threshold": "x"}}, r"rewards\[0\] 'format'.gate.threshold: got"),
-        ({"kind": "format", "where": {}}, r"rewards\[0\] 'format': where: \{\}, expected a column"),
+        ({"type": "format", "gate": {"on": "entropy"}}, r"rewards\[0\]\.gate\.threshold: missing, it has no default"),
+        ({"type": "format", "gate": "length"}, r"rewards\[0\]\.gate: got str 'length', expected a mapping"),
+        (
+            {"type": "format", "gate": {"on": "taste", "threshold": 1}},
+            r"rewards\[0\]\.gate\.on\.type: 'taste', expected",
+        ),
+        ({"type": "format", "gate": {"on": "length", "threshold": 1}}, r"rewards\[0\]\.gate\.on\.target: missing"),
+        (
+            {"type": "format", "gate": {"on": "entropy", "threshold": "x"}},
+            r"rewards\[0\]\.gate\.threshold: got str 'x'",
+        ),
+        ({"type": "format", "gate": {"on": "entropy", "threshold": ".nan"}}, r"rewards\[0\]\.gate\.threshold: "),
+        (
+            {"type": "format", "gate": {"on": "entropy", "threshold": NAN}},
+            r"rewards\[0\]\.gate\.threshold: nan, expected",
+        ),
+        ({"type": "format", "where": {}}, r"rewards\[0\]\.where: \{\}, expected a column"),
+        ({"type": "format", "where": {"family": {}}}, r"rewards\[0\]\.where\.family: got dict \{\}, expected "),
     ],
 )
 def test_errors_name_the_entry(entry: Any, words: str) -> None:

@@ -144,7 +144,7 @@ def test_a_group_without_the_format(make_batch: MakeBatch) -> None:
 
 
 def test_from_a_config() -> None:
-    (reward,) = build_rewards([{"name": "mine", "kind": "nover", "formula": "paper", "efficiency_weight": 0.5}]).rewards
+    (reward,) = build_rewards([{"name": "mine", "type": "nover", "formula": "paper", "efficiency_weight": 0.5}]).rewards
     assert reward == NoverReward(formula="paper", efficiency_weight=0.5, name="mine")
     assert (reward.needs_entropy, reward.needs_policy) == (False, True)
 

@@ -232,16 +232,16 @@ def test_a_score_that_is_not_finite_names_its_row(chat_model: Path, make_batch: 
 
 
 def test_in_a_set_from_a_config(chat_model: Path, make_batch: MakeBatch) -> None:
-    entry = {"kind": "preference", "name": "liked", "model": str(chat_model), "max_length": 64, "batch_size": 2}
+    entry = {"type": "preference", "name": "liked", "model": str(chat_model), "max_length": 64, "batch_size": 2}
     rewards = build_rewards(["format", entry])
     batch = make_batch(COMPLETIONS)
     assert isinstance(rewards, RewardSet) and rewards.names == ("format", "liked")
     assert (rewards.needs_entropy, rewards.needs_policy) == (False, False)
     torch.testing.assert_close(rewards(batch)[:, 1], reward(chat_model)(batch), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"rewards\[0\] 'preference': the option 'model' .* is missing"):
+    with pytest.raises(ValueError, match=r"^rewards\[0\]\.model: missing, it has no default"):
         build_rewards(["preference"])
-    with pytest.raises(ValueError, match=r"rewards\[0\] 'preference': model: there is no directory /nowhere"):
-        build_rewards([{"name": "preference", "model": "/nowhere/model"}])
+    with pytest.raises(ValueError, match=r"^rewards\[0\]\.model: there is no directory /nowhere"):
+        build_rewards([{"type": "preference", "model": "/nowhere/model"}])
 
 
 def test_an_empty_batch(chat_model: Path, make_batch: MakeBatch) -> None:

@@ -73,8 +73,8 @@ def test_one_op_for_each_batch(
     ("weights", "profile", "calls_of_a_batch"),
     [
         ("equal", "maestro", {"group_advantages": 1}),
-        ({"policy": "conductor", "mode": "group"}, "maestro", SINGLE),
-        ({"policy": "conductor", "period": 1, "guard": {"window": 2, "warmup": 4}}, "maestro", SINGLE),
+        ({"type": "conductor", "mode": "group"}, "maestro", SINGLE),
+        ({"type": "conductor", "period": 1, "guard": {"window": 2, "warmup": 4}}, "maestro", SINGLE),
         ("conductor", "gdpo", SINGLE),
         ("conductor", "verl_gdpo", SINGLE),
     ],
@@ -88,7 +88,7 @@ def test_single_ops_elsewhere(
     calls_of_a_batch: dict[str, int],
 ) -> None:
     if "guard" in weights:
-        raw_config["anchor"] = {"name": "truth", "kind": "length", "target": 3}
+        raw_config["anchor"] = {"type": "length", "name": "truth", "target": 3}
     calls = counted(monkeypatch)
     trained(raw_config | {"weights": weights, "advantages": {"profile": profile}}, "")
     assert calls == {name: count * BATCHES for name, count in calls_of_a_batch.items()}

@@ -27,7 +27,7 @@ def raw(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return raw_config | {
         "rewards": [f"{at}:first", f"{at}:last"],
         "anchor": {"function": f"{at}:utility", "labels": {"share": 0.5, "early": 1}},
-        "weights": {"policy": "anchored", "hybrid": True, "steps": 3},
+        "weights": {"type": "anchored", "hybrid": True, "steps": 3},
     }
 
 

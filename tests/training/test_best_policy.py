@@ -108,7 +108,7 @@ def raw(raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     raw = raw_config | {
         "rewards": [f"{tmp_path}/mine.py:first", "entropy"],
         "anchor": {"function": f"{tmp_path}/mine.py:last", "labels": {"share": 0.5, "early": 1}},
-        "weights": {"policy": "anchored", "steps": 2},
+        "weights": {"type": "anchored", "steps": 2},
     }
     raw["trainer"] |= {"max_steps": 6, "save_steps": 1, "save_total_limit": 10, "learning_rate": 0.02}
     return raw

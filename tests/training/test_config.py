@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
+from maestro_fast import specs
+from maestro_fast.generation import ColocateConfig, TransformersConfig
+from maestro_fast.rewards import (
+    AnchorConfig,
+    FormatReward,
+    FunctionRewardConfig,
+    GateConfig,
+    LabelsConfig,
+    PreferenceConfig,
+    RewardConfig,
+)
 from maestro_fast.settings import SettingsError
-from maestro_fast.training import parse_config, read_config
+from maestro_fast.specs import FunctionLoss, PolicyLossConfig
+from maestro_fast.training import parse_config, read_config, train
 from maestro_fast.training.arguments import training_arguments
+from maestro_fast.weighting import POLICIES, GuardConfig, WeightsConfig
+
+RandomConfig, Exp3Config = POLICIES["random"], POLICIES["exp3"]
 
 MINIMAL = "run_dir: out\nmodel: {path: m}\ndata: {path: p.jsonl}\nrewards: [format]\n"
 
@@ -25,7 +42,11 @@ def config_file(tmp_path: Path) -> Path:
 def test_defaults_are_a_working_run(config_file: Path) -> None:
     config = parse_config(read_config(config_file))
 
-    assert config.weights == "equal"
+    assert config.weights == WeightsConfig()
+    assert config.rewards == [RewardConfig(FormatReward())]
+    assert config.generation == TransformersConfig()
+    assert config.loss == PolicyLossConfig()
+    assert config.anchor is None
     assert config.method.profile == "maestro"
     assert config.method.sampling.group_size == 8
 
@@ -43,9 +64,168 @@ def test_overrides_reach_nested_settings(config_file: Path) -> None:
     config = parse_config(read_config(config_file, words))
 
     assert config.sampling.group_size == 4
-    assert config.weights == "random"
+    assert config.weights == WeightsConfig(RandomConfig())
     assert config.model.lora is not None
     assert config.model.lora.r == 2
+
+
+def test_every_section_is_read_into_its_dataclass(config_file: Path) -> None:
+    """Nothing is loaded yet, neither models nor files."""
+    words = ["--anchor", "{function: 'judge.py:utility', labels: {share: 0.25}, where: family}"]
+    words += ["--generation", "{type: vllm, tensor_parallel: 2}", "--weights", "{type: exp3, guard: {window: 3}}"]
+    words += ["--rewards", "[{type: preference, model: m, gate: {on: format, threshold: 1}}]"]
+    config = parse_config(read_config(config_file, words))
+
+    utility = FunctionRewardConfig("judge.py:utility")
+    assert config.anchor == AnchorConfig(utility, where="family", labels=LabelsConfig(0.25))
+    assert config.generation == ColocateConfig(tensor_parallel=2)
+    assert config.weights == WeightsConfig(Exp3Config(), GuardConfig(window=3))
+    (reward,) = config.rewards
+    assert isinstance(reward.reward, PreferenceConfig)
+    assert reward.gate == GateConfig(RewardConfig(FormatReward()), 1.0)
+
+
+OLD = """
+run_dir: out
+model: {path: m}
+data: {path: p.jsonl}
+rewards:
+  - format
+  - {name: brevity, kind: length, target: 12, gate: {on: format, threshold: 1}, where: {family: [poem, 3]}}
+  - {name: entropy, direction: maximise}
+  - {name: rich, function: "my_rewards.py:richness", scale: 2}
+anchor: {name: truth, kind: length, target: 3, labels: {share: 0.25}}
+weights: {policy: callable, function: "my_weights.py:f", guard: {window: 3}}
+generation: {engine: vllm, mode: server, url: "http://h:1"}
+"""
+NEW = """
+run_dir: out
+model: {path: m}
+data: {path: p.jsonl}
+rewards:
+  - {type: format}
+  - {type: length, name: brevity, target: 12, gate: {on: format, threshold: 1}, where: {family: [poem, 3]}}
+  - {type: entropy, direction: maximise}
+  - {type: function, name: rich, function: "my_rewards.py:richness", scale: 2}
+anchor: {type: length, name: truth, target: 3, labels: {share: 0.25}}
+weights: {type: function, function: "my_weights.py:f", guard: {window: 3}}
+generation: {type: vllm_server, url: "http://h:1"}
+loss: {type: policy_loss}
+"""
+
+
+def test_a_config_of_release_0_1_means_the_same_as_in_todays_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.settings._said", set())
+    (tmp_path / "new.yaml").write_text(NEW, encoding="utf-8")
+    (tmp_path / "old.yaml").write_text(OLD, encoding="utf-8")
+    new = parse_config(read_config(tmp_path / "new.yaml"))
+    assert not caplog.messages
+
+    assert parse_config(read_config(tmp_path / "old.yaml")) == new
+    old_keys = ("rewards: the key `kind`", "rewards[2]: a reward's type", "anchor: the key `kind`", "weights: the key")
+    others = ("weights.type: `callable`", "generation: the key `engine`", "generation.mode: is part of the type")
+    assert [next(words for words in (*old_keys, *others) if line.startswith(words)) for line in caplog.messages] == [
+        *old_keys,
+        *others,
+    ]
+    caplog.clear()
+    changed = read_config(tmp_path / "old.yaml", ["--weights.policy", "equal", "--generation.engine", "transformers"])
+    assert (changed["weights"]["type"], changed["generation"]["type"]) == ("equal", "transformers")
+    assert "policy" not in changed["weights"] and "engine" not in changed["generation"]
+
+
+LOSS = """
+from maestro_fast.specs import PolicyLossConfig
+
+def mine(inputs):
+    return (inputs.logprobs * 2).sum(), {"tokens": inputs.logprobs.numel()}
+
+def with_entropies(inputs):
+    return inputs.entropies.sum(), {}
+
+with_entropies.entropies = with_entropies.row_wise = True
+not_a_function = 3
+"""
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{type: function, function: 'FOLDER/my_loss.py:mine', needs_reference: true}",
+        "{function: 'FOLDER/my_loss.py:mine', needs_reference: true}",
+    ],
+)
+def test_a_loss_of_ones_own(section: str, config_file: Path) -> None:
+    (config_file.parent / "my_loss.py").write_text(LOSS, encoding="utf-8")
+    words = ["--loss", section.replace("FOLDER", str(config_file.parent))]
+    config = parse_config(read_config(config_file, words))
+    assert config.loss == FunctionLoss(f"{config_file.parent}/my_loss.py:mine", needs_reference=True)
+    with pytest.raises(TypeError, match=r"^function: is the name '.*my_loss.py:mine', expected the function"):
+        config.loss(None)  # type: ignore[operator]
+
+    loss: Any = config.method.loss
+    assert isinstance(loss, FunctionLoss) and loss.needs_reference and not loss.needs_entropy
+    assert not loss.entropies and not loss.row_wise
+    value, metrics = loss(SimpleNamespace(logprobs=torch.tensor([1.0, 2.0])))
+    assert value.item() == 6.0 and metrics == {"tokens": 2}
+
+
+DAPO = """
+import torch
+
+def dapo(inputs):
+    assert (inputs.ref_logprobs is not None) == WANTED and (inputs.entropies is not None or not WANTED)
+    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    ratio = (inputs.logprobs - old).exp()
+    advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff().long())
+    tokens = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return tokens.sum() / inputs.normalizer, {"own_ratio": ratio.mean()}
+"""
+
+
+@pytest.mark.skipif(not hasattr(specs, "LossInputs"), reason="the ops take no loss of one's own yet")
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("micro_batch", [8, 16])
+def test_a_loss_of_ones_own_trains_as_the_built_in_one(
+    raw_config: dict[str, Any], tmp_path: Path, wanted: bool, micro_batch: int
+) -> None:
+    """DAPO's loss from a file, with several micro-batches (scored before) and with one (judged in the forward)."""
+    (tmp_path / "own.py").write_text(DAPO.replace("WANTED", str(wanted)), encoding="utf-8")
+    own = {"function": f"{tmp_path}/own.py:dapo", "needs_reference": wanted, "needs_entropy": wanted}
+    trained = []
+    for name, loss in (("own", own), ("built_in", {"normalization": "dapo"})):
+        raw = raw_config | {"run_dir": str(tmp_path / name), "loss": loss}
+        raw["batch"] = raw["batch"] | {"micro_batch": micro_batch}
+        trained.append(train(parse_config(raw), raw))
+
+    one, other = (dict(trainer.model.named_parameters()) for trainer in trained)
+    for name, parameter in one.items():
+        torch.testing.assert_close(parameter, other[name], rtol=1e-4, atol=1e-6)
+    assert trained[0].state.log_history[0]["loss/own_ratio"] == pytest.approx(1.0)
+
+
+def test_what_a_loss_is_marked_with_reaches_the_trainer(config_file: Path) -> None:
+    (config_file.parent / "my_loss.py").write_text(LOSS, encoding="utf-8")
+    config = parse_config(read_config(config_file, ["--loss", f"{config_file.parent}/my_loss.py:with_entropies"]))
+    loss: Any = config.method.loss
+    assert loss.needs_entropy and loss.entropies and loss.row_wise and not loss.needs_reference
+    assert FunctionLoss(print, needs_entropy=True).entropies and not FunctionLoss(print).entropies
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nothing", r"^loss\.function: .*my_loss.py has no 'nothing'; its callables are PolicyLossConfig, mine, with"),
+        ("not_a_function", r"^loss\.function: .* is a int, expected a callable"),
+    ],
+)
+def test_a_loss_that_cannot_be_loaded_is_named(config_file: Path, name: str, complaint: str) -> None:
+    (config_file.parent / "my_loss.py").write_text(LOSS, encoding="utf-8")
+    config = parse_config(read_config(config_file, ["--loss", f"{config_file.parent}/my_loss.py:{name}"]))
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        _ = config.method
 
 
 @pytest.mark.parametrize(
@@ -56,6 +236,20 @@ def test_overrides_reach_nested_settings(config_file: Path) -> None:
         (["--sampling.temperature", "hot"], r"^sampling\.temperature: got str 'hot', expected float"),
         (["--loss.normalization", "mean"], r"^loss\.normalization: got str 'mean', expected one of grpo"),
         (["--batch.micro_batch", "0"], r"^batch\.micro_batch: 0, expected at least 1"),
+        (["--rewards", "[{type: length}]"], r"^rewards\[0\]\.target: missing, it has no default"),
+        (["--rewards", "format"], r"^rewards: got str 'format', expected a list"),
+        (["--rewards", "[{type: lenght}]"], r"^rewards\[0\]\.type: 'lenght', expected one of entropy, format, length"),
+        (["--weights.type", "best"], r"^weights\.type: 'best', expected one of equal, static"),
+        (["--weights.guard", "{windw: 3}"], r"^weights\.guard\.windw: unknown setting, expected one of action"),
+        (["--anchor", "{type: format, labels: {share: 2}}"], r"^anchor\.labels\.share: 2\.0, expected 0 < share <= 1"),
+        (["--generation.type", "sglang"], r"^generation\.type: 'sglang', expected one of transformers, vllm"),
+        (["--loss", "{type: ppo}"], r"^loss\.type: 'ppo', expected one of policy_loss, function"),
+        (["--loss.function", "3"], r"^loss\.function: got int 3, expected str or a function"),
+        (["--loss", "{function: 'a:b', clip_low: 1}"], r"^loss\.clip_low: unknown setting, expected one of function"),
+        (
+            ["--loss", "{type: policy_loss, function: 'a:b'}"],
+            r"^loss\.function: unknown setting, expected one of clip_",
+        ),
         (["--seed"], r"^seed: missing its value"),
         (["seed", "3"], r"^seed: expected --section\.setting VALUE"),
     ],

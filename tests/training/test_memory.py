@@ -82,7 +82,7 @@ def peak_of_a_step(folder: Path, vocabulary: int, length: int, loss: PolicyLossC
         tiny_tokenizer(),
         PromptDataset([{"prompt": "Name a colour."}, {"prompt": "Tell a story."}]),
         rewards,
-        build_weight_policy({"policy": "conductor", "period": 1}, rewards.names, WIDTH),
+        build_weight_policy({"type": "conductor", "period": 1}, rewards.names, WIDTH),
         TrainingArguments(
             str(folder), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
         ),

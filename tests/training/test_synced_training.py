@@ -50,7 +50,7 @@ def logged(raw: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_batch_logs_its_sync_and_how_far_sampler_and_policy_lie_apart(
     raw_config: dict[str, Any], engines: list[CopyEngine], weights: str
 ) -> None:
-    raw_config |= {"weights": weights, "rewards": ["format", {"name": "brevity", "kind": "length", "target": 2}]}
+    raw_config |= {"weights": weights, "rewards": ["format", {"type": "length", "name": "brevity", "target": 2}]}
     recorded_train(raw_config)
     assert engines[0].calls.count("load_weights") >= 2 and engines[0].calls[-1] == "close"
     for line in logged(raw_config):

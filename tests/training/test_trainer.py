@@ -207,7 +207,7 @@ def test_a_profile_over_tokens_gets_the_lengths_of_the_completions(raw_config: d
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"rewards": ["entropy", "format", {"name": "brevity", "kind": "length", "target": 2}]}, "of rewards .*format"),
+        ({"rewards": ["entropy", "format", {"type": "length", "name": "brevity", "target": 2}]}, "of rewards .*format"),
         ({"weights": "random"}, "of policy conductor, this run has random"),
     ],
 )
@@ -230,7 +230,7 @@ def test_a_run_is_reproducible(raw_config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", ["equal", "random", {"policy": "static", "values": {"format": 1, "brevity": 2, "entropy": 0}}]
+    "weights", ["equal", "random", {"type": "static", "values": {"format": 1, "brevity": 2, "entropy": 0}}]
 )
 def test_every_weight_policy_trains(raw_config: dict[str, Any], weights: Any) -> None:
     _, records = run({**raw_config, "weights": weights})
@@ -241,8 +241,8 @@ def test_every_weight_policy_trains(raw_config: dict[str, Any], weights: Any) ->
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"weights": {"policy": "static", "values": {"tone": 1}}}, r"^weights\.values\.tone: there is no such reward"),
-        ({"weights": "conducter"}, r"^weights\.policy: 'conducter', expected one of"),
+        ({"weights": {"type": "static", "values": {"tone": 1}}}, r"^weights\.values\.tone: there is no such reward"),
+        ({"weights": "conducter"}, r"^weights\.type: 'conducter', expected one of"),
         ({"sampling": {"group_size": 1}}, r"^sampling\.group_size: 1, expected at least 2"),
         ({"batch": {"prompts_per_batch": 32}}, r"^batch\.prompts_per_batch: 32, but the data holds 16 prompts"),
         ({"data": {"path": "none.jsonl"}}, r"^data\.path: no file none\.jsonl"),

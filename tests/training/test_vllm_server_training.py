@@ -27,8 +27,7 @@ def raw(raw_config: dict[str, Any], vllm_serving: Serving, tmp_path: Path) -> di
     raw_config["model"] = {"path": str(vllm_serving.model)}
     raw_config["trainer"] |= {"max_steps": 5, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
     raw_config["generation"] = {
-        "engine": "vllm",
-        "mode": "server",
+        "type": "vllm_server",
         "url": vllm_serving.url,
         "weights": "folder",
         "folder": str(tmp_path / "shared"),

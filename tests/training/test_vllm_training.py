@@ -130,7 +130,7 @@ def make_raw(raw_config: dict[str, Any], tmp_path: Path) -> Callable[..., dict[s
     def make(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
         raw = copy.deepcopy(raw_config) | {"run_dir": f"{raw_config['run_dir']}-{name}"}
         raw["model"] = {"path": str(tmp_path / "tied")}
-        raw["generation"] = {"engine": "vllm", **COLOCATE}
+        raw["generation"] = {"type": "vllm", **COLOCATE}
         raw["trainer"] |= {"learning_rate": 1e-2, "save_steps": 1}
         for section, values in sections.items():
             raw[section] = {**raw.get(section, {}), **values}

@@ -85,7 +85,7 @@ def build(
         AutoTokenizer.from_pretrained(checkpoint),
         PromptDataset(rows),
         rewards,
-        build_weight_policy({"policy": "conductor", "period": 1, "learning_rate": 0.1}, rewards.names, 32),
+        build_weight_policy({"type": "conductor", "period": 1, "learning_rate": 0.1}, rewards.names, 32),
         args,
         Method(
             SamplingConfig(group_size=GROUP),

@@ -142,7 +142,7 @@ def test_a_subclass_has_its_say(monkeypatch: pytest.MonkeyPatch) -> None:
     ("policy", "how"),
     [
         (conductor(mode="group"), comparison()),
-        (build_weight_policy({"policy": "conductor", "guard": {}}, NAMES, D), comparison()),
+        (build_weight_policy({"type": "conductor", "guard": {}}, NAMES, D), comparison()),
         (conductor(), replace(comparison(), kl_B=normal(B, seed=3).double())),
         (conductor(), replace(comparison(), kl_B=normal(B, seed=3).requires_grad_())),
         *((conductor(), comparison(profile)) for profile in (*OVER_THE_BATCH, *WIDE)),
@@ -182,7 +182,7 @@ def test_two_ops_where_the_conductor_is_on_another_device_than_the_rewards(monke
     assert weights.weights_BK.device == advantages.advantages.device == torch.device("meta")
 
 
-@pytest.mark.parametrize("entry", ["equal", "random", "saw", {"policy": "anchored", "hybrid": True}], ids=str)
+@pytest.mark.parametrize("entry", ["equal", "random", "saw", {"type": "anchored", "hybrid": True}], ids=str)
 def test_two_ops_for_all_other_policies(monkeypatch: pytest.MonkeyPatch, entry: Any) -> None:
     policy = build_weight_policy(entry, NAMES, D)
     context = batch()

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.settings import SettingsError
+from maestro_fast.settings import SettingsError, sentences, settings_of
+from maestro_fast.settings import build as settings_build
 from maestro_fast.weighting import (
     POLICIES,
     Conductor,
     ConductorConfig,
     Equal,
+    FunctionPolicy,
+    GuardConfig,
+    Guarded,
     Random,
     Static,
     WeightPolicy,
+    WeightsConfig,
     build_weight_policy,
 )
 from tests.weighting.helpers import NAMES, context, normal, play
@@ -25,17 +30,17 @@ from tests.weighting.helpers import NAMES, context, normal, play
 D = 5
 ENTRIES: dict[str, Any] = {
     "equal": "equal",
-    "static": {"policy": "static", "values": dict.fromkeys(NAMES, 0.5)},
+    "static": {"type": "static", "values": dict.fromkeys(NAMES, 0.5)},
     "random": "random",
-    "schedule": {"policy": "schedule", "points": [{"step": 0, "values": dict.fromkeys(NAMES, 0.5)}]},
-    "callable": {"policy": "callable", "function": lambda context: torch.ones(3)},
-    "router": {"policy": "router", "column": "kind", "routes": {"x": dict.fromkeys(NAMES, 0.5)}},
+    "schedule": {"type": "schedule", "points": [{"step": 0, "values": dict.fromkeys(NAMES, 0.5)}]},
+    "function": {"type": "function", "function": lambda context: torch.ones(3)},
+    "router": {"type": "router", "column": "kind", "routes": {"x": dict.fromkeys(NAMES, 0.5)}},
     "saw": "saw",
     "dvao": "dvao",
     "weakest_first": "weakest_first",
     "exp3": "exp3",
-    "conductor": {"policy": "conductor", "period": 2},
-    "anchored": {"policy": "anchored", "steps": 2},
+    "conductor": {"type": "conductor", "period": 2},
+    "anchored": {"type": "anchored", "steps": 2},
 }
 
 
@@ -48,54 +53,54 @@ def test_by_name_and_with_options() -> None:
     assert isinstance(build_weight_policy({}, NAMES, D), Equal)
     static = build_weight_policy(ENTRIES["static"], NAMES, D)
     assert isinstance(static, Static) and static.values == (0.5, 0.5, 0.5)
-    drawn = build_weight_policy({"policy": "random", "seed": 9}, NAMES, D)
+    drawn = build_weight_policy({"type": "random", "seed": 9}, NAMES, D)
     assert isinstance(drawn, Random) and drawn.seed == 9
-    conductor = build_weight_policy({"policy": "conductor", "alpha": 1, "learning_rate": "1e-5"}, NAMES, D)
+    conductor = build_weight_policy({"type": "conductor", "alpha": 1, "learning_rate": "1e-5"}, NAMES, D)
     assert isinstance(conductor, Conductor)
     assert conductor.config == ConductorConfig(alpha=1.0, learning_rate=1e-5)
     assert conductor.weight.shape == (3, D) and conductor.reward_names == NAMES
 
 
 def test_the_entry_is_not_changed() -> None:
-    entry = {"policy": "random", "seed": 9}
+    entry = {"type": "random", "seed": 9}
     build_weight_policy(entry, NAMES, D)
-    assert entry == {"policy": "random", "seed": 9}
+    assert entry == {"type": "random", "seed": 9}
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("best", "weights.policy: 'best', expected one of equal, static, random, "),
-        ({"policy": "best", "alpha": 1}, "weights.policy: 'best', expected one of equal, "),
-        ({"policy": ["equal"]}, "weights.policy: ['equal'], expected one of equal, "),
-        ({"policy": None}, "weights.policy: None, expected one of equal, "),
-        (None, "weights: got None, expected the name of a policy or a mapping"),
-        (["equal"], "weights: got ['equal'], expected the name of a policy or a mapping"),
-        ({"policy": "equal", "alpha": 1}, "weights.alpha: unknown setting, there are none here"),
+        ("best", "weights.type: 'best', expected one of equal, static, random, "),
+        ({"type": "best", "alpha": 1}, "weights.type: 'best', expected one of equal, "),
+        ({"type": ["equal"]}, "weights.type: ['equal'], expected one of equal, "),
+        ({"type": None}, "weights.type: missing, expected one of equal, "),
+        (None, "weights: got nothing, expected the type of a weight policy or a mapping with it under 'type'"),
+        (["equal"], "weights: got list ['equal'], expected the type of a weight policy or a mapping"),
+        ({"type": "equal", "alpha": 1}, "weights.alpha: unknown setting, there are none here"),
         ({"alpha": 1}, "weights.alpha: unknown setting"),
         ("static", "weights.values: missing, it has no default"),
-        ({"policy": "random", "seeds": 1}, "weights.seeds: unknown setting, expected one of seed"),
-        ({"policy": "random", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
-        ({"policy": "random", "seed": 2**64}, "weights.seed: 18446744073709551616, expected"),
-        ({"policy": "conductor", "lr": 1}, "weights.lr: unknown setting, expected one of alpha, capacity, "),
-        ({"policy": "conductor", "alpha": 0}, "weights.alpha: 0.0, expected 0 < alpha <= 1"),
-        ({"policy": "conductor", "alpha": 1.1}, "weights.alpha: 1.1, expected 0 < alpha <= 1"),
-        ({"policy": "conductor", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
-        ({"policy": "conductor", "tau": float("nan")}, "weights.tau: nan, expected a positive number"),
-        ({"policy": "conductor", "min_prob": -0.1}, "weights.min_prob: -0.1, expected 0 <= min_prob < 1 / K"),
-        ({"policy": "conductor", "min_prob": 0.34}, "weights.min_prob: 0.34, expected below 1 / K = 0.33"),
-        ({"policy": "conductor", "period": 0}, "weights.period: 0, expected at least 1"),
-        ({"policy": "conductor", "period": 2.5}, "weights.period: got float 2.5, expected int"),
-        ({"policy": "conductor", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
-        ({"policy": "conductor", "mode": "hard"}, "weights.mode: got str 'hard', expected one of sample, soft"),
+        ({"type": "random", "seeds": 1}, "weights.seeds: unknown setting, expected one of seed"),
+        ({"type": "random", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
+        ({"type": "random", "seed": 2**64}, "weights.seed: 18446744073709551616, expected"),
+        ({"type": "conductor", "lr": 1}, "weights.lr: unknown setting, expected one of alpha, capacity, "),
+        ({"type": "conductor", "alpha": 0}, "weights.alpha: 0.0, expected 0 < alpha <= 1"),
+        ({"type": "conductor", "alpha": 1.1}, "weights.alpha: 1.1, expected 0 < alpha <= 1"),
+        ({"type": "conductor", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
+        ({"type": "conductor", "tau": float("nan")}, "weights.tau: nan, expected a positive number"),
+        ({"type": "conductor", "min_prob": -0.1}, "weights.min_prob: -0.1, expected 0 <= min_prob < 1 / K"),
+        ({"type": "conductor", "min_prob": 0.34}, "weights.min_prob: 0.34, expected below 1 / K = 0.33"),
+        ({"type": "conductor", "period": 0}, "weights.period: 0, expected at least 1"),
+        ({"type": "conductor", "period": 2.5}, "weights.period: got float 2.5, expected int"),
+        ({"type": "conductor", "seed": -1}, "weights.seed: -1, expected 0 <= seed < 2**64"),
+        ({"type": "conductor", "mode": "hard"}, "weights.mode: got str 'hard', expected one of sample, soft"),
         (
-            {"policy": "conductor", "context": "h"},
+            {"type": "conductor", "context": "h"},
             "weights.context: got str 'h', expected one of response, prompt_last",
         ),
-        ({"policy": "conductor", "learning_rate": -1}, "weights.learning_rate: -1.0, expected a number >= 0"),
-        ({"policy": "conductor", "weight_decay": -1}, "weights.weight_decay: -1.0, expected a number >= 0"),
-        ({"policy": "conductor", "entropy_coef": float("nan")}, "weights.entropy_coef: nan, expected a number >= 0"),
-        ({"policy": "conductor", "mode": "soft"}, "weights.learning_rate: 0.001 with mode 'soft', expected 0"),
+        ({"type": "conductor", "learning_rate": -1}, "weights.learning_rate: -1.0, expected a number >= 0"),
+        ({"type": "conductor", "weight_decay": -1}, "weights.weight_decay: -1.0, expected a number >= 0"),
+        ({"type": "conductor", "entropy_coef": float("nan")}, "weights.entropy_coef: nan, expected a number >= 0"),
+        ({"type": "conductor", "mode": "soft"}, "weights.learning_rate: 0.001 with mode 'soft', expected 0"),
     ],
 )
 def test_errors_name_the_setting(entry: Any, words: str) -> None:
@@ -103,8 +108,43 @@ def test_errors_name_the_setting(entry: Any, words: str) -> None:
         build_weight_policy(entry, NAMES, D)
 
 
+def test_entries_of_release_0_1_are_read_with_one_warning_for_each_old_word(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.settings._said", set())
+    for _ in range(2):
+        drawn = build_weight_policy({"policy": "random", "seed": 9}, NAMES, D)
+        assert isinstance(drawn, Random) and drawn.seed == 9
+        own = build_weight_policy({"policy": "callable", "function": lambda context: torch.ones(3)}, NAMES, D)
+        assert isinstance(own, FunctionPolicy)
+    assert caplog.messages == [
+        "weights: the key `policy` is now called `type`: write `type: random` in weights. "
+        "The old one is read in this release and refused in the next.",
+        "weights.type: `callable` is now called `function`: write `type: function`. "
+        "The old name is read in this release and refused in the next.",
+    ]
+    with pytest.raises(SettingsError, match=r"^weights\.policy: is the old name of type, which is set too"):
+        build_weight_policy({"policy": "equal", "type": "equal"}, NAMES, D)
+
+
+def test_the_config_is_typed() -> None:
+    """Reading a config checks everything but what depends on the rewards."""
+    found = settings_build(WeightsConfig, {"type": "conductor", "alpha": 1, "guard": {"window": 3}}, "weights")
+    assert found == WeightsConfig(ConductorConfig(alpha=1.0), GuardConfig(window=3))
+    assert settings_build(WeightsConfig, {}, "weights") == WeightsConfig() == settings_build(WeightsConfig, "equal")
+    assert isinstance(build_weight_policy(found, NAMES, D), Guarded)
+    with pytest.raises(SettingsError, match=r"^weights\.guard\.window: got str 'x', expected int"):
+        settings_build(WeightsConfig, {"type": "equal", "guard": {"window": "x"}}, "weights")
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "guard"])
+def test_every_option_has_a_sentence(name: str) -> None:
+    config = GuardConfig if name == "guard" else POLICIES[name]
+    assert set(settings_of(config)) <= sentences(config).keys()
+
+
 def test_errors_carry_the_given_path() -> None:
-    with pytest.raises(SettingsError, match=r"^arms\[1\]\.policy: 'best'"):
+    with pytest.raises(SettingsError, match=r"^arms\[1\]\.type: 'best'"):
         build_weight_policy("best", NAMES, D, path="arms[1]")
 
 
@@ -115,7 +155,7 @@ def test_every_policy_is_tested_here() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_satisfies_the_protocol(name: str) -> None:
     policy = build(name)
-    assert policy.name == name
+    assert policy.name == {"function": "callable"}.get(name, name)  # checkpoints of release 0.1 hold this name
     assert policy.needs_context is (name in ("conductor", "anchored"))
     methods = [key for key, value in vars(WeightPolicy).items() if inspect.isfunction(value) and key[0] != "_"]
     assert {"weights", "observe", "metrics", "state_dict", "load_state_dict"} == set(methods)
@@ -149,7 +189,7 @@ def test_state_round_trip(name: str) -> None:
     assert torch.equal(fresh.weights(at).weights_BK, policy.weights(at).weights_BK)
 
 
-@pytest.mark.parametrize("name", ["equal", "static", "random", "schedule", "callable", "router", "dvao"])
+@pytest.mark.parametrize("name", ["equal", "static", "random", "schedule", "function", "router", "dvao"])
 def test_a_policy_without_state_refuses_one(name: str) -> None:
     with pytest.raises(ValueError, match=r"^state: holds \['bias', "):
         build(name).load_state_dict(build("conductor").state_dict())

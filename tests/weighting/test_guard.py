@@ -29,7 +29,7 @@ B = N * G
 
 
 def policy(entry: Any = "anchored", **guard: Any) -> Guarded:
-    entry = {"policy": entry} if isinstance(entry, str) else entry
+    entry = {"type": entry} if isinstance(entry, str) else entry
     options = {"window": 3, "warmup": 6, "held_back": 0.5, **guard}
     found = build_weight_policy({**entry, "guard": options}, NAMES, D)
     assert isinstance(found, Guarded)
@@ -114,7 +114,7 @@ def test_stop(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_held_back_labels_reach_nobody_else() -> None:
-    guarded = policy({"policy": "anchored", "hybrid": True})
+    guarded = policy({"type": "anchored", "hybrid": True})
     context = batch(0, 1.0, 0.0)
     held_back_N = guarded._held_back(context)
     assert 0 < held_back_N.sum() < N
@@ -154,5 +154,5 @@ def test_a_resumed_guard_has_the_same_future(entry: str) -> None:
 )
 def test_errors_name_the_setting(guard: Any, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        build_weight_policy({"policy": "equal", "guard": guard}, NAMES, D)
+        build_weight_policy({"type": "equal", "guard": guard}, NAMES, D)
     assert str(caught.value).startswith(words)

@@ -14,9 +14,9 @@ from tests.weighting.helpers import NAMES, context, normal, play
 
 B, D = 8, 5
 ENTRIES: list[dict[str, Any]] = [
-    {"policy": "conductor", "hidden": 4, "period": 2, "alpha": 0.4},
-    {"policy": "anchored", "hybrid": True, "steps": 2},
-    {"policy": "anchored", "steps": 2, "guard": {}},
+    {"type": "conductor", "hidden": 4, "period": 2, "alpha": 0.4},
+    {"type": "anchored", "hybrid": True, "steps": 2},
+    {"type": "anchored", "steps": 2, "guard": {}},
 ]
 
 
@@ -34,7 +34,7 @@ def test_a_round_trip_keeps_weights_options_and_future(entry: dict[str, Any], tm
     loaded = from_pretrained(tmp_path / "new" / "folder")
     inner = getattr(policy, "policy", policy)
     assert isinstance(loaded, Conductor | Anchored) and loaded.config == inner.config
-    assert loaded.reward_names == NAMES and loaded.name == entry["policy"]
+    assert loaded.reward_names == NAMES and loaded.name == entry["type"]
     for step in range(3, 6):
         at, advantages_B = context(B, normal(B, D, seed=step), step=step), normal(B, seed=50 + step)
         assert torch.equal(play(loaded, at, advantages_B).weights_BK, play(inner, at, advantages_B).weights_BK)
@@ -50,7 +50,7 @@ def test_the_json_says_what_it_is(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^policy: 'equal', expected one of conductor, anchored"):
         save_pretrained(build_weight_policy("equal", NAMES, D), tmp_path)
-    hooked = {"policy": "conductor", "objective": "custom", "meta_reward": lambda outcome: torch.zeros(B)}
+    hooked = {"type": "conductor", "objective": "custom", "meta_reward": lambda outcome: torch.zeros(B)}
     with pytest.raises(ValueError, match=r"^policy: its meta_reward is a function"):
         save_pretrained(build_weight_policy(hooked, NAMES, D), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -207,7 +207,7 @@ def test_a_resumed_conductor_has_the_same_future(options: dict[str, Any]) -> Non
 )
 def test_errors_name_the_setting(options: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        build_weight_policy({"policy": "conductor", **options}, NAMES, D)
+        build_weight_policy({"type": "conductor", **options}, NAMES, D)
     assert str(caught.value).startswith(words)
 
 

@@ -1,0 +1,201 @@
+"""Rewards that count on some responses only: behind a gate, where a column says so, or on labelled prompts.
+
+    Gate      r where another reward reaches a threshold      style of correct answers, a judge of valid formats
+    Where     r where a column of the data has a value        rhyme in poems
+    Labelled  r for a share of the prompts                    a utility that is costly to know
+
+Elsewhere the reward abstains, or has a fixed value behind a gate. An abstention leaves the response to its other
+rewards, whose weights make up for it as the advantage profile says. A fixed value, such as 0, ranks the response below
+those that passed. Nothing is computed for the responses that are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from inspect import isawaitable
+from typing import Any
+
+from maestro_fast.records import RewardBatch
+from maestro_fast.rewards.reward import Reward, RewardValues
+
+
+class Gate:
+    """``reward`` where another reward reaches a threshold. Where that one abstains, the gate is closed.
+
+    Gates were asked for in https://github.com/huggingface/trl/issues/4853.
+
+    Args:
+        reward: the reward behind the gate, whose name the gate takes.
+        on: the reward that opens the gate. It is computed for the gate, even if it is also a reward of the run.
+        threshold: the least value of ``on`` that opens the gate.
+        closed: the value where the gate is closed. With None the reward abstains there.
+    """
+
+    def __init__(self, reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> None:
+        for field, given in (("reward", reward), ("on", on)):
+            if isinstance(given, type) or not isinstance(given, Reward):
+                raise TypeError(f"{field}: got {type(given).__name__}, expected a Reward")
+        if threshold != threshold:
+            raise ValueError("threshold: nan, expected a number")
+        self.reward, self.on, self.threshold, self.closed = reward, on, threshold, closed
+        self.name = reward.name
+        self.needs_entropy = reward.needs_entropy or on.needs_entropy
+        self.needs_policy = reward.needs_policy or on.needs_policy
+
+    def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
+        condition = self.on(batch)
+        if not isawaitable(condition):
+            return _on_rows(self.reward, batch, self._open_rows(condition), self.closed)
+
+        async def later() -> RewardValues:
+            found = _on_rows(self.reward, batch, self._open_rows(await condition), self.closed)
+            return await found if isawaitable(found) else found
+
+        return later()
+
+    def _open_rows(self, values: RewardValues) -> list[int]:
+        items = values.tolist() if hasattr(values, "tolist") else values
+        return [i for i, item in enumerate(items) if item is not None and item >= self.threshold]
+
+
+def gate(reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> Gate:
+    """Returns a ``Gate``, see there."""
+    return Gate(reward, on=on, threshold=threshold, closed=closed)
+
+
+class Where:
+    """``reward`` for the responses to some prompts, by the columns of the data.
+
+    Args:
+        reward: the reward that is masked, whose name this one takes.
+        mask: a column that is true (non-empty text, a number other than 0) where the reward counts, or a mapping of
+            columns to the value, or the list of values, that they have there.
+
+    Raises:
+        ValueError: the mask is empty. When called: the data lack a column.
+    """
+
+    def __init__(self, reward: Reward, mask: str | Mapping[str, Any]) -> None:
+        check_mask(mask)
+        self.reward, self.mask = reward, mask
+        self.name = reward.name
+        self.needs_entropy, self.needs_policy = reward.needs_entropy, reward.needs_policy
+
+    def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
+        return _on_rows(self.reward, batch, [row for row in range(len(batch)) if self._counts(batch, row)], None)
+
+    def _counts(self, batch: RewardBatch, row: int) -> bool:
+        if isinstance(self.mask, str):
+            return bool(self._column(batch, self.mask)[row])
+        for name, wanted in self.mask.items():
+            options = wanted if isinstance(wanted, list | tuple) else (wanted,)
+            if self._column(batch, name)[row] not in options:
+                return False
+        return True
+
+    def _column(self, batch: RewardBatch, name: str) -> list[Any]:
+        if name not in batch.columns:
+            raise ValueError(f"where: no column {name!r}, the columns are {', '.join(sorted(batch.columns)) or 'none'}")
+        return batch.columns[name]
+
+
+def check_mask(mask: object) -> None:
+    """Raises ValueError unless ``mask`` names at least one column."""
+    if not mask or not isinstance(mask, str | Mapping):
+        raise ValueError(f"where: {mask!r}, expected a column, or a mapping of columns to values")
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """For which prompts a utility is known.
+
+    Labels are worth most at the start, before the policy has moved to where nobody has looked. So the first ``early``
+    generation batches are labelled throughout. After them each prompt is labelled with the chance
+    (share * over - early) / (over - early), so that a run of ``over`` batches has labelled ``share`` of its prompts in
+    all. Without ``over`` that chance is ``share``.
+
+    Attributes:
+        share: the share of the prompts that are labelled, in (0, 1].
+        early: the number of generation batches at the start that are labelled throughout.
+        over: the number of generation batches of the run, over which the share is reached.
+        seed: the seed of the choice, which follows from it, the batch and the prompt alone.
+    """
+
+    share: float = 1.0
+    early: int = 0
+    over: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: {self.share}, expected 0 < share <= 1")
+        if self.early < 0:
+            raise ValueError(f"early: {self.early}, expected at least 0")
+        if self.over is not None and self.over <= self.early:
+            raise ValueError(f"over: {self.over}, expected more than early, {self.early}")
+
+    def chance(self, step: int) -> float:
+        """Probability that a prompt of generation batch ``step`` is labelled. Evaluations, below 0, label all."""
+        if step < max(0, self.early):
+            return 1.0
+        if self.over is None:
+            return self.share
+        return max(0.0, (self.share * self.over - self.early) / (self.over - self.early))
+
+    def chosen(self, step: int, prompt: object) -> bool:
+        """Whether a prompt is labelled. It is the same for every response to the prompt, on every process."""
+        key = json.dumps([self.seed, step, prompt], sort_keys=True).encode()
+        return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") < self.chance(step) * 2**64
+
+
+class Labelled:
+    """``reward`` for the labelled prompts. It abstains on the others, for which it is not computed.
+
+    Raises:
+        ValueError: when called with a batch that has no step.
+    """
+
+    def __init__(self, reward: Reward, labels: LabelsConfig) -> None:
+        self.reward, self.labels = reward, labels
+        self.name = reward.name
+        self.needs_entropy, self.needs_policy = reward.needs_entropy, reward.needs_policy
+
+    def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
+        if batch.step is None:
+            raise ValueError("batch.step: missing, expected the number of the generation batch")
+        rows = [row for row in range(len(batch)) if self.labels.chosen(batch.step, batch.prompts[row])]
+        return _on_rows(self.reward, batch, rows, None)
+
+
+def _on_rows(
+    reward: Reward, batch: RewardBatch, rows: Sequence[int], otherwise: float | None
+) -> RewardValues | Awaitable[RewardValues]:
+    """``reward`` on ``rows`` of a batch and ``otherwise`` on the rest. It is asynchronous if the reward is.
+
+    The reward sees these rows alone, so nothing is computed for the others. Without any row it is not called, unless it
+    needs the policy, whose forwards are made on all processes together.
+    """
+    if not rows and not reward.needs_policy:
+        return [otherwise] * len(batch)
+    found = reward(batch.select(rows))
+    if not isawaitable(found):
+        return _spread(found, rows, len(batch), otherwise)
+
+    async def later() -> RewardValues:
+        return _spread(await found, rows, len(batch), otherwise)
+
+    return later()
+
+
+def _spread(values: RewardValues, rows: Sequence[int], count: int, otherwise: float | None) -> list[float | None]:
+    """``values`` at ``rows`` of a list of ``count``, with ``otherwise`` in the other places."""
+    items = values.tolist() if hasattr(values, "tolist") else list(values)
+    if len(items) != len(rows):
+        raise ValueError(f"returned {len(items)} values for {len(rows)} completions")
+    out: list[float | None] = [otherwise] * count
+    for row, item in zip(rows, items, strict=True):
+        out[row] = item
+    return out
