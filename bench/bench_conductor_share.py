@@ -89,7 +89,7 @@ def run_once(models: Path, name: str, weights: dict[str, Any] | None, monkeypatc
 
     monkeypatch.setattr(forward, "pool_hidden", timed_pooling)
     trainer = train(parse_config(raw), raw, observers=[run.records.append], timing_observers=[note])
-    run.source = trainer.pipeline.scoring.source
+    run.source = trainer.step.scoring.source
     return run
 
 

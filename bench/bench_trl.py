@@ -1,7 +1,8 @@
-"""What the trainer adds to a step of TRL's GRPOTrainer and takes from it, stage by stage, all in one run.
+"""Measures what our TRL class adds to a step of TRL's GRPOTrainer, and what it saves, stage by stage in one run.
 
-Every contender makes the same responses with the same model and trains on them; they take turns. Times are exclusive:
-what a stage calls is not counted in it. The model is small, so its forwards are cheap: shares of ours are upper bounds.
+All contenders generate the same responses with the same model and train on them, and they take turns. A stage's time
+leaves out the stages that it calls. The model is small and its forwards are cheap, so the shares of our stages are
+upper bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.tiny import tiny_tokenizer
 
 G, PROMPTS, LENGTH, ROUNDS = 8, 2, 32, 5
 
-# Method: (stage, whether it is ours)
+# For each method of the trainer that is timed: its stage, and whether the stage is ours
 STAGES = {
     "_generate": ("generation", False),
     "_get_per_token_logps_and_entropies": ("forward for log-probs", False),
@@ -44,7 +45,14 @@ STAGES = {
 
 @dataclass
 class Contender:
-    """A trainer whose stages are timed; ``beside`` is the contender that does the same without us."""
+    """A trainer whose stages are timed.
+
+    Attributes:
+        name: The name in the table.
+        trainer: The trainer.
+        beside: The name of the contender that does the same step without our class.
+        rounds: Seconds by stage, for each round.
+    """
 
     name: str
     trainer: Any
@@ -61,7 +69,7 @@ class Contender:
                 setattr(self.trainer, method, self.clock.timed(stage, getattr(self.trainer, method)))
 
     def step(self) -> dict[str, Any]:
-        """A generation batch and the gradient of one update."""
+        """Makes one generation batch and the gradient of one update, and returns the batch."""
         trainer = self.trainer
         torch.manual_seed(0)
         self.clock.seconds.clear()
@@ -73,21 +81,25 @@ class Contender:
         return output
 
     def milliseconds(self, stage: str) -> float:
+        """The median of a stage over the rounds."""
         return 1e3 * median(seconds.get(stage, 0.0) for seconds in self.rounds)
 
     @property
     def total(self) -> float:
+        """The median of the whole step over the rounds, in milliseconds."""
         return 1e3 * median(sum(seconds.values()) for seconds in self.rounds)
 
 
 class Clock:
-    """Exclusive seconds by stage."""
+    """Adds up the seconds of each stage, without those of the stages that it calls."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     def timed(self, stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, with its time added to ``stage``."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)
             start = time.perf_counter()
@@ -117,6 +129,8 @@ def last(completion_ids: list[list[int]], **columns: object) -> list[float]:
 
 
 def contenders(folder: Path) -> list[Contender]:
+    """TRL's trainer and ours, with one update per batch and with two, where hidden states come free."""
+
     def make(cls: type, iterations: int, **options: Any) -> Any:
         args = GRPOConfig(
             str(folder),
@@ -143,7 +157,7 @@ def contenders(folder: Path) -> list[Contender]:
 
 
 def table(found: list[Contender]) -> str:
-    """Milliseconds by stage, and the whole as a multiple of TRL's own."""
+    """A table of milliseconds by stage, with the whole step as a multiple of TRL's own."""
     totals = {contender.name: contender.total for contender in found}
     lines = [f"\n{'median ms':32}" + "".join(f"{contender.name:>18}" for contender in found)]
     for stage, ours in STAGES.values():
@@ -161,7 +175,7 @@ def table(found: list[Contender]) -> str:
 def test_a_step_of_trl(capsys: Any, tmp_path: Path) -> None:
     found = contenders(tmp_path)
     outputs = [contender.step() for contender in found]
-    for output in outputs:  # nothing wrong is timed
+    for output in outputs:  # a step with a wrong result is not timed
         assert torch.equal(output["completion_ids"], outputs[0]["completion_ids"])
     torch.testing.assert_close(outputs[1]["advantages"], outputs[0]["advantages"], rtol=1e-5, atol=1e-6)
     for contender in found:

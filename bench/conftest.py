@@ -1,4 +1,4 @@
-"""Settings that all benchmarks share, and what their JSON says about where they ran."""
+"""Holds the settings that all benchmarks share, and tells their JSON where they ran."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 import pytest
 
-# Set before torch is imported: the figures are per thread, and a second one would time the machine's other work.
+# This is set before torch is imported. The figures are for one thread; a second one would compete with other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of the GPU benchmarks."""
     parser.addoption("--head", metavar="dxVxT,...", help="shapes for the benchmarks of the head pass")
-    parser.addoption("--no-compile", action="store_true", help="no torch.compile, which takes longer than all else")
-    parser.addoption(
-        "--no-peers", action="store_true", help="none of the head pass's peers, however many are installed"
-    )
+    parser.addoption("--no-compile", action="store_true", help="leave out torch.compile, which takes longest")
+    parser.addoption("--no-peers", action="store_true", help="leave out the head pass's peers, even if installed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Declares the marker, and hands the options on as environment variables."""
     config.addinivalue_line("markers", "headline: a case whose figures DESIGN.md sets targets for")
-    for what in ("compile", "peers"):  # read by bench.gpu_race, which no benchmark has imported yet
+    for what in ("compile", "peers"):  # bench.gpu_race reads the variables when a benchmark imports it, after this
         if config.getoption(f"--no-{what}"):
             os.environ[f"BENCH_{what.upper()}"] = "0"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``shape`` is a ``bench.gpu_head.Shape``, from --head or the default ones."""
+    """Runs a benchmark that asks for ``shape`` with every ``bench.gpu_head.Shape`` of --head, or else of ``SHAPES``."""
     if "shape" not in metafunc.fixturenames:
         return
     from bench.gpu_head import SHAPES, Shape
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def no_faults() -> Iterator[None]:
-    """Those of a case that ended before its report are not the next one's."""
+    """Clears the faults of a case that ended before its report, so that the next case does not report them."""
     from bench.gpu_race import faults
 
     faults.clear()
@@ -52,6 +52,7 @@ def no_faults() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Adds versions, threads and the GPU to the JSON."""
     from bench.tables import machine
 
     machine_info |= machine()
@@ -59,6 +60,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """A copy of the tree without its history cannot tell: then the variable COMMIT does."""
+    """Takes the commit from the variable COMMIT, where the tree is a copy without its git history."""
     if given := os.environ.get("COMMIT"):
         commit_info["id"] = given

@@ -1,4 +1,9 @@
-"""What the device reaches: bytes a second of a big copy, and operations a second of a big product in bfloat16."""
+"""Measures what the device reaches: bytes per second of a large copy, and FLOP/s of a large bfloat16 product.
+
+    python -m bench.gpu_ceilings
+
+The figures are the ceilings that all others are read against.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ ROUNDS, CALLS = (1, 1) if DRY else (5, 20)
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, float]:
-    """Of one call: the median over the rounds, and the least."""
+    """Seconds per call: the median over the rounds, and the least. The first round warms up and does not count."""
     times = []
     for _ in range(1 + ROUNDS):
         wait()
@@ -30,6 +35,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Prints and records both ceilings."""
     source = torch.ones(COPIED, device=DEVICE, dtype=torch.int8)
     target = torch.empty_like(source)
     a, b = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))

@@ -1,4 +1,7 @@
-"""Every output against float64 first, on the same device: what is wrong is not reported without saying so."""
+"""Checks every output against float64 on the same device before it is timed, so that no wrong answer passes unnoticed.
+
+It also makes the inputs of the benchmarks, which are the same numbers on every machine.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from tests.kernels.helpers import assert_close
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """The same numbers on every machine."""
+    """Standard normal numbers, drawn on the CPU so that they are the same on every machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def head(rewards: int, size: int, units: int | None) -> ConductorParams:
-    """A Conductor's head, linear or with ``units`` hidden ones."""
+    """A Conductor's network with random weights: linear, or with ``units`` hidden units."""
     inner = size if units is None else units
     hidden = (None, None) if units is None else (normal(units, size, seed=5) / size**0.5, normal(units, seed=6) / 10)
     return ConductorParams(
@@ -33,16 +36,17 @@ def head(rewards: int, size: int, units: int | None) -> ConductorParams:
 
 
 def wide(value: Any) -> Any:
-    """Floating tensors, those of a head included, in float64."""
+    """A floating tensor, or a Conductor's network, in float64. Everything else stays as it is."""
     if isinstance(value, ConductorParams):
         return ConductorParams(*(wide(x) for x in value.tensors))
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def gate(ours: Any, plain: Any, truth: Any, *, epsilon: float, what: str) -> None:
-    """The rule of DESIGN.md section 6 for a tensor, or for each field of a named tuple.
+    """Checks a tensor, or each field of a named tuple, by the rule of DESIGN.md section 6.
 
-    A result that breaks it is noted with the case's faults: the figures are then printed as wrong.
+    Our error may not exceed that of the plain PyTorch op by more than ``epsilon``. A result that breaks the rule is
+    added to the faults of the case, whose figures are then printed as wrong.
     """
     if isinstance(truth, Tensor):
         try:
@@ -55,7 +59,7 @@ def gate(ours: Any, plain: Any, truth: Any, *, epsilon: float, what: str) -> Non
 
 
 def clear_seed(probs: Callable[[], Tensor]) -> int:
-    """A seed whose draws keep off the edges between actions, where a rounding of the [B, K] probabilities decides."""
+    """A seed for which no draw lies so near the edge between two actions that rounding of ``probs`` [B, K] decides."""
     cdf_BK = probs().double().cumsum(-1)[:, :-1]
     for seed in range(1000):
         u_B = uniform(seed, 0, 0, cdf_BK.shape[0], cdf_BK.device).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu_gate import gate, wide
 from bench.gpu_race import DEVICE, DRY, Contender, wait
-from maestro_fast.ops.head_chunks import chunk_rows
+from maestro_fast.ops.head import chunk_rows
 
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter is wrong in bfloat16
 ROUNDING = 1e-5 if DTYPE is torch.float32 else 2e-3  # of a gradient, beside its largest element

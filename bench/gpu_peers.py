@@ -1,8 +1,8 @@
-"""The peers of the head pass: log-probs, and entropies, from hidden states and a head, each by its own code.
+"""The peers of the head pass: each computes log-probs, and some entropies too, from hidden states and the LM head.
 
-They are called as their trainers call them, with their own defaults. Liger's op of scaled cross entropy takes its CuTe
-kernel on sm_90, which needs nvidia-cutlass-dsl. **Not run yet**, since they need a CUDA device, so written from their
-sources alone: verl 0.9.1, cut-cross-entropy 25.1.1, that CuTe kernel.
+Each peer is called as its own trainer calls it, with its own defaults. Liger's scaled cross entropy uses its CuTe
+kernel on sm_90, which needs nvidia-cutlass-dsl. The calls of verl 0.9.1, of cut-cross-entropy 25.1.1 and of that CuTe
+kernel need a CUDA device. They were written from the sources alone and have **not been run yet**.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ Logprobs = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Peer:
-    """``load`` imports it, and gives what computes (log-probs, entropies) of (hidden, head, targets, entropy)."""
+    """One op of another package.
+
+    Attributes:
+        name: How the tables call it.
+        package: The package that has to be installed.
+        load: Imports the op and returns a function of (hidden, head, targets, entropy) that gives (log-probs,
+            entropies).
+        entropy: Whether the op computes entropies.
+        cuda_only: Whether the op needs a CUDA device.
+    """
 
     name: str
     package: str
@@ -39,7 +48,7 @@ class Peer:
 
 
 def available(peer: Peer) -> str | None:
-    """Why it cannot take part, or None."""
+    """The reason why the peer cannot take part, or None if it can."""
     if not HEAD_PEERS:
         return "none are wanted"
     if find_spec(peer.package) is None:
@@ -54,7 +63,7 @@ def available(peer: Peer) -> str | None:
 
 
 def peers(*, entropy: bool = False) -> tuple[dict[str, Logprobs], list[str]]:
-    """Those that are here, by name, and a line for each that is not."""
+    """The peers that can take part, by name, and a line for each of the others with the reason."""
     reasons = {p: "it has no entropy" if entropy and not p.entropy else available(p) for p in PEERS}
     here = {p.name: p.load() for p, reason in reasons.items() if reason is None}
     return here, [f"{p.name}: skipped, {reason}" for p, reason in reasons.items() if reason is not None]
@@ -62,7 +71,10 @@ def peers(*, entropy: bool = False) -> tuple[dict[str, Logprobs], list[str]]:
 
 @contextmanager
 def _stand_ins(*names: str) -> Iterator[None]:
-    """Empty modules for those that are not installed, where an import asks for more than what is called needs."""
+    """Puts empty modules in the place of packages that are not installed, while a peer is imported.
+
+    Peers import them at the top of a file, and the op that is called does not use them.
+    """
     missing = [name for name in names if find_spec(name) is None]
     for name in missing:
         module = ModuleType(name)
@@ -77,13 +89,14 @@ def _stand_ins(*names: str) -> Iterator[None]:
 
 
 def _any_class(name: str) -> type:
+    """Answers ``from package import name`` with a class, for every name that is not special."""
     if name.startswith("__"):
         raise AttributeError(name)
     return object
 
 
 def _trl() -> Logprobs:
-    import accelerate  # noqa: F401  # these look for datasets and pandas themselves
+    import accelerate  # noqa: F401  # imported before the stand-ins: both look for datasets and pandas themselves
     import transformers  # noqa: F401
 
     with _stand_ins("datasets", "pandas"):
@@ -100,7 +113,10 @@ def _trl() -> Logprobs:
 
 
 def _verl() -> Logprobs:
-    """Its packages' own __init__ import Ray and tensordict, which its kernel does without."""
+    """Imports verl's kernel without running the ``__init__`` of its packages.
+
+    They import Ray and tensordict, which the kernel does not use.
+    """
     spec = find_spec("verl")
     assert spec is not None and spec.submodule_search_locations
     for name in ("verl", "verl.utils"):

@@ -1,9 +1,10 @@
-"""Contenders on a CUDA device: time on the wall, on the host, in a CUDA graph, launches, host syncs.
+"""Times contenders on a CUDA device in turn: wall time, host time, time in a CUDA graph, launches and host syncs.
 
-BENCH_DRY=1 runs every contender once, on small sizes, where there is no device in Triton's interpreter: it shows that
-the benchmarks work. Ours are not timed then, and the times of others mean nothing.
+BENCH_DRY=1 runs every contender once on small sizes, in Triton's interpreter where there is no device. It shows that
+the benchmarks work. Our ops are not timed then, and the times of others mean nothing.
 
-Whatever fails is recorded as such, and everything else still measured; the test fails at its end.
+A contender that fails is reported as failed, and everything else is still measured. If it is one of ours, the test
+fails at its end.
 """
 
 from __future__ import annotations
@@ -32,19 +33,25 @@ MARKS = [
         reason="a dry run without a CUDA device needs TRITON_INTERPRET=1",
     ),
 ]
-# --no-compile, --no-peers
+# bench/conftest.py sets these variables for --no-compile and --no-peers.
 COMPILING, HEAD_PEERS = (os.environ.get(f"BENCH_{x}", "1") == "1" for x in ("COMPILE", "PEERS"))
 EMPTIES = "five torch.empty"
 COMPILED = "torch.compile of it"
-faults: list[str] = []  # what is wrong with ours in the case that runs: the report prints it, and fails
-_CALLS = 20  # of one round: on the wall, and copied into a CUDA graph
-_COLD_CALLS = 5
-_FLUSH_BYTES = 256 << 20  # several times the largest L2
+faults: list[str] = []  # what is wrong with our ops in the current case; ``report`` prints it and fails
+_CALLS = 20  # calls in one round of wall time, at most, and in one CUDA graph
+_COLD_CALLS = 5  # calls in one CUDA graph with a cold L2
+_FLUSH_BYTES = 256 << 20  # several times the size of the largest L2
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed. ``peer``: not ours, so that it may wait for the device or refuse a CUDA graph."""
+    """What is timed.
+
+    Attributes:
+        name: The name in the table.
+        run: Makes one call.
+        peer: Whether it is not ours. A peer that fails is left out; an op of ours that fails is a fault.
+    """
 
     name: str
     run: Callable[[], Any]
@@ -53,15 +60,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians in microseconds a call; None where there is no such figure.
+    """Medians in microseconds per call, and counts. A figure that was not measured is None.
 
     Attributes:
-        wall: of calls one after another, the device waited for at the end.
-        host: of the same calls, until the last one has returned: what Python and the launches take.
-        graph: replayed from a CUDA graph of many calls, so the inputs are in the L2 as far as they fit.
-        cold: the same, the L2 overwritten before each call; the time of the overwriting is taken off.
-        launches: kernels, copies and fills of one call.
-        syncs: times that the host waited for the device in one call.
+        wall: Wall time of calls one after another, with one wait for the device at the end.
+        host: The time until the last of these calls has returned: what Python and the launches take.
+        graph: Time in a replayed CUDA graph of many calls. As far as the inputs fit into the L2, they are there.
+        cold: The same, with the L2 overwritten before each call. The time of the overwriting is subtracted.
+        launches: The number of kernels, copies and fills in one call.
+        syncs: How often the host waits for the device in one call.
     """
 
     wall: float | None
@@ -74,7 +81,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Target:
-    """A line of DESIGN.md section 7: what was measured, and what it should be at most, or at least."""
+    """A target of DESIGN.md section 7.
+
+    Attributes:
+        what: What is measured.
+        value: The measured value, or None.
+        bound: The value that it should have at most.
+        at_least: Whether ``bound`` is the least value instead.
+    """
 
     what: str
     value: float | None
@@ -90,7 +104,7 @@ class Target:
 
 
 def compiled(run: Callable[[], Any]) -> list[Contender]:
-    """``run`` by torch.compile, in one graph; none of it with --no-compile."""
+    """``run`` compiled by torch.compile into one graph, as a contender. The list is empty with --no-compile."""
     if not COMPILING:
         return []
     torch._dynamo.reset()
@@ -99,21 +113,26 @@ def compiled(run: Callable[[], Any]) -> list[Contender]:
 
 
 def copy_of(moved: int) -> Contender:
-    """The limit: torch's copy that reads and writes as many bytes."""
+    """The limit of an op bound by memory: a copy by torch that reads and writes ``moved`` bytes in all."""
     source = torch.ones(max(1, moved // 8), device=DEVICE)
     target = torch.empty_like(source)
     return Contender("torch copy of as many bytes", lambda: target.copy_(source))
 
 
 def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[dict[str, Figures], list[str]]:
-    """Figures by name, ours first, and a line for each figure that is missing: why a contender that failed has none,
-    or why a call cannot be captured in a CUDA graph. Rounds go through the contenders in turn.
+    """Times the contenders, the first of which is ours, in rounds that go through all of them.
 
-    ``seconds`` is for contenders that take milliseconds: rounds end after as many, but not before the third, and there
-    are no CUDA graphs, which would hold the memory of their calls.
+    Args:
+        contenders: What is timed.
+        seconds: The time after which rounds end, but not before the third. It is for contenders that take milliseconds;
+            they are not captured in CUDA graphs, which would hold on to the memory of their calls.
+
+    Returns:
+        The figures by name, in the order of the contenders, and a note for each figure that is missing: why a contender
+        failed, or why it cannot be captured in a CUDA graph.
 
     Raises:
-        Exception: that of the first contender, without which there is nothing to compare.
+        Exception: The first contender failed, and without it there is nothing to compare.
     """
     ready, notes = [], []
     for contender in contenders:
@@ -127,7 +146,7 @@ def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[
             notes.append(note) if contender.peer else faults.append(note)
         else:
             ready.append(contender)
-    timers = {c.name: _wall_timer(c.run) for c in ready if c.peer or not DRY}  # ours take long in the interpreter
+    timers = {c.name: _wall_timer(c.run) for c in ready if c.peer or not DRY}  # our ops are slow in the interpreter
     if seconds is None:
         timers[EMPTIES] = _wall_timer(_five_empties)
     times = _in_turn(timers, seconds)
@@ -140,7 +159,10 @@ def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[
 
 
 def _in_graphs(ready: list[Contender], found: dict[str, Figures], notes: list[str]) -> dict[str, Figures]:
-    """``found`` with the times of what can be captured."""
+    """``found`` with the times in CUDA graphs, and a note for each contender that cannot be captured.
+
+    The empty name stands for the overwriting of the L2 alone, whose time is subtracted.
+    """
     warm, cold = {}, {"": _graph_timer(lambda: None, _COLD_CALLS, flush=True)}
     for c in ready:
         try:
@@ -159,14 +181,14 @@ def _in_graphs(ready: list[Contender], found: dict[str, Figures], notes: list[st
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong first: a capture that is broken off fails once more at its end."""
+    """The first line of the first error. A capture that fails raises a second error when it is ended."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _five_empties() -> None:
-    """What as many allocations take, the measure of a host path."""
+    """Five allocations: the yardstick for the host time of an op that allocates its outputs."""
     for _ in range(5):
         torch.empty(4096, device=DEVICE)
 
@@ -175,7 +197,7 @@ Times = TypeVar("Times", float, tuple[float, float])
 
 
 def _in_turn(timers: dict[str, Callable[[], Times]], seconds: float | None = None) -> dict[str, Times]:
-    """Medians of each over the rounds, A B C A B C ..."""
+    """The median of each timer over rounds of A B C A B C ..., which end after ``seconds``."""
     values: dict[str, list[Times]] = {name: [] for name in timers}
     start = time.perf_counter()
     for done in range(ROUNDS):
@@ -187,18 +209,23 @@ def _in_turn(timers: dict[str, Callable[[], Times]], seconds: float | None = Non
 
 
 def _medians(values: list[Times]) -> Times:
+    """The median of numbers, or the medians of the columns of tuples."""
     if isinstance(values[0], tuple):
         return tuple(median(column) for column in zip(*values, strict=True))  # type: ignore[return-value, arg-type]
     return median(values)
 
 
 def wait() -> None:
+    """Waits until the device has done all work, if there is one."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _wall_timer(run: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
-    """On the wall and on the host; a round is as many calls as take 2 ms, at most ``_CALLS``, which fill no queue."""
+    """A timer of wall and host time per call.
+
+    A round makes as many calls as take 2 ms, but at most ``_CALLS``, so that the queue of launches never fills up.
+    """
     calls = 1
     if not DRY:
         wait()
@@ -220,11 +247,12 @@ def _wall_timer(run: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
 
 
 def _graph_timer(run: Callable[[], Any], calls: int, *, flush: bool) -> Callable[[], float]:
-    rubbish = torch.empty(_FLUSH_BYTES if flush else 0, device=DEVICE, dtype=torch.int8)
+    """A timer of one call in a CUDA graph of ``calls`` calls, each after the L2 was overwritten if ``flush`` is set."""
+    flushed = torch.empty(_FLUSH_BYTES if flush else 0, device=DEVICE, dtype=torch.int8)
 
     def body() -> None:
         if flush:
-            rubbish.zero_()
+            flushed.zero_()
         run()
 
     stream = torch.cuda.Stream()
@@ -240,7 +268,7 @@ def _graph_timer(run: Callable[[], Any], calls: int, *, flush: bool) -> Callable
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timer(kept: Any = body) -> float:
-        """The graph writes to the memory that ``body`` holds, so whoever holds the graph has to hold that, too."""
+        """Replays the graph. The default argument keeps ``body`` alive, because the graph uses the memory it holds."""
         begin.record()
         graph.replay()
         end.record()
@@ -252,7 +280,7 @@ def _graph_timer(run: Callable[[], Any], calls: int, *, flush: bool) -> Callable
 
 
 def count_syncs(run: Callable[[], Any]) -> int:
-    """How often torch makes the host wait for the device in one call."""
+    """How often torch makes the host wait for the device in one call of ``run``."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -265,11 +293,11 @@ def count_syncs(run: Callable[[], Any]) -> int:
 
 
 def count_launches(run: Callable[[], Any]) -> int | None:
-    """Kernels, copies and fills that one call has the device run; None where the profiler sees nothing."""
+    """The number of kernels, copies and fills in one call of ``run``, or None if the profiler sees nothing."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the profiler's, about itself
+        warnings.simplefilter("ignore")  # the profiler warns about itself
         with torch.profiler.profile(activities=activities) as profile:
             run()
             torch.cuda.synchronize()
@@ -279,7 +307,7 @@ def count_launches(run: Callable[[], Any]) -> int | None:
 
 
 def ratio(figures: dict[str, Figures], peer: str, kind: str) -> float | None:
-    """How many times as long as ours, the first, a peer takes; ``kind`` is a field of ``Figures``."""
+    """The time of ``peer`` as a multiple of ours, the first in ``figures``. ``kind`` is a field of ``Figures``."""
     ours = getattr(next(iter(figures.values())), kind)
     theirs = getattr(figures[peer], kind) if peer in figures else None
     return theirs / ours if theirs is not None and ours else None
@@ -295,15 +323,21 @@ def report(
     notes: list[str] | None = None,
     columns: dict[str, dict[str, str]] | None = None,
 ) -> None:
-    """Prints a block of the op's table, leaves everything in the JSON, and fails if there are faults.
+    """Prints a block of the op's table, records everything as JSON, and fails if there are faults.
 
     Args:
-        moved: bytes that our op has to read and write.
-        notes: further lines, e.g. which peers were left out.
-        columns: further ones by title, the cells by name of the contender; the same titles in all cases of an op.
+        capsys: The fixture of pytest.
+        op: The name of the op.
+        case: The title of the block.
+        raced: What ``race`` returned.
+        moved: The number of bytes that our op has to read and write.
+        targets: The targets that the figures are compared with.
+        notes: Further lines, such as the peers that were left out.
+        columns: Further columns by title, each with cells by the name of the contender. All cases of an op have the
+            same titles.
 
     Raises:
-        AssertionError: something of ours was wrong.
+        AssertionError: One of our ops was wrong or failed.
     """
     figures, missing = raced
     columns = columns or {}
@@ -326,5 +360,6 @@ def report(
 
 
 def _multiples(figures: dict[str, Figures], name: str) -> str:
+    """The cells with a contender's wall time and graph time as multiples of ours."""
     values = ratio(figures, name, "wall"), ratio(figures, name, "graph")
     return "".join(f"{'-' if x is None else format(x, '.2f'):>10}" for x in values)

@@ -1,14 +1,14 @@
-"""One whole training step with the Conductor, and with equal weights, on a random Qwen3 of 0.6 billion parameters.
+"""Times whole training steps with the Conductor and with equal weights, on a random Qwen3 of 0.6 billion parameters.
 
     python -m bench.gpu_step [SECONDS]
 
-64 sequences of 2,048 tokens in bfloat16 by micro-batches: hidden states and old log-probs, weights and advantages, the
-loss in one sweep, backward, AdamW. All forwards and backwards are the same work in both. What the Conductor adds is its
-pooling, its weights and its update.
+A step trains on 64 sequences of 2,048 tokens in bfloat16, in micro-batches: hidden states and old log-probs, weights
+and advantages, head and loss in one sweep, backward, AdamW. Forwards and backwards are the same work in both kinds of
+step. The Conductor adds its pooling, its weights and its update.
 
-It is measured twice: by the clocks of its stages on the device, and as the difference of whole steps, which come in
-blocks, Conductor - equal - equal - Conductor, so that a drift of the clocks cancels within a block. Blocks are run as
-long as the seconds last, or until an interrupt, and each is recorded at once.
+What it adds is measured in two ways: by device clocks around its stages, and as the difference between whole steps.
+Those come in blocks of Conductor - equal - equal - Conductor, so that a drift of the clocks cancels within a block.
+Blocks run until the seconds are over or an interrupt comes, and each is recorded as soon as it is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.tables import record
 from maestro_fast import ops
 from maestro_fast.evals.statistics import paired_difference
 
-K, G, P = 4, 8, 512  # rewards, responses to a prompt, tokens of a prompt
+K, G, P = 4, 8, 512  # the numbers of rewards, of responses to a prompt, and of tokens in a prompt
 B, LENGTH, BLOCKS = 64, 2048, 12
 SHAPE: dict[str, Any] = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
@@ -38,21 +38,22 @@ if DRY:
     G, P, B, LENGTH, BLOCKS = 2, 3, 4, 8, 2
     SHAPE = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter is wrong in bfloat16
-C = LENGTH - P  # tokens of a completion
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpreter computes bfloat16 wrongly
+C = LENGTH - P  # the number of tokens in a completion
 CONDUCTOR_STAGES = ("pooling", "adaptive step", "Conductor's update", "advantages")
 CONFIG = ops.PolicyLossConfig("dapo")
-TARGET = 1.0  # per cent of a step
+TARGET = 1.0  # the share of a step that the Conductor may add, in per cent
 
 
 class Stages:
-    """Milliseconds by name, between marks in the device's queue."""
+    """The milliseconds of each stage, measured between marks in the device's queue."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[str, Any]] = []
         self("begin")
 
     def __call__(self, name: str) -> None:
+        """Marks the end of stage ``name``, which began at the mark before."""
         if DEVICE.type == "cpu":
             self.marks.append((name, time.perf_counter()))
             return
@@ -61,6 +62,7 @@ class Stages:
         self.marks.append((name, event))
 
     def milliseconds(self) -> dict[str, float]:
+        """The milliseconds by stage; a stage that was marked several times has the sum."""
         wait()
         found: dict[str, float] = defaultdict(float)
         for (_, before), (name, after) in pairwise(self.marks):
@@ -69,7 +71,7 @@ class Stages:
 
 
 class Training:
-    """The model, its optimiser, the Conductor's head, and one batch that every step trains on."""
+    """The model, its optimizer, the Conductor's state, and the one batch that every step trains on."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -86,18 +88,22 @@ class Training:
         self.head = self.model.lm_head.weight
 
     def hidden(self, rows: slice) -> Tensor:
+        """The last hidden states [rows, LENGTH, d] of some sequences."""
         states: Tensor = self.model.model(input_ids=self.ids[rows]).last_hidden_state
         return states
 
     def predicting(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The states [C tokens of each, d] that predict the completions, and these."""
+        """The hidden states [rows * C, d] that predict the completions, and the tokens [rows * C] of these."""
         return hidden[:, P - 1 : -1].flatten(0, 1), self.ids[rows, P:].flatten()
 
     def step(self, adaptive: bool, micro: int) -> tuple[float, dict[str, float]]:
-        """Milliseconds on the wall, and by stage.
+        """Makes one step with micro-batches of ``micro`` sequences.
+
+        Returns:
+            The milliseconds of wall time, and the milliseconds by stage.
 
         Raises:
-            AssertionError: the loss is not finite.
+            AssertionError: The loss is not finite.
         """
         wait()
         start, mark = time.perf_counter(), Stages()
@@ -126,6 +132,7 @@ class Training:
         return wall, mark.milliseconds()
 
     def advantages(self, h: Tensor | None, mark: Stages) -> Tensor:
+        """Advantages [B] under the Conductor's weights, with its update, or without ``h`` under equal weights."""
         if h is None:
             found = ops.group_advantages(self.rewards, self.equal, G, profile="maestro")
             mark("advantages")
@@ -139,6 +146,7 @@ class Training:
         return found.advantages
 
     def backward(self, rows: slice, old: ops.TokenLogprobs, advantages: Tensor, mark: Stages) -> Tensor:
+        """Adds the gradient of one micro-batch, and returns its loss."""
         states, targets = self.predicting(self.hidden(rows), rows)
         mark("forward")
         bounds = torch.arange(0, len(targets) + 1, C)
@@ -150,16 +158,16 @@ class Training:
         return loss.detach()
 
     def operations(self) -> float:
-        """Of one step's products: those of the layers, of attention, which sees half of the pairs, and of the head."""
+        """The FLOPs of the matrix products in one step: layers, causal attention (half of all pairs) and LM head."""
         layers = sum(x.numel() for x in self.model.model.layers.parameters())
         pairs = SHAPE["num_hidden_layers"] * HEADS["num_attention_heads"] * HEADS["head_dim"] * LENGTH
         head = SHAPE["hidden_size"] * SHAPE["vocab_size"]
         forward = 2 * B * (LENGTH * (layers + pairs) + C * head)
-        return 4.0 * forward  # old log-probs, then forward and backward
+        return 4.0 * forward  # one forward for the old log-probs, one for training, and a backward of two
 
 
 def micro_batch(training: Training) -> int:
-    """The largest of which a step of each kind fits the memory; these also warm everything up."""
+    """The largest micro-batch with which a step of each kind fits the memory. These steps also warm everything up."""
     for micro in (8, 4, 2, 1) if not DRY else (2,):
         try:
             for adaptive in (True, False):
@@ -176,7 +184,7 @@ Block = tuple[list[tuple[float, dict[str, float]]], list[tuple[float, dict[str, 
 
 
 def blocks(training: Training, micro: int, until: float) -> Iterator[Block]:
-    """Steps with the Conductor, and with equal weights; an interrupt ends the blocks, not the run."""
+    """Blocks of steps with the Conductor and with equal weights. An interrupt ends the blocks, but not the run."""
     longest = 0.0
     try:
         for done in range(BLOCKS):
@@ -193,7 +201,7 @@ def blocks(training: Training, micro: int, until: float) -> Iterator[Block]:
 
 
 def report(done: list[Block], operations: float) -> None:
-    """Prints and records what a step takes by stage, and what the Conductor adds to it."""
+    """Prints and records the time of each stage, and what the Conductor adds to a step."""
     ours, equal = ([step for block in done for step in block[kind]] for kind in (0, 1))
     step_ms, equal_ms = (median(wall for wall, _ in steps) for steps in (ours, equal))
     names = list(dict.fromkeys(name for _, stages in (*ours, *equal) for name in stages))
@@ -221,6 +229,7 @@ def report(done: list[Block], operations: float) -> None:
 
 
 def main() -> None:
+    """Runs blocks for the seconds of the command line, and reports them."""
     until = time.monotonic() + (float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
     training = Training()
     micro = micro_batch(training)

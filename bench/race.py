@@ -1,7 +1,7 @@
-"""Contenders timed in turn, A B C A B C ..., so that what else the machine does falls on all of them alike.
+"""Times contenders on the CPU in turn, A B C A B C ..., so that other work of the machine slows all of them alike.
 
-Twice: in a loop of calls, whose data and code are in the caches; and one call at a time after 64 MiB were written, as a
-training step makes them, between whose calls a model runs.
+Each contender is timed in two ways. In a loop of calls, its data and code are in the caches. Alone, after 64 MiB were
+written, they are not: that is how a training step makes the call, since a model runs between two of them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 
 from bench.tables import emit
 
-_EVICTING = 64 << 20  # bytes, many times a core's own caches
+_EVICTING = 64 << 20  # bytes that are written to empty the caches, many times the size of a core's own
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: ``calls`` calls of ``run`` a round where caches are warm, one where they are cold."""
+    """What is timed. A round makes ``calls`` calls of ``run`` with warm caches, and one call with cold caches."""
 
     name: str
     run: Callable[[], Any]
@@ -31,7 +31,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call over the rounds: median and least in a loop, and with cold caches."""
+    """Microseconds per call over the rounds.
+
+    Attributes:
+        median: The median in a loop of calls.
+        best: The least in a loop of calls.
+        cold: The median with cold caches.
+        cold_best: The least with cold caches.
+    """
 
     median: float
     best: float
@@ -40,10 +47,10 @@ class Timing:
 
 
 def race(contenders: list[Contender], *, rounds: int = 40) -> dict[str, Timing]:
-    """Times by name. The first contender is ours; every one is run before the clock is."""
+    """The times by name, ours first as in ``contenders``. Every contender makes three calls before it is timed."""
     warm: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     cold: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    rubbish = torch.zeros(_EVICTING, dtype=torch.int8)
+    eviction = torch.zeros(_EVICTING, dtype=torch.int8)
     for contender in contenders:
         for _ in range(3):
             contender.run()
@@ -52,7 +59,7 @@ def race(contenders: list[Contender], *, rounds: int = 40) -> dict[str, Timing]:
     try:
         for _ in range(rounds):
             for contender in contenders:
-                rubbish.add_(1)
+                eviction.add_(1)
                 cold[contender.name].append(_seconds(contender.run, 1))
             for contender in contenders:
                 contender.run()
@@ -65,7 +72,7 @@ def race(contenders: list[Contender], *, rounds: int = 40) -> dict[str, Timing]:
 
 
 def _seconds(run: Callable[[], Any], calls: int) -> float:
-    """Per call."""
+    """Seconds per call."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -73,12 +80,15 @@ def _seconds(run: Callable[[], Any], calls: int) -> float:
 
 
 def report(benchmark: Any, capsys: Any, title: str, case: str, times: dict[str, Timing], moved: int) -> None:
-    """Prints a line of the op's table, and leaves the times with pytest-benchmark.
+    """Prints one line of the op's table, and stores the times in pytest-benchmark's JSON.
 
     Args:
-        title: of the table, the same for all cases of an op.
-        times: of a ``race``, ours first; the others also as a multiple of it.
-        moved: bytes that our op has to read and write.
+        benchmark: The fixture of pytest-benchmark.
+        capsys: The fixture of pytest.
+        title: The title of the table, the same for all cases of an op.
+        case: The first column of the line.
+        times: What ``race`` returned, ours first. The times of the others are printed as multiples of ours, too.
+        moved: The number of bytes that our op has to read and write.
     """
     benchmark.extra_info["bytes"] = moved
     benchmark.extra_info["times_us"] = {name: vars(t) for name, t in times.items()}

@@ -1,8 +1,10 @@
-"""One small run of every Triton kernel, for compute-sanitizer: python -m bench.sanitize. To pytest it is five tests.
+"""Runs every Triton kernel once on small inputs, for compute-sanitizer. To pytest this file is five tests.
 
-Fails where a result is not finite. No size divides by a tile, and most are larger than one, so that loops run
-with and without their masks. The head pass is in bfloat16: its gradient of the logits is written in their place, and
-its tiles are loaded by descriptors.
+    python -m bench.sanitize
+
+It fails if a result is not finite. No size is a multiple of a tile, and most are larger than one tile, so that loops
+run both with and without their masks. The head pass runs in bfloat16, where the gradient overwrites the logits and
+tensor descriptors load the tiles.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ pytestmark = MARKS
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 B, K, D, H, G, T = 15, 3, 300, 7, 5, 61
-V, WIDTH = (70 if INTERPRETED else 10_007), 64  # of the head pass; the interpreter takes minutes for the larger one
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter is wrong in bfloat16
-LONG = 600  # tokens, more than one chunk of pooling
+V, WIDTH = (
+    (70 if INTERPRETED else 10_007),
+    64,
+)  # sizes of the LM head; the interpreter needs minutes for the larger V
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter computes bfloat16 wrongly
+LONG = 600  # the number of tokens in the inputs of pooling, more than one chunk
 
 
 def normal(*shape: int) -> Tensor:
@@ -36,23 +41,25 @@ def normal(*shape: int) -> Tensor:
 
 
 def head(units: int | None) -> ConductorParams:
+    """A Conductor's network with random weights: linear, or with ``units`` hidden units."""
     hidden = (None, None) if units is None else (normal(units, D) / 6, normal(units))
     return ConductorParams(normal(D), normal(D).abs() + 0.5, normal(K, units or D) / 6, normal(K), *hidden)
 
 
 def bounds(tokens: int) -> Tensor:
-    """int64 [B + 1]: uneven, the second sequence empty, the last the longest."""
+    """int64 [B + 1], the bounds of sequences: the second one is empty, and the last one is the longest."""
     inner = torch.arange(1, B) * 4
     inner[1] = inner[0]
     return torch.cat([torch.zeros(1, dtype=torch.int64), inner, torch.tensor([tokens])]).to(DEVICE)
 
 
 def advantages() -> Iterator[tuple[str, Any]]:
+    """Advantages and counterfactual advantages, in even and in ragged groups."""
     rewards, weights = normal(B, K), normal(B, K).abs()
     rewards[1, 0] = rewards[4] = torch.nan
     ragged = [i % 4 for i in range(B)]
     given: dict[str, Any] = {"weights": weights, "backend": "triton"}
-    kl: dict[str, Any] = {"kl": normal(B), "beta": 0.1}  # in the score, with this profile alone
+    kl: dict[str, Any] = {"kl": normal(B), "beta": 0.1}  # only this profile has the KL in the score
     for profile in ("maestro", "grpo", "grpo_batch", "gdpo", "rloo", "verl_gdpo"):
         more = kl if profile == "maestro" else {}
         lengths = torch.arange(B).to(DEVICE) + 1 if profile == "verl_gdpo" else None
@@ -66,6 +73,7 @@ def advantages() -> Iterator[tuple[str, Any]]:
 
 
 def conductor() -> Iterator[tuple[str, Any]]:
+    """Pooling, the Conductor's weights, the adaptive step and the Conductor's update."""
     h, hidden, rewards = normal(B, D), normal(LONG, D), normal(B, K)
     for mode in ("last", "mean"):
         yield f"pool_hidden, {mode}", ops.pool_hidden(hidden, cu_seqlens=bounds(LONG), mode=mode, backend="triton")
@@ -108,6 +116,7 @@ def updated(h: Tensor, params: ConductorParams) -> list[Tensor]:
 
 
 def losses() -> Iterator[tuple[str, Any]]:
+    """The policy loss of given log-probs, with its gradient."""
     configs = [
         PolicyLossConfig("dapo", kl_coef=0.1, entropy_coef=0.1),
         PolicyLossConfig("grpo", ratio="sequence", sampler_correction="sequence_mask"),
@@ -132,7 +141,7 @@ def losses() -> Iterator[tuple[str, Any]]:
 
 
 def head_pass() -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, the head's matrix, and targets from all over the vocabulary, one of them ignored."""
+    """Hidden states, the matrix of the LM head, and targets from the whole vocabulary, one of which is ignored."""
     targets = (torch.arange(T) * 331 % V).to(DEVICE)
     targets[3] = -100
     hidden, lm_head = ((normal(n, WIDTH) / WIDTH**0.25).to(DTYPE).requires_grad_() for n in (T, V))
@@ -140,6 +149,7 @@ def head_pass() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def logprobs() -> Iterator[tuple[str, Any]]:
+    """Log-probs and entropies by both strategies, with their gradients."""
     strategies: tuple[Any, ...] = ("chunked", "fused")
     for strategy in strategies:
         hidden, lm_head, targets = head_pass()
@@ -151,6 +161,7 @@ def logprobs() -> Iterator[tuple[str, Any]]:
 
 
 def sweep() -> Iterator[tuple[str, Any]]:
+    """Head and loss in one sweep, with the gradients. Every second sequence has the advantage 0."""
     hidden, lm_head, targets = head_pass()
     advantages = torch.randn(B)
     advantages[::2] = 0.0

@@ -1,4 +1,4 @@
-"""What a benchmark prints and records: one table per op, a line for each case as it is done."""
+"""Prints and records what benchmarks measure: a table per op, and a line for each case as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-_begun: list[str] = []  # the tables of this session, the one that is being written last
+_begun: list[str] = []  # titles of the tables of this session; lines are being added to the last one
 
 
 def emit(capsys: Any, title: str, lines: Iterable[str], header: Iterable[str] = ()) -> None:
-    """Prints lines, under their title and header unless those of the same table came last."""
+    """Prints lines of a table. Its title and header come first, unless the last lines belonged to the same table."""
     with capsys.disabled():
         if _begun[-1:] != [title]:
             _begun.append(title)
@@ -26,9 +26,9 @@ def emit(capsys: Any, title: str, lines: Iterable[str], header: Iterable[str] = 
 
 
 def record(values: dict[str, Any]) -> None:
-    """Appends a line of JSON to the file that BENCH_JSON names, at once, so that what is stopped later leaves it.
+    """Appends a line of JSON to the file that BENCH_JSON names. A run that is stopped later keeps the lines so far.
 
-    The first line of the file says where it was measured.
+    The first line of the file describes the machine.
     """
     if not (path := os.environ.get("BENCH_JSON")):
         return
@@ -38,7 +38,7 @@ def record(values: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Versions, threads, the commit, and the CUDA device if there is one."""
+    """The versions, the numbers of threads, the commit, and the CUDA device if there is one."""
     import torch
 
     names = ("torch", "triton", "transformers", "trl", "numpy")
@@ -61,6 +61,7 @@ def machine() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
+    """The first line that a command prints, or why there is none."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError) as error:

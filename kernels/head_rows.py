@@ -1,4 +1,4 @@
-"""Rows of logits: log-probs and entropies in one pass, and their gradient.
+"""Rows of logits: log-probs and entropies in one pass over a row, and their gradient in another.
 
     u_v = scale x_v + b_v             y_v = cap tanh(u_v / cap), or u_v        gap_v = (y_v - peak) / T
     peak = max_v y_v                  total = sum_v exp gap_v                  p_v = exp(gap_v) / total
@@ -9,32 +9,78 @@ x [C, V] float32 is what a matrix product of hidden states and head wrote. One p
 a row depends on the others. Sums are kept relative to the largest y so far: an offset that all logits share costs no
 precision.
 
-dL/du is written in the dtype that the next matrix product reads: as float32 in the place of x, or as 16-bit numbers to
-a buffer of their own, which that product then reads row after row without gaps.
+dL/du is written in the dtype that the next matrix product reads: float32 over x, or 16-bit into a buffer of its own,
+whose rows that product reads without gaps.
 
-Bytes moved: 4 V C for the statistics, 8 V C or 6 V C for the gradient. A row that is ignored is not read, nor is one
-without a gradient, which is only zeroed.
+Bytes moved: 4 V C for the statistics, 8 V C or 6 V C for the gradient. A row that is ignored is not read; neither is a
+row without a gradient, which is only set to zero.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LANES = 1024  # columns that are folded apart: a warp reads 512 bytes in a row
+from maestro_fast.specs import HeadSpec, RowStatistics
+
+# One step of a program covers 4 folds of 1,024 columns, 16 values for each of its 256 threads: enough loads are on
+# their way to keep the memory busy, and the sums of the statistics (3 x 1,024 lanes, 12 registers a thread) stay in
+# registers beside them. A warp reads 512 bytes in a row.
+_LANES = 1024  # columns whose sums are kept apart, so that no step adds across threads
 _FOLDS = 4  # of _LANES columns in one step
 _WARPS = 8
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e30)  # finite: the difference of two such is 0, not NaN
+LOWEST = tl.constexpr(-1.0e30)  # finite, because the difference of two infinities would be NaN
+
+
+class HeadValues(NamedTuple):
+    """What is done to a logit before the temperature: a pointer and two numbers.
+
+    None stands for what is not done. A field that is None is known when a kernel is compiled; a flag would not be,
+    because Triton turns the flags in a tuple into run-time values.
+    """
+
+    bias: tl.tensor
+    scale: tl.tensor
+    softcap: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Of the columns that were read so far, for every lane or row: the largest y, the sum of p, the sum of p gap.
+
+    gap = y - largest and p = exp(gap / T).
+    """
+
+    largest: tl.tensor
+    total: tl.tensor
+    moment: tl.tensor
+
+
+class RowGradient(NamedTuple):
+    """What the gradient of one row is made of: its target and statistics, dL/dlog p, dL/dH, the temperature.
+
+    The last two are None where dL/dH is 0 and where the temperature is 1.
+    """
+
+    target: tl.tensor
+    peak: tl.tensor
+    log_total: tl.tensor
+    entropy: tl.tensor
+    dlogprob: tl.tensor
+    dentropy: tl.tensor
+    temperature: tl.tensor
 
 
 @triton.jit
 def _tanh(u):
-    """Off by at most 1.5e-7 of tanh(u), unlike 1 - 2 / (exp(2 u) + 1) near 0. The polynomial fits tanh(u) / u up to
-    0.55 by weighted least squares; in float64 it is off by 1e-9. An infinite u gives NaN."""
+    """tanh(u), off by at most 1.5e-7 of it, which 1 - 2 / (exp(2 u) + 1) is not near 0.
+
+    The polynomial fits tanh(u) / u up to 0.55 by weighted least squares; in float64 it is off by 1e-9. An infinite u
+    gives NaN.
+    """
     square = u * u
     slope = -0.00623556 * square + 0.02103968
     slope = slope * square - 0.05384271
@@ -47,44 +93,38 @@ def _tanh(u):
 
 
 @triton.jit
-def cap_logits(
-    x,
-    bias_ptr,
-    column,
-    inside,
-    scale,
-    softcap,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """y before the temperature, and tanh(u / cap), which is y without a softcap."""
-    if HAS_SCALE:
-        x = x * scale
-    if HAS_BIAS:
+def cap_logits(x, head, column, inside, MASKED: tl.constexpr):
+    """y before the temperature, and tanh(u / cap), which is y without a softcap.
+
+    ``MASKED`` says that some columns are not ``inside`` the vocabulary.
+    """
+    if head.scale is not None:
+        x = x * head.scale
+    if head.bias is not None:
         if MASKED:
-            x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(head.bias + column, mask=inside, other=0.0).to(tl.float32)
         else:
-            x += tl.load(bias_ptr + column).to(tl.float32)
-    if HAS_SOFTCAP:
-        bent = _tanh(x / softcap)
-        return bent * softcap, bent
+            x += tl.load(head.bias + column).to(tl.float32)
+    if head.softcap is not None:
+        bent = _tanh(x / head.softcap)
+        return bent * head.softcap, bent
     else:
         return x, x
 
 
 @triton.jit
-def _fold(y, largest, total, moment, per_nat, ENTROPY: tl.constexpr):
-    """Adds the folds of y [F, L] to each lane's largest y, sum of p, and sum of p gap, where gap = y - largest and
-    p = exp(gap / T) = exp2(gap per_nat)."""
-    most = tl.maximum(largest, tl.max(y, 0))
-    shrunk = tl.exp2((largest - most) * per_nat)
+def _fold(y, sums, per_nat, ENTROPY: tl.constexpr):
+    """Adds y [F, L] to the sums of the L lanes. exp(gap / T) is computed as exp2(gap * per_nat)."""
+    most = tl.maximum(sums.largest, tl.max(y, 0))
+    # The sums so far were relative to a smaller y.
+    shrunk = tl.exp2((sums.largest - most) * per_nat)
     gap = y - most[None, :]
     p = tl.exp2(gap * per_nat)
+    moment = sums.moment
     if ENTROPY:
-        moment = (moment + total * (largest - most)) * shrunk + tl.sum(tl.where(p > 0, p * gap, 0.0), 0)
-    return most, total * shrunk + tl.sum(p, 0), moment
+        moved = (moment + sums.total * (sums.largest - most)) * shrunk
+        moment = moved + tl.sum(tl.where(p > 0, p * gap, 0.0), 0)
+    return Sums(most, sums.total * shrunk + tl.sum(p, 0), moment)
 
 
 @triton.jit
@@ -102,13 +142,12 @@ def _statistics(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     F: tl.constexpr,
     L: tl.constexpr,
 ):
+    """The statistics of one row, which is read once."""
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
@@ -121,75 +160,54 @@ def _statistics(
         row_ptr = x_ptr + row * stride_x
         fold = tl.arange(0, F)[:, None] * L + tl.arange(0, L)[None, :]
         per_nat = LOG2E / temperature
-        largest = tl.full([L], LOWEST, tl.float32)
-        total = tl.zeros([L], tl.float32)
-        moment = tl.zeros([L], tl.float32)
+        sums = Sums(tl.full([L], LOWEST, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32))
+        # Whole steps over the columns need no mask; one more step has the rest.
         whole = V // (F * L) * (F * L)
         for v in range(0, whole, F * L):
-            y, _ = cap_logits(
-                tl.load(row_ptr + v + fold), bias_ptr, v + fold, None, scale, softcap,
-                HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, False,
-            )  # fmt: skip
-            largest, total, moment = _fold(y, largest, total, moment, per_nat, ENTROPY)
+            y, _ = cap_logits(tl.load(row_ptr + v + fold), head, v + fold, None, False)
+            sums = _fold(y, sums, per_nat, ENTROPY)
         if whole < V:
             column = whole + fold
             inside = column < V
-            y, _ = cap_logits(
-                tl.load(row_ptr + column, mask=inside, other=0.0), bias_ptr, column, inside, scale, softcap,
-                HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True,
-            )  # fmt: skip
-            largest, total, moment = _fold(tl.where(inside, y, LOWEST), largest, total, moment, per_nat, ENTROPY)
-        most = tl.max(largest, 0)
-        share = tl.exp2((largest - most) * per_nat)
-        whole_total = tl.sum(total * share, 0)
+            y, _ = cap_logits(tl.load(row_ptr + column, mask=inside, other=0.0), head, column, inside, True)
+            sums = _fold(tl.where(inside, y, LOWEST), sums, per_nat, ENTROPY)
+        # The lanes are added up, each relative to the largest y of all.
+        most = tl.max(sums.largest, 0)
+        share = tl.exp2((sums.largest - most) * per_nat)
+        whole_total = tl.sum(sums.total * share, 0)
         log_total = tl.log(whole_total)
-        known = (target >= 0) & (target < V)  # any other gives NaN, and no access out of bounds
+        # The logit of the target is read again. A target out of range gives NaN, and no access out of bounds.
+        known = (target >= 0) & (target < V)
         x = tl.load(row_ptr + target, mask=known, other=float("nan"))
-        y, _ = cap_logits(x, bias_ptr, target, known, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True)
+        y, _ = cap_logits(x, head, target, known, True)
         tl.store(logprobs_ptr + row, tl.div_rn(y - most, temperature) - log_total)
         tl.store(peaks_ptr + row, most)
         tl.store(totals_ptr + row, whole_total)
         if ENTROPY:
-            # a lane without columns has a share of 0, and a gap that may overflow
-            gaps = tl.sum(tl.where(share > 0, (moment + total * (largest - most)) * share, 0.0), 0)
+            # A lane without columns has a share of 0, and a gap that may overflow.
+            moved = (sums.moment + sums.total * (sums.largest - most)) * share
+            gaps = tl.sum(tl.where(share > 0, moved, 0.0), 0)
             tl.store(entropies_ptr + row, log_total - tl.div_rn(tl.div_rn(gaps, whole_total), temperature))
 
 
 @triton.jit
-def _slope(
-    x,
-    bias_ptr,
-    column,
-    inside,
-    target,
-    peak,
-    log_total,
-    entropy,
-    dlogprob,
-    dentropy,
-    scale,
-    softcap,
-    temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    y, bent = cap_logits(x, bias_ptr, column, inside, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    gap = y - peak
-    logp = (gap / temperature if HAS_TEMPERATURE else gap) - log_total
+def _slope(x, head, row, column, inside, MASKED: tl.constexpr):
+    """dL/du of some columns of a row."""
+    y, bent = cap_logits(x, head, column, inside, MASKED)
+    gap = y - row.peak
+    if row.temperature is not None:
+        gap = gap / row.temperature
+    logp = gap - row.log_total
     if MASKED:
         logp = tl.where(inside, logp, LOWEST)
     p = tl.exp2(logp * LOG2E)
-    down = p * dlogprob
-    if ENTROPY:
-        down += tl.where(p > 0, p * dentropy * (logp + entropy), 0.0)  # log p may be -inf
-    g = tl.where(column == target, dlogprob, 0.0) - down
-    if HAS_TEMPERATURE:
-        g = g / temperature
-    if HAS_SOFTCAP:
+    down = p * row.dlogprob
+    if row.dentropy is not None:
+        down += tl.where(p > 0, p * row.dentropy * (logp + row.entropy), 0.0)  # log p may be -inf
+    g = tl.where(column == row.target, row.dlogprob, 0.0) - down
+    if row.temperature is not None:
+        g = g / row.temperature
+    if head.softcap is not None:
         g *= 1.0 - bent * bent
     return g
 
@@ -212,47 +230,48 @@ def _dlogits(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out is x, or lies apart from it."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    dlogprob = tl.load(dlogprobs_ptr + row).to(tl.float32)
-    peak = tl.load(peaks_ptr + row)
-    log_total = tl.log(tl.load(totals_ptr + row))
-    entropy = peak
-    dentropy = dlogprob * 0.0
+    """The gradient of one row, into ``out``, which is x or lies apart from it.
+
+    ``dentropies_ptr`` and ``temperature`` may be None, see ``RowGradient``.
+    """
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
+    program = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + program)
+    dlogprob = tl.load(dlogprobs_ptr + program).to(tl.float32)
+    peak = tl.load(peaks_ptr + program)
+    log_total = tl.log(tl.load(totals_ptr + program))
+    entropy = None
+    dentropy = None
     live = dlogprob != 0
-    if ENTROPY:
-        entropy = tl.load(entropies_ptr + row)
-        dentropy = tl.load(dentropies_ptr + row).to(tl.float32)
+    if dentropies_ptr is not None:
+        entropy = tl.load(entropies_ptr + program)
+        dentropy = tl.load(dentropies_ptr + program).to(tl.float32)
         live = live | (dentropy != 0)
     live = live & (target != ignore_index)
-    row_ptr = x_ptr + row * stride_x
-    to_ptr = out_ptr + row * stride_out
+    row = RowGradient(
+        target=target,
+        peak=peak,
+        log_total=log_total,
+        entropy=entropy,
+        dlogprob=dlogprob,
+        dentropy=dentropy,
+        temperature=temperature,
+    )
+    row_ptr = x_ptr + program * stride_x
+    to_ptr = out_ptr + program * stride_out
     lane = tl.arange(0, BV)
+    # Whole steps over the columns need no mask; one more step has the rest.
     whole = V // BV * BV
     if live:
         for v in range(0, whole, BV):
-            g = _slope(
-                tl.load(row_ptr + v + lane), bias_ptr, v + lane, None, target, peak, log_total, entropy,
-                dlogprob, dentropy, scale, softcap, temperature,
-                HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, ENTROPY, False,
-            )  # fmt: skip
+            g = _slope(tl.load(row_ptr + v + lane), head, row, v + lane, None, False)
             tl.store(to_ptr + v + lane, g.to(out_ptr.dtype.element_ty))
         if whole < V:
             column = whole + lane
             x = tl.load(row_ptr + column, mask=column < V, other=0.0)
-            g = _slope(
-                x, bias_ptr, column, column < V, target, peak, log_total, entropy,
-                dlogprob, dentropy, scale, softcap, temperature,
-                HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, ENTROPY, True,
-            )  # fmt: skip
+            g = _slope(x, head, row, column, column < V, True)
             tl.store(to_ptr + column, g.to(out_ptr.dtype.element_ty), mask=column < V)
     else:
         zeros = tl.zeros([BV], out_ptr.dtype.element_ty)
@@ -262,63 +281,67 @@ def _dlogits(
             tl.store(to_ptr + whole + lane, zeros, mask=whole + lane < V)
 
 
-def head_arguments(spec: Any, bias: Tensor | None) -> dict[str, Any]:
-    """What of a head is done to a logit, as the kernels take it."""
+# --- the launches ---
+
+
+class HeadArguments(TypedDict):
+    """What every kernel of a head takes by these names, see ``HeadValues``."""
+
+    bias_ptr: Tensor | None
+    scale: float | None
+    softcap: float | None
+
+
+def head_arguments(spec: HeadSpec, bias: Tensor | None) -> HeadArguments:
     return {
         "bias_ptr": bias,
-        "scale": float(spec.scale),
-        "softcap": float(spec.softcap or 1.0),
-        "temperature": float(spec.temperature),
-        "HAS_SCALE": spec.scale != 1.0,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": spec.softcap is not None,
+        "scale": None if spec.scale == 1.0 else float(spec.scale),
+        "softcap": None if spec.softcap is None else float(spec.softcap),
     }
 
 
-def row_statistics(
-    x: Tensor, targets: Tensor, bias: Tensor | None, spec: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The fields of ``ops.head_rows.RowStatistics``, float32 [C].
+def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
+    """The statistics of C rows, float32.
 
     Args:
         x: float32 [C, V], columns contiguous, any stride of rows.
         targets: int64 [C], in [0, V) or ``spec.ignore_index``; the log-prob of any other is NaN.
         bias: [V], contiguous, or None.
-        spec: an ``ops.head_rows.HeadSpec``.
     """
     rows = x.shape[0]
     wants_entropy = spec.entropy != "none"
     logprobs, peaks, totals = (x.new_empty(rows) for _ in range(3))
-    entropies = x.new_empty(rows) if wants_entropy else None
+    entropies = x.new_empty(rows if wants_entropy else 0)
     if rows:
         _statistics[(rows,)](
-            x,
-            targets,
+            x_ptr=x,
+            targets_ptr=targets,
             logprobs_ptr=logprobs,
             peaks_ptr=peaks,
             totals_ptr=totals,
-            entropies_ptr=entropies,
+            entropies_ptr=entropies if wants_entropy else None,
             V=x.shape[1],
             stride_x=x.stride(0),
             ignore_index=spec.ignore_index,
             **head_arguments(spec, bias),
+            temperature=float(spec.temperature),
             ENTROPY=wants_entropy,
             F=_FOLDS,
             L=_LANES,
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-    return logprobs, peaks, totals, entropies
+    return RowStatistics(logprobs, peaks, totals, entropies)
 
 
 def dlogits(
     x: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    stats: Any,
+    stats: RowStatistics,
     dlogprobs: Tensor,
     dentropies: Tensor | None,
-    spec: Any,
+    spec: HeadSpec,
     out: Tensor,
 ) -> None:
     """dL/du of C rows. A row that is ignored, or whose gradients are 0, becomes exactly 0, whatever ``x`` holds there.
@@ -326,15 +349,15 @@ def dlogits(
     Args:
         x, targets, bias, spec: as for ``row_statistics``.
         stats: its result.
-        dlogprobs, dentropies: [C], contiguous; None stands for 0.
+        dlogprobs, dentropies: [C], contiguous; None means 0.
         out: [C, V], float32 or 16-bit, columns contiguous: ``x`` itself, or apart from it.
     """
     if not x.shape[0]:
         return
     _dlogits[(x.shape[0],)](
-        x,
-        out,
-        targets,
+        x_ptr=x,
+        out_ptr=out,
+        targets_ptr=targets,
         peaks_ptr=stats.peaks,
         totals_ptr=stats.totals,
         entropies_ptr=None if dentropies is None else stats.entropies,
@@ -345,8 +368,7 @@ def dlogits(
         stride_out=out.stride(0),
         ignore_index=spec.ignore_index,
         **head_arguments(spec, bias),
-        HAS_TEMPERATURE=spec.temperature != 1.0,
-        ENTROPY=dentropies is not None,
+        temperature=None if spec.temperature == 1.0 else float(spec.temperature),
         BV=_LANES * _FOLDS,
         num_warps=_WARPS,
         enable_fp_fusion=False,

@@ -9,12 +9,12 @@
                        = -min(rho, clip_max) A                                                                 (cispo)
     d k3_t / d log pi_t = 1 - exp(log pi_ref - log pi)
 
-``_sequences`` has one program per response: the gradients, and eight sums. ``_reduce`` adds these in the order of the
-responses. Where a divisor is the number of live tokens in the batch, which a mask hides from the host, the gradients
-are divided by it in the second launch. No autograd graph is built, no intermediate of size T is stored.
+``_sequences`` has one program per response, which writes the gradients and eight sums. ``_reduce`` adds up the sums in
+the order of the responses. Where a divisor is the number of live tokens in the batch, which a mask hides from the host,
+the second launch divides the gradients by it. There is no autograd graph, and no intermediate of size T is stored.
 
-The gradients and the sums share one allocation. Loss and metrics have theirs: a metric that is kept must not keep
-the gradients, nor may writing into it count as a change of the loss.
+The gradients and the sums share one allocation. Loss and metrics have allocations of their own: a metric that is kept
+must not keep the gradients alive, and writing into it must not count as a change of the loss.
 
 Bytes moved: 4 T each for log-probs and gradient, and for every other input of a token what its dtype has.
 """
@@ -22,7 +22,7 @@ Bytes moved: 4 T each for log-probs and gradient, and for every other input of a
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,16 +30,62 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+from maestro_fast.specs import LossInputs, LossWithGradients, PolicyLossConfig
 
-_TOKENS = 1024  # of one step
-_PARTS = tl.constexpr(8)  # loss, entropy, clipped low, clipped high, ratio, kl, sampler ratio, live tokens
-METRICS = {"clip_low": 2, "clip_high": 3, "ratio": 4, "kl": 5, "sampler_ratio": 6}
+# Tokens of one step. A program has 128 threads, so that a thread has 8 values of each vector in registers. Responses
+# have about a thousand tokens: most take one or two steps, and 512 programs are enough to fill a GPU.
+_TOKENS = 1024
+# The sums of a response: those of LOSS_METRICS in their order, the loss, the entropy, the live tokens.
+_PARTS = tl.constexpr(8)
+_LOSS = tl.constexpr(5)
+_ENTROPY = tl.constexpr(6)
+_LIVE = tl.constexpr(7)
+
+
+class Sources(NamedTuple):
+    """Pointers to what is read of every token; None where it was not given."""
+
+    logprobs: tl.tensor
+    old: tl.tensor
+    sampling: tl.tensor
+    mask: tl.tensor
+
+
+class Tokens(NamedTuple):
+    """BT tokens of a response.
+
+    ``index`` is their place in the batch, ``inside`` says whether the response goes that far, ``live`` whether they
+    count; then log pi, log pi - log pi_old, and log pi_old - log pi_sampler.
+    """
+
+    index: tl.tensor
+    inside: tl.tensor
+    live: tl.tensor
+    logprob: tl.tensor
+    log_ratio: tl.tensor
+    sampler_gap: tl.tensor
+
+
+class Clip(NamedTuple):
+    """The bounds of the ratio; ``largest`` is 0 where there is none."""
+
+    low: tl.tensor
+    high: tl.tensor
+    largest: tl.tensor
+
+
+class TokenLosses(NamedTuple):
+    """The loss of each token, its derivative by log pi, and 1.0 where the token was clipped on either side."""
+
+    loss: tl.tensor
+    slope: tl.tensor
+    clipped_low: tl.tensor
+    clipped_high: tl.tensor
 
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - 1 - gap. Near 0 the difference would cancel, so a Taylor series takes its place (error < 2e-9 of
-    it)."""
+    """exp(gap) - 1 - gap. Near 0 that difference would cancel, so a Taylor series replaces it, off by < 2e-9."""
     series = 1.0 + gap / 9.0
     series = 1.0 + gap / 8.0 * series
     series = 1.0 + gap / 7.0 * series
@@ -51,7 +97,42 @@ def _k3(gap):
 
 
 @triton.jit
-def _capped(ratio, cap, CORRECTION: tl.constexpr):
+def _objective(
+    ratio,
+    logprob,
+    advantage,
+    weight,
+    mean_weight,
+    clip,
+    OBJECTIVE: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    HAS_LARGEST: tl.constexpr,
+):
+    """The formulas of ``specs.OBJECTIVES``, times the sampler's weight, and their derivatives."""
+    capped = ratio
+    if HAS_LARGEST:
+        capped = tl.minimum(ratio, clip.largest)
+    if OBJECTIVE == "cispo":
+        # The ratio counts as a constant, so only log pi has a derivative.
+        loss = -capped * advantage * logprob * weight
+        slope = -capped * advantage * weight
+        low = tl.zeros_like(ratio)
+        high = tl.where((ratio > clip.largest) & (advantage > 0), 1.0, 0.0)
+    else:
+        clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip.low), 1.0 + clip.high)
+        low = tl.where((ratio < 1.0 - clip.low) & (advantage < 0), 1.0, 0.0)
+        high = tl.where((ratio > 1.0 + clip.high) & (advantage > 0), 1.0, 0.0)
+        one, other = capped * advantage, clipped * advantage
+        loss = -tl.minimum(one, other) * weight
+        # A term has a derivative as long as it is the ratio itself. Where the terms are equal, both have one, or none.
+        moves = tl.where(one <= other, tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0))
+        # The ratio of a sequence depends on all of its tokens, each of which gets the mean of their weights.
+        slope = -moves * advantage * ratio * (mean_weight if SEQUENCE else weight)
+    return TokenLosses(loss, slope, low, high)
+
+
+@triton.jit
+def _sampler_weight(ratio, cap, CORRECTION: tl.constexpr):
     if CORRECTION == "token_truncate" or CORRECTION == "sequence_truncate":
         return tl.minimum(ratio, cap)
     elif CORRECTION == "token_mask" or CORRECTION == "sequence_mask":
@@ -61,41 +142,29 @@ def _capped(ratio, cap, CORRECTION: tl.constexpr):
 
 
 @triton.jit
-def _load_tokens(
-    t,
-    n,
-    first,
-    logprobs_ptr,
-    old_ptr,
-    sampling_ptr,
-    mask_ptr,
-    HAS_OLD: tl.constexpr,
-    HAS_SAMPLING: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Tokens t .. t + BT of a response: index, in range, live, log pi, log pi - log pi_old, log pi_old - log
-    pi_sampler."""
-    token = first + t + tl.arange(0, BT)
+def _load_tokens(sources, t, n, first, BT: tl.constexpr):
+    """Tokens t to t + BT of the response of n tokens that begins at ``first``."""
+    index = first + t + tl.arange(0, BT)
     inside = t + tl.arange(0, BT) < n
     live = inside
-    if HAS_MASK:
-        live = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
+    if sources.mask is not None:
+        live = inside & (tl.load(sources.mask + index, mask=inside, other=0) != 0)
     # A masked token may hold anything, so it is not even loaded.
-    logprob = tl.load(logprobs_ptr + token, mask=live, other=0.0).to(tl.float32)
+    logprob = tl.load(sources.logprobs + index, mask=live, other=0.0).to(tl.float32)
     old = logprob
-    if HAS_OLD:
-        old = tl.load(old_ptr + token, mask=live, other=0.0).to(tl.float32)
+    if sources.old is not None:
+        old = tl.load(sources.old + index, mask=live, other=0.0).to(tl.float32)
     sampler_gap = tl.zeros([BT], tl.float32)
-    if HAS_SAMPLING:
-        sampler_gap = old - tl.load(sampling_ptr + token, mask=live, other=0.0).to(tl.float32)
-        sampler_gap = tl.where(live & (sampler_gap == sampler_gap), sampler_gap, 0.0)  # NaN: the sampler gave none
-    return token, inside, live, logprob, tl.where(live, logprob - old, 0.0), sampler_gap
+    if sources.sampling is not None:
+        sampler_gap = old - tl.load(sources.sampling + index, mask=live, other=0.0).to(tl.float32)
+        # NaN, which is not equal to itself, means that the sampler gave no log-prob.
+        sampler_gap = tl.where(live & (sampler_gap == sampler_gap), sampler_gap, 0.0)
+    return Tokens(index, inside, live, logprob, tl.where(live, logprob - old, 0.0), sampler_gap)
 
 
 @triton.jit
-def _divisor(tensor_ptr, value, FROM_TENSOR: tl.constexpr):
-    if FROM_TENSOR:
+def _divisor(tensor_ptr, value):
+    if tensor_ptr is not None:
         return tl.load(tensor_ptr).to(tl.float32)
     else:
         return value
@@ -131,59 +200,60 @@ def _sequences(
     kl_coef,
     entropy_coef,
     sampler_cap,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_SAMPLING: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_KL: tl.constexpr,
     HAS_CLIP_MAX: tl.constexpr,
-    NORMALIZER_TENSOR: tl.constexpr,
-    ENTROPY_TENSOR: tl.constexpr,
     BY_LENGTH: tl.constexpr,
-    CISPO: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     SEQUENCE: tl.constexpr,
     CORRECTION: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """per_length: a constant factor of the divisor (dr_grpo). A divisor of 1 stands for what the second launch
-    knows."""
+    """The gradients and the sums of one response.
+
+    A divisor is ``normalizer`` or what ``normalizer_ptr`` points to, times ``per_length``, the constant of dr_grpo. It
+    is 1 where only the second launch knows it.
+    """
+    HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
+    BY_SEQUENCE: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
+    sources = Sources(logprobs=logprobs_ptr, old=old_ptr, sampling=sampling_ptr, mask=mask_ptr)
+    clip = Clip(low=clip_low, high=clip_high, largest=clip_max)
     b = tl.program_id(0).to(tl.int64)
     d_logprobs_ptr, d_entropies_ptr, parts_ptr = _divided(work_ptr, T, HAS_ENTROPY)
     first = tl.load(cu_ptr + b).to(tl.int64)
     n = (tl.load(cu_ptr + b + 1).to(tl.int64) - first).to(tl.int32)
     advantage = tl.load(advantages_ptr + b).to(tl.float32)
-    BY_SEQUENCE: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
 
+    # What tokens need of their whole response takes a first loop over its tokens: live tokens, mean log-ratio, mean
+    # sampler weight. Each lane adds up its own tokens; lanes are added at the end.
     length = n.to(tl.float32)
     mean_ratio = 1.0
     sequence_sampler = 1.0
     mean_weight = 1.0
-    if HAS_MASK or SEQUENCE or BY_SEQUENCE:
+    if mask_ptr is not None or SEQUENCE or BY_SEQUENCE:
         live_L = tl.zeros([BT], tl.float32)
         log_ratio_L = tl.zeros([BT], tl.float32)
         gap_L = tl.zeros([BT], tl.float32)
         weight_L = tl.zeros([BT], tl.float32)
         for t in range(0, n, BT):
-            _, _, live, _, log_ratio, gap = _load_tokens(
-                t, n, first, logprobs_ptr, old_ptr, sampling_ptr, mask_ptr, HAS_OLD, HAS_SAMPLING, HAS_MASK, BT
-            )
-            live_L += tl.where(live, 1.0, 0.0)
-            log_ratio_L += log_ratio
-            gap_L += gap
-            weight_L += tl.where(live, _capped(tl.exp(gap), sampler_cap, CORRECTION), 0.0)
+            tokens = _load_tokens(sources, t, n, first, BT)
+            live_L += tl.where(tokens.live, 1.0, 0.0)
+            log_ratio_L += tokens.log_ratio
+            gap_L += tokens.sampler_gap
+            weight = _sampler_weight(tl.exp(tokens.sampler_gap), sampler_cap, CORRECTION)
+            weight_L += tl.where(tokens.live, weight, 0.0)
         length = tl.sum(live_L, 0)
         mean_ratio = tl.exp(tl.div_rn(tl.sum(log_ratio_L, 0), tl.maximum(length, 1.0)))
         sequence_sampler = tl.exp(tl.sum(gap_L, 0))
         mean_weight = tl.div_rn(tl.sum(weight_L, 0), tl.maximum(length, 1.0))
         if BY_SEQUENCE:
-            mean_weight = _capped(sequence_sampler, sampler_cap, CORRECTION)
+            mean_weight = _sampler_weight(sequence_sampler, sampler_cap, CORRECTION)
 
-    divisor = _divisor(normalizer_ptr, normalizer, NORMALIZER_TENSOR) * per_length
+    divisor = _divisor(normalizer_ptr, normalizer) * per_length
     if BY_LENGTH:
         divisor = divisor * tl.maximum(length, 1.0)
     coefficient = tl.div_rn(1.0, tl.maximum(divisor, 1e-30))
 
+    # The second loop over the tokens writes their gradients, and adds up loss and metrics lane by lane.
     loss_L = tl.zeros([BT], tl.float32)
     entropy_L = tl.zeros([BT], tl.float32)
     low_L = tl.zeros([BT], tl.float32)
@@ -193,61 +263,51 @@ def _sequences(
     sampler_L = tl.zeros([BT], tl.float32)
     a_L = tl.zeros([BT], tl.float32) + advantage
     for t in range(0, n, BT):
-        token, inside, live, logprob, log_ratio, gap = _load_tokens(
-            t, n, first, logprobs_ptr, old_ptr, sampling_ptr, mask_ptr, HAS_OLD, HAS_SAMPLING, HAS_MASK, BT
-        )
-        ratio = tl.exp(log_ratio)
+        tokens = _load_tokens(sources, t, n, first, BT)
+        live = tokens.live
+        ratio = tl.exp(tokens.log_ratio)
         if SEQUENCE:
             ratio = tl.zeros([BT], tl.float32) + mean_ratio
-        sampler = tl.exp(gap)
+        sampler = tl.exp(tokens.sampler_gap)
         if BY_SEQUENCE:
             sampler = tl.zeros([BT], tl.float32) + sequence_sampler
-        weight = _capped(sampler, sampler_cap, CORRECTION)
-        capped = ratio
-        if HAS_CLIP_MAX:
-            capped = tl.minimum(ratio, clip_max)
-        if CISPO:
-            loss = -capped * a_L * logprob * weight
-            slope = -capped * a_L * weight
-            low = tl.zeros([BT], tl.float32)
-            high = tl.where((ratio > clip_max) & (a_L > 0), 1.0, 0.0)
-        else:
-            clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-            low = tl.where((ratio < 1.0 - clip_low) & (a_L < 0), 1.0, 0.0)
-            high = tl.where((ratio > 1.0 + clip_high) & (a_L > 0), 1.0, 0.0)
-            one, other = capped * a_L, clipped * a_L
-            loss = -tl.minimum(one, other) * weight
-            # Each term moves with the ratio as long as it is the ratio; equal terms both do, or neither.
-            moves = tl.where(one <= other, tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0))
-            slope = -moves * a_L * ratio * (mean_weight if SEQUENCE else weight)
-        if HAS_REF:
-            kl_gap = tl.load(ref_ptr + token, mask=live, other=0.0).to(tl.float32) - logprob
+        weight = _sampler_weight(sampler, sampler_cap, CORRECTION)
+        found = _objective(
+            ratio, tokens.logprob, a_L, weight, mean_weight, clip,
+            OBJECTIVE=OBJECTIVE, SEQUENCE=SEQUENCE, HAS_LARGEST=HAS_CLIP_MAX,
+        )  # fmt: skip
+        loss = found.loss
+        slope = found.slope
+        if ref_ptr is not None:
+            kl_gap = tl.load(ref_ptr + tokens.index, mask=live, other=0.0).to(tl.float32) - tokens.logprob
             kl_gap = tl.where(live, kl_gap, 0.0)
             k3 = _k3(kl_gap)
             kl_L += k3
             if HAS_KL:
                 loss += kl_coef * k3
                 slope -= kl_coef * (k3 + kl_gap)
-        tl.store(d_logprobs_ptr + token, tl.where(live, slope * coefficient, 0.0), mask=inside)
+        tl.store(d_logprobs_ptr + tokens.index, tl.where(live, slope * coefficient, 0.0), mask=tokens.inside)
         loss_L += tl.where(live, loss, 0.0)
-        low_L += tl.where(live, low, 0.0)
-        high_L += tl.where(live, high, 0.0)
+        low_L += tl.where(live, found.clipped_low, 0.0)
+        high_L += tl.where(live, found.clipped_high, 0.0)
         ratio_L += tl.where(live, ratio, 0.0)
-        if HAS_SAMPLING:
+        if sampling_ptr is not None:
             sampler_L += tl.where(live, sampler, 0.0)
         if HAS_ENTROPY:
-            entropy_L += tl.load(entropies_ptr + token, mask=live, other=0.0).to(tl.float32)
-            share = tl.div_rn(-entropy_coef, _divisor(entropy_normalizer_ptr, entropy_normalizer, ENTROPY_TENSOR))
-            tl.store(d_entropies_ptr + token, tl.where(live, share, 0.0), mask=inside)
+            # The derivative by an entropy is the same for all live tokens.
+            entropy_L += tl.load(entropies_ptr + tokens.index, mask=live, other=0.0).to(tl.float32)
+            share = tl.div_rn(-entropy_coef, _divisor(entropy_normalizer_ptr, entropy_normalizer))
+            tl.store(d_entropies_ptr + tokens.index, tl.where(live, share, 0.0), mask=tokens.inside)
+
     part_ptr = parts_ptr + b * _PARTS
-    tl.store(part_ptr, tl.sum(loss_L, 0) * coefficient)
-    tl.store(part_ptr + 1, tl.sum(entropy_L, 0))
-    tl.store(part_ptr + 2, tl.sum(low_L, 0))
-    tl.store(part_ptr + 3, tl.sum(high_L, 0))
-    tl.store(part_ptr + 4, tl.sum(ratio_L, 0))
-    tl.store(part_ptr + 5, tl.sum(kl_L, 0))
-    tl.store(part_ptr + 6, tl.sum(sampler_L, 0))
-    tl.store(part_ptr + 7, length)
+    tl.store(part_ptr, tl.sum(low_L, 0))
+    tl.store(part_ptr + 1, tl.sum(high_L, 0))
+    tl.store(part_ptr + 2, tl.sum(ratio_L, 0))
+    tl.store(part_ptr + 3, tl.sum(kl_L, 0))
+    tl.store(part_ptr + 4, tl.sum(sampler_L, 0))
+    tl.store(part_ptr + _LOSS, tl.sum(loss_L, 0) * coefficient)
+    tl.store(part_ptr + _ENTROPY, tl.sum(entropy_L, 0))
+    tl.store(part_ptr + _LIVE, length)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -260,30 +320,34 @@ def _reduce(
     T,
     entropy_normalizer,
     entropy_coef,
-    ENTROPY_TENSOR: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     DIVIDE: tl.constexpr,
     DIVIDE_ENTROPY: tl.constexpr,
     BT: tl.constexpr,
     BB: tl.constexpr,
 ):
-    """values [8]: the loss, and means over the live tokens. DIVIDE: the loss, and the gradient, by the live tokens."""
+    """The loss, and values [8]: the means of ``LOSS_METRICS`` over the live tokens, then the loss and two sums.
+
+    The first program does that. With ``DIVIDE``, the loss and the gradient of the log-probs are divided by the live
+    tokens, with ``DIVIDE_ENTROPY`` the entropies and theirs: then a program has BT tokens of the gradients.
+    """
     d_logprobs_ptr, d_entropies_ptr, parts_ptr = _divided(work_ptr, T, HAS_ENTROPY)
+    # BB responses at a time, in the order of the batch: every program finds the same number of live tokens.
     part = tl.arange(0, _PARTS)
     sum_BP = tl.zeros([BB, _PARTS], tl.float32)
     for b0 in range(0, B, BB):
         b = b0 + tl.arange(0, BB)
         sum_BP += tl.load(parts_ptr + b[:, None] * _PARTS + part[None, :], mask=(b < B)[:, None], other=0.0)
     sum_P = tl.sum(sum_BP, 0)
-    live = tl.maximum(tl.sum(tl.where(part == 7, sum_P, 0.0), 0), 1.0)
+    live = tl.maximum(tl.sum(tl.where(part == _LIVE, sum_P, 0.0), 0), 1.0)
     if tl.program_id(0) == 0:
         mean_P = tl.div_rn(sum_P, tl.zeros([_PARTS], tl.float32) + live)
-        loss = tl.sum(tl.where(part == 0, mean_P if DIVIDE else sum_P, 0.0), 0)
+        loss = tl.sum(tl.where(part == _LOSS, mean_P if DIVIDE else sum_P, 0.0), 0)
         if HAS_ENTROPY:
-            entropy = tl.sum(tl.where(part == 1, sum_P, 0.0), 0)
-            count = live if DIVIDE_ENTROPY else _divisor(entropy_normalizer_ptr, entropy_normalizer, ENTROPY_TENSOR)
+            entropy = tl.sum(tl.where(part == _ENTROPY, sum_P, 0.0), 0)
+            count = live if DIVIDE_ENTROPY else _divisor(entropy_normalizer_ptr, entropy_normalizer)
             loss -= entropy_coef * tl.div_rn(entropy, count)
-        tl.store(values_ptr + part, tl.where(part == 0, loss, mean_P))
+        tl.store(values_ptr + part, tl.where(part == _LOSS, loss, mean_P))
         tl.store(loss_ptr, loss)
     if DIVIDE or DIVIDE_ENTROPY:
         token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -296,27 +360,14 @@ def _reduce(
             tl.store(d_entropies_ptr + token, tl.div_rn(share, live_T), mask=token < T)
 
 
-class Loss(NamedTuple):
-    """float32: the loss [], all of ``METRICS`` in values [8], and the loss's gradients.
-
-    The gradients [1 or 2, T] are those of the log-probs and, with an entropy bonus, of the entropies.
-    """
-
-    loss: Tensor
-    values: Tensor
-    gradients: Tensor
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        values = self.values.unbind()
-        return {name: values[place] for name, place in METRICS.items()}
+# --- the launches ---
 
 
 @lru_cache(maxsize=64)
-def _settings(config: Any) -> dict[str, float]:
-    """The numbers of a configuration, as the first launch takes them."""
+def _numbers(config: PolicyLossConfig) -> dict[str, float]:
+    """The numbers of the options, as the first launch takes them."""
     return {
-        "per_length": float(config.max_completion_length) if config.normalization == "dr_grpo" else 1.0,
+        "per_length": float(config.max_completion_length or 1) if config.normalization == "dr_grpo" else 1.0,
         "clip_low": float(config.clip_low),
         "clip_high": float(config.clip_high),
         "clip_max": float(config.clip_max or 0.0),
@@ -327,14 +378,12 @@ def _settings(config: Any) -> dict[str, float]:
 
 
 @lru_cache(maxsize=256)
-def _sequences_launch(config: Any, given: tuple[bool, ...], tokens: int) -> BoundLaunch:
-    """``given``: which of the optional arguments there are, in the order of the constants below."""
-    names = ("HAS_OLD", "HAS_REF", "HAS_SAMPLING", "HAS_ENTROPY", "HAS_MASK", "NORMALIZER_TENSOR", "ENTROPY_TENSOR")
-    constants = dict(zip(names, given, strict=True)) | {
+def _sequences_launch(config: PolicyLossConfig, tokens: int) -> BoundLaunch:
+    constants = {
         "HAS_KL": config.kl_coef > 0,
         "HAS_CLIP_MAX": config.clip_max is not None,
         "BY_LENGTH": config.normalization == "grpo",
-        "CISPO": config.objective == "cispo",
+        "OBJECTIVE": config.objective,
         "SEQUENCE": config.ratio == "sequence",
         "CORRECTION": config.sampler_correction,
         "BT": tokens,
@@ -343,11 +392,8 @@ def _sequences_launch(config: Any, given: tuple[bool, ...], tokens: int) -> Boun
 
 
 @lru_cache(maxsize=32)
-def _reduce_launch(
-    entropy_tensor: bool, with_entropy: bool, divide: bool, divide_entropy: bool, tokens: int
-) -> BoundLaunch:
+def _reduce_launch(with_entropy: bool, divide: bool, divide_entropy: bool, tokens: int) -> BoundLaunch:
     constants = {
-        "ENTROPY_TENSOR": entropy_tensor,
         "HAS_ENTROPY": with_entropy,
         "DIVIDE": divide,
         "DIVIDE_ENTROPY": divide_entropy,
@@ -357,77 +403,78 @@ def _reduce_launch(
     return BoundLaunch(_reduce, constants, num_warps=4)
 
 
-def _default_divisor(config: Any, batch: int, tokens: int, masked: bool) -> float | None:
-    """What ``normalizer`` is if not given; None where only the device knows it."""
-    if config.normalization in ("grpo", "dr_grpo"):
-        return float(batch)
-    return None if masked else float(tokens)
+class _Divisor(NamedTuple):
+    """A divisor as a kernel takes it: a tensor on the device, or else a number. ``known`` is False where only the
+    device can count, and the number is 1."""
+
+    tensor: Tensor | None
+    number: float
+    known: bool
+
+    @staticmethod
+    def of(given: float | Tensor | None) -> _Divisor:
+        if isinstance(given, Tensor):
+            return _Divisor(given, 1.0, True)
+        return _Divisor(None, 1.0 if given is None else float(given), given is not None)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    sampling_logprobs: Tensor | None = None,
-    entropies: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    entropy_normalizer: float | Tensor | None = None,
-    config: Any,
-) -> Loss:
-    """Launches what ``ops.policy_loss`` has checked; the arguments are its own, contiguous, on one device.
-
-    Args:
-        config: an ``ops.PolicyLossConfig``.
-        normalizer, entropy_normalizer: numbers, or 0-dim tensors on the device, which are not read by the host.
-    """
-    tokens, batch, device = logprobs.shape[0], advantages.shape[0], logprobs.device
-    masked, with_entropy = token_mask is not None, config.entropy_coef > 0
+def _divisors(inputs: LossInputs, config: PolicyLossConfig) -> tuple[_Divisor, _Divisor]:
+    """Those of the loss and of the entropies, by default their numbers of responses or live tokens."""
+    tokens, masked = inputs.logprobs.shape[0], inputs.token_mask is not None
+    normalizer, entropy_normalizer = inputs.normalizer, inputs.entropy_normalizer
     if normalizer is None:
-        normalizer = _default_divisor(config, batch, tokens, masked)
+        if config.normalization in ("grpo", "dr_grpo"):
+            normalizer = float(inputs.advantages.shape[0])
+        elif not masked:
+            normalizer = float(tokens)
     if entropy_normalizer is None and not masked:
         entropy_normalizer = float(max(tokens, 1))
-    divide, divide_entropy = normalizer is None, with_entropy and entropy_normalizer is None
-    by_tensor, entropy_by_tensor = isinstance(normalizer, Tensor), isinstance(entropy_normalizer, Tensor)
-    entropy_number = 1.0 if entropy_by_tensor or entropy_normalizer is None else float(entropy_normalizer)
-    entropy_tensor = entropy_normalizer if entropy_by_tensor else None
+    return _Divisor.of(normalizer), _Divisor.of(entropy_normalizer)
+
+
+def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> LossWithGradients:
+    """Launches what ``ops.policy_loss`` has checked.
+
+    Args:
+        inputs: contiguous, on one device. Their divisors are numbers, or scalar tensors on the device, which the host
+            does not read. Entropies are read with an entropy bonus alone.
+    """
+    tokens, batch, device = inputs.logprobs.shape[0], inputs.advantages.shape[0], inputs.logprobs.device
+    with_entropy = config.entropy_coef > 0
+    divisor, entropy_divisor = _divisors(inputs, config)
+    divide, divide_entropy = not divisor.known, with_entropy and not entropy_divisor.known
     gradients = tokens * (2 if with_entropy else 1)
     work = torch.empty(gradients + batch * _PARTS.value, device=device, dtype=torch.float32)
     values = torch.empty(_PARTS.value, device=device, dtype=torch.float32)
     loss = torch.empty((), device=device, dtype=torch.float32)
     if batch:
-        others = old_logprobs, ref_logprobs, sampling_logprobs
-        given = (*(x is not None for x in others), with_entropy, masked, by_tensor, entropy_by_tensor)
-        _sequences_launch(config, given, _TOKENS)(
+        _sequences_launch(config, _TOKENS)(
             (batch,),
-            logprobs_ptr=logprobs,
-            advantages_ptr=advantages,
-            cu_ptr=cu_seqlens,
-            old_ptr=old_logprobs,
-            ref_ptr=ref_logprobs,
-            sampling_ptr=sampling_logprobs,
-            entropies_ptr=entropies,
-            mask_ptr=token_mask,
-            normalizer_ptr=normalizer if by_tensor else None,
-            entropy_normalizer_ptr=entropy_tensor,
+            logprobs_ptr=inputs.logprobs,
+            advantages_ptr=inputs.advantages,
+            cu_ptr=inputs.cu_seqlens,
+            old_ptr=inputs.old_logprobs,
+            ref_ptr=inputs.ref_logprobs,
+            sampling_ptr=inputs.sampling_logprobs,
+            entropies_ptr=inputs.entropies if with_entropy else None,
+            mask_ptr=inputs.token_mask,
+            normalizer_ptr=divisor.tensor,
+            entropy_normalizer_ptr=entropy_divisor.tensor,
             work_ptr=work,
             T=tokens,
-            normalizer=1.0 if normalizer is None or by_tensor else float(normalizer),
-            entropy_normalizer=entropy_number,
-            **_settings(config),
+            normalizer=divisor.number,
+            entropy_normalizer=entropy_divisor.number,
+            **_numbers(config),
         )
-    _reduce_launch(entropy_by_tensor, with_entropy, divide, divide_entropy, _TOKENS)(
+    _reduce_launch(with_entropy, divide, divide_entropy, _TOKENS)(
         (max(1, blocks(tokens, _TOKENS)) if divide or divide_entropy else 1,),
         work_ptr=work,
-        entropy_normalizer_ptr=entropy_tensor,
+        entropy_normalizer_ptr=entropy_divisor.tensor,
         loss_ptr=loss,
         values_ptr=values,
         B=batch,
         T=tokens,
-        entropy_normalizer=entropy_number,
+        entropy_normalizer=entropy_divisor.number,
         entropy_coef=float(config.entropy_coef),
     )
-    return Loss(loss, values, work[:gradients].view(2 if with_entropy else 1, tokens))
+    return LossWithGradients(loss, values, work[:gradients].view(2 if with_entropy else 1, tokens))

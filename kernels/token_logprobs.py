@@ -3,21 +3,21 @@
     y_v = softcap(scale h . W_v + b_v)        the rest as in ``kernels/head_rows.py``
 
 ``_scores`` has one program per tile of rows and part of the vocabulary. It multiplies tile after tile of the head into
-an accumulator, and keeps of each row the largest y, the sum of p, and for the entropy the sum of p gap, where
-gap = y - largest and p = exp(gap / T). ``_combine`` has one program per row: it adds the parts in their order, and
-computes the logit of the target, which to pick out of the tiles would take registers that are not there.
+an accumulator, and keeps the largest y of each row, the sum of p, and for the entropy the sum of p gap, where
+gap = y - largest and p = exp(gap / T). ``_combine`` has one program per row: it adds up the parts in their order, and
+computes the logit of the target. To pick that logit out of the tiles would spill registers.
 
 The parts and the tiles follow from the vocabulary, the dtype and the architecture alone, so a row's results do not
-depend on what else is in the batch. They are not bitwise those of the chunked pass, whose sums have another order.
+depend on what else is in the batch. They are not bitwise those of the chunked pass, which adds up in another order.
 
-Flops: 2 T V d. Bytes moved: T d and V d elements, each once per tile of the other unless the L2 has it, and 12 T per
-part. Memory beyond inputs and outputs: the latter.
+Flops: 2 T V d. Bytes moved: T d and V d elements, each once per tile of the other unless it is in the L2 cache, and
+12 T per part, which is also the memory needed beyond inputs and outputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,16 +25,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from maestro_fast.kernels.head_rows import LOG2E, LOWEST, cap_logits, head_arguments
+from maestro_fast.kernels.head_rows import LOG2E, LOWEST, HeadValues, Sums, cap_logits, head_arguments
+from maestro_fast.specs import HeadSpec, RowStatistics
 
-_PART = 8192  # columns of the vocabulary for one program
-_GROUP = 16  # tiles of rows
+# Columns of the vocabulary for one program. 151,936 columns make 19 parts: with 1,024 rows and more there are programs
+# for every processor, and the partial sums of a row, which ``_combine`` reads, stay few.
+_PART = 8192
+_GROUP = 16  # tiles of rows that go through the vocabulary together, see ``_place``
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program has at a time: rows, columns, and elements of the sum over d. ``descriptors``: it reads by the
-    tensor memory accelerator of sm_90 and later."""
+    """What a program works on at a time: rows, columns, and elements of the sum over d.
+
+    ``descriptors`` says that it reads by the tensor memory accelerator of sm_90 and later.
+    """
 
     rows: int
     columns: int
@@ -44,13 +49,30 @@ class Tiles:
     descriptors: bool = False
 
 
-_HOPPER = Tiles(128, 256, 64, warps=8, stages=4, descriptors=True)  # 192 KiB of shared memory; sm_100 too
+# sm_90 and sm_100: the accumulator takes 128 registers of each of the 256 threads, four stages of operands take 192 KiB
+# of shared memory.
+_HOPPER = Tiles(128, 256, 64, warps=8, stages=4, descriptors=True)
+# sm_80, and operands that descriptors cannot read: an accumulator of half the size, because addresses take registers,
+# too.
 _AMPERE = Tiles(128, 128, 32, warps=8, stages=4)
-_SINGLE = Tiles(64, 64, 32, warps=8, stages=3)  # float32, without tensor cores
+# float32, which is multiplied without tensor cores and takes twice the shared memory.
+_SINGLE = Tiles(64, 64, 32, warps=8, stages=3)
+
+
+class Operands(NamedTuple):
+    """Hidden states [T, d] and head [V, d]: pointers with the strides of their rows, or tensor descriptors."""
+
+    h: tl.tensor
+    w: tl.tensor
+    T: tl.tensor
+    V: tl.tensor
+    d: tl.tensor
+    stride_h: tl.tensor
+    stride_w: tl.tensor
 
 
 def tiles(hidden: Tensor, weight: Tensor, capability: tuple[int, int]) -> Tiles:
-    """A static table: another configuration would add in another order."""
+    """The tiles for these operands. The table is fixed, because other tiles would add up in another order."""
     if hidden.dtype is torch.float32:
         return _SINGLE
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
@@ -59,15 +81,9 @@ def tiles(hidden: Tensor, weight: Tensor, capability: tuple[int, int]) -> Tiles:
 
 @triton.jit
 def _product(
-    h,
-    w,
+    x,
     row,
     column,
-    T,
-    V,
-    d,
-    stride_h,
-    stride_w,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -75,25 +91,30 @@ def _product(
     WHOLE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h . W of BM rows from ``row`` on and BN columns from ``column`` on. What lies beyond T and V is rubbish."""
+    """h . W of BM rows from ``row`` on and BN columns from ``column`` on. What lies beyond T and V is meaningless.
+
+    The accumulator [BM, BN] stays in registers; the operands of the next ``STAGES`` steps are on their way into shared
+    memory.
+    """
     acc = tl.zeros([BM, BN], tl.float32)
     k_K = tl.arange(0, BK)
-    # A row beyond the last reads another one, which costs less than a mask.
-    h_ptr = h
-    w_ptr = w
+    h_ptr = x.h
+    w_ptr = x.w
     if not DESCRIPTORS:
-        h_ptr = h + ((row + tl.arange(0, BM)) % T)[:, None].to(tl.int64) * stride_h + k_K[None, :]
-        w_ptr = w + ((column + tl.arange(0, BN)) % V)[None, :].to(tl.int64) * stride_w + k_K[:, None]
-    for k in tl.range(0, d, BK, num_stages=STAGES):
+        # A row beyond the last one reads another row, which costs less than a mask.
+        h_ptr = x.h + ((row + tl.arange(0, BM)) % x.T)[:, None].to(tl.int64) * x.stride_h + k_K[None, :]
+        w_ptr = x.w + ((column + tl.arange(0, BN)) % x.V)[None, :].to(tl.int64) * x.stride_w + k_K[:, None]
+    # Over d, BK elements at a time.
+    for k in tl.range(0, x.d, BK, num_stages=STAGES):
         if DESCRIPTORS:
-            acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
+            acc = tl.dot(x.h.load([row, k]), x.w.load([column, k]).T, acc, input_precision="ieee")
         else:
             if WHOLE_K:
                 h_MK = tl.load(h_ptr)
                 w_KN = tl.load(w_ptr)
             else:
-                h_MK = tl.load(h_ptr, mask=(k + k_K < d)[None, :], other=0.0)
-                w_KN = tl.load(w_ptr, mask=(k + k_K < d)[:, None], other=0.0)
+                h_MK = tl.load(h_ptr, mask=(k + k_K < x.d)[None, :], other=0.0)
+                w_KN = tl.load(w_ptr, mask=(k + k_K < x.d)[:, None], other=0.0)
             acc = tl.dot(h_MK, w_KN, acc, input_precision="ieee")
             h_ptr += BK
             w_ptr += BK
@@ -106,37 +127,24 @@ def _add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def _fold(
-    x_MN,
-    largest_M,
-    total_M,
-    moment_M,
-    column_N,
-    end,
-    bias_ptr,
-    scale,
-    softcap,
-    per_nat,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+def _fold(x_MN, sums, head, column_N, end, per_nat, ENTROPY: tl.constexpr):
+    """Adds the logits x [M, N] to the sums of their rows."""
     inside = (column_N < end)[None, :]
-    y_MN, _ = cap_logits(
-        x_MN, bias_ptr, column_N[None, :], inside, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True
-    )
+    y_MN, _ = cap_logits(x_MN, head, column_N[None, :], inside, True)
     y_MN = tl.where(inside, y_MN, LOWEST)
-    most_M = tl.maximum(largest_M, tl.max(y_MN, 1))
-    shrunk_M = tl.exp2((largest_M - most_M) * per_nat)
+    most_M = tl.maximum(sums.largest, tl.max(y_MN, 1))
+    # The sums so far were relative to a smaller y.
+    shrunk_M = tl.exp2((sums.largest - most_M) * per_nat)
     gap_MN = y_MN - most_M[:, None]
     p_MN = tl.exp2(gap_MN * per_nat)
+    moment_M = sums.moment
     if ENTROPY:
+        # One reduction for both sums exchanges values between threads once.
         sum_M, gaps_M = tl.reduce((p_MN, tl.where(p_MN > 0, p_MN * gap_MN, 0.0)), 1, _add_pairs)
-        moment_M = (moment_M + total_M * (largest_M - most_M)) * shrunk_M + gaps_M
+        moment_M = (moment_M + sums.total * (sums.largest - most_M)) * shrunk_M + gaps_M
     else:
         sum_M = tl.sum(p_MN, 1)
-    return most_M, total_M * shrunk_M + sum_M, moment_M
+    return Sums(most_M, sums.total * shrunk_M + sum_M, moment_M)
 
 
 @triton.jit
@@ -146,8 +154,10 @@ def _halves(x_MN):
 
 @triton.jit
 def _place(T, PARTS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """Tile of rows and part of the vocabulary of this program: GROUP tiles, whose states stay in the L2, go through all
-    parts before the next."""
+    """The tile of rows and the part of the vocabulary of this program.
+
+    GROUP tiles, whose states stay in the L2 cache, go through all parts before the next GROUP.
+    """
     pid = tl.program_id(0)
     first = pid // (GROUP * PARTS) * GROUP
     size = tl.minimum(tl.cdiv(T, BM) - first, GROUP)
@@ -171,9 +181,6 @@ def _scores(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WHOLE_K: tl.constexpr,
@@ -185,42 +192,41 @@ def _scores(
     STAGES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """largest, totals, moments [PARTS, T]. h and w: pointers, or tensor descriptors made on the host."""
+    """Writes the sums [PARTS, T] of BM rows over one part of the vocabulary.
+
+    h and w are pointers, or tensor descriptors made on the host.
+    """
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
+    operands = Operands(h, w, T, V, d, stride_h, stride_w)
     tile, part = _place(T, PARTS, BM, GROUP)
     row = tile * BM
     begin = part * PART
     end = tl.minimum(begin + PART, V)
     per_nat = LOG2E / temperature
-    largest_M = tl.full([BM], LOWEST, tl.float32)
-    total_M = tl.zeros([BM], tl.float32)
-    moment_M = tl.zeros([BM], tl.float32)
+    sums = Sums(tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32))
+    # Over the columns of the part, BN at a time; the product goes over d for each of them.
     for column in range(begin, end, BN):
-        x_MN = _product(h, w, row, column, T, V, d, stride_h, stride_w, BM, BN, BK, DESCRIPTORS, WHOLE_K, STAGES)
-        # In halves: y and p of a whole tile do not fit into the registers beside x. With a softcap, in quarters.
+        x_MN = _product(operands, row, column, BM, BN, BK, DESCRIPTORS, WHOLE_K, STAGES)
+        # y and p of a whole tile do not fit into the registers beside x. So the tile is folded in halves, and with a
+        # softcap, whose tanh needs more registers, in quarters.
         low_MN, high_MN = _halves(x_MN)
         for i in tl.static_range(2):
             half_MN = low_MN if i == 0 else high_MN
             begin_N = column + i * (BN // 2)
-            if HAS_SOFTCAP:
+            if softcap is not None:
                 left_MN, right_MN = _halves(half_MN)
                 for j in tl.static_range(2):
                     column_N = begin_N + j * (BN // 4) + tl.arange(0, BN // 4)
-                    largest_M, total_M, moment_M = _fold(
-                        left_MN if j == 0 else right_MN, largest_M, total_M, moment_M, column_N, end, bias_ptr, scale,
-                        softcap, per_nat, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, ENTROPY,
-                    )  # fmt: skip
+                    sums = _fold(left_MN if j == 0 else right_MN, sums, head, column_N, end, per_nat, ENTROPY)
             else:
                 column_N = begin_N + tl.arange(0, BN // 2)
-                largest_M, total_M, moment_M = _fold(
-                    half_MN, largest_M, total_M, moment_M, column_N, end, bias_ptr, scale, softcap, per_nat,
-                    HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, ENTROPY,
-                )  # fmt: skip
+                sums = _fold(half_MN, sums, head, column_N, end, per_nat, ENTROPY)
     row_M = row + tl.arange(0, BM)
     to_M = part.to(tl.int64) * T + row_M
-    tl.store(largest_ptr + to_M, largest_M, mask=row_M < T)
-    tl.store(totals_ptr + to_M, total_M, mask=row_M < T)
+    tl.store(largest_ptr + to_M, sums.largest, mask=row_M < T)
+    tl.store(totals_ptr + to_M, sums.total, mask=row_M < T)
     if ENTROPY:
-        tl.store(moments_ptr + to_M, moment_M, mask=row_M < T)
+        tl.store(moments_ptr + to_M, sums.moment, mask=row_M < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -245,15 +251,13 @@ def _combine(
     scale,
     softcap,
     temperature,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     PARTS: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The logit of the row's target, and the parts [PARTS, T] of the row added up."""
+    """The statistics of one row: the logit of its target, and its parts [PARTS, T] added up."""
+    head = HeadValues(bias=bias_ptr, scale=scale, softcap=softcap)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
@@ -263,7 +267,9 @@ def _combine(
         if ENTROPY:
             tl.store(entropies_ptr + row, 0.0)
     else:
-        known = (target >= 0) & (target < V)  # any other gives NaN, and no access out of bounds
+        # A target out of range gives NaN, and no access out of bounds.
+        known = (target >= 0) & (target < V)
+        # Over d, BD elements at a time: the logit of the target, whose sum is added up lane by lane.
         product_D = tl.zeros([BD], tl.float32)
         for k in range(0, d, BD):
             k_D = k + tl.arange(0, BD)
@@ -271,7 +277,8 @@ def _combine(
             w_D = tl.load(w_ptr + target * stride_w + k_D, mask=k_D < tl.where(known, d, 0), other=0.0).to(tl.float32)
             product_D += h_D * w_D
         x = tl.where(known, tl.sum(product_D, 0), float("nan"))
-        y, _ = cap_logits(x, bias_ptr, target, known, scale, softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP, True)
+        y, _ = cap_logits(x, head, target, known, True)
+        # The parts are few: all of them are in registers at once, each relative to the largest y of the row.
         part = tl.arange(0, BP)
         largest_P = tl.load(largest_ptr + part.to(tl.int64) * T + row, mask=part < PARTS, other=LOWEST)
         total_P = tl.load(totals_ptr + part.to(tl.int64) * T + row, mask=part < PARTS, other=0.0)
@@ -280,7 +287,7 @@ def _combine(
         total = tl.sum(total_P * share_P, 0)
         log_total = tl.log(total)
         logprob = tl.div_rn(y - most, temperature) - log_total
-        # y comes from another sum than the largest one, which it may be above by a rounding
+        # y is the result of another sum than the largest y, and may be above it by a rounding.
         tl.store(logprobs_ptr + row, tl.where(logprob > 0, 0.0, logprob))
         tl.store(out_peaks_ptr + row, most)
         tl.store(out_totals_ptr + row, total)
@@ -292,28 +299,27 @@ def _combine(
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, spec: Any, by: Tiles | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The fields of ``ops.head_rows.RowStatistics``, float32 [T].
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec, by: Tiles | None = None
+) -> RowStatistics:
+    """The statistics of T rows, float32.
 
     Args:
         hidden, weight: [T, d] and [V, d] of one dtype, float32, float16 or bfloat16; columns contiguous.
         targets: int64 [T], in [0, V) or ``spec.ignore_index``; the log-prob of any other is NaN.
         bias: [V], contiguous, or None.
-        spec: an ``ops.head_rows.HeadSpec``.
-        by: other tiles than the table's.
+        by: tiles that replace those of the table.
     """
     tokens, size, vocabulary = *hidden.shape, weight.shape[0]
     wants_entropy = spec.entropy != "none"
     logprobs, peaks, totals = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-    entropies = torch.empty_like(logprobs) if wants_entropy else None
+    entropies = logprobs.new_empty(tokens if wants_entropy else 0)
+    statistics = RowStatistics(logprobs, peaks, totals, entropies)
     if not tokens:
-        return logprobs, peaks, totals, entropies
+        return statistics
     by = by or tiles(hidden, weight, torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (8, 0))
     parts = triton.cdiv(vocabulary, _PART)
     partial = hidden.new_empty((3 if wants_entropy else 2, parts, tokens), dtype=torch.float32)
     common = {
-        "bias_ptr": bias,
         "largest_ptr": partial[0],
         "totals_ptr": partial[1],
         "moments_ptr": partial[2] if wants_entropy else None,
@@ -323,13 +329,14 @@ def token_logprobs(
         "stride_h": hidden.stride(0),
         "stride_w": weight.stride(0),
         **head_arguments(spec, bias),
+        "temperature": float(spec.temperature),
         "ENTROPY": wants_entropy,
         "PARTS": parts,
         "enable_fp_fusion": False,
     }
     _scores[(triton.cdiv(tokens, by.rows) * parts,)](
-        _descriptor(hidden, by.rows, by.depth) if by.descriptors else hidden,
-        _descriptor(weight, by.columns, by.depth) if by.descriptors else weight,
+        h=_descriptor(hidden, by.rows, by.depth) if by.descriptors else hidden,
+        w=_descriptor(weight, by.columns, by.depth) if by.descriptors else weight,
         DESCRIPTORS=by.descriptors,
         WHOLE_K=size % by.depth == 0,
         PART=_PART,
@@ -342,20 +349,20 @@ def token_logprobs(
         **common,
     )
     _combine[(tokens,)](
-        hidden,
-        weight,
-        targets,
+        h_ptr=hidden,
+        w_ptr=weight,
+        targets_ptr=targets,
         logprobs_ptr=logprobs,
         out_peaks_ptr=peaks,
         out_totals_ptr=totals,
-        entropies_ptr=entropies,
+        entropies_ptr=entropies if wants_entropy else None,
         ignore_index=spec.ignore_index,
         BP=triton.next_power_of_2(parts),
         BD=min(1024, triton.next_power_of_2(size)),
         num_warps=4,
         **common,
     )
-    return logprobs, peaks, totals, entropies
+    return statistics
 
 
 def _descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:

@@ -127,15 +127,18 @@ def _show_conductor(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from maestro_fast.reporting.prompt_weights import show_conductor
+    from maestro_fast.training import DataConfig
 
     disable_progress_bar()  # of loading; what takes long has a bar of its own
-    print(show_conductor(arguments.folder, arguments.on, **_options(arguments)))
+    data = DataConfig(
+        arguments.on,
+        prompt_column=arguments.prompt_column,
+        family_column=arguments.family_column,
+        limit=arguments.limit,
+    )
+    options = {name: getattr(arguments, name) for name in ("model", "out", "rows", "samples", "seed")}
+    print(show_conductor(arguments.folder, data, **options))
     return 0
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "out", "rows", "limit", "samples", "seed", "prompt_column", "family_column")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def _info() -> int:

@@ -1,4 +1,7 @@
-"""The named carriers between the stages of a step. Axis suffixes: B responses, K rewards, C completion tokens."""
+"""The named records between the stages of a step.
+
+Axis suffixes: B responses, K rewards, C completion tokens (of all responses, one after the other), d hidden size.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ Text = str | list[Message]  # plain text, or a conversation of {"role", "content
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts ready for generation, one entry per response or per group.
+    """Prompts ready for generation, one entry for each response or for each group.
 
     Attributes:
-        texts: as in the data set: a string, or a list of messages.
-        token_ids: what the policy reads, chat template applied.
+        texts: the prompts as in the data set, each a string or a list of messages.
+        token_ids: what the policy reads, after the chat template was applied.
         columns: every other column of the data set, by name.
         families: the task family of each prompt, "" where the data names none. Only logs and reports read it.
     """
@@ -33,7 +36,7 @@ class Prompts:
         return len(self.texts)
 
     def repeat(self, times: int) -> Prompts:
-        """Each prompt ``times`` times, consecutively: the rows of a group stand side by side."""
+        """Each prompt ``times`` times in a row, so that the entries of a group stand side by side."""
 
         def each(values: list[Any]) -> list[Any]:
             return [value for value in values for _ in range(times)]
@@ -46,7 +49,7 @@ class Prompts:
         )
 
     def split(self, parts: int) -> list[Prompts]:
-        """``parts`` prompts of one size, consecutive ones side by side; ``parts`` divides their number."""
+        """Cuts the prompts into ``parts`` runs of equal length; ``parts`` has to divide their number."""
         size = len(self) // parts
         bounds = [slice(first, first + size) for first in range(0, len(self), size)]
         return [
@@ -60,9 +63,10 @@ class Rollouts:
     """B sampled responses.
 
     Attributes:
-        prompts: B entries (each group's prompt repeated).
-        completion_ids: sampled token ids, the end-of-sequence token included where one was sampled.
-        completions: decoded, without special tokens; a list with one assistant message where the prompt is a list.
+        prompts: B entries; a group's prompt stands once for each of its responses.
+        completion_ids: the sampled token ids, with the end-of-sequence token where one was sampled.
+        completions: the decoded text without special tokens; a list with one assistant message where the prompt is a
+            list of messages.
         truncated_B: bool [B], True where the token limit ended the response.
         sampling_logprobs_C: float32 [C], log-probs in nats under the distribution that was sampled from, or None.
         metrics: figures of the generation for the log, by name.
@@ -77,7 +81,7 @@ class Rollouts:
 
     @staticmethod
     def joined(prompts: Prompts, parts: Sequence[Rollouts]) -> Rollouts:
-        """The responses to ``prompts`` from those to the parts of ``prompts.split``; of each figure the largest."""
+        """Joins the responses to the parts of ``prompts.split``; of each figure it keeps the largest."""
         logprobs = [part.sampling_logprobs_C for part in parts]
         return Rollouts(
             prompts,
@@ -93,18 +97,24 @@ class Rollouts:
 
     @property
     def completion_lengths_B(self) -> Tensor:
-        """int64 [B] on the CPU, tokens."""
+        """int64 [B] on the CPU, the tokens of each completion."""
         return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """int64 [B + 1] on the CPU: bounds of the responses in every ``_C`` tensor."""
+        """int64 [B + 1] on the CPU: where each response begins in every ``_C`` tensor, and where the last one ends."""
         return cumulative(self.completion_lengths_B)
 
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What one scoring forward of the policy gives: float32 [C] log-probs and entropies in nats, contexts [B, d]."""
+    """What one forward of the policy gives.
+
+    Attributes:
+        logprobs_C: float32 [C], log-probs of the completion tokens in nats.
+        entropies_C: float32 [C], entropies of the distributions behind them in nats, or None.
+        context_Bd: [B, d], the hidden state of each response that a weight policy reads, or None.
+    """
 
     logprobs_C: Tensor
     entropies_C: Tensor | None
@@ -116,17 +126,18 @@ class RewardBatch:
     """What a reward may read.
 
     Attributes:
-        prompts, completions, completion_ids: B entries each.
+        prompts, completions, completion_ids: B entries each, as in ``Rollouts``.
         columns: data set columns, B entries each.
-        mean_entropies_B: float32 [B] on the CPU, mean token entropy of the policy on the response in nats; None if no
-            reward asked for it.
-        score_texts: ``score_texts(prompts, prefixes, continuations)``, three sequences of one length, 0 too -> for
-            each triple a float32 CPU tensor of the policy's log-probs in nats, one per token of the continuation,
-            after the prompt (as in the data; the chat template is applied for it) and the beginning of an
-            assistant's reply. May be a collective over processes: call it once per batch. None outside training.
+        mean_entropies_B: float32 [B] on the CPU, the mean token entropy of the policy on each response in nats; None
+            if no reward asked for it.
+        score_texts: ``score_texts(prompts, prefixes, continuations)`` takes three sequences of one length, which may be
+            0. For each triple it returns a float32 CPU tensor with the policy's log-probs in nats of the continuation's
+            tokens, after the prompt (as in the data; the chat template is applied to it) and the beginning of an
+            assistant's reply. All processes may have to take part, so call it exactly once per batch. None outside
+            training.
         device: where this process trains its policy; None outside training.
-        mean_logprobs_B: float32 [B] on the CPU, mean log-prob of the response's tokens under the policy in nats, at the
-            sampling temperature; there where mean_entropies_B is.
+        mean_logprobs_B: float32 [B] on the CPU, the mean log-prob in nats of each response's tokens under the policy,
+            at the sampling temperature; it is there where mean_entropies_B is.
         step: number of the generation batch, from 0, negative in evaluations; None outside training.
     """
 
@@ -141,7 +152,7 @@ class RewardBatch:
     step: int | None = None
 
     def select(self, rows: Sequence[int]) -> RewardBatch:
-        """Some of its rows, in that order."""
+        """The batch of the given rows, in their order."""
 
         def each(values: list[Any]) -> list[Any]:
             return [values[row] for row in rows]
@@ -165,16 +176,19 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Everything one generation batch produced, over all processes; handed to observers, CPU tensors.
+    """Everything that one generation batch produced, over all processes. Observers get it; its tensors are on the CPU.
 
     Attributes:
         step: optimiser steps done before it.
         reward_names: K names.
         families, prompts, completions: B entries each.
         rewards_BK: NaN where a reward abstained.
-        weights_BK: the weights that were used; expected_weights_BK: their expectation over the policy's own sampling.
-        advantages_B, scores_B, degenerate_B, lengths_B (tokens), truncated_B.
-        utilities_B: known utilities, NaN where none is known; None without an anchor.
+        weights_BK: the weights that were used.
+        expected_weights_BK: what these are on average over the weight policy's own random draws.
+        advantages_B, scores_B, degenerate_B: as in ``ops.GroupAdvantages``.
+        lengths_B: tokens of each completion.
+        truncated_B: True where the token limit ended the response.
+        utilities_B: the known utilities, NaN where none is known; None without an anchor.
     """
 
     step: int
@@ -194,12 +208,18 @@ class StepRecord:
 
 
 def cumulative(lengths_B: Tensor) -> Tensor:
-    """[B] lengths -> int64 [B + 1] bounds."""
+    """From lengths [B] to int64 [B + 1]: where each of them begins, and where the last one ends."""
     bounds = torch.zeros(lengths_B.numel() + 1, dtype=torch.int64)
     torch.cumsum(lengths_B, 0, out=bounds[1:])
     return bounds
 
 
 def plain_text(text: Text) -> str:
-    """The words of a completion or prompt: a string as it is, of a conversation the contents, one a line."""
+    """The words of a completion or prompt: a string as it is, or the contents of the messages, one a line."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
+    """From [C] to [B]: the mean over each response's tokens, 0 for a response without tokens."""
+    parts = values_C.split(rollouts.completion_lengths_B.tolist())
+    return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])

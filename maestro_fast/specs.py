@@ -5,14 +5,66 @@ Axis suffixes: B responses, N groups, K rewards, d hidden size, H units of a hid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# --- options as text, for the operators that torch.compile calls ---
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: F) -> F:
+    """Has ``torch.compile`` call the function while it traces, and keep the result as a constant of the graph.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports half of torch's compiler with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def as_text(spec: Any) -> str:
+    """A frozen dataclass of options as a registered operator takes it: its fields in JSON, which ``from_text`` reads.
+
+    The fields are numbers, strings or None. They become constants of a compiled graph, so that another value compiles
+    another one: what changes from call to call, such as a seed, is better an argument of its own.
+    """
+    if not torch.compiler.is_compiling():
+        return _text_of(spec)
+    values = [getattr(spec, name) for name in spec.__dataclass_fields__]
+    for i, value in enumerate(values):
+        if value is not None and not isinstance(value, str):  # the number may be a symbol of the graph by now
+            values[i] = torch.fx.experimental.symbolic_shapes.guard_scalar(value)
+    return _json(list(spec.__dataclass_fields__), *values)
+
+
+def from_text(cls: type[T], text: str) -> T:
+    """The options that ``as_text`` made the text from."""
+    found: T = _options_of(cls, text)  # type: ignore[arg-type]  # classes are hashable
+    return found
+
+
+@lru_cache(maxsize=256)
+def _text_of(spec: Any) -> str:
+    return json.dumps(asdict(spec))
+
+
+@lru_cache(maxsize=256)
+def _options_of(cls: Any, text: str) -> Any:
+    return cls(**json.loads(text))
+
+
+@constant_in_graphs
+def _json(names: list[str], *values: Any) -> str:
+    return json.dumps(dict(zip(names, values, strict=True)))
+
 
 # --- advantages ---
 
@@ -126,38 +178,35 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
     return PROFILES[profile]
 
 
-_SCOPES: tuple[Any, ...] = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
+class GroupAdvantages(NamedTuple):
+    """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
 
+    Attributes:
+        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
+            live reward.
+        scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
+        normalized_rewards: [B, K], 0 where a reward abstained.
+        mean: what was subtracted from the score (leave-one-out: the mean of the others).
+        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
+        degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
+    """
 
-def as_numbers(profile: AdvantageProfile) -> tuple[list[int], list[float]]:
-    """A profile as a registered operator or C++ takes it: integers and epsilons. ``kl_in`` is the caller's business."""
-    scopes = profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale
-    switches = profile.singleton == "raw", profile.missing == "renormalize", profile.score_eps_in == "variance"
-    integers = [*(_SCOPES.index(scope) for scope in scopes), profile.ddof, *map(int, switches)]
-    return integers, [float(profile.reward_eps), float(profile.score_eps)]
+    advantages: Tensor
+    scores: Tensor
+    normalized_rewards: Tensor
+    mean: Tensor
+    std: Tensor
+    degenerate: Tensor
 
-
-def from_numbers(integers: Sequence[int], epsilons: Sequence[float]) -> AdvantageProfile:
-    """The profile that ``as_numbers`` came from, but for ``kl_in``."""
-    return _known(tuple(integers), tuple(epsilons))
-
-
-@lru_cache(maxsize=256)
-def _known(integers: tuple[int, ...], epsilons: tuple[float, ...]) -> AdvantageProfile:
-    *scopes, ddof, raw, renormalize, in_variance = integers
-    reward_center, reward_scale, score_center, score_scale = (_SCOPES[scope] for scope in scopes)
-    return AdvantageProfile(
-        reward_center,
-        reward_scale,
-        score_center,
-        score_scale,
-        reward_eps=epsilons[0],
-        score_eps=epsilons[1],
-        ddof=ddof,
-        singleton="raw" if raw else "zero",
-        missing="renormalize" if renormalize else "zero",
-        score_eps_in="variance" if in_variance else "std",
-    )
+    @staticmethod
+    def empty(rewards: Tensor) -> GroupAdvantages:
+        """Room for the float32 results of rewards [B, K] or [B], on their device."""
+        batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
+        # These calls are the quickest of their kind: sizes as arguments, not as a tuple, and empty_like.
+        first = torch.empty(batch, dtype=torch.float32, device=rewards.device)
+        normalized = torch.empty(batch, K, dtype=torch.float32, device=rewards.device)
+        like = torch.empty_like
+        return GroupAdvantages(first, like(first), normalized, like(first), like(first), like(first, dtype=torch.bool))
 
 
 # --- the Conductor ---
@@ -299,7 +348,12 @@ EntropyMode = Literal["none", "value", "grad"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What is applied to the output of the head's GEMM, see the module; ``ignore_index`` is the target of dead rows."""
+    """What happens to the output of the head's matrix product: scale, soft cap and temperature, see ``ops.head_rows``.
+
+    Attributes:
+        ignore_index: the target of rows that are ignored.
+        entropy: "none", "value" (without a gradient), or "grad".
+    """
 
     scale: float
     softcap: float | None
@@ -309,30 +363,121 @@ class HeadSpec:
 
 
 class RowStatistics(NamedTuple):
-    """Of C rows, each [C], in the dtype of the logits.
+    """Statistics of C rows of logits, each [C], in the dtype of the logits.
 
     Attributes:
-        logprobs: log-prob of the target in nats; 0 in ignored rows.
+        logprobs: the log-prob of the target in nats; 0 in ignored rows.
         peaks: max_v y_v, before the temperature.
-        totals: sum_v exp((y_v - peak) / T). Then logsumexp(z) = peak / T + log(total); in one number it would be
-            rounded to the size of the logits, which in float32 costs 1e-3 of every probability where they are near 1e4.
-        entropies: in nats; 0 in ignored rows. None with ``entropy="none"``.
+        totals: sum_v exp((y_v - peak) / T), so that logsumexp(z) = peak / T + log(total). One number for both would be
+            rounded to the size of the logits: in float32, with logits near 1e4, every probability would lose 1e-3.
+        entropies: in nats; 0 in ignored rows. They have no elements with ``entropy="none"``.
     """
 
     logprobs: Tensor
     peaks: Tensor
     totals: Tensor
+    entropies: Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probs [T] and entropies [T] in nats (None with ``entropy="none"``); ignored rows hold 0."""
+
+    logprobs: Tensor
     entropies: Tensor | None
 
 
 # --- the policy loss ---
+
+
+class LossInputs(NamedTuple):
+    """What a loss is computed from: T completion tokens of B responses, packed. A user's own loss gets this record.
+
+    Attributes:
+        logprobs: [T], log-probs of the sampled tokens under the current policy, in nats.
+        advantages: [B].
+        cu_seqlens: int [B + 1]; response b has the tokens ``[cu_seqlens[b], cu_seqlens[b + 1])``.
+        old_logprobs: [T] of the policy that the ratio refers to; None means the current policy.
+        ref_logprobs: [T] of the reference policy.
+        sampling_logprobs: [T] of the sampler; NaN where it gave none.
+        entropies: [T] of the current policy, in nats.
+        token_mask: [T]; a zero leaves a token out.
+        normalizer: what the summed loss is divided by, for the whole optimizer step.
+        entropy_normalizer: what the summed entropies are divided by.
+    """
+
+    logprobs: Tensor
+    advantages: Tensor
+    cu_seqlens: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
+    entropies: Tensor | None = None
+    token_mask: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    entropy_normalizer: float | Tensor | None = None
+
+    @property
+    def of_tokens(self) -> dict[str, Tensor | None]:
+        """The optional tensors [T], by their names."""
+        return {
+            "old_logprobs": self.old_logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "sampling_logprobs": self.sampling_logprobs,
+            "entropies": self.entropies,
+            "token_mask": self.token_mask,
+        }
+
+
+# A user's own loss returns the scalar loss, and metrics as scalar tensors by their names.
+LossFunction = Callable[[LossInputs], tuple[Tensor, dict[str, Tensor]]]
+
+
+class PolicyLoss(NamedTuple):
+    """The scalar loss, and metrics as scalar tensors by their names. Float32 (float64 for float64 log-probs).
+
+    The metrics of a ``PolicyLossConfig`` are means over the live tokens. ``clip_low`` and ``clip_high`` are the shares
+    of tokens that were clipped on either side, ``ratio`` is the mean of rho, ``kl`` the mean of k3 (only with a
+    reference), ``sampler_ratio`` the mean of w before it is capped (only with sampling log-probs).
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class LinearPolicyLoss(NamedTuple):
+    """``PolicyLoss``, and the log-probs [T] that it was computed from, without a graph.
+
+    Rows that were skipped keep the log-prob given as ``old_logprobs``, or 0.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logprobs: Tensor
+
+
+LOSS_METRICS = ("clip_low", "clip_high", "ratio", "kl", "sampler_ratio")
+
+
+class LossWithGradients(NamedTuple):
+    """A loss whose gradients were computed with it, float32.
+
+    Attributes:
+        loss: a scalar.
+        metrics: [8], of which the first are ``LOSS_METRICS`` in their order.
+        gradients: [1 or 2, T], of the log-probs and, with an entropy bonus, of the entropies.
+    """
+
+    loss: Tensor
+    metrics: Tensor
+    gradients: Tensor
+
 
 Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 Objective = Literal["clip", "cispo"]
 Ratio = Literal["token", "sequence"]
 SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
-# Losses of TRL 1.16 that stand outside this family, and why; they are refused by name rather than approximated.
+# Losses of TRL 1.16 that these options do not cover, and why. They are refused by name, not approximated.
 _REFUSED = {
     "luspo": "it weights a sequence by its length, which no normalization here does",
     "sapo": "its soft gate replaces the clip",
@@ -345,18 +490,18 @@ class PolicyLossConfig:
     """Options of ``policy_loss``.
 
     Attributes:
-        normalization: how token losses are averaged, see ``ops.policy_loss``.
+        normalization: how the losses of tokens are averaged, see ``ops.policy_loss``.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: coefficient of the k3 term; 0 needs no reference.
-        max_completion_length: tokens, the constant of ``dr_grpo``.
-        objective: "clip", or "cispo", which holds the capped ratio constant and keeps every token's gradient.
+        max_completion_length: in tokens, the constant that ``dr_grpo`` divides by.
+        objective: "clip", or "cispo", which treats the capped ratio as a constant, so that no token loses its gradient.
         ratio: "token", or "sequence", the geometric mean over the response's tokens (GSPO).
         clip_max: upper bound of the ratio itself. With "clip" it bounds the loss of tokens with negative advantage
             (two-sided clipping, TRL's ``delta``); "cispo" needs it (TRL's ``epsilon_high``).
-        sampler_correction: weight of the policy term by pi_old / pi_sampler, over tokens or whole responses, capped
-            ("truncate") or zeroed past the cap ("mask").
+        sampler_correction: multiplies the policy term by pi_old / pi_sampler of a token or of a whole response, which
+            is capped ("truncate") or becomes zero past the cap ("mask").
         sampler_cap: that cap.
-        entropy_coef: coefficient of the mean token entropy, which is added to what is maximised.
+        entropy_coef: coefficient of the mean entropy of the tokens, which the loss rewards.
     """
 
     normalization: Normalization = "dapo"
@@ -397,38 +542,29 @@ class PolicyLossConfig:
             raise ValueError(f"sampler_cap: {self.sampler_cap}, expected sampler_cap >= 1")
 
 
-# An operator that torch.compile sees takes strings and numbers, so a configuration goes there as these lists and back.
-Fields = tuple[list[str], list[float], float | None, int | None]
+class TokenLosses(NamedTuple):
+    """[T] each: the loss of a token before its weight, and bool, whether it was clipped on either side."""
+
+    loss: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
 
 
-def as_fields(config: PolicyLossConfig) -> Fields:
-    names = [config.normalization, config.objective, config.ratio, config.sampler_correction]
-    numbers = [config.clip_low, config.clip_high, config.kl_coef, config.sampler_cap, config.entropy_coef]
-    return [*names], [float(number) for number in numbers], config.clip_max, config.max_completion_length
+def _clip(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyLossConfig) -> TokenLosses:
+    capped = ratio if config.clip_max is None else ratio.clamp(max=config.clip_max)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    low = (ratio < 1 - config.clip_low) & (advantages < 0)
+    high = (ratio > 1 + config.clip_high) & (advantages > 0)
+    return TokenLosses(-torch.minimum(capped * advantages, clipped * advantages), low, high)
 
 
-def from_fields(
-    names: list[str], numbers: list[float], clip_max: float | None, longest: int | None
-) -> PolicyLossConfig:
-    return _from_fields(tuple(names), tuple(numbers), clip_max, longest)
+def _cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyLossConfig) -> TokenLosses:
+    assert config.clip_max is not None
+    capped = ratio.clamp(max=config.clip_max).detach()
+    high = (ratio > config.clip_max) & (advantages > 0)
+    return TokenLosses(-capped * advantages * logprobs, torch.zeros_like(high), high)
 
 
-@lru_cache(maxsize=64)
-def _from_fields(
-    names: tuple[Any, ...], numbers: tuple[float, ...], clip_max: float | None, longest: int | None
-) -> PolicyLossConfig:
-    normalization, objective, ratio, correction = names
-    clip_low, clip_high, kl_coef, sampler_cap, entropy_coef = numbers
-    return PolicyLossConfig(
-        normalization=normalization,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_coef=kl_coef,
-        max_completion_length=longest,
-        objective=objective,
-        ratio=ratio,
-        clip_max=clip_max,
-        sampler_correction=correction,
-        sampler_cap=sampler_cap,
-        entropy_coef=entropy_coef,
-    )
+# The formula of each ``Objective``, for ratios, log-probs and advantages [T]. The kernel's are in ``_objective`` of
+# kernels/policy_loss.py.
+OBJECTIVES = {"clip": _clip, "cispo": _cispo}

@@ -90,7 +90,7 @@ def test_info_says_whether_cpp_serves_here_and_why_not(
         return " ".join(reasons[reasons.index("\ncpp ") :].split())
 
     assert cpp_row().endswith("here: it can")
-    monkeypatch.setattr(cpp, "_obstacle_here", "maestro_fast._C is not built; here is how")
+    monkeypatch.setattr(cpp, "why_not_built", lambda: "maestro_fast._C is not built; here is how")
     assert cpp_row().endswith("here: maestro_fast._C is not built; here is how")
 
 

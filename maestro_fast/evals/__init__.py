@@ -1,1 +1,1 @@
-"""Benchmarks: worlds of conflicting rewards, and the statistics to compare methods."""
+"""Benchmarks of weight policies: worlds of conflicting rewards, and the statistics to compare methods."""

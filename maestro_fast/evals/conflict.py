@@ -1,14 +1,17 @@
-"""Bandit worlds in which K proxy rewards conflict and the true utility is known: does a weight policy serve it?
+"""The conflict benchmark: small worlds with K conflicting rewards and a known true utility that nothing optimises.
 
-A prompt of family f is a vector x near the family's centre. A response is D choices among L options, drawn from a small
-network; each option adds to 2K hidden qualities v, K that the rewards measure and K that can be exploited:
+It asks whether a weight policy, trained on the rewards, serves the utility.
+
+A prompt of family f is a vector x near the centre of the family. A response consists of D choices among L options,
+sampled from a small network. Each option adds to 2K hidden qualities v: the rewards measure the first K, and the other
+K can be exploited:
 
     r_k = v_k + hack_k v_{K+k} + noise
     U   = sum_k w*[f, k] tanh(v_k / 1.5)  -  sum_k harm_k relu(tanh(v_{K+k} / 1.5))
 
-Which mix w* a family needs differs between families, and qualities are negatively correlated, so no fixed weighting
-serves all of them. The policy is trained with GRPO on the rewards under the weights of a weight policy. It is the
-real one, of ``maestro_fast.weighting``; the worlds of all seeds advance together, with the same draws for every policy.
+Families need different mixes w*, and some qualities are negatively correlated, so no fixed weighting serves all
+families. The network is trained with GRPO on the rewards under a weight policy of ``maestro_fast.weighting``. The
+worlds of all seeds advance together, and every weight policy sees the same random draws.
 """
 
 from __future__ import annotations
@@ -41,13 +44,14 @@ _SHARED = (0.0, 0.3, 0.0, 0.4, 0.3)
 
 @dataclass(frozen=True)
 class World:
-    """What a family needs and how the rewards measure it.
+    """What the families need, and how the rewards measure it. The module gives the formulas.
 
     Attributes:
-        needs: [families][K], w* of the module.
-        opposition: correlation, negated, of brevity with richness and of creativity with facts.
-        hack, harm: [K], of the module.
-        noise: standard deviation of a reward's noise.
+        needs: w*, [families][K].
+        opposition: The correlations of brevity with richness and of creativity with facts are these, negated.
+        hack: [K], how much each reward counts the quality that can be exploited.
+        harm: [K], how much that quality lowers the utility.
+        noise: The standard deviation of a reward's noise.
     """
 
     needs: tuple[tuple[float, ...], ...]
@@ -69,13 +73,17 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class ConflictConfig:
-    """Size of a benchmark.
+    """The size of a benchmark.
 
     Attributes:
-        steps: of the policy, one per batch of ``prompts`` groups of ``group_size``.
-        learning_rate: of Adam; beta: of the KL in the score.
-        labelled: share of the groups whose utility is known, with noise of standard deviation ``label_noise``.
-        evaluation: prompts per seed, 16 responses each, on which the true utility is measured.
+        steps: The network takes this many steps, each with one batch.
+        prompts: A batch has this many prompts.
+        group_size: Each prompt of a batch has this many responses.
+        learning_rate: The learning rate of Adam.
+        beta: The coefficient of the KL in the score.
+        labelled: The share of the groups whose utility is known to the weight policy.
+        label_noise: The standard deviation of the noise in these utilities.
+        evaluation: The true utility is measured on this many prompts per seed, with 16 responses each.
     """
 
     steps: int = 300
@@ -90,12 +98,15 @@ class ConflictConfig:
 
 @dataclass(frozen=True)
 class ConflictResult:
-    """
+    """What came of a weight policy in the worlds of S seeds.
+
     Attributes:
-        utility_S: [S], the true utility after training, mean over families; start_S before it.
-        family_SF: [S, families], the same by family.
-        figures: diagnostics by name, mean over seeds and the last quarter of the steps.
-        alarms: figures that left their healthy range for five batches in a row, with the number of seeds.
+        utility_S: [S], the true utility after training, as a mean over families.
+        start_S: [S], the same before training.
+        family_SF: [S, families], the true utility of each family after training.
+        figures: Each diagnostic as a mean over the seeds and the last quarter of the steps.
+        alarms: Maps each diagnostic that left its healthy range for five batches in a row to the number of seeds in
+            which it did.
     """
 
     utility_S: Tensor
@@ -107,7 +118,15 @@ class ConflictResult:
 
 @dataclass
 class Bench:
-    """The worlds of S seeds, and the policy that is trained in each."""
+    """The worlds of S seeds, and the network that is trained in each. N counts prompts and G responses to a prompt.
+
+    Attributes:
+        world: The kind of world.
+        seeds: The S seeds.
+        config: The size of the benchmark.
+        fixed: What ``_draw_world`` draws for each seed, stacked to [S, ...].
+        parameters: The parameters of the networks, [S, ...] each.
+    """
 
     world: World
     seeds: Sequence[int]
@@ -126,10 +145,11 @@ class Bench:
 
     @property
     def count(self) -> int:
+        """S, the number of seeds."""
         return len(self.seeds)
 
     def random(self, step: int, *shape: int, kind: str = "normal", stream: int = 0) -> Tensor:
-        """[S, *shape]; follows from each seed, the step and the stream alone."""
+        """Random numbers [S, *shape], which depend only on each seed, the step and the stream."""
         rows = []
         for seed in self.seeds:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
@@ -137,39 +157,42 @@ class Bench:
         return torch.stack(rows)
 
     def prompts(self, step: int, families_N: Tensor) -> Tensor:
-        """x [S, N, PROMPT]."""
+        """Draws the prompts of a step, x [S, N, PROMPT]."""
         return self.fixed["centres"][:, families_N] + 0.5 * self.random(step, len(families_N), PROMPT, stream=1)
 
     def log_probs(self, x: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
-        """[S, N, POSITIONS, OPTIONS]."""
+        """The log-probs of all options, [S, N, POSITIONS, OPTIONS], under the network's or the given parameters."""
         w1, b1, w2, b2 = self.parameters if parameters is None else parameters
         logits = torch.tanh(x @ w1 + b1) @ w2 + b2
         return logits.view(*x.shape[:2], POSITIONS, OPTIONS).log_softmax(-1)
 
     def sample(self, log_probs: Tensor, count: int, step: int) -> Tensor:
-        """One-hot responses [S, N, count, POSITIONS, OPTIONS], by the Gumbel trick."""
+        """Samples one-hot responses [S, N, count, POSITIONS, OPTIONS] with the Gumbel trick."""
         uniform = self.random(step, *log_probs.shape[1:2], count, POSITIONS, OPTIONS, kind="uniform", stream=2)
         gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
         return functional.one_hot((log_probs[:, :, None] + gumbel).argmax(-1), OPTIONS).float()
 
     def qualities(self, y: Tensor) -> Tensor:
-        """v [S, N, G, 2K]."""
+        """The hidden qualities v [S, N, G, 2K] of one-hot responses."""
         return (y.flatten(3).flatten(1, 2) @ self.fixed["qualities"]).view(*y.shape[:3], 2 * K)
 
     def utility(self, v: Tensor, families_N: Tensor) -> Tensor:
-        """U [S, N, G] without noise."""
+        """The true utility U [S, N, G] of the qualities, without noise."""
         needs_N1K = torch.tensor(self.world.needs)[families_N][:, None]
         good = torch.tanh(v / 1.5)
         harm = (torch.tensor(self.world.harm) * torch.relu(good[..., K:])).sum(-1)
         return (needs_N1K * good[..., :K]).sum(-1) - harm
 
     def rewards(self, v: Tensor, step: int) -> Tensor:
-        """r [S, N, G, K]."""
+        """The rewards r [S, N, G, K] of the qualities, with the noise of this step."""
         noise = self.world.noise * self.random(step, *v.shape[1:3], K, stream=3)
         return v[..., :K] + torch.tensor(self.world.hack) * v[..., K:] + noise
 
     def contexts(self, x: Tensor, y: Tensor, kind: str) -> Tensor:
-        """[S, N, G, CONTEXT]: a state of the prompt alone, or of prompt and response."""
+        """The contexts [S, N, G, CONTEXT] of a weight policy.
+
+        They stand for hidden states: of prompt and response if ``kind`` is "response", else of the prompt alone.
+        """
         prompt = (x @ self.fixed["prompt_state"])[:, :, None]
         if kind == "response":
             prompt = prompt + (y.flatten(3).flatten(1, 2) @ self.fixed["response_state"]).view(*y.shape[:3], CONTEXT)
@@ -177,7 +200,7 @@ class Bench:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """True utility [S, families] on prompts that are the same at every call."""
+        """The true utility [S, families] on prompts that are the same in every call."""
         families_N = torch.arange(self.config.evaluation) % FAMILIES
         y = self.sample(self.log_probs(self.prompts(-1, families_N)), 16, -1)
         utility_SN = self.utility(self.qualities(y), families_N).mean(-1)
@@ -185,6 +208,7 @@ class Bench:
 
 
 def _draw_world(world: World, seed: int) -> dict[str, Tensor]:
+    """Draws a world's options and prompts, its maps to contexts, and the network's first parameters."""
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def normal(*shape: int) -> Tensor:
@@ -195,7 +219,7 @@ def _draw_world(world: World, seed: int) -> dict[str, Tensor]:
         correlation[i, j] = correlation[j, i] = -opposed
     z = normal(POSITIONS, OPTIONS, 2 * K) @ torch.linalg.cholesky(correlation).T
     z = z - z.mean(1, keepdim=True)
-    z = z / z.square().mean(1).sum(0).sqrt()  # v has standard deviation 1 under uniform choices
+    z = z / z.square().mean(1).sum(0).sqrt()  # If all options are equally likely, v now has standard deviation 1.
     return {
         "qualities": z.flatten(0, 1),
         "centres": normal(FAMILIES, PROMPT),
@@ -212,15 +236,16 @@ def run_conflict(
     seeds: Sequence[int],
     config: ConflictConfig | None = None,
 ) -> ConflictResult:
-    """Trains a policy per seed under a weight policy, and measures the utility that nobody optimised directly.
+    """Trains a network for each seed under a weight policy, and measures its true utility.
 
     Args:
-        world: a name of ``WORLDS``, or one.
-        weights: entry for ``build_weight_policy``; a policy by column may read ``family``, a number as text.
-        seeds: of the worlds and of all draws.
+        world: A ``World`` or the name of one in ``WORLDS``.
+        weights: The entry for ``build_weight_policy``. A policy that reads a column finds ``family``, a number as text.
+        seeds: Each seed fixes a world and all draws in it.
+        config: The size of the benchmark.
 
     Raises:
-        ValueError: an unknown world, no seeds, or what the weight policy refuses.
+        ValueError: The world is unknown, there are no seeds, or the weight policy refuses its entry.
     """
     if isinstance(world, str) and world not in WORLDS:
         raise ValueError(f"world: {world!r}, expected one of {', '.join(WORLDS)}")
@@ -259,7 +284,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     step: int,
 ) -> list[dict[str, float]]:
-    """One batch in every world; the diagnostics of each."""
+    """Trains the network of every world on one batch. Returns the diagnostics of each world."""
     config, families_N = bench.config, bench.families_N
     x = bench.prompts(step, families_N)
     log_probs = bench.log_probs(x)
@@ -296,7 +321,8 @@ def _step(
             watch.see(figures[-1])
             advantages.append(result.advantages.view(config.prompts, config.group_size))
     response_log_probs = (log_probs[:, :, None] * y).sum((-1, -2))
-    loss = -(response_log_probs * torch.stack(advantages)).mean((1, 2)).sum()  # one term per seed: they do not mix
+    # The seeds have separate parameters, so the sum of their losses trains each of them alone.
+    loss = -(response_log_probs * torch.stack(advantages)).mean((1, 2)).sum()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

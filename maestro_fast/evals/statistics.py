@@ -1,17 +1,23 @@
-"""Paired comparisons over seeds."""
+"""Paired comparisons: is one method better than another over the same seeds or prompts?"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n paired differences and its 95 % confidence interval, mean +- half_width, by Student's t."""
+    """The mean of n paired differences and its 95 % confidence interval, by Student's t.
+
+    Attributes:
+        mean: The mean of the differences.
+        half_width: The interval reaches from ``mean`` minus this to ``mean`` plus this.
+        n: The number of pairs.
+    """
 
     mean: float
     half_width: float
@@ -19,18 +25,23 @@ class Difference:
 
     @property
     def low(self) -> float:
+        """The lower end of the interval."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
+        """The upper end of the interval."""
         return self.mean + self.half_width
 
 
 def paired_difference(ours_S: Tensor, theirs_S: Tensor) -> Difference:
-    """Of two [S] results over the same S seeds.
+    """Compares two results, each [S], over the same S seeds.
+
+    The half width is t * std / sqrt(S) with the sample standard deviation of the differences and the 97.5 % quantile t
+    of Student's distribution with S - 1 degrees of freedom.
 
     Raises:
-        ValueError: not two vectors of one length of at least 2.
+        ValueError: The results are not two vectors of the same length of at least 2.
     """
     if ours_S.ndim != 1 or ours_S.shape != theirs_S.shape or len(ours_S) < 2:
         raise ValueError(
@@ -38,20 +49,4 @@ def paired_difference(ours_S: Tensor, theirs_S: Tensor) -> Difference:
         )
     gaps_S = ours_S.double() - theirs_S.double()
     n = len(gaps_S)
-    return Difference(gaps_S.mean().item(), t_quantile(0.975, n - 1) * gaps_S.std().item() / math.sqrt(n), n)
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with ``freedom`` degrees, for probabilities of at least 0.5; to about 1e-6.
-
-    Bisection on its distribution function, which is integrated after t = sqrt(freedom) tan(u): there the density is
-    cos(u)^(freedom - 1), and the range is finite.
-    """
-    if not 0.5 <= probability < 1 or freedom < 1:
-        raise ValueError(
-            f"probability: {probability}, freedom: {freedom}, expected 0.5 <= probability < 1, freedom >= 1"
-        )
-    u = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(u.cos() ** (freedom - 1), u)
-    at = int(torch.searchsorted(mass, mass[-1] * (2 * probability - 1)))
-    return math.sqrt(freedom) * math.tan(u[at + 1].item())
+    return Difference(gaps_S.mean().item(), float(stdtrit(n - 1, 0.975)) * gaps_S.std().item() / math.sqrt(n), n)

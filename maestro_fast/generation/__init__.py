@@ -1,4 +1,4 @@
-"""Sampling of responses behind one small protocol."""
+"""Samples responses with transformers, with vLLM in this process, or with a vLLM server."""
 
 from maestro_fast.generation.build import Served, build_engine, check_generation
 from maestro_fast.generation.config import (
@@ -9,8 +9,7 @@ from maestro_fast.generation.config import (
     TransformersConfig,
     generation_config,
 )
-from maestro_fast.generation.engine import Engine
-from maestro_fast.generation.generator import Generator, SamplingConfig
+from maestro_fast.generation.sampling import Engine, Generator, SamplingConfig
 from maestro_fast.generation.transformers import TransformersGenerator
 from maestro_fast.generation.vllm import VllmEngine
 from maestro_fast.generation.vllm_server import VllmServer

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation.config import GenerationConfig, ServerConfig, TransformersConfig
-from maestro_fast.generation.engine import Engine
-from maestro_fast.generation.generator import SamplingConfig
 from maestro_fast.generation.http import HttpClient
 from maestro_fast.generation.nccl_transfer import NcclTransfer
+from maestro_fast.generation.sampling import Engine, SamplingConfig
 from maestro_fast.generation.vllm import VllmEngine, check_colocate
 from maestro_fast.generation.vllm_server import VllmServer
 from maestro_fast.generation.weight_transfer import FolderTransfer, WeightTransfer

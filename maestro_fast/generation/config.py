@@ -17,7 +17,7 @@ class ProbeConfig:
 
     Attributes:
         threshold: in nats; a larger difference on any token ends the run. None: by the engine's dtype, see
-            ``training.sync_probe``.
+            ``training.weight_sync``.
         sequences: that are compared, made of the first prompts of the data.
         tokens: of each, at least; more where the prefix cache keeps larger blocks.
     """

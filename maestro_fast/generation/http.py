@@ -1,4 +1,4 @@
-"""JSON over HTTP to an inference server: time-outs, repeats with back-off, and errors that tell the whole story."""
+"""Sends JSON over HTTP to an inference server, with time-outs, retries with back-off, and complete error messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
-REPEATED = (429, 502, 503, 504)  # statuses of a server, or of a proxy before it, that is starting or overloaded
-LONGEST_PAUSE = 30.0
+# The server, or a proxy before it, answers with these statuses while it is starting or overloaded.
+REPEATED = (429, 502, 503, 504)
+LONGEST_PAUSE = 30.0  # seconds
 
 
 class ServerGone(ConnectionError):
@@ -21,10 +22,10 @@ class ServerGone(ConnectionError):
 
 
 class ServerRefused(ConnectionError):
-    """The server answered that it cannot or will not do it; asking again would not help.
+    """The server answered that it cannot or will not do it, so that a retry would not help.
 
     Attributes:
-        status: of the HTTP answer.
+        status: The status of the HTTP answer.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -33,25 +34,25 @@ class ServerRefused(ConnectionError):
 
 
 class _Lost(Exception):
-    """One attempt that may be repeated, and why it failed."""
+    """One attempt failed and may be repeated; the message says why it failed."""
 
 
 class HttpClient:
-    """Calls of one server. It may be used from several threads: every call has a connection of its own.
+    """Calls one server. Every call opens its own connection, so several threads may use one client.
 
-    The environment's proxies are not used: an inference server stands beside its trainer.
+    Proxies that the environment names are ignored, because an inference server stands beside its trainer.
     """
 
     def __init__(self, url: str, *, timeout: float, retries: int, pause: float = 1.0) -> None:
         """
         Args:
-            url: ``http://host:port``, with a path in front of the routes if it has one.
-            timeout: seconds that one call may take.
-            retries: how often a call is repeated that may be.
-            pause: seconds before the first repeat; doubled before every further one, up to 30.
+            url: ``http://host:port``. If a path follows the port, every route is appended to it.
+            timeout: One call may take this many seconds.
+            retries: A call that may be repeated is repeated this often.
+            pause: Seconds before the first retry. The pause doubles with every further retry, up to 30 seconds.
 
         Raises:
-            ValueError: no such URL.
+            ValueError: ``url`` is not of this form.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -61,7 +62,7 @@ class HttpClient:
         self._timeout, self._retries, self._pause = timeout, retries, pause
 
     def get(self, route: str, *, retries: int | None = None) -> Any:
-        """The decoded answer to a GET, None for an empty one; see ``post``."""
+        """Returns the decoded answer to a GET request, or None if it is empty. Errors are those of ``post``."""
         return self._call("GET", route, None, self._retries if retries is None else retries, _accept)
 
     def post(
@@ -72,17 +73,18 @@ class HttpClient:
         repeat: bool,
         accept: Callable[[Any], str | None] | None = None,
     ) -> Any:
-        """The decoded answer to a POST, None for an empty one.
+        """Returns the decoded answer to a POST request, or None if it is empty.
 
         Args:
-            route: begins with a slash.
-            body: becomes JSON.
-            repeat: whether the call may be made again if it is not known to have succeeded.
-            accept: None for an answer that will do, else what is wrong with it: then the call counts as lost.
+            route: The route begins with a slash.
+            body: It is sent as JSON.
+            repeat: Whether the call may be made again while it is not known to have succeeded.
+            accept: A function of the answer. It returns None if the answer will do, and otherwise says what is wrong
+                with it; then the attempt counts as failed.
 
         Raises:
-            ServerGone: no answer, or no acceptable one, in any attempt.
-            ServerRefused: a status of 400 or more which a repeat would not change.
+            ServerGone: No attempt brought an acceptable answer.
+            ServerRefused: The server answered with a status of 400 or more that a retry would not change.
         """
         return self._call("POST", route, body, self._retries if repeat else 0, accept or _accept)
 
@@ -148,7 +150,7 @@ def _decoded(text: str) -> Any:
 
 
 def _message(text: str) -> str:
-    """What the server says is wrong, out of the forms that vLLM's routes use."""
+    """Extracts the explanation from an error answer. vLLM's routes put it in several places."""
     try:
         answer = json.loads(text)
     except json.JSONDecodeError:

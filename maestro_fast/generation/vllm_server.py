@@ -1,4 +1,4 @@
-"""Sampling with a vLLM server over HTTP: ``vllm serve`` on other GPUs, or on other machines, than the training."""
+"""Samples with a vLLM server over HTTP. ``vllm serve`` runs on other GPUs or other machines than the training."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation.completions import completion_texts
-from maestro_fast.generation.generator import SamplingConfig
 from maestro_fast.generation.http import HttpClient, ServerGone, ServerRefused
+from maestro_fast.generation.sampling import SamplingConfig, completion_texts
 from maestro_fast.generation.weight_transfer import WeightTransfer, serve_command
 from maestro_fast.records import Prompts, Rollouts
 
 logger = logging.getLogger(__name__)
-MOST_STOPS = 4  # of a request, the limit of the API that vLLM serves
-PARALLEL_CALLS = 128  # each waits for one group; the server batches what it has
+MOST_STOPS = 4  # The API that vLLM serves takes at most this many stop strings in a request.
+PARALLEL_CALLS = 128  # Each call waits for the responses to one group; the server batches all that it has received.
 
 
 class VllmServer:
     """An ``Engine`` behind HTTP.
 
-    Prompts and responses travel as token ids, and log-probs come with them, so nothing is tokenised twice. A call that
-    is lost is made again where that is safe; once the server is gone for good the error says what was tried, and the
-    run can be resumed with a new server, into which the weights are loaded first.
+    Prompts and responses travel as token ids together with their log-probs, so nothing is tokenised twice. A call that
+    fails is retried where that is safe. When the server is gone for good, the error says what was tried. The run can
+    then be resumed with a new server, which first gets the current weights.
     """
 
     def __init__(
@@ -49,25 +48,27 @@ class VllmServer:
     ) -> None:
         """
         Args:
-            client: of the server.
-            transfer: the way in which weights reach it.
-            tokenizer: turns sampled ids into text.
-            stop_ids: token ids that end a response, see ``generation.transformers.stop_ids``.
-            processes: of the run; each has an engine and samples for itself, the first sends the weights.
-            start_timeout: seconds to wait for a server that is starting.
-            concurrent_parts: see ``Engine``.
+            client: It calls the server.
+            transfer: It sends the weights to the server.
+            tokenizer: It decodes the sampled tokens.
+            sampling: The sampling options.
+            stop_ids: These token ids end a response, see ``generation.transformers.stop_ids``.
+            processes: The run has this many processes. Each has an engine and samples for itself; the first one sends
+                the weights.
+            start_timeout: A server that is starting is waited for this many seconds.
+            concurrent_parts: See ``Engine``.
 
         Raises:
-            ServerGone: no server there.
-            ValueError: too many stop strings, or a server that was started without something that is needed, with the
-                command that has it.
+            ServerGone: No server answers.
+            ValueError: There are too many stop strings, or the server was started without an option that is needed; the
+                message shows the right command.
         """
         if len(sampling.stop) > MOST_STOPS:
             raise ValueError(f"sampling.stop: {len(sampling.stop)} strings, a vLLM server takes {MOST_STOPS} at most")
         self.client, self.transfer = client, transfer
         self.tokenizer, self.sampling = tokenizer, sampling
         self._stop_ids = sorted(stop_ids)
-        self._version: str | None = None  # of the weights that were loaded last
+        self._version: str | None = None  # the name of the weights that were loaded last
         self._processes = processes
         self.concurrent_parts = concurrent_parts
         _wait(client, start_timeout)
@@ -80,8 +81,8 @@ class VllmServer:
         """See ``Engine.sample``.
 
         Raises:
-            ValueError: a prompt too long for the server's ``--max-model-len``.
-            ServerGone: the server does not answer, or no longer holds the weights that were loaded.
+            ValueError: A prompt is too long for the server's ``--max-model-len``.
+            ServerGone: The server does not answer, or no longer holds the weights that were loaded.
         """
         groups = [(ids, len(list(same))) for ids, same in groupby(prompts.token_ids)]
         self._check_lengths(ids for ids, _ in groups)
@@ -95,20 +96,20 @@ class VllmServer:
         return Rollouts(prompts, completion_ids, completions, truncated_B, logprobs_C)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See ``Engine.load_weights``. What fails half-way leaves the server without usable weights: load them again.
+        """See ``Engine.load_weights``. A failure may leave the server without usable weights until they are sent again.
 
         Raises:
-            ServerGone, ServerRefused: the server did not take them.
+            ServerGone, ServerRefused: The server did not take the weights.
         """
         self._version = None
-        self._from_first(None)  # the requests of all processes have been answered
+        self._from_first(None)  # waits until the requests of all processes have been answered
         if self._is_first:
             self.transfer.send(weights)
             version = f"maestro_fast-{uuid.uuid4().hex}"
             self.client.post("/update_weight_version", {"new_version": version}, repeat=True)
         else:
             version = ""
-            for _ in weights:  # to gather sharded weights takes all processes
+            for _ in weights:  # All processes must iterate, because each step may gather a sharded weight.
                 pass
         self._version = self._from_first(version)
 
@@ -123,7 +124,7 @@ class VllmServer:
         return self._processes == 1 or torch.distributed.get_rank() == 0
 
     def _from_first(self, value: Any) -> Any:
-        """What the first process has; none goes on before all are here."""
+        """Returns the first process's ``value`` in all processes, and waits until all of them are here."""
         if self._processes == 1:
             return value
         held = [value]
@@ -132,8 +133,11 @@ class VllmServer:
         return held[0]
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
-        """See ``Engine.prompt_logprobs``. vLLM's own prompt log-probs pass by the prefix cache; so those of the tokens
-        behind its blocks come from a request each, which reads it."""
+        """See ``Engine.prompt_logprobs``.
+
+        A request for prompt log-probs does not read the prefix cache. So every token that follows the cached blocks is
+        scored by a request of its own, which reads the cache and asks for the log-prob of this one next token.
+        """
         whole = self._parallel([self._body(ids, max_tokens=1, prompt_logprobs=0) for ids in token_ids])
         firsts = [self._first_behind_cache(ids) for ids in token_ids]
         bodies = [
@@ -153,22 +157,25 @@ class VllmServer:
         return scores
 
     def _first_behind_cache(self, ids: list[int]) -> int:
-        """Position of the first token whose request reads as many whole blocks as any; ``len(ids)`` if none reads one.
-        A request computes its last token even if the cache holds it."""
+        """The position of the first token whose own request reads all whole blocks of the sequence from the cache.
+
+        It is ``len(ids)`` if the sequence is too short for a block. A request always computes its last token, even if
+        the cache holds it.
+        """
         blocks = (len(ids) - 2) // self.cache_block if self.cache_block else 0
         return blocks * self.cache_block + 1 if blocks else len(ids)
 
     def sleep(self) -> bool:
-        """See ``Engine.sleep``: the server's memory is its own."""
+        """See ``Engine.sleep``. The server has its own memory, so there is nothing to free."""
         return True
 
     def close(self) -> None:
-        """See ``Engine.close``. The server runs on."""
+        """See ``Engine.close``. The server keeps running."""
         if self._is_first:
             self.transfer.close()
 
     def _body(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
-        """A request that leaves nothing to the server's defaults, which come from its model's generation config."""
+        """The body of a request. It names every option, since the server's defaults come from its checkpoint."""
         return {
             "model": self._model,
             "prompt": [prompt],
@@ -195,13 +202,13 @@ class VllmServer:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             stop=sampling.stop,
-            skip_special_tokens=False,  # a stop string may be one
-            ignore_eos=True,  # the server's own idea of it; ours is in stop_token_ids
+            skip_special_tokens=False,  # A stop string may be a special token.
+            ignore_eos=True,  # The ids that end a response are all in stop_token_ids.
             stop_token_ids=self._stop_ids,
         )
 
     def _parallel(self, bodies: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The choices of every request, in order."""
+        """Sends all requests at once, and returns the choices of each in the order of the requests."""
         with ThreadPoolExecutor(max(1, min(len(bodies), PARALLEL_CALLS))) as pool:
             return list(pool.map(self._choices, bodies))
 
@@ -230,8 +237,11 @@ class VllmServer:
             )
 
     def _check_logprobs_mode(self) -> None:
-        """Where only one token is allowed its log-prob is 0 in the distribution that is sampled from. In the model's
-        own it cannot be 0 for two tokens."""
+        """Checks that the server's log-probs are those of the distribution that it samples from.
+
+        Two requests allow one token each. In the distribution that is sampled from, both log-probs are then 0. In the
+        model's own distribution, two different tokens cannot both have log-prob 0.
+        """
         bodies = [self._body([1], max_tokens=1, allowed_token_ids=[token], ignore_eos=True) for token in (1, 2)]
         logprobs = [self._response(choice).logprobs[0] for (choice,) in self._parallel(bodies)]
         if any(value < -1e-3 for value in logprobs):
@@ -241,7 +251,7 @@ class VllmServer:
             )
 
     def _check_version(self) -> None:
-        """A server that was restarted has the weights that it was started with, and says nothing."""
+        """Detects a server that was restarted: without a word it samples with the weights that it was started with."""
         if self._version is None:
             return
         held = self.client.get("/weight_info")["weight_version"]
@@ -254,13 +264,15 @@ class VllmServer:
 
 @dataclass(frozen=True)
 class _Response:
+    """One sampled response; ``truncated`` says that the token limit ended it."""
+
     token_ids: list[int]
     logprobs: list[float]
     truncated: bool
 
 
 def _wait(client: HttpClient, seconds: float) -> None:
-    """Until the server says that it is well."""
+    """Waits until the server says that it is healthy, for at most this many seconds."""
     start = time.monotonic()
     while True:
         try:
@@ -275,7 +287,7 @@ def _wait(client: HttpClient, seconds: float) -> None:
 
 
 def _sizes(client: HttpClient) -> tuple[torch.dtype, int, int]:
-    """``dtype``, ``max_tokens`` and ``cache_block`` of an ``Engine``."""
+    """Reads ``dtype``, ``max_tokens`` and ``cache_block`` of an ``Engine`` off the server."""
     try:
         config = client.get("/server_info?config_format=json")["vllm_config"]
     except ServerRefused as refused:
@@ -286,12 +298,15 @@ def _sizes(client: HttpClient) -> tuple[torch.dtype, int, int]:
 
 
 def _group_seed(seed: int, group: int) -> int:
-    """One per group: vLLM adds the number of the response, so neighbouring seeds would give the same responses."""
+    """A random seed for each group.
+
+    vLLM adds the number of the response to a request's seed, so neighbouring seeds would repeat responses.
+    """
     return int(np.random.SeedSequence([seed, group]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _unfinished(answer: Any) -> str | None:
-    """A server that is shutting down answers with what it has."""
+    """Rejects responses that ended for another reason, since a server that is shutting down sends unfinished ones."""
     reasons = {choice["finish_reason"] for choice in answer["choices"]} - {"stop", "length"}
     return f"a response ended by {', '.join(map(str, reasons))}" if reasons else None
 

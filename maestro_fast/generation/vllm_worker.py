@@ -1,19 +1,24 @@
-"""What a worker of ``vllm serve`` learns through ``--worker-extension-cls``: to load weights from a shared folder.
+"""What runs inside vLLM's workers: loading weights from a shared folder, and two repairs for vLLM 0.32 on the CPU.
 
-Imported by vLLM, in the server's processes.
+``vllm serve --worker-extension-cls maestro_fast.generation.vllm_worker.MaestroWorker`` imports this file by its name in
+the server's processes, so neither the file nor the class can be renamed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from maestro_fast.generation.vllm_cpu import repack_tied_head
+import torch
 
 
 class MaestroWorker:
-    """vLLM adds this class to the bases of its own worker."""
+    """vLLM adds this class to the bases of its own worker.
+
+    The trainer then calls the methods over HTTP, by the server's route ``/collective_rpc``.
+    """
 
     device: Any
     model_runner: Any
@@ -28,3 +33,30 @@ class MaestroWorker:
         self.reload_weights(weights_path=folder)
         if self.device.type == "cpu":
             repack_tied_head(self.model_runner.get_model())
+
+
+def repack_tied_head(model: Any) -> None:
+    """Makes a tied head use the new weights, on the CPU.
+
+    There vLLM computes with a packed copy of every layer's weights, and renews the copy when it loads that layer. A
+    tied head loads no weights of its own, so without this call it would keep the copy that it made at the start.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Keeps ``torch.set_num_threads`` working for the trainer.
+
+    On the CPU, vLLM's worker replaces that function in the whole process by one that does nothing.
+    """
+    own = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = own

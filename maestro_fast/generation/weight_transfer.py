@@ -1,4 +1,4 @@
-"""How weights reach a vLLM server."""
+"""How weights reach a vLLM server: the protocol of all ways, and the way through a shared folder."""
 
 from __future__ import annotations
 
@@ -24,33 +24,37 @@ class WeightTransfer(Protocol):
     """One way of sending weights.
 
     Attributes:
-        server_options: what ``vllm serve`` has to be started with.
+        server_options: ``vllm serve`` has to be started with these options.
     """
 
     server_options: str
 
     def check(self) -> None:
-        """Raises ValueError if the server cannot take weights in this way, as far as that shows before the first."""
+        """Checks as much as can be checked before the first weights are sent.
+
+        Raises:
+            ValueError: The server cannot take weights in this way.
+        """
         ...
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """All weights of the checkpoint, or an error; an error may leave the server without usable weights."""
+        """Sends all weights of the checkpoint. An error may leave the server without usable weights."""
         ...
 
     def close(self) -> None:
-        """Frees what was needed for it. May be called twice."""
+        """Frees what the transfer holds. It may be called twice."""
         ...
 
 
 def serve_command(transfer: WeightTransfer) -> str:
-    """How to start a server for ``transfer``, with the model's path left open."""
+    """The command that starts a server for ``transfer``; MODEL stands for the path of the checkpoint."""
     return (
         f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs {transfer.server_options}".rstrip()
     )
 
 
 class FolderTransfer:
-    """Through a folder that trainer and server share: safetensors files, which the server is told to read.
+    """Writes safetensors files to a folder that trainer and server share, and tells the server to read them.
 
     It works everywhere, with or without GPUs, at the speed of the file system.
     """
@@ -58,11 +62,16 @@ class FolderTransfer:
     server_options = f"--worker-extension-cls {WORKER}"
 
     def __init__(self, client: HttpClient, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """``folder``: of this run alone, by an absolute path that is the same for the server."""
+        """
+        Args:
+            client: It calls the server.
+            folder: No other run may use it, and the server must find it under the same absolute path.
+            shard_bytes: A file holds at most this many bytes, or one tensor.
+        """
         self.client, self.folder, self.shard_bytes = client, Path(folder).absolute(), shard_bytes
 
     def check(self) -> None:
-        """See ``WeightTransfer.check``: the server reads what is in the folder."""
+        """See ``WeightTransfer.check``. Every worker of the server is asked to find a file that is written here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / f"mark-{uuid.uuid4().hex}"
         mark.touch()
@@ -82,7 +91,7 @@ class FolderTransfer:
             )
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See ``WeightTransfer.send``. The server gets to know a folder only when all of it is there."""
+        """See ``WeightTransfer.send``. The server is told of a folder only after all of it has been written."""
         folder = self.folder / f"weights-{uuid.uuid4().hex}"
         partial = folder.with_suffix(".partial")
         partial.mkdir(parents=True)
@@ -97,7 +106,7 @@ class FolderTransfer:
         self._remove(but=None)
 
     def _remove(self, but: Path | None) -> None:
-        """What earlier updates left, also those of a run that was killed."""
+        """Removes the folders of earlier updates, also those that a killed run left behind."""
         for path in self.folder.glob("weights-*"):
             if path != but and OURS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -108,8 +117,10 @@ def _rpc(method: str, path: Path) -> dict[str, object]:
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Copies in host memory, so that no tensor shares its storage with another; at most ``limit`` bytes, or one
-    tensor, at a time."""
+    """Yields copies of the weights in host memory, at most ``limit`` bytes or one tensor at a time.
+
+    They are copies because safetensors refuses tensors that share their storage.
+    """
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in weights:

@@ -1,1 +1,63 @@
-"""What is read off a policy network: hidden states, log-probs, attention, the reference policy."""
+"""What is read off a policy network: hidden states, log-probs, its LM head, a reference policy. It needs no trainer.
+
+model = AutoModelForCausalLM.from_pretrained(path)
+layout, head = choose_layout(model), head_of(model)
+check_head(model, head)
+out = score(model, Sequences(prompt_ids, completion_ids), head, layout=layout, micro_batch=8, temperature=1.0)
+"""
+
+from maestro_fast.model.attention import (
+    VARLEN,
+    Attention,
+    AttentionPath,
+    Layout,
+    attention_choice,
+    attention_paths,
+    register_varlen,
+    use_attention,
+)
+from maestro_fast.model.forward import (
+    choose_layout,
+    completion_logprobs,
+    completion_states,
+    contexts,
+    last_hidden,
+    prompt_mean,
+    score,
+    terminal_states,
+)
+from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of
+from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
+from maestro_fast.model.rows import Sequences
+from maestro_fast.model.text_scorer import encode_prompt, text_scorer
+
+__all__ = [
+    "VARLEN",
+    "Attention",
+    "AttentionPath",
+    "LanguageHead",
+    "Layout",
+    "PromptContexts",
+    "Reference",
+    "Sequences",
+    "attention_choice",
+    "attention_paths",
+    "backbone_of",
+    "causal_lm",
+    "check_head",
+    "choose_layout",
+    "completion_logprobs",
+    "completion_states",
+    "contexts",
+    "encode_prompt",
+    "frozen_copy",
+    "head_of",
+    "last_hidden",
+    "prompt_mean",
+    "reference_policy",
+    "register_varlen",
+    "score",
+    "terminal_states",
+    "text_scorer",
+    "use_attention",
+]

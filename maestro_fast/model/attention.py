@@ -1,9 +1,10 @@
-"""Which attention serves a forward over many sequences, and why the others do not.
+"""Attention over many sequences at once: which path serves a device, and torch's varlen kernel as one of them.
 
-Four paths give the same log-probs. Two need a kernel that takes sequence bounds, and get all tokens as one row without
-padding: ``flash`` (flash-attn, through transformers) and ``varlen`` (torch's own, see ``varlen``). Two run on any
-device: ``packed`` (several sequences to a row, apart by a block mask) and ``padded`` (one sequence to a row). The
-implementation is fixed when the model is loaded; ``forward.choose_layout`` then tries the path on the model itself.
+Four paths give the same log-probs. Two of them need a kernel that is told where each sequence begins, and take all
+tokens as one row without padding: ``flash`` (flash-attn, through transformers) and ``varlen``
+(``torch.nn.attention.varlen``, which this page makes known to transformers). The other two run on any device:
+``packed`` puts several sequences into a row and keeps them apart with a block mask, ``padded`` puts one sequence into a
+row. The implementation is fixed when the model is loaded; ``forward.choose_layout`` then tries the path on the model.
 """
 
 from __future__ import annotations
@@ -15,14 +16,36 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import varlen as torch_varlen
+from transformers import AttentionInterface
 from transformers import utils as transformers_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from maestro_fast.model.varlen import VARLEN, register_varlen
 from maestro_fast.settings import SettingsError
+
+__all__ = [
+    "VARLEN",
+    "Attention",
+    "AttentionPath",
+    "Layout",
+    "attention_choice",
+    "attention_paths",
+    "bounds_mask",
+    "default_device",
+    "flash_obstacle",
+    "layout_of",
+    "register_varlen",
+    "use_attention",
+    "varlen_attention",
+    "varlen_obstacle",
+]
 
 Layout = Literal["flash", "varlen", "packed", "padded"]
 Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "eager"]
+
+VARLEN = "maestro_varlen"  # the name of our implementation in transformers
 
 _HALF = (torch.bfloat16, torch.float16)
 _FLASH: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -33,13 +56,17 @@ _NEVER_RUN = "never run with its kernel; tests put a plain attention in the kern
 _VARLEN_RUN = "on an H100, in small models, against float64"
 
 
+# --- which path serves where ---
+
+
 @dataclass(frozen=True)
 class AttentionPath:
-    """A path, what it needs, and where it stands on a device.
+    """One of the four paths, and whether it serves on a device.
 
     Attributes:
-        obstacle: why it cannot serve there; None if it can.
-        tried: what has been run of it so far.
+        what: what the path is, in words.
+        obstacle: why the path cannot serve on the device; None if it can.
+        tried: on what this path has been run so far.
     """
 
     name: Layout
@@ -49,7 +76,11 @@ class AttentionPath:
 
 
 def attention_paths(device: torch.device, dtype: torch.dtype | None = None) -> tuple[AttentionPath, ...]:
-    """All four, in the order in which ``auto`` prefers them; ``dtype`` None: not known yet."""
+    """All four paths, in the order in which "auto" prefers them.
+
+    Args:
+        dtype: the dtype of the model's weights; None if it is not known yet.
+    """
     flash = {name: flash_obstacle(name, device, dtype) for name in _FLASH}
     blocked = None if None in flash.values() else flash["flash_attention_2"]
     return (
@@ -61,7 +92,7 @@ def attention_paths(device: torch.device, dtype: torch.dtype | None = None) -> t
 
 
 def flash_obstacle(implementation: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why flash-attn cannot serve weights of ``dtype`` on ``device``; None if it can."""
+    """Why flash-attn cannot serve a model with weights of ``dtype`` on ``device``; None if it can."""
     module, accepted = _FLASH[implementation]
     if importlib.util.find_spec(module) is None:
         return f"{module} cannot be imported"
@@ -71,14 +102,14 @@ def flash_obstacle(implementation: str, device: torch.device, dtype: torch.dtype
 
 
 def varlen_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why torch's varlen kernel cannot serve weights of ``dtype`` on ``device``; None if it can."""
+    """Why torch's varlen kernel cannot serve a model with weights of ``dtype`` on ``device``; None if it can."""
     if "window_size" not in inspect.signature(torch_varlen.varlen_attn).parameters:
         return f"varlen_attn of torch {torch.__version__} takes no window_size, so it cannot be told to be causal"
     return _kernel_obstacle("torch.nn.attention.varlen", device, dtype)
 
 
 def _kernel_obstacle(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """What both kernels need: they are the same algorithm, compiled for the same devices."""
+    """Checks what both kernels need, since both are the same algorithm compiled for the same devices."""
     if device.type != "cuda":
         return f"{name} runs on CUDA devices, not on {device.type}"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
@@ -91,15 +122,18 @@ def _kernel_obstacle(name: str, device: torch.device, dtype: torch.dtype | None)
 def attention_choice(
     wanted: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[str, str]:
-    """The attention implementation for transformers, and why.
+    """Chooses the attention implementation that transformers should load a model with, and says why.
 
     Args:
         wanted: one of ``Attention``; "auto" takes the first of flash-attn, varlen and sdpa that can serve.
-        device: where the model will run; None: a CUDA device if there is one.
-        dtype: of its weights; None: not known yet, any will do.
+        device: where the model will run; None means a CUDA device if there is one.
+        dtype: the dtype of the model's weights; None if it is not known yet, and then every dtype counts as right.
+
+    Returns:
+        The name of the implementation in transformers, and the reason in words.
 
     Raises:
-        SettingsError: an unknown name, or an implementation is asked for that cannot serve.
+        SettingsError: the name is unknown, or the implementation was asked for by name and cannot serve.
     """
     if wanted not in get_args(Attention):
         raise SettingsError(f"model.attention: {wanted}, expected one of {', '.join(get_args(Attention))}")
@@ -120,19 +154,19 @@ def attention_choice(
 
 
 def default_device() -> torch.device:
-    """Where transformers.Trainer puts a model unless told otherwise."""
+    """The device on which transformers.Trainer puts a model unless it is told otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def use_attention(model: Any, implementation: str) -> None:
-    """Has a loaded model of transformers use an implementation; ours is registered first.
+    """Makes a loaded transformers model use an implementation; ours is registered first.
 
     Raises:
-        ValueError: the model cannot change its attention, or not to this one.
+        ValueError: the model cannot change its attention, or not to this implementation.
         ImportError: the implementation cannot be imported.
     """
     if implementation == VARLEN:
-        # SDPA serves whatever does not come with bounds; models with capped scores, for one, cannot use it
+        # Calls without sequence bounds are served by SDPA, which some models cannot use (those that cap their scores).
         if (own := model.config._attn_implementation) not in ("sdpa", VARLEN):
             raise ValueError(f"model: {type(model).__name__} has {own} attention, expected sdpa beside {VARLEN}")
         register_varlen()
@@ -142,7 +176,115 @@ def use_attention(model: Any, implementation: str) -> None:
 
 
 def layout_of(implementation: str) -> Layout:
-    """The path without padding that an implementation offers."""
+    """The path without padding that an attention implementation of transformers offers."""
     if implementation == VARLEN:
         return "varlen"
     return "flash" if implementation in _FLASH else "packed"
+
+
+# --- torch.nn.attention.varlen as an attention implementation of transformers ---
+
+
+def register_varlen() -> None:
+    """Makes ``VARLEN`` known to transformers, so that ``model.set_attn_implementation(VARLEN)`` works."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def bounds_mask() -> Tensor:
+    """A mask of shape [1, 1, 0, 0], which says that the sequence bounds take the place of a mask.
+
+    transformers hands a mask with four axes to every layer unchanged, and so does not build a mask of size [T, T].
+    An attention that does not know the bounds fails on this mask, instead of mixing the sequences of a row.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of the sequences that one row holds.
+
+    This function is a public door: transformers calls it, and its parameters are those of transformers'
+    ``AttentionInterface`` and ``FlashAttentionKwargs``. A call without sequence bounds, for example from ``generate``,
+    is served by SDPA with SDPA's own mask, so the implementation can stay on the model for everything.
+
+    Args:
+        query: [1, H, T, D]; key and value are [1, H_kv, T, D], and H is a multiple of H_kv.
+        attention_mask: ``bounds_mask()`` with bounds; without them a mask for SDPA.
+        cu_seq_lens_q: int32 [N + 1], the bounds of N sequences; keys have the same bounds, as a row attends to itself.
+        max_length_q: the length of the longest sequence, in tokens.
+
+    Returns:
+        The output [1, T, H, D], and None in place of attention weights.
+
+    Raises:
+        ValueError: the bounds came without ``bounds_mask()`` or the mask without the bounds, or the model asks for
+            something that the kernel does not do: dropout, windows, sinks, capped scores, attention to later tokens.
+    """
+    del cu_seq_lens_k, max_length_k
+    if _is_bounds_mask(attention_mask) != (cu_seq_lens_q is not None and max_length_q is not None):
+        raise ValueError(f"cu_seq_lens_q: expected with bounds_mask only, and always: {type(module).__name__} lost one")
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    _refuse_what_the_kernel_lacks(module, query, value, dropout, options)
+    q_THD, k_THD, v_THD = (_compute_dtype(x)[0].transpose(0, 1) for x in (query, key, value))
+    grouped: dict[str, Any] = {}
+    if (repeats := q_THD.shape[1] // k_THD.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # A torch without this option wants as many key heads as query heads.
+            k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_THD, v_THD))
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    out_THD: Tensor = torch_varlen.varlen_attn(  # type: ignore[assignment]
+        q_THD,
+        k_THD,
+        v_THD,
+        *bounds,
+        scale=scaling,
+        window_size=(-1, 0),  # A token sees every earlier token and no later one: causal attention.
+        **grouped,
+    )
+    return out_THD[None], None
+
+
+def _is_bounds_mask(mask: Tensor | None) -> bool:
+    return mask is not None and mask.shape == (1, 1, 0, 0)
+
+
+def _compute_dtype(tensor: Tensor) -> Tensor:
+    """Casts to autocast's dtype, as autocast does for SDPA.
+
+    Some models normalise queries and keys in float32, but the kernel wants one half-precision dtype for all three.
+    """
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def _refuse_what_the_kernel_lacks(
+    module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
+) -> None:
+    causal = options.get("is_causal")
+    lacking = {
+        "dropout": dropout > 0,
+        "is_causal=False": not (getattr(module, "is_causal", True) if causal is None else causal),
+        "rows side by side": query.shape[0] != 1,
+        "values of another head size": query.shape[-1] != value.shape[-1],
+        **{name: options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")},
+    }
+    if wanted := [name for name, is_wanted in lacking.items() if is_wanted]:
+        raise ValueError(f"{type(module).__name__} asks for {', '.join(wanted)}, which {VARLEN} does not do")

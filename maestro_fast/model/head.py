@@ -1,4 +1,8 @@
-"""The parts of a causal language model that the loss needs: its backbone, and its head as plain numbers."""
+"""The parts of a causal language model that the loss needs: its backbone, and its LM head as plain tensors and numbers.
+
+The ops compute the head's product themselves and never form the logits of all tokens. For that they need the head's
+weight and what the model does to its logits (bias, scale, softcap), and ``check_head`` tests that nothing was missed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from maestro_fast.ops import token_logprobs
 
 
 class HeadNumbers(TypedDict):
+    """What the ops take of a head besides its weight, by the names of their parameters."""
+
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
@@ -19,7 +25,11 @@ class HeadNumbers(TypedDict):
 
 @dataclass(frozen=True)
 class LanguageHead:
-    """logits = softcap(scale * h @ weight.T + bias), see ``ops.token_logprobs``."""
+    """The LM head of a model: logits = softcap(scale * h @ weight.T + bias), as in ``ops.token_logprobs``.
+
+    Attributes:
+        module: the layer that holds the weight, and the bias if there is one.
+    """
 
     module: nn.Module
     scale: float
@@ -27,22 +37,23 @@ class LanguageHead:
 
     @property
     def weight(self) -> Tensor:
-        """[V, d]; a sharded one is gathered."""
+        """The weight [V, d]. A sharded weight is gathered, by all processes together."""
         return whole(self.module.weight)
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias [V], gathered like the weight; None if the head has none."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else whole(bias)
 
     @property
     def numbers(self) -> HeadNumbers:
-        """What the ops on a head take besides its weight, by their names."""
+        """The keyword arguments of the head for ``ops.token_logprobs`` and ``ops.linear_policy_loss``."""
         return {"bias": self.bias, "logit_scale": self.scale, "softcap": self.softcap}
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model itself, below wrappers (DDP, PEFT, torch.compile)."""
+    """The transformers model inside the wrappers of DDP, FSDP, PEFT and torch.compile."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -55,16 +66,16 @@ def causal_lm(model: Any) -> Any:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module whose ``last_hidden_state`` the head reads."""
+    """The module that computes the ``last_hidden_state`` which the head reads."""
     backbone: nn.Module = causal_lm(model).base_model
     return backbone
 
 
 def head_of(model: nn.Module) -> LanguageHead:
-    """Reads the head off a model; ``check_head`` tells whether it was read right.
+    """Reads the LM head of a model; ``check_head`` tells whether it was read right.
 
     Raises:
-        ValueError: no output embedding, or one that an adapter changes.
+        ValueError: the model has no output embedding, or an adapter changes it.
     """
     language_model = causal_lm(model)
     module = language_model.get_output_embeddings()
@@ -84,10 +95,10 @@ def head_of(model: nn.Module) -> LanguageHead:
 
 @torch.no_grad()
 def check_head(model: nn.Module, head: LanguageHead) -> None:
-    """Compares log-probs from the hidden states with those of the model's own logits, on a few tokens.
+    """Compares log-probs that ``head`` gives with those of the model's own logits, on a few tokens.
 
     Raises:
-        ValueError: they differ: the model does something to its logits that the head does not know.
+        ValueError: they differ, so the model does something to its logits that ``head`` does not know.
     """
     language_model = causal_lm(model)
     device, vocabulary = head.weight.device, head.weight.shape[0]
@@ -102,7 +113,7 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
     targets = own.argmax(-1)
     ours = token_logprobs(states.to(head.weight.dtype), head.weight, targets, **head.numbers).logprobs
     theirs = own.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    # logits of a half-precision model are themselves rounded to 8 or 11 bits
+    # The logits of a half-precision model are themselves rounded to 8 or 11 significant bits.
     tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(head.weight.dtype, 1e-1)
     worst = (ours - theirs).abs().max().item()
     if worst > tolerance * max(1.0, theirs.abs().max().item()):
@@ -113,6 +124,6 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A sharded tensor gathered, by all processes together; any other as it is."""
+    """Gathers a sharded tensor, by all processes together; returns any other tensor as it is."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered

@@ -1,6 +1,8 @@
-"""The reference policy of the KL: a frozen copy of the model, or the model with its adapters off.
+"""The reference policy of the KL, and what the Conductor may read of it.
 
-It also gives the Conductor a vector per prompt: the mean of its hidden states over the prompt, computed once.
+The reference is a frozen copy of the model as it was at the start. A model with adapters needs no copy: with its
+adapters off it is the reference. Since the reference never changes, its mean hidden state over a prompt never changes
+either. ``PromptContexts`` computes that vector once for each prompt, as a context for the Conductor.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from maestro_fast.model.attention import Layout
 from maestro_fast.model.forward import prompt_mean
 from maestro_fast.model.head import LanguageHead, head_of
 
+# A call opens the reference: ``with reference() as (model, head)``.
 Reference = Callable[[], contextlib.AbstractContextManager[tuple[nn.Module, LanguageHead]]]
 
 
 def frozen_copy(model: Any) -> nn.Module | None:
-    """A copy as the model is now; None where adapters can be switched off instead."""
+    """A frozen copy of the model as it is now, in evaluation mode; None if its adapters can be switched off instead."""
     if hasattr(model, "disable_adapter"):
         return None
     frozen: nn.Module = copy.deepcopy(model).requires_grad_(False).eval()
@@ -30,7 +33,13 @@ def frozen_copy(model: Any) -> nn.Module | None:
 
 
 def reference_policy(model: Any, frozen: nn.Module | None, accelerator: Accelerator) -> Reference:
-    """Opens to the reference model and its head."""
+    """The reference model and its head, behind a context manager.
+
+    Args:
+        model: the policy. If ``frozen`` is None, its adapters are off while the reference is open.
+        frozen: the result of ``frozen_copy``, before the policy was trained.
+        accelerator: puts the copy on the device, or shards it as the policy is sharded.
+    """
     if frozen is not None:
         prepared = accelerator.prepare_model(frozen.to(accelerator.device), evaluation_mode=True)
         opened = (prepared, head_of(prepared))
@@ -45,12 +54,14 @@ def reference_policy(model: Any, frozen: nn.Module | None, accelerator: Accelera
 
 
 class PromptContexts:
-    """Remembers a vector per prompt for good, on the CPU: 4 d bytes a prompt. The reference never changes.
+    """The mean hidden state of the reference over each prompt.
+
+    Every vector is computed once and kept on the CPU for the rest of the run: 4 d bytes a prompt.
 
     Args:
-        layout: how the reference's attention takes its rows.
-        gather: joins a tensor over all processes, in their order.
-        device: where the vectors are wanted.
+        layout: how the attention of the reference takes its rows.
+        gather: joins a tensor over all processes, in the order of the processes.
+        device: the device on which the vectors are returned.
     """
 
     def __init__(self, layout: Layout, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
@@ -58,9 +69,9 @@ class PromptContexts:
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, reference: nn.Module, prompt_ids: list[list[int]]) -> Tensor:
-        """float32 [B, d] on the training device, for B prompts, of which equal ones share a vector."""
+        """The vectors of B prompts, float32 [B, d]; equal prompts have the same vector."""
         missing = [ids for ids in dict.fromkeys(map(tuple, prompt_ids)) if ids not in self._known]
-        # A sharded model needs the same number of forwards on every process.
+        # A sharded model needs the same number of forwards on every process, so a process that knows more repeats one.
         rounds = int(self._gather(torch.tensor([len(missing)], device=self._device)).max())
         for i in range(rounds):
             ids = missing[i] if i < len(missing) else tuple(prompt_ids[0])

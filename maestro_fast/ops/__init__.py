@@ -10,12 +10,13 @@ from maestro_fast.ops.conductor_weights import ConductorSample, conductor_weight
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.groups import Groups
-from maestro_fast.ops.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from maestro_fast.ops.linear_policy_loss import linear_policy_loss
+from maestro_fast.ops.loss_function import loss_function
 from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.ops.pack_sequences import pack_sequences
-from maestro_fast.ops.policy_loss import PolicyLoss, policy_loss
+from maestro_fast.ops.policy_loss import policy_loss
 from maestro_fast.ops.pool_hidden import pool_hidden
-from maestro_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
+from maestro_fast.ops.token_logprobs import token_logprobs
 from maestro_fast.specs import (
     PROFILES,
     AdvantageProfile,
@@ -23,7 +24,12 @@ from maestro_fast.specs import (
     ConductorParams,
     ConductorState,
     ConductorUpdateConfig,
+    LinearPolicyLoss,
+    LossFunction,
+    LossInputs,
+    PolicyLoss,
     PolicyLossConfig,
+    TokenLogprobs,
 )
 
 __all__ = [
@@ -38,6 +44,8 @@ __all__ = [
     "GroupAdvantages",
     "Groups",
     "LinearPolicyLoss",
+    "LossFunction",
+    "LossInputs",
     "PolicyLoss",
     "PolicyLossConfig",
     "TokenLogprobs",
@@ -47,6 +55,7 @@ __all__ = [
     "counterfactual_advantages",
     "group_advantages",
     "linear_policy_loss",
+    "loss_function",
     "maestro_advantages",
     "pack_sequences",
     "policy_loss",

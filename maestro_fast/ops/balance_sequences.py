@@ -8,8 +8,8 @@ from itertools import count
 
 from torch import Tensor
 
+from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.cpp import _C
 from maestro_fast.ops.pack_sequences import INT64_MAX, lengths_as_int64
 
 
@@ -47,7 +47,7 @@ def balance_sequences(
         raise ValueError(f"parts: got {parts}, expected 1 to {INT64_MAX}")
     lengths_n = lengths_as_int64(lengths)
     if resolve("balance_sequences", backend) == "cpp":
-        return _C.balance_sequences(lengths_n.data_ptr(), lengths_n.numel(), parts, equal_size)
+        return cpp._C.balance_sequences(lengths_n.data_ptr(), lengths_n.numel(), parts, equal_size)
     listed: list[int] = lengths_n.tolist()
     _check(listed, parts, equal_size)
     return _reference(listed, parts, equal_size)

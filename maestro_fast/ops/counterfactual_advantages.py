@@ -13,13 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages
+from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.gpu import floats, operator
-from maestro_fast.ops.group_advantages import as_matrices, check_inputs, kernel_matrices
+from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.group_advantages import (
+    as_matrices,
+    check_inputs,
+    cpp_groups,
+    cpp_partition,
+    cpp_profile,
+    cpp_rewards,
+    flat_profile,
+    kernel_matrices,
+    whole_profile,
+)
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.specs import AdvantageProfile, as_numbers, from_numbers, resolve_profile
+from maestro_fast.ops.tensors import floats
+from maestro_fast.specs import AdvantageProfile, resolve_profile
 
 
 def counterfactual_advantages(
@@ -64,7 +75,8 @@ def counterfactual_advantages(
     _check(rewards, action_weights, prof)
     chosen = resolve("counterfactual_advantages", backend, rewards, weights, action_weights, kl)
     if chosen == "cpp":
-        return cpp_advantages.counterfactual_advantages(rewards, weights, action_weights, groups, kl, beta, prof)
+        partition = cpp_groups(groups, rewards.shape[0])
+        return _by_cpp(rewards, weights, action_weights, kl, float(beta), *partition, prof)
     if chosen == "triton":
         index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
         return _by_triton(rewards, weights, action_weights, kl, float(beta), index_NG, prof)
@@ -119,14 +131,60 @@ def _replaced(x_NGA: Tensor) -> Tensor:
     return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
 
 
+# --- C++ and Triton ---
+
+
+def _shapes(rewards: Tensor, weights: Tensor | None, action_weights: Tensor, *rest: object) -> Tensor:
+    return torch.empty(rewards.shape[0], action_weights.shape[0], dtype=torch.float32, device=rewards.device)
+
+
+@cpp.operator(
+    "counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor action_weights, Tensor? kl, float beta,"
+    " int size, Tensor? offsets, Tensor? order, str profile) -> Tensor",
+    _shapes,
+    flat=flat_profile,
+    whole=whole_profile,
+)
+def _by_cpp(
+    rewards: Tensor,
+    weights: Tensor | None,
+    action_weights: Tensor,
+    kl: Tensor | None,
+    beta: float,
+    size: int,
+    offsets: Tensor | None,
+    order: Tensor | None,
+    profile: AdvantageProfile,
+) -> Tensor:
+    rewards, action_weights = cpp_rewards(rewards), floats(action_weights)
+    weights = None if weights is None else floats(weights)
+    kl = None if kl is None else floats(kl)
+    out = _shapes(rewards, weights, action_weights)
+    actions, K = action_weights.shape
+    cpp._C.counterfactual_advantages(
+        rewards.data_ptr(),
+        rewards.dtype is torch.bfloat16,
+        K,
+        cpp.address(weights),
+        weights is not None and weights.ndim == 2,
+        cpp.address(kl),
+        beta,
+        action_weights.data_ptr(),
+        actions,
+        cpp_partition(size, offsets, order, rewards.shape[0]),
+        cpp_profile(profile),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 @operator(
     "triton_counterfactual_advantages(Tensor rewards, Tensor? weights, Tensor actions, Tensor? kl, float beta,"
-    " Tensor index, int[] integers, float[] epsilons) -> Tensor",
-    lambda rewards, weights, actions, *rest: rewards.new_empty(
-        (rewards.shape[0], actions.shape[0]), dtype=torch.float32
-    ),
-    flat=lambda *given: (*given[:-1], *as_numbers(given[-1])),
-    whole=lambda *given: (*given[:-2], from_numbers(*given[-2:])),
+    " Tensor index, str profile) -> Tensor",
+    _shapes,
+    flat=flat_profile,
+    whole=whole_profile,
 )
 def _by_triton(
     rewards: Tensor,

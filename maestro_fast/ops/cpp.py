@@ -1,26 +1,29 @@
-"""How tensors reach the C++ kernels: as addresses, in float32 or bfloat16, contiguous, on the CPU.
+"""How tensors reach the C++ kernels: as addresses of contiguous float32 or bfloat16 on the CPU.
 
-In eager mode an op calls ``maestro_fast._C`` itself, since a registered operator costs about 4 us more, a fifth of the
-whole call. ``torch.compile`` takes the registered one, which it does not look into. Both run the same kernel.
-
-The compiled module is optional. Where it is missing, ``obstacle`` says why, the backend "cpp" refuses with that reason,
-and the other backends serve. This file is the only one that imports it; the others take ``_C`` from here.
+The compiled module is optional, and it is loaded when an op first asks for it. Where it is missing, ``obstacle`` says
+why, the backend "cpp" refuses with that reason, and the other backends serve. This file is the only one that imports
+it: ops write ``cpp._C``. ``operator`` is the one way from an op to its C++ kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["CPU", "_C", "address", "check_build", "floats", "library", "obstacle", "why_missing"]
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
+from maestro_fast.specs import constant_in_graphs
 
-CPU = torch.device("cpu")
-library = torch.library.Library("maestro_fast", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
+if TYPE_CHECKING:
+    from maestro_fast import _C
+
+__all__ = ["_C", "address", "check_build", "obstacle", "operator", "why_missing", "why_not_built"]
+
 _NEEDED = (
     "AdvantageProfile",
     "Partition",
@@ -36,12 +39,31 @@ class _Missing:
     """Stands in for a compiled module that is missing. A graph that was exported elsewhere may still call on it."""
 
     def __init__(self, reason: str) -> None:
-        self._reason = reason
+        self.reason = reason
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # what Python itself asks of any object
+        if name.startswith("__"):  # Python itself asks any object for names like these
             raise AttributeError(name)
-        raise ImportError(self._reason)
+        raise ImportError(self.reason)
+
+
+@cache
+def _load() -> Any:
+    """The compiled module, or what stands in for it."""
+    try:
+        import maestro_fast._C as module
+    except ImportError as error:
+        return _Missing(why_missing(error))
+    check_build(module)  # outside of the try: a stale build is an error, and not a reason to do without
+    return module
+
+
+def __getattr__(name: str) -> Any:
+    """Loads ``_C`` when it is first asked for; after that it is an attribute like any other."""
+    if name != "_C":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["_C"] = module = _load()
+    return module
 
 
 def why_missing(error: ImportError) -> str:
@@ -66,24 +88,22 @@ def check_build(module: object) -> None:
         )
 
 
-_obstacle_here: str | None = None
-try:
-    import maestro_fast._C as _C
-except ImportError as error:
-    _obstacle_here = why_missing(error)
-    _C = _Missing(_obstacle_here)  # type: ignore[assignment]
-else:
-    check_build(_C)  # outside of the try: a stale build is an error, and not a reason to do without
+@constant_in_graphs
+def why_not_built() -> str | None:
+    """Why there is no compiled module to call, or None."""
+    module = _load()
+    return module.reason if isinstance(module, _Missing) else None
 
 
 def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why the C++ kernels cannot serve these tensors, or None; without tensors, why they cannot serve at all."""
-    if _obstacle_here is not None:
-        return _obstacle_here
+    reason = why_not_built()
+    if reason is not None:
+        return reason
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN:
+        if type(x) not in PLAIN:
             return f"got a {type(x).__name__}, expected plain tensors"
         if not x.is_cpu:
             return f"got a tensor on {x.device}, expected the CPU"
@@ -96,10 +116,24 @@ def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+def operator(
+    signature: str,
+    shapes: Callable[..., Any],
+    *,
+    flat: Callable[..., Any] | None = None,
+    whole: Callable[..., Any] | None = None,
+    result: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that makes a launch an op of its own, for eager calls and for ``torch.compile``.
+
+    Its arguments are those of ``gpu.operator``, and so is what becomes of the launch's arguments and result.
+    """
+
+    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
+        return as_operator(launch, signature, shapes, flat=flat, whole=whole, result=result, devices={"CPU": launch})
+
+    return decorate
+
+
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def floats(x: Tensor) -> Tensor:
-    """Contiguous float32."""
-    return (x if x.dtype is torch.float32 else x.float()).contiguous()

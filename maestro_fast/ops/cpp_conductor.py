@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.cpp import _C, CPU, address, floats, library
+from maestro_fast.ops import cpp
+from maestro_fast.ops.cpp import address
+from maestro_fast.ops.tensors import floats, library
 
+CPU = torch.device("cpu")
 Choice = tuple[float, float, float, bool, int, int, int]  # tau, min_prob, alpha, soft, seed, step, offset
 
 
@@ -35,7 +38,7 @@ def _conductor_weights(
     (batch, size), K = h.shape, weight.shape[0]
     out = _empty_outputs(batch, K)
     weights, actions, log_probs, entropy, probs = out
-    _C.conductor_weights(
+    cpp._C.conductor_weights(
         h.data_ptr(),
         h.dtype is torch.bfloat16,
         batch,

@@ -1,8 +1,7 @@
 """How tensors reach the Triton kernels: on a CUDA device (or in Triton's interpreter), without a graph of autograd.
 
 Triton is imported when the first kernel is wanted: ``import maestro_fast.ops`` does without. ``operator`` is the one
-way from an op to its launch: eager calls run the launch itself, ``torch.compile`` takes the operator that is registered
-beside it, which it does not look into.
+way from an op to its launch.
 """
 
 from __future__ import annotations
@@ -10,33 +9,35 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-library = torch.library.Library("maestro_fast", "FRAGMENT")
+from maestro_fast.ops import tensors as operators
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator, library
+
+__all__ = ["define", "library", "obstacle", "on_its_device", "operator"]
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_PLAIN = (Tensor, torch.nn.Parameter)
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable: bool = False) -> str | None:
     """Why the Triton kernels cannot serve these tensors, or None.
 
     Args:
-        chosen: by name: then Triton's interpreter may serve tensors on the CPU (TRITON_INTERPRET=1), for tests.
-        differentiable: the op has a backward pass of its own.
+        chosen: whether the caller asked for Triton by name. Then Triton's interpreter (TRITON_INTERPRET=1) may serve
+            tensors on the CPU, for tests.
+        differentiable: whether the op has a backward pass of its own.
     """
     if not _INSTALLED:
         return "triton is not installed"
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN and not torch.compiler.is_compiling():
+        if type(x) not in PLAIN and not torch.compiler.is_compiling():
             return f"got a {type(x).__name__}, expected plain tensors"
         if not x.is_cuda and not (chosen and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"got a tensor on {x.device}, expected a CUDA device"
@@ -49,54 +50,40 @@ def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable
     return None
 
 
-def floats(x: Tensor) -> Tensor:
-    """Contiguous float32."""
-    return (x if x.dtype is torch.float32 else x.float()).contiguous()
-
-
 def operator(
     signature: str,
     shapes: Callable[..., Any],
     *,
-    flat: Callable[..., Sequence[Any]] | None = None,
-    whole: Callable[..., Sequence[Any]] | None = None,
-) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Makes a launch an op of its own, for eager calls and for ``torch.compile``.
+    flat: Callable[..., Any] | None = None,
+    whole: Callable[..., Any] | None = None,
+    result: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that makes a launch an op of its own, for eager calls and for ``torch.compile``.
 
-    The launch gets its arguments as they are in an eager call. Under ``torch.compile`` they pass through a registered
-    operator, which takes tensors, numbers and strings alone: ``flat`` takes records apart, ``whole`` puts them
-    together.
-    The outputs of a launch must not share a storage.
+    An eager call runs the launch itself, with the arguments as they are and the device of the first tensor made
+    current. Under ``torch.compile`` the arguments pass through a registered operator, which takes tensors, numbers and
+    strings alone. So ``flat`` takes records apart before it, ``whole`` puts them together for the launch, and
+    ``result`` makes the launch's result of the operator's outputs: those are the tensors of the launch's result, and of
+    tuples in it, in their order. The launch is called with positional arguments. The outputs of a launch must not share
+    a storage.
 
     Args:
-        signature: of the registered operator, as ``torch.library`` takes it, without the namespace.
-        shapes: the operator's arguments to empty outputs, for fake tensors.
-        flat, whole: between the launch's positional arguments and the operator's; None where they are the same.
+        signature: the operator's signature as ``torch.library`` takes it, without the namespace.
+        shapes: makes empty outputs from the operator's arguments, for fake tensors.
+        flat, whole: go from the launch's arguments to the operator's and back; None where they are the same.
+        result: None where the launch returns a tensor or a plain tuple of tensors.
     """
 
-    def decorate(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
         guarded = on_its_device(launch)
-
-        def run(*given: Any) -> Any:
-            outputs = launch(*(given if whole is None else whole(*given)))  # type: ignore[call-arg]
-            return tuple(outputs) if isinstance(outputs, tuple) else outputs  # of no class of ours
-
-        define(signature, run, shapes)
-        registered = getattr(torch.ops.maestro_fast, signature.partition("(")[0])
-
-        @functools.wraps(launch)
-        def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return registered(*(arguments if flat is None else flat(*arguments)))
-            return guarded(*arguments)  # type: ignore[call-arg]
-
-        return call  # type: ignore[return-value]
+        devices = {"CUDA": guarded, "CPU": launch}
+        return as_operator(guarded, signature, shapes, flat=flat, whole=whole, result=result, devices=devices)
 
     return decorate
 
 
-def on_its_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The launch with the device of its first tensor made current: Triton launches on the current device.
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """The launch with the device of its first tensor made current, because Triton launches on the current device.
 
     The first argument is that tensor, or a list that begins with it.
     """
@@ -117,12 +104,9 @@ def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any
     """Registers an operator of ours that compilation does not look into.
 
     Args:
-        signature: as ``torch.library`` takes it, without the namespace.
-        launch: its work, on the device of its first argument, a tensor, or in Triton's interpreter.
-        shapes: the same arguments to empty outputs.
+        signature: the operator's signature as ``torch.library`` takes it, without the namespace.
+        launch: does the operator's work, on the device of its first argument, a tensor, or in Triton's interpreter.
+        shapes: makes empty outputs from the same arguments.
     """
-    name = signature.partition("(")[0]
-    library.define(signature)
-    library.impl(name, on_its_device(launch), "CUDA")
-    library.impl(name, launch, "CPU")
-    torch.library.register_fake(f"maestro_fast::{name}", shapes, lib=library)
+    devices = {"CUDA": on_its_device(launch), "CPU": launch}
+    operators.define(signature, lambda function, *arguments: function(*arguments), shapes, devices=devices)

@@ -10,39 +10,24 @@ of identical rewards exactly 0, where (r - mean) would be rounding noise that th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import cpp_advantages
+from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.moments import Members, live_weights, normalize_rewards, standardise_scores, sum_over_rewards
-from maestro_fast.ops.tensors import is_integer, readable, wide
-from maestro_fast.specs import AdvantageProfile, as_numbers, from_numbers, resolve_profile
+from maestro_fast.ops.tensors import floats, is_integer, readable, wide
+from maestro_fast.specs import AdvantageProfile, GroupAdvantages, as_text, from_text, resolve_profile
 
+if TYPE_CHECKING:
+    from maestro_fast import _C
 
-class GroupAdvantages(NamedTuple):
-    """Advantages and what they were made of; float32 [B] (float64 for float64 rewards) unless noted.
-
-    Attributes:
-        advantages: 0 for degenerate groups (except singletons that the profile leaves raw) and for responses without a
-            live reward.
-        scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
-        normalized_rewards: [B, K], 0 where a reward abstained.
-        mean: what was subtracted from the score (leave-one-out: the mean of the others).
-        std: of the scores over ``score_scale``'s scope, over the group where that is ``none``; 1 for a raw singleton.
-        degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
-    """
-
-    advantages: Tensor
-    scores: Tensor
-    normalized_rewards: Tensor
-    mean: Tensor
-    std: Tensor
-    degenerate: Tensor
+__all__ = ["GroupAdvantages", "group_advantages"]
 
 
 def group_advantages(
@@ -83,10 +68,11 @@ def group_advantages(
     check_lengths(lengths, rewards, prof)
     chosen = resolve("group_advantages", backend, rewards, weights, kl, lengths)
     if chosen == "cpp":
-        return GroupAdvantages(*cpp_advantages.group_advantages(rewards, weights, groups, kl, beta, lengths, prof))
+        partition = cpp_groups(groups, rewards.shape[0])
+        return _by_cpp(rewards, weights, kl, float(beta), lengths, *partition, prof)
     if chosen == "triton":
         index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
-        return GroupAdvantages(*_by_triton(rewards, weights, kl, float(beta), lengths, index_NG, prof))
+        return _by_triton(rewards, weights, kl, float(beta), lengths, index_NG, prof)
     rewards_BK, weights_BK = as_matrices(rewards, weights)
     grouping = Groups.of(groups, rewards.shape[0]).to(rewards.device)
     return _reference(rewards_BK, weights_BK, grouping, kl, beta, lengths, prof)
@@ -168,15 +154,120 @@ def _reference(
     return GroupAdvantages(advantages_B, scores_B, normalized_BK, mean_B, std_B, degenerate_B)
 
 
-# --- Triton ---
+# --- C++ and Triton ---
+
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-def advantage_shapes(rewards: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Empty outputs of the operators that give the fields of ``GroupAdvantages``."""
-    batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
-    one = [rewards.new_empty(batch, dtype=torch.float32) for _ in range(4)]
-    normalized = rewards.new_empty((batch, K), dtype=torch.float32)
-    return one[0], one[1], normalized, one[2], one[3], rewards.new_empty(batch, dtype=torch.bool)
+def flat_profile(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of a launch, of which a profile is the last, as its operator takes them."""
+    return *arguments[:-1], as_text(arguments[-1])
+
+
+def whole_profile(*arguments: Any) -> tuple[Any, ...]:
+    """The opposite of ``flat_profile``."""
+    return *arguments[:-1], from_text(AdvantageProfile, arguments[-1])
+
+
+def advantage_shapes(rewards: Tensor, *rest: Any) -> GroupAdvantages:
+    """Empty outputs of the operators that compute ``GroupAdvantages``."""
+    return GroupAdvantages.empty(rewards)
+
+
+@cpp.operator(
+    "group_advantages(Tensor rewards, Tensor? weights, Tensor? kl, float beta, Tensor? lengths, int size,"
+    f" Tensor? offsets, Tensor? order, str profile) -> {_RESULTS}",
+    advantage_shapes,
+    flat=flat_profile,
+    whole=whole_profile,
+    result=GroupAdvantages,
+)
+def _by_cpp(
+    rewards: Tensor,
+    weights: Tensor | None,
+    kl: Tensor | None,
+    beta: float,
+    lengths: Tensor | None,
+    size: int,
+    offsets: Tensor | None,
+    order: Tensor | None,
+    profile: AdvantageProfile,
+) -> GroupAdvantages:
+    rewards = cpp_rewards(rewards)
+    weights = None if weights is None else floats(weights)
+    kl = None if kl is None else floats(kl)
+    lengths = None if lengths is None else floats(lengths)
+    out = GroupAdvantages.empty(rewards)
+    cpp._C.group_advantages(
+        rewards.data_ptr(),
+        rewards.dtype is torch.bfloat16,
+        rewards.shape[1] if rewards.ndim == 2 else 1,
+        cpp.address(weights),
+        weights is not None and weights.ndim == 2,
+        cpp.address(kl),
+        beta,
+        cpp.address(lengths),
+        cpp_partition(size, offsets, order, rewards.shape[0]),
+        cpp_profile(profile),
+        out.advantages.data_ptr(),
+        out.scores.data_ptr(),
+        out.normalized_rewards.data_ptr(),
+        out.mean.data_ptr(),
+        out.std.data_ptr(),
+        out.degenerate.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def cpp_rewards(rewards: Tensor) -> Tensor:
+    """Contiguous bfloat16 or float32."""
+    return rewards.contiguous() if rewards.dtype is torch.bfloat16 else floats(rewards)
+
+
+def cpp_groups(groups: GroupsLike, batch: int) -> tuple[int, Tensor | None, Tensor | None]:
+    """The partition as an operator takes it: (G, None, None) for consecutive groups of G, else (0, offsets, order)."""
+    if type(groups) is int and groups > 0 and batch % groups == 0:
+        return groups, None, None
+    known = Groups.of(groups, batch)
+    if known.size:
+        return known.size, None, None
+    if known.offsets_N1.device.type != "cpu":
+        raise ValueError(f"groups: on {known.offsets_N1.device}, expected the CPU as rewards")
+    return 0, known.offsets_N1, known.order_B
+
+
+def cpp_partition(size: int, offsets: Tensor | None, order: Tensor | None, batch: int) -> _C.Partition:
+    """The partition of ``cpp_groups`` as the C++ kernels take it. It holds addresses of these tensors."""
+    if size:
+        return _consecutive(size, batch)
+    assert offsets is not None and order is not None
+    return cpp._C.Partition(offsets.numel() - 1, batch, 0, offsets.data_ptr(), order.data_ptr())
+
+
+@lru_cache(maxsize=1024)
+def _consecutive(size: int, batch: int) -> _C.Partition:
+    return cpp._C.Partition(batch // size, batch, size, 0, 0)
+
+
+_SCOPES = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
+
+
+@lru_cache(maxsize=256)
+def cpp_profile(profile: AdvantageProfile) -> _C.AdvantageProfile:
+    """The profile as the C++ kernels take it, except for ``kl_in``, which concerns the caller alone."""
+    return cpp._C.AdvantageProfile(
+        _SCOPES.index(profile.reward_center),
+        _SCOPES.index(profile.reward_scale),
+        _SCOPES.index(profile.score_center),
+        _SCOPES.index(profile.score_scale),
+        float(profile.reward_eps),
+        float(profile.score_eps),
+        profile.ddof,
+        profile.singleton == "raw",
+        profile.missing == "renormalize",
+        profile.score_eps_in == "variance",
+    )
 
 
 def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -188,10 +279,11 @@ def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Te
 
 @operator(
     "triton_group_advantages(Tensor rewards, Tensor? weights, Tensor? kl, float beta, Tensor? lengths, Tensor index,"
-    " int[] integers, float[] epsilons) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" str profile) -> {_RESULTS}",
     advantage_shapes,
-    flat=lambda *given: (*given[:-1], *as_numbers(given[-1])),
-    whole=lambda *given: (*given[:-2], from_numbers(*given[-2:])),
+    flat=flat_profile,
+    whole=whole_profile,
+    result=GroupAdvantages,
 )
 def _by_triton(
     rewards: Tensor,
@@ -201,9 +293,10 @@ def _by_triton(
     lengths: Tensor | None,
     index_NG: Tensor,
     profile: AdvantageProfile,
-) -> tuple[Tensor, ...]:
+) -> GroupAdvantages:
     from maestro_fast.kernels import group_advantages as kernel
 
     rewards_BK, weights_BK = kernel_matrices(rewards, weights)
     kl, lengths = (None if x is None else x.contiguous() for x in (kl, lengths))
-    return kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
+    out = kernel.group_advantages(rewards_BK, weights_BK, index_NG, profile=profile, kl=kl, beta=beta, lengths=lengths)
+    return GroupAdvantages(*out)

@@ -1,33 +1,39 @@
-"""The maths of a row of logits, in plain PyTorch: from the output of the head's GEMM to log-probs, and back.
+"""A row of logits: from the output of the head's matrix product to the log-prob of a token, and back.
 
-    u_v = scale * x_v + b_v            x = h @ W.T, the output of the GEMM
+    u_v = scale * x_v + b_v            x = h @ W.T, the output of the matrix product
     y_v = softcap(u_v)                 softcap(u) = cap * tanh(u / cap)
     z_v = y_v / T
     log p_y = z_y - logsumexp(z)       H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-Every row stands for itself: its results depend on no other row of its chunk.
+No row depends on the others of its chunk. The reference in PyTorch comes first, then the launches of
+``kernels/head_rows.py``, which compute the same.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from maestro_fast.specs import HeadSpec, RowStatistics
+from maestro_fast.ops.gpu import operator
+from maestro_fast.specs import HeadSpec, RowStatistics, as_text, from_text
+
+# --- PyTorch, the reference ---
 
 
 def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
-    """Statistics of a chunk.
+    """The statistics of a chunk of C rows.
 
     Args:
-        x: [C, V], float32 or float64; left as it is.
+        x: [C, V], float32 or float64; it is not changed.
         targets: int64 [C], in [0, V) or ``spec.ignore_index``.
         bias: [V] in the dtype of ``x``, or None.
     """
     live = targets != spec.ignore_index
     y = capped_logits(x, bias, spec)
-    # Not log_softmax: its sums on the CPU are sequential, which costs 2e-5 in every log-prob at V = 151,936.
+    # log_softmax would add up in sequence on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
     peaks = y.amax(-1)
     shifted = _gaps(y, peaks, spec)
     exp = shifted.exp()
@@ -35,7 +41,7 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
     chosen = shifted.gather(1, torch.where(live, targets, 0)[:, None])[:, 0]
     logprobs = torch.where(live, chosen - totals.log(), 0.0)
     if spec.entropy == "none":
-        return RowStatistics(logprobs, peaks, totals, None)
+        return RowStatistics(logprobs, peaks, totals, x.new_empty(0))
     entropies = totals.log() - exp.mul_(shifted).sum(-1) / totals
     return RowStatistics(logprobs, peaks, totals, torch.where(live, entropies, 0.0))
 
@@ -50,16 +56,15 @@ def dlogits_(
     spec: HeadSpec,
     out: Tensor | None = None,
 ) -> None:
-    """dL/du of a chunk: with respect to scale * x + bias, which is the bias's gradient before it is summed.
+    """Writes dL/du of a chunk, the gradient by scale * x + bias. Summed over the rows it is the gradient of the bias.
 
     A row that is ignored, or whose two gradients are 0, becomes exactly 0, whatever ``x`` holds there.
 
     Args:
         x, targets, bias: as in ``row_statistics``.
-        stats: of the same chunk.
-        dlogprobs, dentropies: dL/dlog p_y and dL/dH [C] in the dtype of ``x``; ``dentropies`` needs
-            ``stats.entropies``, None stands for 0.
-        out: [C, V] of any floating dtype, where the gradient is written; None: over ``x``.
+        stats: the statistics of the same chunk. Their log-probs are not read, their entropies only with ``dentropies``.
+        dlogprobs, dentropies: dL/dlog p_y and dL/dH, [C] in the dtype of ``x``. None means that dL/dH is 0.
+        out: [C, V] of any floating dtype, where the gradient is written; None writes it over ``x``.
     """
     live = targets != spec.ignore_index
     dead = ~live | (dlogprobs == 0)
@@ -71,7 +76,6 @@ def dlogits_(
     p = shifted.exp().div_(stats.totals[:, None])
     dz = -p * dlp
     if dentropies is not None:
-        assert stats.entropies is not None
         logp = shifted.sub_(stats.totals.log()[:, None])
         dent = torch.where(dead, 0.0, dentropies)[:, None]
         dz -= p.mul_(dent).mul_(logp.add_(stats.entropies[:, None]))
@@ -84,7 +88,7 @@ def dlogits_(
 
 
 def capped_logits(x: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
-    """y [C, V], the logits before the temperature; ``x`` itself where nothing is to be done."""
+    """y [C, V], the logits before the temperature. It is ``x`` itself where scale, bias and soft cap change nothing."""
     u = x * spec.scale if spec.scale != 1.0 else x
     if bias is not None:
         u = u + bias
@@ -95,3 +99,100 @@ def _gaps(y: Tensor, peaks: Tensor, spec: HeadSpec) -> Tensor:
     """z_v - max z, [C, V]."""
     gaps = y - peaks[:, None]
     return gaps if spec.temperature == 1.0 else gaps.div_(spec.temperature)
+
+
+# --- Triton ---
+
+
+def _empty_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, ...]:
+    rows = x.shape[0]
+    with_entropy = from_text(HeadSpec, spec).entropy != "none"
+    return *(x.new_empty(rows) for _ in range(3)), x.new_empty(rows if with_entropy else 0)
+
+
+@operator(
+    "triton_row_statistics(Tensor x, Tensor targets, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
+    _empty_statistics,
+    flat=lambda x, targets, bias, spec: (x, targets, bias, as_text(spec)),
+    whole=lambda x, targets, bias, spec: (x, targets, bias, from_text(HeadSpec, spec)),
+    result=RowStatistics,
+)
+def triton_row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
+    """``row_statistics`` of float32 logits, in one launch. A target that is out of range gives NaN."""
+    from maestro_fast.kernels import head_rows as kernel
+
+    return kernel.row_statistics(x, targets, bias, spec)
+
+
+def triton_dlogits_(
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
+    out: Tensor | None = None,
+) -> None:
+    """``dlogits_`` of float32 logits, in one launch."""
+    dentropies = None if dentropies is None else dentropies.contiguous()
+    given = targets, bias, stats, dlogprobs.contiguous(), dentropies, spec
+    if out is None:
+        _dlogits_in_place(x, *given)
+    else:
+        _dlogits_into(out, x, *given)
+
+
+_GIVEN = (
+    "Tensor targets, Tensor? bias, Tensor peaks, Tensor totals, Tensor entropies, Tensor dlogprobs,"
+    " Tensor? dentropies, str spec"
+)
+
+
+def _flat(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, stats, dlogprobs, dentropies, spec = arguments
+    return *tensors, stats.peaks, stats.totals, stats.entropies, dlogprobs, dentropies, as_text(spec)
+
+
+def _whole(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, peaks, totals, entropies, dlogprobs, dentropies, spec = arguments
+    stats = RowStatistics(peaks, peaks, totals, entropies)  # The kernel does not read the log-probs.
+    return *tensors, stats, dlogprobs, dentropies, from_text(HeadSpec, spec)
+
+
+def _nothing(*_: Any) -> None:
+    """The operators write into their first argument and return nothing."""
+
+
+# torch.compile needs two operators: one that writes to its first argument may not read the same memory as its second.
+
+
+@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+def _dlogits_in_place(
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
+) -> None:
+    from maestro_fast.kernels import head_rows as kernel
+
+    kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, x)
+
+
+@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+def _dlogits_into(
+    out: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
+) -> None:
+    from maestro_fast.kernels import head_rows as kernel
+
+    kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, out)

@@ -30,7 +30,7 @@ from maestro_fast.ops.group_advantages import (
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.philox import check_key
 from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
-from maestro_fast.specs import AdvantageProfile, ConductorParams, as_numbers, from_numbers, resolve_profile
+from maestro_fast.specs import AdvantageProfile, ConductorParams, as_text, from_text, resolve_profile
 
 
 def maestro_advantages(
@@ -152,16 +152,16 @@ def _fused(
 
 @operator(
     f"triton_maestro_advantages(Tensor rewards, {PARAMS}, {CHOICE}, Tensor index, Tensor x, str source,"
-    " Tensor? bounds, Tensor? limit, Tensor? kl, float beta, Tensor? lengths, int[] integers, float[] epsilons)"
+    " Tensor? bounds, Tensor? limit, Tensor? kl, float beta, Tensor? lengths, str profile)"
     f" -> ({', '.join(['Tensor'] * 11)})",
     lambda rewards, *rest: (*sample_shapes(rewards.shape[0], rest[2]), *advantage_shapes(rewards)),
     flat=lambda rewards, params, choice, *rest: (
         *(rewards, *params.tensors, *choice.plain()),
-        *(*rest[:-1], *as_numbers(rest[-1])),
+        *(*rest[:-1], as_text(rest[-1])),
     ),
     whole=lambda rewards, *rest: (
         *(rewards, ConductorParams(*rest[:6]), Choice.of_plain(rest[6:14])),
-        *(*rest[14:-2], from_numbers(*rest[-2:])),
+        *(*rest[14:-1], from_text(AdvantageProfile, rest[-1])),
     ),
 )
 def _by_triton(

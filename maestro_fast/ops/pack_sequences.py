@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.cpp import _C
 
 INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -47,7 +47,7 @@ def pack_sequences(
         raise ValueError(f"max_tokens: got {max_tokens}, expected at most {INT64_MAX}")
     lengths_n = lengths_as_int64(lengths)
     if resolve("pack_sequences", backend) == "cpp":
-        return _C.pack_sequences(lengths_n.data_ptr(), lengths_n.numel(), max_tokens)
+        return cpp._C.pack_sequences(lengths_n.data_ptr(), lengths_n.numel(), max_tokens)
     return _reference(lengths_n.tolist(), max_tokens)
 
 

@@ -4,33 +4,24 @@
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-The way through all rows is that of ``ops.head_pass``, the GEMMs and their chunks are those of ``ops.head_chunks``, the
-maths of a row is that of ``ops.head_rows``.
+The way of all rows through a head stands in ``ops.head``, the maths of a row in ``ops.head_rows``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import gpu_token_logprobs
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.head_chunks import Head
-from maestro_fast.ops.head_pass import head_backward, head_forward
+from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
 from maestro_fast.ops.head_rows import capped_logits
-from maestro_fast.ops.tensors import readable, without_autocast
-from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics
+from maestro_fast.ops.tensors import library, readable, without_autocast
+from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probs [T] and entropies [T] in nats (None with ``entropy="none"``); rows that are ignored hold 0."""
-
-    logprobs: Tensor
-    entropies: Tensor | None
 
 
 def reference_token_logprobs(
@@ -44,7 +35,7 @@ def reference_token_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> TokenLogprobs:
-    """The truth: materialises all logits, differentiates through autograd. For tests and small inputs."""
+    """The plain formula, which holds all logits and is differentiated by autograd. For tests and small inputs."""
     live = targets != ignore_index
     with without_autocast(hidden):
         x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
@@ -73,48 +64,48 @@ def token_logprobs(
 
     Args:
         hidden: [T, d], float32, bfloat16, float16 or float64: the states that predict ``targets``.
-        lm_head: [V, d], the head's weight, same dtype as ``hidden``.
+        lm_head: [V, d], the head's weight, in the dtype of ``hidden``.
         targets: int64 [T], token ids in [0, V) or ``ignore_index``.
         bias: [V] or None.
         logit_scale: multiplies the logits before the bias (Granite and Cohere scale theirs).
-        softcap: bound of a tanh soft cap on the logits, or None (Gemma caps its).
-        temperature: divides the logits last; the sampling temperature in GRPO.
-        entropy: "none", "value" (no gradient through it) or "grad".
+        softcap: bound of a tanh soft cap on the logits, or None (Gemma caps its logits).
+        temperature: divides the logits last; in GRPO it is the sampling temperature.
+        entropy: "none", "value" (without a gradient) or "grad".
         ignore_index: rows with this target return 0 and get no gradient.
-        strategy: of the forward. "chunked": the logits of a chunk of rows exist at a time. "fused", by Triton alone: no
-            logit does, for memory that is scarce or a small d; bitwise equal to itself, not to "chunked". The backward
-            pass is the same, and works by chunks.
-        backend: "triton", "torch", or None: Triton on a CUDA device unless there is float64.
+        strategy: how the forward works. With "chunked" the logits of one chunk of rows exist at a time. With "fused",
+            which only Triton serves, no logits exist; it saves memory, and is faster for a small d. Two "fused" calls
+            are bitwise equal, but "fused" and "chunked" are not. The backward pass is the same, and works by chunks.
+        backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64.
 
     Returns:
-        ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are formed and summed in that
-        precision, under autocast too. On a CUDA device the gradient of a 16-bit head is rounded to 16 bits once per
-        logit before the products that sum it, in float32, as autograd of such a head does; for float16 it is scaled by
-        a power of two while it is so, since float16 would round a token's share of the loss to 0.
+        ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
+        precision, under autocast too. On a CUDA device the gradient of each logit of a 16-bit head is rounded to 16
+        bits before the products add it up in float32, as autograd of such a head does. For float16 it is scaled by a
+        power of two meanwhile, because float16 would round a token's share of the loss to 0.
 
     Raises:
-        ValueError: shapes, a non-positive temperature or softcap, a target out of range (read on CPU tensors only; on a
-            CUDA device it gives NaN), ``backend`` does not serve these tensors, or not this strategy.
-        TypeError: dtypes.
+        ValueError: a wrong shape, a temperature or softcap that is not positive, a target out of range (on a CUDA
+            device it is not looked at, and gives NaN), a ``backend`` that does not serve these tensors or this
+            strategy.
+        TypeError: a wrong dtype.
     """
     spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
     if strategy not in ("chunked", "fused"):
         raise ValueError(f"strategy: {strategy!r}, expected 'chunked' or 'fused'")
     served = resolve("token_logprobs", backend, hidden, lm_head, bias)
-    if served == "triton":
-        logprobs, entropies = gpu_token_logprobs.token_logprobs(
-            hidden, lm_head, bias, targets, spec, fused=strategy == "fused"
-        )
-    elif strategy == "fused":
+    if served != "triton" and strategy == "fused":
         raise ValueError(f"strategy: 'fused' is served by backend 'triton' alone, here by {served!r}")
+    if served == "triton" and torch.compiler.is_compiling():
+        logprobs, _, _, entropies = _statistics_by_triton(hidden, lm_head, bias, targets, spec, strategy)
     else:
-        logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec)  # type: ignore[no-untyped-call]
+        logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec, served, strategy)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logprobs, None if entropy == "none" else entropies)
 
 
 def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> None:
-    """
+    """Checks the arguments of ``token_logprobs``.
+
     Raises:
         ValueError, TypeError: see ``token_logprobs``.
     """
@@ -150,35 +141,152 @@ def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Te
             )
 
 
+# --- one forward and one backward, for both backends ---
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    spec: HeadSpec,
+    backend: Backend,
+    strategy: Strategy,
+) -> RowStatistics:
+    if backend == "triton":
+        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+    if strategy == "chunked":
+        return head_forward(Head.of(weight, bias, spec, backend), hidden, targets)
+    from maestro_fast.kernels import token_logprobs as kernel
+
+    return kernel.token_logprobs(hidden, weight, targets, None if bias is None else bias.contiguous(), spec)
+
+
+def _backward(
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    stats: RowStatistics,
+    gradients: tuple[Tensor, Tensor],
+    spec: HeadSpec,
+    backend: Backend,
+    strategy: Strategy,
+    wanted: tuple[bool, bool, bool],
+) -> HeadGradients:
+    """The gradients of ``inputs``, which are hidden, weight, bias and targets, from those of log-probs and entropies.
+
+    The logits of the fused forward are not bitwise those of the chunks here, whose statistics are computed again.
+    """
+    hidden, weight, bias, targets = inputs
+    if backend == "triton":
+        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+    found = head_backward(
+        Head.of(weight, bias, spec, backend),
+        hidden,
+        targets,
+        stats if strategy == "chunked" else None,
+        gradients[0],
+        gradients[1] if spec.entropy == "grad" else None,
+        wanted,
+    )
+    return found if found.bias is None or bias is None else found._replace(bias=found.bias.to(bias.dtype))
+
+
+def _columns_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class _TokenLogprobs(torch.autograd.Function):
+    """Both backends in eager calls, and PyTorch's in a compiled graph."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        spec: HeadSpec,
+        backend: Backend,
+        strategy: Strategy,
     ) -> tuple[Tensor, Tensor]:
-        stats = head_forward(Head.of(weight, bias, spec, "torch"), hidden, targets)
-        logprobs, peaks, totals, entropies = stats
-        assert entropies is not None
-        ctx.save_for_backward(hidden, weight, targets, peaks, totals, entropies, *(() if bias is None else (bias,)))
-        ctx.spec = spec
+        logprobs, peaks, totals, entropies = _forward(hidden, weight, bias, targets, spec, backend, strategy)
+        ctx.save_for_backward(hidden, weight, bias, targets, peaks, totals, entropies)
+        ctx.options = spec, backend, strategy
         if spec.entropy != "grad":
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        dlogprobs, dentropies = grads
-        hidden, weight, targets, peaks, totals, entropies, *rest = ctx.saved_tensors
-        bias = rest[0] if rest else None
-        stats = RowStatistics(peaks, peaks, totals, entropies)  # its log-probs are not read
-        dhidden, dweight, dbias = head_backward(
-            Head.of(weight, bias, ctx.spec, "torch"),
-            hidden,
-            weight,
-            bias,
-            targets,
-            stats,
-            dlogprobs,
-            dentropies if ctx.spec.entropy == "grad" else None,
-            ctx.needs_input_grad[:3],
-        )
-        return dhidden, dweight, dbias, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, peaks, totals, entropies = ctx.saved_tensors
+        stats = RowStatistics(peaks, peaks, totals, entropies)  # A gradient does not read the log-probs.
+        spec, backend, strategy = ctx.options
+        wanted = ctx.needs_input_grad[:3]
+        found = _backward(tuple(inputs), stats, gradients, spec, backend, strategy, wanted)  # type: ignore[arg-type]
+        return *found, None, None, None, None
+
+
+# --- Triton in a compiled graph: one operator, and one for its backward ---
+
+
+def _empty_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _, spec, _ = rest
+    tokens = hidden.shape[0]
+    sizes = tokens, tokens, tokens, 0 if from_text(HeadSpec, spec).entropy == "none" else tokens
+    return tuple(hidden.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+@operator(
+    "triton_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, str spec, str strategy)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _empty_statistics,
+    flat=lambda *given: (*given[:4], as_text(given[4]), given[5]),
+    whole=lambda *given: (*given[:4], from_text(HeadSpec, given[4]), given[5]),
+    result=RowStatistics,
+)
+def _statistics_by_triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, spec: HeadSpec, strategy: Strategy
+) -> RowStatistics:
+    return _forward(hidden, weight, bias, targets, spec, "triton", strategy)
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """They are contiguous, whatever the strides of the inputs are."""
+    return tuple(
+        x.new_empty(x.shape) if x is not None and want else hidden.new_empty(0, dtype=torch.float32)
+        for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
+    )
+
+
+@operator(
+    "triton_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor peaks,"
+    " Tensor totals, Tensor entropies, Tensor dlogprobs, Tensor dentropies, str spec, str strategy, bool[3] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+    _empty_gradients,
+)
+def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
+    """The signature above names the arguments. A gradient that is not wanted has no elements."""
+    *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
+    stats = RowStatistics(peaks, peaks, totals, entropies)
+    spec = from_text(HeadSpec, spec)
+    found = _backward(tuple(inputs), stats, (dlogprobs, dentropies), spec, "triton", strategy, tuple(wanted))
+    return tuple(peaks.new_empty(0) if x is None else x for x in found)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *ctx.options = inputs
+    _, peaks, totals, entropies = output
+    has_gradient = from_text(HeadSpec, ctx.options[0]).entropy == "grad"
+    ctx.mark_non_differentiable(peaks, totals, *(() if has_gradient else (entropies,)))
+    ctx.save_for_backward(hidden, weight, bias, targets, peaks, totals, entropies)
+
+
+def _differentiate(ctx: Any, dlogprobs: Tensor, _: Tensor, __: Tensor, dentropies: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [bool(x) for x in ctx.needs_input_grad[:3]]
+    backward = torch.ops.maestro_fast.triton_token_logprobs_backward
+    found = backward(*ctx.saved_tensors, dlogprobs, dentropies, *ctx.options, wanted)
+    return *(x if want else None for x, want in zip(found, wanted, strict=True)), *[None] * 3
+
+
+torch.library.register_autograd(
+    "maestro_fast::triton_token_logprobs", _differentiate, setup_context=_remember, lib=library
+)

@@ -1,1 +1,1 @@
-"""The newcomer's run: a tiny model, warm-started on bundled text, then trained with the anchored Conductor or none."""
+"""The quickstart: a tiny model, warm-started on bundled text, is trained with adaptive and with equal weights."""

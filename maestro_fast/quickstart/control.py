@@ -1,19 +1,83 @@
-"""The process of the run with equal weights: ``python -m maestro_fast.quickstart.control CONFIG [--resume]``.
+"""The control run of the quickstart: it trains with equal weights, in a process beside the adaptive run.
 
-Its standard input is a pipe that nothing is written to. The pipe closes with the process that holds its other end,
-whatever ends that, and this one ends then too: nobody would wait for it.
+The quickstart starts ``python -m maestro_fast.quickstart.control CONFIG [--resume]``. Standard input of that process is
+a pipe that nothing is written to. The pipe closes when the quickstart ends, however it ends, and then the control run
+ends too, since nobody would wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@contextlib.contextmanager
+def control_run(raw: dict[str, Any], out: Path, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Runs the config ``raw`` in a process of its own, which ends with this one. It is None if the run has finished.
+
+    The process writes its output to equal.log in ``out``. It also holds the ``lock`` on ``out``, so that no other
+    quickstart begins there before the control run has ended.
+    """
+    run_dir = Path(raw["run_dir"])
+    if (run_dir / "final").exists():
+        yield None
+        return
+    config = out / "equal.yaml"
+    config.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "maestro_fast.quickstart.control", str(config)]
+    if has_checkpoint(run_dir):
+        command.append("--resume")
+    with (out / "equal.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=(lock,),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes] | None, log: Path) -> None:
+    """Waits for the control run to end.
+
+    Raises:
+        RuntimeError: It failed; the message shows the end of its output.
+    """
+    if process is not None and process.wait() != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run can be resumed. The directory of a run that was killed before its first checkpoint is removed.
+
+    Such a run begins anew and gives the same result bit by bit.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if run_dir.exists() and get_last_checkpoint(str(run_dir)) is None:
+        shutil.rmtree(run_dir)
+    return run_dir.exists()
 
 
 def end_with_parent(descriptor: int = 0) -> None:
-    """Ends this process, as a kill would, as soon as the pipe closes."""
+    """Starts a thread that ends this process, as a kill would, as soon as the pipe closes."""
 
     def wait() -> None:
         os.read(descriptor, 1)
@@ -25,7 +89,7 @@ def end_with_parent(descriptor: int = 0) -> None:
 def main(arguments: list[str]) -> None:
     """Trains the run of a config, and writes its report."""
     end_with_parent()
-    # imported under watch: it takes seconds
+    # These imports take seconds, so the pipe is watched before they begin.
     from maestro_fast.reporting.recorded_run import recorded_train, try_report
     from maestro_fast.training import read_config
 

@@ -1,4 +1,4 @@
-"""Prompts that are kept from training, the utility of several policies on them, and what the difference shows."""
+"""Holds prompts out from training, measures policies' utility on them, and says what the difference shows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from maestro_fast.training import ModelConfig, PromptDataset, parse_config
 from maestro_fast.training.prompt_weights import sample_responses
 from maestro_fast.training.run import load_policy
 
-SAMPLES, SEED = 8, 1
+SAMPLES, SEED = 8, 1  # Each prompt gets this many responses, sampled with this seed.
 
 
 def split(prompts: Path, folder: Path, limit: int | None) -> None:
-    """Writes train.jsonl and held_out.jsonl: of four prompts in a row, one of each family, every seventh is held out.
+    """Writes train.jsonl and held_out.jsonl. Every seventh block of four prompts, one of each family, is held out.
 
-    ``limit``: so many prompts to train on, and a seventh of it held out.
+    With ``limit``, only this many prompts are kept for training, and a seventh of this number is held out.
     """
     lines = prompts.read_text(encoding="utf-8").splitlines()
     held_out = [line for i, line in enumerate(lines) if i // 4 % 7 == 6]
@@ -35,14 +35,27 @@ def split(prompts: Path, folder: Path, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class Utilities:
-    """Mean utility of a policy's responses to each of N prompts, of these families."""
+    """The utility of a policy on N prompts.
+
+    Attributes:
+        families: The N task families of the prompts.
+        mean_N: The mean utility of the responses to each prompt.
+    """
 
     families: list[str]
     mean_N: Tensor
 
+    def by_family(self) -> dict[str, float]:
+        """The mean over the prompts of each family, in alphabetical order."""
+        members = {family: [i for i, own in enumerate(self.families) if own == family] for family in self.families}
+        return {family: self.mean_N[members[family]].mean().item() for family in sorted(members)}
+
 
 def utilities(raw: dict[str, Any], model: Path, dataset: PromptDataset) -> Utilities:
-    """Of ``SAMPLES`` responses to each prompt, sampled as the config ``raw`` says; its anchor judges them."""
+    """Measures the utility of the policy in the folder ``model``.
+
+    ``SAMPLES`` responses to each prompt are sampled as the config ``raw`` says, and its anchor gives their utility.
+    """
     config = parse_config(raw)
     network, tokenizer = load_policy(ModelConfig(str(model)))
     anchor = build_anchor(config.anchor)
@@ -55,14 +68,17 @@ def utilities(raw: dict[str, Any], model: Path, dataset: PromptDataset) -> Utili
 
 
 def utility_table(found: dict[str, Utilities]) -> Table:
-    """A row per policy: the mean over prompts with its 95 % interval, and the mean of each family."""
-    known = sorted({family for one in found.values() for family in one.families})
+    """A table with a row for each policy: its mean over the prompts with a 95 % interval, and the mean of each family.
+
+    All policies must have been measured on the same prompts.
+    """
     rows = []
     for label, one in found.items():
         interval = paired_difference(one.mean_N, torch.zeros_like(one.mean_N))
-        means = [one.mean_N[[i for i, own in enumerate(one.families) if own == f]].mean().item() for f in known]
-        rows.append((label, f"{interval.mean:.3f} ± {interval.half_width:.3f}", *(f"{mean:.2f}" for mean in means)))
-    count = len(next(iter(found.values())).mean_N)
+        means = [f"{mean:.2f}" for mean in one.by_family().values()]
+        rows.append((label, f"{interval.mean:.3f} ± {interval.half_width:.3f}", *means))
+    first = next(iter(found.values()))
+    count, known = len(first.mean_N), first.by_family()
     caption = (
         f"Utility on {count} held-out prompts, mean of {SAMPLES} responses each; ±: 95 % interval over the prompts"
     )
@@ -70,7 +86,7 @@ def utility_table(found: dict[str, Utilities]) -> Table:
 
 
 def verdict(anchored: Utilities, equal: Utilities) -> list[str]:
-    """What the two runs show of the anchored Conductor, and no more."""
+    """Sentences on what the two runs show about the anchored Conductor. They claim no more than the interval does."""
     gap = paired_difference(anchored.mean_N, equal.mean_N)
     if gap.low > 0:
         words = "so here the anchored weights helped"
@@ -82,11 +98,8 @@ def verdict(anchored: Utilities, equal: Utilities) -> list[str]:
         f"Anchored minus equal weights: {gap.mean:+.3f} ± {gap.half_width:.3f} utility on held-out prompts (95 %, "
         f"prompt by prompt), {words}. It is one run of each: another seed may say otherwise."
     ]
-    by_family = {
-        family: (anchored.mean_N - equal.mean_N)[[i for i, f in enumerate(equal.families) if f == family]].mean().item()
-        for family in sorted(set(equal.families))
-    }
-    if worse := [f"{family} ({mean:+.2f})" for family, mean in by_family.items() if mean < 0]:
+    gaps = Utilities(equal.families, anchored.mean_N - equal.mean_N).by_family()
+    if worse := [f"{family} ({mean:+.2f})" for family, mean in gaps.items() if mean < 0]:
         sentences.append(
             f"It does not help everywhere: utility is lower than with equal weights in {', '.join(worse)}."
         )
@@ -94,5 +107,6 @@ def verdict(anchored: Utilities, equal: Utilities) -> list[str]:
 
 
 def save(found: dict[str, Utilities], path: Path) -> None:
+    """Writes the utility of each policy on each prompt as JSON."""
     values = {label: {"families": one.families, "utility": one.mean_N.tolist()} for label, one in found.items()}
     path.write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A tiny Qwen3 and its tokenizer, made from the bundled text in under a minute."""
+"""Makes a tiny Qwen3 and its tokenizer from the bundled text in under a minute."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ END, PAD = "<|end|>", "<|pad|>"
 
 
 def read_pairs(prompts: Path) -> list[tuple[str, str]]:
-    """(prompt, draft) for every draft of the bundled prompts: what an unschooled model might answer."""
+    """Reads (prompt, draft) for every draft of the bundled prompts. A draft is what an untrained model might answer."""
     rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
     return [(row["prompt"], draft) for row in rows for draft in row["drafts"]]
 
 
 def build_tokenizer(texts: list[str], vocabulary: int = 3000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the tags are tokens of their own, but not special ones: they stay in the decoded text."""
+    """Trains a byte-level BPE. Each tag is one token but not a special one, so that it stays in the decoded text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def build_tokenizer(texts: list[str], vocabulary: int = 3000) -> PreTrainedToken
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """About 0.8 million parameters, tied embeddings."""
+    """Builds a model of about 0.8 million parameters with tied embeddings."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -68,7 +68,7 @@ def warm_start(
     batch: int = 32,
     learning_rate: float = 3e-3,
 ) -> float:
-    """Supervised training on the drafts, loss on the draft's tokens alone; returns the mean loss of the last epoch."""
+    """Trains on the drafts, with the loss on the draft's tokens alone. Returns the mean loss of the last epoch."""
     rows = [_encode(tokenizer, prompt, draft) for prompt, draft in pairs]
     steps = epochs * -(-len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -95,6 +95,7 @@ def warm_start(
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, draft: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a prompt and a draft; the labels ignore the prompt."""
     before = tokenizer(prompt)["input_ids"]
     after = [*tokenizer(" " + draft)["input_ids"], tokenizer.eos_token_id]
     return before + after, [-100] * len(before) + after
@@ -103,7 +104,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, draft: str) -> tupl
 def _batches(
     rows: list[tuple[list[int], list[int]]], size: int, order: random.Random, pad: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Shuffled batches of rows of similar length, padded on the right."""
+    """Yields shuffled batches of rows of similar length, padded on the right."""
     shuffled = sorted(order.sample(rows, len(rows)), key=lambda row: len(row[0]) // 8)
     starts = list(range(0, len(rows), size))
     order.shuffle(starts)
@@ -117,7 +118,7 @@ def _batches(
 
 
 def make_checkpoint(prompts: Path, folder: Path, *, epochs: int = 8, seed: int = 0) -> float:
-    """Writes the warm-started model and its tokenizer to ``folder``; returns its loss in nats a token."""
+    """Writes the warm-started model and its tokenizer to ``folder``. Returns its loss in nats per token."""
     torch.manual_seed(seed)
     pairs = read_pairs(prompts)
     tokenizer = build_tokenizer([text for pair in pairs for text in pair])

@@ -1,4 +1,4 @@
-"""A tiny reward model for the ``preference`` reward, trained on the bundled pairs in some seconds."""
+"""Makes a tiny reward model for the ``preference`` reward from the bundled pairs in a few seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maestro_fast.rewards.preference import conversation_ids
 
 
 class Pair(NamedTuple):
-    """Two responses to one prompt."""
+    """Two responses to one prompt, one of which is preferred."""
 
     prompt: str
     chosen: str
@@ -26,10 +26,14 @@ class Pair(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """How the reward model does on prompts that were kept from its training.
+    """How good the reward model is on prompts that were held out from its training.
 
-    ``right`` of ``pairs``: the chosen response has the higher score. ``own`` of ``references``: the reference answer of
-    a prompt has a higher score than that of another prompt of its family, which looks the same but is wrong there.
+    Attributes:
+        right: In this many pairs the chosen response has the higher score.
+        pairs: The number of pairs.
+        own: For this many prompts, their own reference answer has a higher score than that of another prompt of the
+            family, which looks alike but is wrong there.
+        references: The number of these prompts.
     """
 
     right: int
@@ -46,7 +50,7 @@ class HeldOut(NamedTuple):
 
 
 def read_preferences(path: Path) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and those of every fifth prompt, held out."""
+    """Reads the pairs to train on, and the pairs of every fifth prompt, which are held out."""
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in map(json.loads, lines)]
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
@@ -55,7 +59,7 @@ def read_preferences(path: Path) -> tuple[list[Pair], list[Pair]]:
 
 
 def build_reward_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForSequenceClassification:
-    """About 0.2 million parameters and one output, the score."""
+    """Builds a model of about 0.2 million parameters with one output, the score."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -103,7 +107,7 @@ def train_preferences(
 
 
 def margins(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> Tensor:
-    """float32 [pairs]: score of the chosen response minus score of the rejected one.
+    """The score of the chosen response minus the score of the rejected one, float32 [pairs].
 
     A response begins with a space, as the policy writes it, and follows its prompt without a separator.
     """
@@ -116,9 +120,10 @@ def margins(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -
 
 
 def make_reward_model(example: Path, folder: Path, *, epochs: int = 4, seed: int = 0) -> HeldOut:
-    """Trains on ``pairs.jsonl`` of ``example`` and tests on prompts held out, those of ``prompts.jsonl`` included.
+    """Trains on ``pairs.jsonl`` in the folder ``example``, and writes the model and its tokenizer to ``folder``.
 
-    Writes the reward model and a tokenizer of its own to ``folder``.
+    Returns:
+        The result on held-out pairs, and on the reference answers of the same prompts in ``prompts.jsonl``.
     """
     torch.manual_seed(seed)
     training, held_out = read_preferences(example / "pairs.jsonl")
@@ -135,7 +140,7 @@ def make_reward_model(example: Path, folder: Path, *, epochs: int = 4, seed: int
 
 
 def _swapped_references(prompts: Path, held_out: set[str]) -> list[Pair]:
-    """Each held-out prompt's reference against that of the next prompt of its family, in a circle."""
+    """Pairs each held-out prompt's reference with that of the family's next prompt, and the last with the first."""
     rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
     families: dict[str, list[Any]] = {}
     for row in rows:

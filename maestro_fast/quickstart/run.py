@@ -1,13 +1,10 @@
-"""The quickstart: two tiny models, a run with the anchored Conductor, one with equal weights, what came of them."""
+"""The quickstart: makes two tiny models, trains with the anchored Conductor and with equal weights, and compares."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +13,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from maestro_fast.quickstart.control import control_run, has_checkpoint, wait_for
 from maestro_fast.quickstart.held_out import save, split, utilities, utility_table, verdict
 from maestro_fast.quickstart.model import make_checkpoint
 from maestro_fast.quickstart.reward_model import HeldOut, make_reward_model
@@ -27,9 +24,8 @@ from maestro_fast.reporting.prompt_weights import family_table, spread_sentence
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
 from maestro_fast.training import DataConfig, load_prompts
-from maestro_fast.training.prompt_weights import prompt_weights
-from maestro_fast.training.run_dir import locked
-from maestro_fast.training.saved_conductor import load_conductor
+from maestro_fast.training.prompt_weights import load_conductor, prompt_weights
+from maestro_fast.training.run_directory import locked
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
 
@@ -39,27 +35,27 @@ def quickstart(
 ) -> Path:
     """Runs everything and prints the outcome.
 
-    The two runs go side by side, each on one thread: a model this small gains nothing from a second one.
+    The two runs go side by side, each on one thread, since a model this small gains nothing from a second thread.
 
     Args:
-        out: directory for the models and both runs; must not exist or be empty, unless
-        resume: what is finished there is kept, and a run goes on from its last checkpoint. The other arguments have to
-            be the same again.
-        epochs: of the warm start.
-        reward_epochs: of the reward model's training.
-        limit: use so many prompts only.
+        out: The directory of the models and of both runs. Without ``resume`` it must be empty or not exist yet.
+        resume: Finished parts in ``out`` are kept, and an unfinished run goes on from its last checkpoint. The other
+            arguments must be the same as before.
+        epochs: The warm start takes this many epochs.
+        reward_epochs: The training of the reward model takes this many epochs.
+        limit: Only this many prompts are trained on.
 
     Returns:
         The directory of the run with the anchored Conductor.
 
     Raises:
-        FileExistsError: ``out`` is not empty, without ``resume``.
-        SettingsError: another quickstart, or the run beside it of one, still works in ``out``.
+        FileExistsError: ``out`` is not empty, and ``resume`` was not given.
+        SettingsError: Another quickstart, or the control run of one, still works in ``out``.
     """
     began = time.monotonic()
     if out.exists() and any(out.iterdir()) and not resume:
         raise FileExistsError(f"--out: {out} is not empty, expected a new directory, or --resume")
-    disable_progress_bar()  # of transformers' loading and saving; what takes long has a bar of its own
+    disable_progress_bar()  # hides the bars of loading and saving; every long part has its own bar
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "--out") as lock, _one_thread():
         print(f"1/4  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
@@ -71,21 +67,26 @@ def quickstart(
         )
         print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
         split(EXAMPLE / "prompts.jsonl", out, limit)
-        with _control_run(out, lock) as control:
+        equal = _config(out, "equal", {"weights": "equal", "trainer.disable_tqdm": True})
+        with control_run(equal, out, lock) as control:
             print(
-                "3/4  GRPO with the anchored Conductor: it learns from utilities of a quarter of the prompts",
+                "3/4  GRPO with the anchored Conductor, which learns from utilities of a quarter of the prompts",
                 flush=True,
             )
             if not (out / "anchored" / "final").exists():
-                recorded_train(_config(out, "anchored", {}), resume=_to_resume(out / "anchored"))
-            print("4/4  The same with equal weights, begun beside it; then both on held-out prompts", flush=True)
-            _wait(control, out / "equal.log")
+                recorded_train(_config(out, "anchored", {}), resume=has_checkpoint(out / "anchored"))
+            print(
+                "4/4  The same with equal weights, started beside it; then both are measured on held-out prompts",
+                flush=True,
+            )
+            wait_for(control, out / "equal.log")
         _conclude(out, judged, began)
     return out / "anchored"
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
+    """Lets torch use one thread inside the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,7 +96,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
-    """What ``make`` returned when it filled ``folder``, now or before; the folder is there whole or not at all."""
+    """Lets ``make`` fill ``folder`` unless that has been done before, and returns what ``make`` returned.
+
+    The folder gets its name only when it is complete, so an interrupted quickstart never leaves a part of it.
+    """
     outcome = "outcome.json"
     if not folder.exists():
         unfinished = folder.with_name(f".{folder.name}")
@@ -106,52 +110,8 @@ def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
     return json.loads((folder / outcome).read_text(encoding="utf-8"))
 
 
-def _to_resume(run_dir: Path) -> bool:
-    """Whether the run has a checkpoint. One that was killed before its first begins anew, bit by bit the same."""
-    if run_dir.exists() and get_last_checkpoint(str(run_dir)) is None:
-        shutil.rmtree(run_dir)
-    return run_dir.exists()
-
-
-@contextlib.contextmanager
-def _control_run(out: Path, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
-    """The run with equal weights in a process of its own, which ends with this one; None if it is finished already.
-
-    It holds the ``lock`` on ``out`` too, so that no other quickstart begins there before it has ended.
-    """
-    if (out / "equal" / "final").exists():
-        yield None
-        return
-    changes = {"weights": "equal", "trainer.disable_tqdm": True}
-    config = out / "equal.yaml"
-    config.write_text(yaml.safe_dump(_config(out, "equal", changes), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "maestro_fast.quickstart.control", str(config)]
-    if _to_resume(out / "equal"):
-        command.append("--resume")
-    with (out / "equal.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # closes with this process: see control.py
-            stdout=log,
-            stderr=log,
-            pass_fds=(lock,),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes] | None, log: Path) -> None:
-    if process is not None and process.wait() != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
-
-
 def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run ``name`` in ``out``; ``changes`` maps dotted settings to values."""
     raw = example_config(out)
     for dotted, value in {"run_dir": str(out / name), "trainer.disable_tqdm": False, **changes}.items():
         override(raw, dotted, value)
@@ -159,7 +119,7 @@ def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_config(out: Path) -> dict[str, Any]:
-    """The bundled config, with the paths of this installation and of ``out``."""
+    """The bundled config, with paths into this installation and into ``out``."""
     raw: dict[str, Any] = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
     override(raw, "model.path", str(out / "model"))
     override(raw, "data.path", str(out / "train.jsonl"))
@@ -173,6 +133,7 @@ def example_config(out: Path) -> dict[str, Any]:
 
 
 def _conclude(out: Path, judged: HeldOut, began: float) -> None:
+    """Measures all policies on held-out prompts, prints tables and sentences, and writes the report."""
     run, equal = out / "anchored", out / "equal"
     lines, raw = read_jsonl(run / "metrics.jsonl"), example_config(out)
     held_out = load_prompts(DataConfig(str(out / "held_out.jsonl")))
@@ -197,7 +158,7 @@ def _conclude(out: Path, judged: HeldOut, began: float) -> None:
 
 
 def _change_table(lines: list[dict[str, Any]]) -> Table:
-    """Mean reward per family over the first and the last third of the run with the anchored Conductor."""
+    """The mean reward of each family over the first and the last third of the anchored run."""
     third = max(1, len(lines) // 3)
     spread = family_spread(lines)
     rows = []
@@ -208,5 +169,6 @@ def _change_table(lines: list[dict[str, Any]]) -> Table:
 
 
 def _mean(lines: list[dict[str, Any]], key: str) -> float:
+    """The mean over the lines that have a value under the key; NaN if none has."""
     values = [line[key] for line in lines if line.get(key) is not None]
     return sum(values) / len(values) if values else float("nan")

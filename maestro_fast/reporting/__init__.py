@@ -1,12 +1,12 @@
-"""The log of a run, its plots, its report page.
+"""Reads the log of a run, draws its plots and writes its report page.
 
-What a trainer attaches to a run stands in ``maestro_fast.reporting.run_log``, which imports transformers; this package
-alone does not.
+The logs that a trainer attaches to a run are in ``maestro_fast.reporting.run_log``. They import transformers; this
+package alone does not.
 """
 
+from maestro_fast.reporting.history import FamilySpread, family_spread
 from maestro_fast.reporting.json_lines import JsonLines, iter_jsonl, read_jsonl
 from maestro_fast.reporting.report import write_report
-from maestro_fast.reporting.spread import FamilySpread, family_spread
 from maestro_fast.reporting.tables import Table, format_table
 
 __all__ = [

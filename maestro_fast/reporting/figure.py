@@ -1,4 +1,7 @@
-"""What the plots share: panels, colours, running means, legends. matplotlib's objects, never pyplot's global state."""
+"""What the plots share: panels, colours, running means and legends.
+
+Everything is drawn with matplotlib's own objects, so pyplot's global state is never touched.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 9.0  # inches: 900 px at 100 dpi, where 9 pt text is 12.5 px high
+WIDTH = 9.0  # inches; at 100 dpi this is 900 px, and text of 9 pt is 12.5 px high
 DPI = 180
-MAX_POINTS = 800  # per line; more cannot be told apart at this width
+MAX_POINTS = 800  # A line has at most this many points; more could not be told apart at this width.
 STEP_LABEL = "step (optimiser updates)"
 
 INK, GREY = "#222222", "#6B6B6B"
-# Okabe and Ito's palette, its yellow (too light for a line on white) replaced by greys; Paul Tol's muted one.
+# Rewards have the palette of Okabe and Ito without its yellow, which is too light for a line on white; two greys
+# replace it. Families have Paul Tol's muted palette.
 REWARD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#999999")
 FAMILY_COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#AA4499")
-# The second half of a palette is dashed as well, so that no two lines rest on colour alone.
+# The second half of a palette is dashed too, so that lines of similar colours can still be told apart.
 _DASHES = ((), (5.0, 1.2), (2.5, 1.0), (6.0, 1.2, 1.5, 1.2))
 
 
 @dataclass(frozen=True)
 class Style:
+    """How a line is drawn."""
+
     colour: str
     dash: tuple[float, ...] = ()
     width: float = 1.8
     alpha: float = 1.0
 
     def line(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of ``Axes.plot``."""
         pattern = (0, self.dash) if self.dash else "-"
         drawn = {"color": self.colour, "linestyle": pattern, "linewidth": self.width, "alpha": self.alpha}
         return {**drawn, **changes}
@@ -45,20 +52,30 @@ SECOND = Style(REWARD_COLOURS[1])
 
 
 def styles(names: Sequence[str], colours: Sequence[str]) -> dict[str, Style]:
-    """A line style per name, the same in every plot of a run."""
+    """Gives each name a line style. The same names in the same order get the same styles in every plot."""
     half = (len(colours) + 1) // 2
     return {name: Style(colours[i % len(colours)], _DASHES[(i // half) % len(_DASHES)]) for i, name in enumerate(names)}
 
 
 @dataclass
 class Panels:
-    """A figure of small multiples, their legend below."""
+    """A figure with several panels and one legend below them.
+
+    Attributes:
+        figure: matplotlib's figure.
+        axes: The panels, row by row.
+        columns: There are this many panels in a row.
+        count: The run logged this many steps.
+        window: A running mean is over this many logged steps.
+        handles: The legend's symbols.
+        labels: The legend's texts.
+    """
 
     figure: Figure
     axes: list[Axes]
     columns: int
-    count: int  # logged steps
-    window: int  # of them in a running mean
+    count: int
+    window: int
     handles: list[Any] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
 
@@ -77,7 +94,7 @@ class Panels:
         self.labels.append(label)
 
     def finish(self, raw: bool = True) -> Figure:
-        """Draws the legend, with a word on the running mean; returns the figure."""
+        """Draws the legend and returns the figure. With ``raw``, the legend explains single steps and running means."""
         if raw and self.window > 1:
             thinned = ", thinned out" if self.count > MAX_POINTS else ""
             self.entry(f"single logged steps{thinned} (faint)", color=GREY, alpha=0.5, linewidth=0.8)
@@ -99,7 +116,7 @@ class Panels:
 def panels(
     titles: Sequence[str], *, steps: FloatArray | None = None, height: float = 2.1, columns: int | None = None
 ) -> Panels:
-    """A figure with one titled panel per entry, drawn against ``steps`` where they are given.
+    """Makes a figure with a titled panel for each entry of ``titles``. If ``steps`` are given, they label the x axes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -123,9 +140,10 @@ def panels(
 
 
 def require_matplotlib() -> None:
-    """
+    """Checks that matplotlib is there.
+
     Raises:
-        ImportError: matplotlib is not installed; the message names the extra.
+        ImportError: matplotlib is not installed; the message names the extra that has it.
     """
     try:
         import matplotlib  # noqa: F401
@@ -134,7 +152,7 @@ def require_matplotlib() -> None:
 
 
 def series(ax: Axes, steps: FloatArray, values: FloatArray, style: Style, window: int, *, raw: bool = True) -> None:
-    """Draws the running mean of the values, and over longer runs the values themselves faintly behind it."""
+    """Draws the running mean of the values. With ``raw``, the values themselves are drawn faintly behind it."""
     known = np.isfinite(values)
     kept = _decimated(np.flatnonzero(known))
     if window > 1 and raw:
@@ -145,26 +163,26 @@ def series(ax: Axes, steps: FloatArray, values: FloatArray, style: Style, window
 
 
 def band(ax: Axes, steps: FloatArray, mean: FloatArray, std: FloatArray, style: Style, window: int) -> None:
-    """Shades the running mean +- one running mean of the standard deviation."""
+    """Shades an area from the running mean minus the standard deviation, also smoothed, to the mean plus it."""
     kept = _decimated(np.flatnonzero(np.isfinite(mean) & np.isfinite(std)))
     centre, spread = running_mean(mean, window)[kept], running_mean(std, window)[kept]
     x = steps[kept]
-    if len(kept) == 1:  # an area needs two edges
+    if len(kept) == 1:  # An area needs two edges.
         x, centre, spread = x + np.array([-0.3, 0.3]), np.repeat(centre, 2), np.repeat(spread, 2)
     ax.fill_between(x, centre - spread, centre + spread, color=style.colour, alpha=0.16, linewidth=0)
 
 
 def running_mean(values: FloatArray, window: int) -> FloatArray:
-    """The centred mean over ``window`` entries, fewer at the ends and where some are NaN; NaN stays NaN."""
+    """The centred mean over ``window`` entries. The window is shorter at the ends; NaN entries are skipped and stay."""
     if window <= 1 or not np.isfinite(values).any():
         return values
     known = np.isfinite(values)
-    centre = values[known].mean()  # keeps the cumulative sums small
+    centre = values[known].mean()  # Values are centred before they are summed, which keeps rounding errors small.
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values - centre, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     index = np.arange(len(values))
     half = window // 2
-    to_end = np.minimum(index, len(values) - 1 - index)  # a lopsided window would bend a trend at its ends
+    to_end = np.minimum(index, len(values) - 1 - index)  # A lopsided window would bend a trend at its ends.
     reach = np.clip(to_end, half // 3, half)
     low = np.maximum(index - reach, 0)
     high = np.minimum(index + reach + 1, len(values))
@@ -173,12 +191,12 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
 
 
 def smoothing_window(count: int) -> int:
-    """An odd number of logged steps, about a fifteenth of the run; 1 (none) below 12."""
+    """The window of a running mean: an odd number of logged steps, about a fifteenth of the run; 1 below 12 steps."""
     return 1 if count < 12 else max(3, count // 30 * 2 + 1)
 
 
 def short(text: str, limit: int) -> str:
-    """At most ``limit`` characters, the middle left out; no character of it is taken for mathematics."""
+    """Shortens a text to ``limit`` characters by leaving out its middle, and escapes matplotlib's maths sign."""
     text = " ".join(text.split())
     if len(text) > limit:
         text = text[: limit - limit // 2 - 1] + "…" + text[-(limit // 2) :]
@@ -186,12 +204,12 @@ def short(text: str, limit: int) -> str:
 
 
 def thousands(value: float, _position: int | None = None) -> str:
-    """Tick labels of long runs: 20000 -> 20k."""
+    """Formats the tick labels of long runs, for example 20000 as 20k."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
 def step_axis(ax: Axes, steps: FloatArray, label: str | None, margin: float | None = None) -> None:
-    """Whole steps along x, from the first to the last."""
+    """Lets the x axis run from the first step to the last, with ticks at whole steps."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     first, last = float(steps[0]), float(steps[-1])
@@ -205,13 +223,15 @@ def step_axis(ax: Axes, steps: FloatArray, label: str | None, margin: float | No
 
 
 def _decimated(index: np.ndarray[Any, np.dtype[np.intp]]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """At most ``MAX_POINTS`` of the indices, evenly spaced, with the first and the last."""
     if len(index) <= MAX_POINTS:
         return index
     return index[np.linspace(0, len(index) - 1, MAX_POINTS).round().astype(np.intp)]
 
 
 def _style(ax: Axes, title: str) -> None:
-    ax.set_title(title, fontsize=10, loc="left", color=INK, y=1.0)  # a fixed height spares a search for one
+    """Sets the title and the colours of a panel."""
+    ax.set_title(title, fontsize=10, loc="left", color=INK, y=1.0)  # With a fixed y, matplotlib need not search one.
     ax.grid(axis="y", color="#E3E3E3", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -222,9 +242,9 @@ def _style(ax: Axes, title: str) -> None:
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
-    """As many columns as fit: every column is as wide as its longest entry."""
+    """The largest number of columns that fits, as every column is as wide as its longest entry."""
     for columns in range(min(len(labels), 6), 1, -1):
-        # matplotlib's own way to deal the entries out
+        # matplotlib fills the columns of a legend in this way.
         widths = [max(len(label) for label in column) for column in np.array_split(list(labels), columns)]
         if sum(widths) + 7 * columns <= 112:
             return columns

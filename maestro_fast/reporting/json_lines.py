@@ -1,4 +1,7 @@
-"""Files of one JSON object per line: a killed run loses nothing, a torn last line is repaired when it is reopened."""
+"""Files with one JSON object per line.
+
+A run that is killed loses no finished line, and an unfinished last line is repaired when the file is opened again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
-# What a run directory holds, besides config.yaml, checkpoint-*/ and report/.
+# A run directory holds these files, config.yaml, checkpoint-*/ and report/.
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -22,11 +25,11 @@ _STEP_FIRST = re.compile(rb'\{"step": (\d+)[,}]')
 
 
 class JsonLines:
-    """A file that grows by one line per dictionary.
+    """A file that grows by one line for each dictionary.
 
-    Every call opens, writes and closes, so that whatever it wrote survives the process. Floats are written as their
-    full repr, NaN and the infinities as null; numbers of NumPy and PyTorch (0-d) as Python's. Opening repairs what a
-    crash left behind: an unfinished last line is cut off, and the log says so.
+    Every call opens and closes the file, so that all it wrote survives the process. Floats are written with all their
+    digits, NaN and infinities as null, and numbers of NumPy and PyTorch (0-d) like Python's. The constructor cuts off
+    an unfinished last line that a crash left behind, and the log says so.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,17 +39,17 @@ class JsonLines:
             _repair(self.path)
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Adds one line per row.
+        """Adds one line for each row.
 
         Raises:
-            TypeError: a value is not JSON's, nor a number of NumPy or PyTorch; nothing is written then.
+            TypeError: A value is neither JSON's nor a number of NumPy or PyTorch. Nothing is written then.
         """
         data = b"".join(_encoded(row) for row in rows)
         with self.path.open("ab") as file:
             file.write(data)
 
     def last(self) -> dict[str, Any] | None:
-        """The last line, None in an empty or absent file."""
+        """The last line, or None if the file is empty or absent."""
         if not self.path.exists():
             return None
         with self.path.open("rb") as file:
@@ -55,7 +58,7 @@ class JsonLines:
         return _decoded(line, self.path, "the last line") if line else None
 
     def replace_last(self, row: Mapping[str, Any]) -> None:
-        """Writes ``row`` over the last line; the rest of the old line is cut off only after that."""
+        """Writes ``row`` over the last line, and then cuts off the rest of the old line."""
         data = _encoded(row)
         with self.path.open("r+b") as file:
             file.seek(_start_of_last_line(file))
@@ -63,10 +66,12 @@ class JsonLines:
             file.truncate()
 
     def drop_from(self, step: int) -> int:
-        """Cuts the file before the first line whose ``step`` is at least ``step``: a resumed run repeats those.
+        """Cuts the file before the first line whose step is at least ``step``, since a resumed run repeats these steps.
+
+        Steps must not descend from line to line; they never do in the logs of a run.
 
         Returns:
-            The number of lines that went. Steps never descend in a file that only this class wrote.
+            The number of lines that were dropped.
         """
         if not self.path.exists():
             return 0
@@ -86,11 +91,11 @@ class JsonLines:
 
 
 def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, one at a time; an unfinished last line (of a run that still writes) is left out.
+    """Yields the rows of a file. An unfinished last line is left out, since the run may still be writing it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another line is not a JSON object; the message names the file and the line.
+        FileNotFoundError: The file does not exist.
+        ValueError: Another line is not a JSON object; the message names the file and the line.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -102,18 +107,18 @@ def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a file; see ``iter_jsonl``."""
+    """All rows of a file. See ``iter_jsonl``."""
     return list(iter_jsonl(path))
 
 
 def read_tail(path: str | Path, max_bytes: int) -> list[dict[str, Any]]:
-    """The rows that lie whole in the last ``max_bytes`` of a file, however long the file is."""
+    """The rows that lie completely in the last ``max_bytes`` of a file. The rest of the file is not read."""
     path = Path(path)
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - max_bytes - 1))
         if size > max_bytes:
-            file.readline()  # the rest of a line that began earlier
+            file.readline()  # skips the rest of a line that began earlier
         lines = file.readlines()
     if lines and not lines[-1].endswith(b"\n") and not _is_whole(lines[-1]):
         lines.pop()
@@ -122,11 +127,11 @@ def read_tail(path: str | Path, max_bytes: int) -> list[dict[str, Any]]:
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
     text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", errors="replace") + b"\n"  # a lone surrogate has no UTF-8
+    return text.encode("utf-8", errors="replace") + b"\n"  # UTF-8 cannot encode a lone surrogate.
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types, with None for what JSON has no number for."""
+    """Converts a value to JSON's own types. NaN and infinities, which JSON lacks, become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -158,7 +163,7 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _step_of(line: bytes, path: Path, number: int) -> int:
-    if match := _STEP_FIRST.match(line):  # rollouts can be gigabytes: no parsing where step comes first
+    if match := _STEP_FIRST.match(line):  # A line that begins with its step is not parsed, as files can be gigabytes.
         return int(match[1])
     step = _decoded(line, path, f"line {number}").get("step")
     if not isinstance(step, int):
@@ -167,6 +172,7 @@ def _step_of(line: bytes, path: Path, number: int) -> int:
 
 
 def _repair(path: Path) -> None:
+    """Ends a whole last line that lacks its newline, and cuts off an unfinished one."""
     with path.open("r+b") as file:
         size = file.seek(0, 2)
         start = _line_start(file, size)
@@ -187,7 +193,7 @@ def _start_of_last_line(file: BinaryIO) -> int:
 
 
 def _line_start(file: BinaryIO, end: int) -> int:
-    """The offset behind the last newline before ``end``."""
+    """The offset just after the last newline before ``end``."""
     while end > 0:
         start = max(0, end - _CHUNK)
         file.seek(start)

@@ -1,7 +1,7 @@
-"""The plots of a run: each a function from its history to a figure.
+"""The plots of a run: each function draws a figure from the run's history. Stage times have their own page.
 
-Rewards, task families and stages keep their colours in every figure. Lines are running means, single steps
-stand faintly behind them. Each function raises ``MissingData`` where the history lacks its keys.
+A reward or a task family has the same colour in every figure. Lines are running means, and the values of single steps
+stand faintly behind them. Each function raises ``MissingData`` if the history lacks the keys that it draws.
 """
 
 from __future__ import annotations
@@ -28,22 +28,65 @@ from maestro_fast.reporting.figure import (
     styles,
 )
 from maestro_fast.reporting.history import History
+from maestro_fast.weighting.diagnostics import Range, healthy_ranges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEALTHY_SELF_FLATTERY = 0.05
-_OTHER_RUNS = ((1.0, 1.2), (3.0, 1.0, 1.0, 1.0), (1.0, 3.0))
+HEALTHY = "#009E73"
+DASHED = (0, (4, 3))
+_OTHER_RUNS = ((1.0, 1.2), (3.0, 1.0, 1.0, 1.0), (1.0, 3.0))  # how the lines of the other runs are dotted
 MAX_OTHERS = len(_OTHER_RUNS)
 
 
 class MissingData(LookupError):
-    """The history lacks what a plot shows; the message names the keys."""
+    """The history lacks the keys that a plot shows; the message names them."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric that gets its own panel. ``scale`` multiplies its values."""
+
+    key: str
+    title: str
+    label: str
+    scale: float = 1.0
+
+
+DIAGNOSTIC_CURVES = (
+    Curve("diagnostics/self_flattery", "Self-flattery", "mean w · r (group std)"),
+    Curve("diagnostics/argmax_agreement", "Heaviest is best", "share of responses"),
+    Curve("diagnostics/entropy", "Entropy of the weights", "entropy / ln K"),
+    Curve("diagnostics/between_prompts", "Between prompts", "share of weight variance"),
+    Curve("diagnostics/pareto_inversions", "Pareto inversions", "share of pairs"),
+    Curve("rewards_correlation/min", "Most opposed pair", "correlation"),
+    Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise"),
+    Curve("diagnostics/family_spread", "Between families", "spread of weights"),
+    Curve("anchor/utility", "Known utility", "utility (its own units)"),
+    Curve("guard/utility", "Held-back utility", "utility (its own units)"),
+)
+CONDUCTOR_CURVES = (
+    Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)"),
+    Curve("conductor/self_flattery", "Self-flattery", "mean w · r (group std)"),
+    Curve("conductor/loss", "Conductor loss", "loss (objective units)"),
+    Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)"),
+)
+POLICY_CURVES = (
+    Curve("loss", "Loss", "loss (objective units)"),
+    Curve("grad_norm", "Gradient", "gradient (L2 norm)"),
+    Curve("entropy", "Token entropy", "entropy (nats per token)"),
+    Curve("kl", "Divergence from the reference", "KL (nats per token)"),
+    Curve("clip_ratio/low_mean", "Clipped at the lower bound", "share of tokens (%)", 100),
+    Curve("clip_ratio/high_mean", "Clipped at the upper bound", "share of tokens (%)", 100),
+)
 
 
 def family_weights(history: History, others: Mapping[str, History] | None = None) -> Figure:
-    """Expected weights over time, a panel per task family, a line per reward; ``others``: up to three runs by label."""
+    """The expected weights over time, with a panel for each task family and a line for each reward.
+
+    ``others`` maps labels to up to three other runs, whose weights are drawn dotted in the same panels.
+    """
     others = others or {}
     if len(others) > MAX_OTHERS:
         raise ValueError(f"others: got {len(others)} runs, expected at most {MAX_OTHERS}")
@@ -55,21 +98,21 @@ def family_weights(history: History, others: Mapping[str, History] | None = None
     for ax, family in zip(figure.axes, families, strict=True):
         for (_, other), dash in zip(others.items(), _OTHER_RUNS, strict=False):
             for name in rewards:
-                line = Style(style[name].colour, dash, 1.1, alpha=0.6)  # K more lines: they stay behind
+                line = Style(style[name].colour, dash, 1.1, alpha=0.6)  # thin and pale, so that this run stands out
                 series(ax, other.steps, other.get(f"families/{family}/weights/{name}"), line, figure.window, raw=False)
         for name in rewards:
             series(ax, history.steps, history.get(f"families/{family}/weights/{name}"), style[name], figure.window)
-        ax.axhline(1 / len(rewards), color=GREY, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+        ax.axhline(1 / len(rewards), color=GREY, linestyle=DASHED, linewidth=1.0, zorder=1)
     _share_y(figure, "weight (sum is 1)")
     _entries(figure, style)
-    figure.entry(f"equal weights, 1/{len(rewards)}", color=GREY, linestyle=(0, (4, 3)), linewidth=1.0)
+    figure.entry(f"equal weights, 1/{len(rewards)}", color=GREY, linestyle=DASHED, linewidth=1.0)
     for label, dash in zip(others, _OTHER_RUNS, strict=False):
         figure.entry(label, color=GREY, linestyle=(0, dash), linewidth=1.3)
     return figure.finish()
 
 
 def rewards(history: History) -> Figure:
-    """Mean of each reward over time with a band of one standard deviation to either side, one panel per reward."""
+    """The mean of each reward over time, a panel for each, in a band of one standard deviation to either side."""
     names = [name for name in history.rewards if history.has(f"rewards/{name}/mean")]
     _need(history, *(f"rewards/{name}/mean" for name in names), says="rewards/<name>/mean")
     style = styles(history.rewards, REWARD_COLOURS)
@@ -86,7 +129,7 @@ def rewards(history: History) -> Figure:
 
 
 def family_rewards(history: History) -> Figure:
-    """Mean of each reward over time, one panel per reward, a line per task family."""
+    """The mean of each reward over time, with a panel for each reward and a line for each task family."""
     families = history.families
     names = [k for k in history.rewards if any(history.has(f"families/{f}/rewards/{k}") for f in families)]
     _need(
@@ -106,7 +149,10 @@ def family_rewards(history: History) -> Figure:
 
 
 def evaluation(history: History) -> Figure:
-    """Mean of each reward, and of a utility, on held-out prompts, the training mean behind it, one panel each."""
+    """The mean of each reward on held-out prompts, a panel for each, with the mean in training behind it.
+
+    If an anchor gives utilities, these have a panel too.
+    """
     names = [name for name in history.rewards if history.has(f"eval_rewards/{name}/mean")]
     _need(history, *(f"eval_rewards/{name}/mean" for name in names), says="eval_rewards/<name>/mean")
     style = styles(history.rewards, REWARD_COLOURS)
@@ -127,7 +173,7 @@ def evaluation(history: History) -> Figure:
 
 
 def advantages(history: History) -> Figure:
-    """Spread of the advantages, and the share of groups without any."""
+    """The spread of the advantages, and the share of groups whose responses all score the same."""
     keys = {"advantages/std": PLAIN, "advantages/abs_mean": SECOND}
     _need(history, *keys, "frac_reward_zero_std")
     figure = panels(["Spread of the advantages", "Degenerate groups (no spread, no signal)"], steps=history.steps)
@@ -144,7 +190,7 @@ def advantages(history: History) -> Figure:
 
 
 def response_length(history: History, limit: int | None = None) -> Figure:
-    """Mean length by task family, with the token limit, and the share of responses that the limit cut off."""
+    """The mean length by task family with the token limit, and the share of responses that the limit cut off."""
     lengths = {f: f"families/{f}/completion_length" for f in history.families}
     _need(history, "completions/mean_length", *lengths.values(), says="completions/mean_length")
     titles = ["Response length", "Cut off by the token limit"]
@@ -155,7 +201,7 @@ def response_length(history: History, limit: int | None = None) -> Figure:
     everything = Style(INK, width=2.4)
     series(figure.axes[0], history.steps, history.get("completions/mean_length"), everything, figure.window)
     if limit is not None:
-        figure.axes[0].axhline(limit, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+        figure.axes[0].axhline(limit, color=GREY, linestyle=DASHED, linewidth=1.2)
     _from_zero(figure.axes[0], "mean length (tokens)")
     if len(figure.axes) > 1:
         clipped = 100 * history.get("completions/clipped_ratio")
@@ -165,58 +211,63 @@ def response_length(history: History, limit: int | None = None) -> Figure:
     figure.entry("all responses", **everything.line())
     _entries(figure, {f: s for f, s in style.items() if history.has(lengths[f])})
     if limit is not None:
-        figure.entry(f"token limit, {limit:,}", color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+        figure.entry(f"token limit, {limit:,}", color=GREY, linestyle=DASHED, linewidth=1.2)
     return figure.finish()
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A key of the metrics in a panel of its own."""
+def advantage_shares(history: History) -> Figure:
+    """What each reward contributes to the advantage over time. There is a line for each; they add up to 100 %."""
+    names = [name for name in history.rewards if history.has(f"advantage_share/{name}")]
+    _need(history, *(f"advantage_share/{name}" for name in names), says="advantage_share/<name>")
+    style = styles(history.rewards, REWARD_COLOURS)
+    figure = panels(["Share of the advantage"], steps=history.steps)
+    (ax,) = figure.axes
+    for name in names:
+        series(ax, history.steps, 100 * history.get(f"advantage_share/{name}"), style[name], figure.window)
+        figure.entry(name, **style[name].line())
+    ax.axhline(100 / len(names), color=GREY, linestyle=DASHED, linewidth=1.0, zorder=1)
+    figure.entry("equal shares", color=GREY, linestyle=DASHED, linewidth=1.0)
+    ax.set_ylabel("share (%)")
+    return figure.finish()
 
-    key: str
-    title: str
-    label: str
-    scale: float = 1.0
 
-
-CONDUCTOR_CURVES = (
-    Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)"),
-    Curve("conductor/self_flattery", "Self-flattery", "mean w · r (group std)"),
-    Curve("conductor/loss", "Conductor loss", "loss (objective units)"),
-    Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)"),
-)
-POLICY_CURVES = (
-    Curve("loss", "Loss", "loss (objective units)"),
-    Curve("grad_norm", "Gradient", "gradient (L2 norm)"),
-    Curve("entropy", "Token entropy", "entropy (nats per token)"),
-    Curve("kl", "Divergence from the reference", "KL (nats per token)"),
-    Curve("clip_ratio/low_mean", "Clipped at the lower bound", "share of tokens (%)", 100),
-    Curve("clip_ratio/high_mean", "Clipped at the upper bound", "share of tokens (%)", 100),
-)
+def diagnostics(history: History) -> Figure:
+    """What the weights do, with a panel for each diagnostic that was logged. Its healthy range, if any, is green."""
+    figure, shown = _curves(history, DIAGNOSTIC_CURVES, "diagnostics/*")
+    ranges = healthy_ranges(history.rewards or ("",))
+    for ax, curve in zip(figure.axes, shown, strict=True):
+        if (healthy := ranges.get(curve.key)) is not None:
+            _healthy_band(ax, healthy)
+    figure.patch("healthy", color=HEALTHY, alpha=0.25)
+    for ax, curve in zip(figure.axes, shown, strict=True):
+        if curve.key == "diagnostics/family_spread":
+            control = history.get("diagnostics/family_spread_shuffled")
+            ax.plot(history.steps, control, color=GREY, linewidth=1.0, linestyle=DASHED)
+            figure.entry("families shuffled", color=GREY, linewidth=1.0, linestyle=DASHED)
+    return figure.finish()
 
 
 def conductor(history: History) -> Figure:
-    """What the Conductor logs of itself: entropy below its maximum ln K, self-flattery within its healthy band."""
+    """What the Conductor logs of itself. Its entropy is at most ln K; its self-flattery has a healthy range."""
     figure, shown = _curves(history, CONDUCTOR_CURVES, "conductor/*")
     for ax, curve in zip(figure.axes, shown, strict=True):
         if curve.key == "conductor/entropy" and len(history.rewards) > 1:
-            ax.axhline(math.log(len(history.rewards)), color=GREY, linestyle=(0, (4, 3)), linewidth=1.0)
-            figure.entry(f"equal weights, ln {len(history.rewards)}", color=GREY, linestyle=(0, (4, 3)))
+            ax.axhline(math.log(len(history.rewards)), color=GREY, linestyle=DASHED, linewidth=1.0)
+            figure.entry(f"equal weights, ln {len(history.rewards)}", color=GREY, linestyle=DASHED)
         if curve.key == "conductor/self_flattery":
-            limits = (-HEALTHY_SELF_FLATTERY, HEALTHY_SELF_FLATTERY)
-            ax.axhspan(*limits, color="#009E73", alpha=0.16, linewidth=0, zorder=0)
-            low, high = ax.get_ylim()
-            ax.set_ylim(min(low, 1.6 * limits[0]), max(high, 1.6 * limits[1]))
-            figure.patch(f"healthy, ± {HEALTHY_SELF_FLATTERY}", color="#009E73", alpha=0.25)
+            healthy = healthy_ranges(history.rewards or ("",))["diagnostics/self_flattery"]
+            _healthy_band(ax, healthy)
+            figure.patch(f"healthy, {healthy.low:g} to {healthy.high:g}", color=HEALTHY, alpha=0.25)
     return figure.finish()
 
 
 def policy(history: History) -> Figure:
-    """Loss, gradient, entropy, divergence and clipping of the policy update, as far as they are logged."""
+    """Loss, gradient, entropy, divergence and clipping of the policy update, as far as they were logged."""
     return _curves(history, POLICY_CURVES, "loss, grad_norm, entropy, kl, clip_ratio/*")[0].finish()
 
 
 def _curves(history: History, curves: tuple[Curve, ...], says: str) -> tuple[Panels, list[Curve]]:
+    """Draws a panel for each curve that was logged, and returns these curves in the order of their panels."""
     _need(history, *(curve.key for curve in curves), says=says)
     shown = [curve for curve in curves if history.has(curve.key)]
     figure = panels([curve.title for curve in shown], steps=history.steps)
@@ -228,34 +279,47 @@ def _curves(history: History, curves: tuple[Curve, ...], says: str) -> tuple[Pan
     return figure, shown
 
 
+def _healthy_band(ax: Axes, healthy: Range) -> None:
+    """Shades the healthy range of a panel, and widens the panel so that the range and the line are both in sight."""
+    low, high = ax.get_ylim()
+    low, high = min(low, healthy.low), max(high, healthy.high if math.isfinite(healthy.high) else low + 1)
+    ax.axhspan(healthy.low, min(healthy.high, high), color=HEALTHY, alpha=0.16, linewidth=0, zorder=0)
+    ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
 def _need(history: History, *keys: str, says: str | None = None) -> None:
+    """Raises ``MissingData`` unless at least one of the keys was logged; ``says`` replaces the keys in its message."""
     if not any(history.has(key) for key in keys):
         raise MissingData(f"no line holds {says or ' or '.join(keys)}")
 
 
 def _with_abstentions(history: History, name: str) -> str:
+    """The name of a reward, with the share of responses on which it abstained if that is 0.5 % or more."""
     abstained = history.get(f"rewards/{name}/abstained")
     share = float(np.nanmean(abstained)) if np.isfinite(abstained).any() else 0.0
     return f"{name} ({share:.0%} abstained)" if share >= 0.005 else name
 
 
 def _entries(figure: Panels, style: Mapping[str, Style]) -> None:
+    """Adds a line to the legend for each name."""
     for name, line in style.items():
         figure.entry(name or "(no family)", **line.line())
 
 
 def _from_zero(ax: Axes, label: str) -> None:
+    """Labels the y axis and lets it begin at 0."""
     ax.set_ylabel(label)
     ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
 
 
 def _label_left(figure: Panels, label: str) -> None:
+    """Labels the y axis of the panels in the leftmost column."""
     for ax in figure.axes[:: figure.columns]:
         ax.set_ylabel(label)
 
 
 def _share_y(figure: Panels, label: str) -> None:
-    """The same scale from 0 in all panels, its numbers only at the left."""
+    """Gives all panels the same y axis from 0 and shows its numbers in the leftmost column only."""
     top = max(ax.get_ylim()[1] for ax in figure.axes)
     for index, ax in enumerate(figure.axes):
         ax.set_ylim(0, top)

@@ -1,4 +1,4 @@
-"""Weights per prompt, shown: tables, a sentence on the families, a picture."""
+"""Shows the weights that a saved Conductor gives prompts: in tables, in a sentence on families, and in a picture."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
 from maestro_fast.training.data import DataConfig, load_prompts
-from maestro_fast.training.prompt_weights import PromptWeights, prompt_weights
-from maestro_fast.training.saved_conductor import load_conductor
+from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights
 from maestro_fast.weighting.families import spread_between_families
 
 if TYPE_CHECKING:
@@ -25,30 +24,35 @@ if TYPE_CHECKING:
 
 SHUFFLES = 1000
 NO_FAMILY = "(no family)"
-ENTROPY = "H (nats)"  # a reward may be called entropy
+ENTROPY = "H (nats)"  # The column is not called entropy, because a reward may have that name.
 
 
 def show_conductor(
     folder: Path,
-    prompts: str,
+    data: DataConfig,
     *,
     out: Path,
     rows: int,
-    limit: int | None = None,
     model: str | None = None,
     samples: int = 4,
     seed: int = 0,
-    prompt_column: str = "prompt",
-    family_column: str | None = None,
 ) -> str:
-    """Draws the picture to ``out``, and returns what there is to print.
+    """Draws the picture, and returns the text to print.
+
+    Args:
+        folder: The saved Conductor, see ``load_conductor``.
+        data: The prompts.
+        out: The picture is written to this file.
+        rows: The table of prompts has at most this many rows.
+        model: The Conductor reads states of this model, see ``prompt_weights``.
+        samples: If the Conductor reads responses, this many are sampled for each prompt.
+        seed: They are sampled with this seed.
 
     Raises:
-        ValueError, FileNotFoundError: as ``load_conductor``, ``load_prompts`` and ``prompt_weights``.
+        ValueError, FileNotFoundError: See ``load_conductor``, ``load_prompts`` and ``prompt_weights``.
     """
     require_matplotlib()
     saved = load_conductor(folder)
-    data = DataConfig(prompts, prompt_column=prompt_column, family_column=family_column, limit=limit)
     try:
         dataset = load_prompts(data)
     except (ValueError, FileNotFoundError) as error:
@@ -59,15 +63,15 @@ def show_conductor(
     tables = [prompt_table(found, rows=rows, width=width), family_table(found)]
     parts = [format_table(table, width) for table in tables if table is not None]
     sentences = [f"{found.policy} in {saved.folder}.", *found.source, spread_sentence(found)]
-    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)  # for the paths' sake
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)  # Paths are not broken.
     lines = [wrapper.fill(sentence) for sentence in sentences if sentence]
     return "\n\n".join([*parts, "\n".join([*lines, f"Picture: {out}"])])
 
 
 def prompt_table(found: PromptWeights, *, rows: int, width: int) -> Table:
-    """Weights and their entropy by prompt, at most ``rows`` prompts, as many of each family as of the others.
+    """The weights and their entropy for at most ``rows`` prompts, about as many of each family.
 
-    Prompts are cut so that a row takes one line of ``width`` characters where the rewards leave room.
+    Prompts are shortened so that a row fits into one line of ``width`` characters, if the rewards leave room for that.
     """
     kept = _evenly(found.families, rows)
     names = found.reward_names
@@ -88,7 +92,7 @@ def prompt_table(found: PromptWeights, *, rows: int, width: int) -> Table:
 
 
 def family_table(found: PromptWeights) -> Table | None:
-    """Mean weights and entropy by family and over all prompts; None where the data name no family."""
+    """The mean weights and entropy of each family and of all prompts, or None if the data name no family."""
     if not any(found.families):
         return None
     entropy_N = _entropy(found.weights_NK)
@@ -101,13 +105,13 @@ def family_table(found: PromptWeights) -> Table | None:
 
 
 def spread_sentence(found: PromptWeights) -> str | None:
-    """Whether the families' weights lie further apart than chance puts them; None with fewer than two families."""
+    """Says whether the families' weights lie further apart than by chance; None for fewer than two families."""
     measured = spread_between_families(found.weights_NK, found.families, shuffles=SHUFFLES, seed=0)
     if measured is None:
         return None
     spread, chance = measured
     top = chance.quantile(0.95).item()
-    # the last bits of equal weights are not equal
+    # Equal weights differ in their last bits, so a tiny spread counts as none.
     verdict = "beyond chance" if spread > max(top, 1e-6) else "NOT beyond chance"
     return (
         f"Spread between families (root of the summed variances of their means): {spread:.4f}; with the families "
@@ -117,7 +121,7 @@ def spread_sentence(found: PromptWeights) -> str | None:
 
 
 def prompt_picture(found: PromptWeights) -> Figure:
-    """A heat map, a row per prompt in the order of families, and the families' means in figures beside it.
+    """Draws a heat map with a row for each prompt, ordered by family, and beside it the mean weights of each family.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -133,7 +137,7 @@ def prompt_picture(found: PromptWeights) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     equal = 1 / len(found.reward_names)
-    high = max(found.weights_NK.max().item(), 2 * equal)  # equal weights have a colour in the middle or below
+    high = max(found.weights_NK.max().item(), 2 * equal)  # so that equal weights have at most the middle colour
     colours = {"cmap": "Blues", "vmin": 0.0, "vmax": high}
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     image = left.imshow(found.weights_NK[order].numpy(), aspect="auto", interpolation="nearest", **colours)
@@ -161,7 +165,7 @@ def prompt_picture(found: PromptWeights) -> Figure:
 
 
 def _bands(ax: Axes, families: Sequence[str], known: Sequence[str]) -> None:
-    """A name in the middle of each family's rows, and a line between two of them."""
+    """Writes each family's name beside the middle of its rows, and draws a line between neighbouring families."""
     if not any(known):
         return
     starts = [families.index(family) for family in known]
@@ -173,12 +177,12 @@ def _bands(ax: Axes, families: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _entropy(weights_NK: Tensor) -> Tensor:
-    """[N] in nats."""
+    """The entropy of each row in nats, [N]."""
     return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 def _evenly(families: Sequence[str], limit: int) -> list[int]:
-    """Indices of at most ``limit`` prompts, in turn from each family, sorted by family."""
+    """The indices of at most ``limit`` prompts. They are taken from each family in turn, and sorted by family."""
     groups = [[i for i, own in enumerate(families) if own == family] for family in sorted(set(families))]
     turns = [group[turn] for turn in range(max(map(len, groups))) for group in groups if turn < len(group)]
     return sorted(turns[:limit], key=lambda i: (families[i], i))

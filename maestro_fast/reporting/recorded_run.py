@@ -1,4 +1,4 @@
-"""A training run with its logs and its report."""
+"""Runs a training with its logs attached, and writes its report. ``run_log`` has the logs alone, for other trainers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def recorded_train(raw: dict[str, Any], *, resume: bool = False) -> MaestroTrain
     """Trains the run that the mapping ``raw`` describes, and logs metrics, responses and stage times to its directory.
 
     Raises:
-        SettingsError, ValueError, FileNotFoundError: as ``training.train``.
+        SettingsError, ValueError, FileNotFoundError: See ``training.train``.
     """
     config = parse_config(raw)
     return train(
@@ -31,7 +31,7 @@ def recorded_train(raw: dict[str, Any], *, resume: bool = False) -> MaestroTrain
 def try_report(
     run_dir: Path, *, summary: Sequence[str] = (), compare: Mapping[str, Path] | None = None, **options: Any
 ) -> str:
-    """Writes the report and returns a sentence that says where it is, or why there is none."""
+    """Writes the report if matplotlib is there. Returns a sentence that says where it is, or why there is none."""
     try:
         return f"Report: {write_report(run_dir, summary=summary, compare=compare, **options)}"
     except ImportError as error:

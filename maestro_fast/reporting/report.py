@@ -1,32 +1,145 @@
-"""A run's report: one HTML page that needs nothing else, and its pictures as PNG files beside it."""
+"""A run's report: one HTML page that needs no other file, and its pictures as PNG files beside it."""
 
 from __future__ import annotations
 
 import base64
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maestro_fast.reporting import plots
 from maestro_fast.reporting.figure import DPI, require_matplotlib
-from maestro_fast.reporting.history import History
+from maestro_fast.reporting.history import History, family_spread
 from maestro_fast.reporting.json_lines import METRICS_FILE, ROLLOUTS_FILE, TIMINGS_FILE, iter_jsonl
 from maestro_fast.reporting.samples import sample_pairs
-from maestro_fast.reporting.sections import PLOTS, RecordedRun
-from maestro_fast.reporting.spread import family_spread
+from maestro_fast.reporting.stage_times import stage_times
 from maestro_fast.reporting.tables import Table, cell_texts, numeric_columns
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.figure import Figure
 
 _PACKAGES = ("maestro-fast", "torch", "transformers", "trl", "verl", "vllm", "numpy", "matplotlib")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run left in its directory.
+
+    Attributes:
+        directory: The run directory.
+        history: The metrics.
+        others: The metrics of the runs to compare with, by label.
+        timings: The seconds of each stage, or None if there is no timings.jsonl.
+        config: The text of config.yaml, or None if there is none.
+    """
+
+    directory: Path
+    history: History
+    others: dict[str, History]
+    timings: History | None
+    config: str | None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the report. ``reading`` is one sentence that tells how to read it."""
+
+    name: str
+    heading: str
+    reading: str
+    draw: Callable[[RecordedRun], Figure]
+
+
+def _stage_times(run: RecordedRun) -> Figure:
+    if run.timings is None or not len(run.timings):
+        raise plots.MissingData(f"there is no {TIMINGS_FILE}, or nothing in it")
+    return stage_times(run.timings)
+
+
+PLOTS = (  # in the order in which they stand on the page
+    Plot(
+        "weights_by_family",
+        "Reward weights by task family",
+        "Where a panel's lines leave the dashed one, that family's rewards are not weighted equally; where the panels "
+        "differ, the weights depend on the task.",
+        lambda run: plots.family_weights(run.history, run.others),
+    ),
+    Plot(
+        "rewards",
+        "Rewards",
+        "Every reward has its own scale; if its line rises while its band gets narrower, the policy earns the reward "
+        "more reliably.",
+        lambda run: plots.rewards(run.history),
+    ),
+    Plot(
+        "rewards_by_family",
+        "Rewards by task family",
+        "Lines that drift apart show a reward that some families earn and others pay for.",
+        lambda run: plots.family_rewards(run.history),
+    ),
+    Plot(
+        "evaluation",
+        "Rewards on held-out prompts",
+        "If a reward rises in training but not on held-out prompts, the policy has memorised the training prompts.",
+        lambda run: plots.evaluation(run.history),
+    ),
+    Plot(
+        "advantages",
+        "Advantages",
+        "The spread is the strength of the training signal; a degenerate group, whose responses all score the same, "
+        "gives no signal.",
+        lambda run: plots.advantages(run.history),
+    ),
+    Plot(
+        "response_length",
+        "Response length",
+        "If lengths climb to the token limit, or a growing share of responses is cut off by it, the rewards judge "
+        "unfinished answers.",
+        lambda run: plots.response_length(run.history, token_limit(run.config)),
+    ),
+    Plot(
+        "stage_times",
+        "Time per stage",
+        "The areas at the left are stacked from the bottom in the order and colours of the right panel, which gives "
+        "each stage's mean time.",
+        _stage_times,
+    ),
+    Plot(
+        "advantage_shares",
+        "What makes the advantage",
+        "A reward whose line is near 100 % decides alone which responses are reinforced; a reward with a negative "
+        "share is outvoted.",
+        lambda run: plots.advantage_shares(run.history),
+    ),
+    Plot(
+        "diagnostics",
+        "Diagnostics of the weights",
+        "A line outside its green range has a remedy, which the log names.",
+        lambda run: plots.diagnostics(run.history),
+    ),
+    Plot(
+        "conductor",
+        "Conductor",
+        "Entropy at its dashed maximum means equal weights; self-flattery above the green band means that the "
+        "Conductor picks the rewards which flatter a response rather than those which the task needs.",
+        lambda run: plots.conductor(run.history),
+    ),
+    Plot(
+        "policy",
+        "Policy update",
+        "Sudden steps in the gradient, the entropy or the divergence mark the updates to look at more closely.",
+        lambda run: plots.policy(run.history),
+    ),
+)
 
 
 def write_report(
@@ -39,22 +152,22 @@ def write_report(
 ) -> Path:
     """Writes ``run_dir``/report/report.html and report/*.png from what the run logged.
 
-    The page loads nothing and runs no script. Only metrics.jsonl is indispensable; a plot or section whose data is not
-    there is left out, and the page says which and why.
+    The page loads nothing and runs no script. Only metrics.jsonl is required. If the data of another plot or section is
+    missing, the page leaves it out and says which and why.
 
     Args:
-        run_dir: a run directory.
-        title: of the page; the directory's name if None.
-        summary: sentences to stand first, as they are.
-        tables: to follow them.
-        compare: up to three other run directories by label; their weights are laid dotted over this run's.
+        run_dir: The run directory.
+        title: The title of the page; by default it has the directory's name.
+        summary: These sentences stand first on the page.
+        tables: These tables follow them.
+        compare: Maps labels to up to three other run directories. Their weights are drawn dotted over this run's.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: a run directory or its metrics.jsonl does not exist; the message names it.
-        ValueError: a metrics.jsonl holds no line or a broken one, or ``compare`` names more than three runs.
+        FileNotFoundError: A run directory or its metrics.jsonl does not exist; the message names it.
+        ValueError: A metrics.jsonl holds no line or a broken one, or ``compare`` names more than three runs.
         ImportError: matplotlib is not installed.
     """
     require_matplotlib()
@@ -66,7 +179,7 @@ def write_report(
 
 
 def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: Sequence[Table]) -> str:
-    """The HTML; the pictures are written on the way."""
+    """Returns the HTML of the page, and writes the pictures into the report's folder."""
     pictures, left_out = _draw(run, run.directory / "report")
     rollouts = run.directory / ROLLOUTS_FILE
     pairs = sample_pairs(rollouts) if rollouts.exists() else []
@@ -117,11 +230,11 @@ def _history(directory: Path) -> History:
 
 
 def _draw(run: RecordedRun, target: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
-    """The pictures of the page, and (heading, reason) of those that cannot be drawn."""
+    """Draws the pictures of the page. Returns them, and for each that cannot be drawn its heading and the reason."""
     pictures, left_out = [], []
     for plot in PLOTS:
         path = target / f"{plot.name}.png"
-        path.unlink(missing_ok=True)  # of an earlier report
+        path.unlink(missing_ok=True)  # An earlier report may have left one.
         try:
             figure = plot.draw(run)
         except plots.MissingData as missing:
@@ -136,7 +249,28 @@ def _draw(run: RecordedRun, target: Path) -> tuple[list[dict[str, str]], list[tu
     return pictures, left_out
 
 
+def token_limit(config: str | None) -> int | None:
+    """Finds the token limit of a response in the text of a configuration, at any depth.
+
+    Our key is ``max_new_tokens``, and TRL's is ``max_completion_length``.
+    """
+    try:
+        values = yaml.safe_load(config or "")
+    except yaml.YAMLError:
+        return None
+    for name in ("max_new_tokens", "max_completion_length"):
+        pending = [values]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, dict):
+                if isinstance(node.get(name), int):
+                    return int(node[name])
+                pending.extend(node.values())
+    return None
+
+
 def _facts(history: History, timings: History | None) -> Iterator[str]:
+    """Sentences on the length of the run, its rewards and its task families."""
     took = ""
     if timings is not None and timings.has("total"):
         took = f", in {_duration(float(np.nansum(timings.get('total'))))}"
@@ -148,7 +282,7 @@ def _facts(history: History, timings: History | None) -> Iterator[str]:
 
 
 def _kept(directory: Path) -> Iterator[str]:
-    """Which policy ``final/`` holds, where it is not the last one."""
+    """Says which policy ``final/`` holds if it is not the last one."""
     path = directory / "final" / "best.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if about.get("step") is not None:
@@ -167,7 +301,7 @@ def _duration(seconds: float) -> str:
 
 
 def _spread_tables(run: RecordedRun) -> Iterator[Table]:
-    """Whether the weights depend on the task: the number and the means behind it."""
+    """Tables that show whether the weights depend on the task: mean weights by family, and the spread of all runs."""
     spreads = {}
     for label, history in {"this run": run.history, **run.others}.items():
         if any(key.startswith("families/") and "/weights/" in key for key in history.columns):
@@ -180,11 +314,13 @@ def _spread_tables(run: RecordedRun) -> Iterator[Table]:
 
 
 def _table(table: Table) -> dict[str, Any]:
+    """What the template needs of a table."""
     rows, numeric = cell_texts(table), numeric_columns(table)
     return {"caption": table.caption, "header": table.header, "rows": rows, "numeric": numeric}
 
 
 def _versions() -> list[tuple[str, str]]:
+    """The versions of Python and of the packages that matter, as far as they are installed."""
     installed = [("Python", platform.python_version())]
     for package in _PACKAGES:
         try:

@@ -1,9 +1,10 @@
-"""What a run writes into its directory: metrics, rollouts, stage times. Attach these on the main process.
+"""The logs that a run writes into its directory: metrics, rollouts and stage times.
 
-Metrics hold no wall-clock figure: two runs of one seed, or a run that was killed and resumed, leave the same bytes.
+A trainer attaches them on its main process. metrics.jsonl holds no wall-clock time, so two runs of one seed, or a run
+that was killed and resumed, leave the same bytes.
 
-A resumed run repeats the steps since its checkpoint. Each log drops its old lines of those steps first, so that no step
-stands in a file twice; a new run in an old directory starts the files anew.
+A resumed run repeats the steps since its checkpoint. Each log first drops its old lines of those steps, so that no step
+stands in a file twice. A new run in an old directory starts the files anew.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = ["JsonLines", "MetricsCallback", "RolloutsLog", "TimingsLog", "iter_jsonl", "read_jsonl"]
 
-
+# These keys describe the process and not the policy.
 _OF_THE_PROCESS = re.compile(r".*_runtime|.*_per_second|total_flos|train_loss")
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what a Hugging Face trainer logs to ``run_dir``/metrics.jsonl, one line per step.
+    """Writes what a Hugging Face trainer logs to ``run_dir``/metrics.jsonl, one line for each step.
 
-    A line holds ``step`` and the logged values, apart from those that tell of this process rather than the policy: run
-    times and rates (timings.jsonl has the times), and the summary that transformers logs at the end of training. What
-    is logged later at the same step, an evaluation, joins that step's line. Only the main process
-    (``state.is_world_process_zero``) writes.
+    A line holds ``step`` and the logged values. Run times, rates and the summary that transformers logs at the end of
+    training are left out, because they describe the process and not the policy; timings.jsonl has the times. Values
+    that are logged later at the same step, for example by an evaluation, are added to that step's line. Only the main
+    process (``state.is_world_process_zero``) writes.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -81,10 +82,10 @@ class MetricsCallback(TrainerCallback):
 
 
 class RolloutsLog:
-    """An observer of step records: one line per response in ``run_dir``/rollouts.jsonl.
+    """Observes step records, and writes one line for each response to ``run_dir``/rollouts.jsonl.
 
-    A line holds step, family, prompt, completion, rewards {name: value, null where it abstained},
-    weights {name: value}, advantage, score, length (tokens), truncated, degenerate.
+    A line holds step, family, prompt, completion, rewards {name: value, or null if the reward abstained}, weights
+    {name: value}, advantage, score, length (in tokens), truncated and degenerate.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -95,13 +96,14 @@ class RolloutsLog:
 
 
 class TimingsLog:
-    """Writes {"step", <stage>: seconds, ..., "total": seconds} lines to ``run_dir``/timings.jsonl."""
+    """Writes a line {"step", <stage>: seconds, ..., "total": seconds} for each step to ``run_dir``/timings.jsonl."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._log = _StepLog(Path(run_dir) / TIMINGS_FILE)
 
     def __call__(self, timings: Mapping[str, float]) -> None:
-        """
+        """Writes the line of one step.
+
         Raises:
             ValueError: ``timings`` has no step.
         """
@@ -112,7 +114,7 @@ class TimingsLog:
 
 
 class _StepLog:
-    """Lines of ascending steps; the first rows written drop the old lines of their step and later."""
+    """Appends lines of ascending steps. Before the first ones it drops old lines of their step and of later steps."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -126,7 +128,7 @@ class _StepLog:
 
 
 def rollout_rows(record: StepRecord) -> list[dict[str, Any]]:
-    """The lines of one step record, as plain Python values."""
+    """The lines of rollouts.jsonl for one step record, one for each response."""
     names = record.reward_names
     rewards, weights = record.rewards_BK.tolist(), record.weights_BK.tolist()
     columns = {

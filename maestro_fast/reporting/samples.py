@@ -1,4 +1,4 @@
-"""A few responses from the beginning and the end of a run, picked without a look at their rewards."""
+"""Picks a few responses from the beginning and the end of a run, without a look at their rewards."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from maestro_fast.reporting.json_lines import iter_jsonl, read_tail
 Row = dict[str, Any]
 
 PAIRS = 8
-_WINDOW = 2048  # responses looked at, at either end
+_WINDOW = 2048  # This many responses are read at each end of the file.
 _TAIL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to compare; ``late`` is None where the run has only one step, ``early`` never is."""
+    """Two responses to compare. ``late`` is None if the run has no later response of that family."""
 
     early: Row
     late: Row | None
 
     @property
     def same_prompt(self) -> bool:
+        """Whether both responses answer the same prompt."""
         return self.late is not None and self.early["prompt"] == self.late["prompt"]
 
 
 def sample_pairs(path: Path, count: int = PAIRS) -> list[Pair]:
-    """At most ``count`` pairs from a rollouts file, the task families taking turns.
+    """Picks at most ``count`` pairs from a rollouts file, where task families take turns.
 
-    Of each group (one step, one prompt) the first response counts. Early ones are from the first fifth of the steps,
-    late ones from the last fifth; a late one answers the same prompt where the windows hold it, else one of the family.
+    Only the first response of each group (one prompt in one step) is used. An early response is from the first fifth of
+    the steps and a late one from the last fifth. The late response of a pair answers the same prompt if there is one,
+    else another prompt of the family.
     """
     head = _first_of_groups(islice(iter_jsonl(path), _WINDOW))
     tail = _first_of_groups(read_tail(path, _TAIL_BYTES)[-_WINDOW:])
@@ -44,7 +46,8 @@ def sample_pairs(path: Path, count: int = PAIRS) -> list[Pair]:
     early = [row for row in head if row["step"] <= first + fifth]
     late = [row for row in reversed(tail) if row["step"] >= last - fifth and row["step"] > first]
     late_prompts = {row["prompt"] for row in late}
-    early.sort(key=lambda row: row["prompt"] not in late_prompts)  # stable: else in the order of the file
+    # Prompts that come again late go first. The sort is stable, so the rest keeps the order of the file.
+    early.sort(key=lambda row: row["prompt"] not in late_prompts)
     return [Pair(row, _take_partner(row, late)) for row in _in_turns(early)[:count]]
 
 
@@ -56,7 +59,7 @@ def _first_of_groups(rows: Iterable[Row]) -> list[Row]:
 
 
 def _in_turns(rows: Sequence[Row]) -> list[Row]:
-    """One row of each family, then the second of each, and so on; a prompt comes once."""
+    """Orders the rows as the first of each family, then the second of each, and so on; a prompt comes only once."""
     once = {row["prompt"]: row for row in reversed(rows)}
     queues: dict[str, list[Row]] = {}
     for row in rows:
@@ -67,7 +70,7 @@ def _in_turns(rows: Sequence[Row]) -> list[Row]:
 
 
 def _take_partner(row: Row, late: list[Row]) -> Row | None:
-    """The best match, removed from ``late``."""
+    """Removes the best partner for ``row`` from ``late`` and returns it."""
     for key in ("prompt", "family"):
         for index, candidate in enumerate(late):
             if candidate[key] == row[key]:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The plot of where the time of a step goes: seconds of each stage over the run, and their shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_AREAS = 120
-_COLOURS = {  # in the order of the data flow
+_COLOURS = {  # The stages stand in the order in which the data flow through them.
     "sync": "#3B4B8C",
     "generate": "#0072B2",
     "score": "#56B4E9",
@@ -35,7 +35,7 @@ _OUTSIDE = "outside the stages"
 
 
 def stage_times(timings: History) -> Figure:
-    """Stacked areas of seconds per step, and each stage's share of all time.
+    """Draws stacked areas of seconds per step, and beside them each stage's mean time and share.
 
     Raises:
         MissingData: ``timings`` has no stage.
@@ -54,10 +54,10 @@ def stage_times(timings: History) -> Figure:
 
 
 def stage_seconds(timings: History) -> dict[str, FloatArray]:
-    """Seconds per step and stage, in the order of the data flow, then stages of other names.
+    """The seconds of each stage, float64 [S] each, in the order of the data flow; stages of other names come last.
 
-    A stage that a step lacks took 0 s there. Where ``total`` exceeds the sum of the stages by 1 % over the run, the
-    rest stands as a stage of its own.
+    If a step lacks a stage, the stage took 0 s there. If ``total`` exceeds the sum of the stages by more than 1 % over
+    the run, the rest is added as the stage "outside the stages".
     """
     found = [name for name in timings.columns if name != "total" and timings.has(name)]
     if not found:
@@ -75,6 +75,7 @@ def stage_seconds(timings: History) -> dict[str, FloatArray]:
 def _stack(
     ax: Axes, steps: FloatArray, seconds: Mapping[str, FloatArray], palette: Mapping[str, str], per_area: int
 ) -> None:
+    """Stacks the stages' areas, each a mean over ``per_area`` steps."""
     starts = np.arange(0, len(steps), per_area)
     counts = np.diff(np.append(starts, len(steps)))
     x = np.add.reduceat(steps, starts) / counts
@@ -92,7 +93,7 @@ def _stack(
 
 
 def _edges(x: FloatArray) -> FloatArray:
-    """Where each step's area begins and ends: half-way to its neighbours."""
+    """Where each step's area begins and ends, which is half-way to its neighbours."""
     if len(x) == 1:
         return np.array([x[0] - 0.5, x[0] + 0.5])
     between = (x[1:] + x[:-1]) / 2
@@ -100,7 +101,10 @@ def _edges(x: FloatArray) -> FloatArray:
 
 
 def _usual_steps(steps: FloatArray, seconds: Mapping[str, FloatArray]) -> tuple[NDArray[np.bool_], str]:
-    """Leaves towering steps (a first one that compiles) out of the means; says which in a few words."""
+    """Finds the steps whose total time is usual, and describes in a few words which steps are left out.
+
+    A step that takes several times as long as the others, like a first one that compiles, would spoil the means.
+    """
     totals = np.sum(list(seconds.values()), axis=0)
     usual = totals < 3 * np.quantile(totals, 0.9)
     if len(totals) < 10 or usual.all() or not usual.any():
@@ -110,7 +114,7 @@ def _usual_steps(steps: FloatArray, seconds: Mapping[str, FloatArray]) -> tuple[
 
 
 def _cap(ax: Axes, x: FloatArray, tops: FloatArray) -> None:
-    """Cuts off a few towering steps, and says how high the highest is."""
+    """Cuts the axis off above the usual steps if a few are far higher, and writes how high the highest is."""
     usual = float(np.quantile(tops, 0.9))
     if len(tops) < 10 or tops.max() < 3 * usual or usual == 0:
         return
@@ -130,6 +134,7 @@ def _cap(ax: Axes, x: FloatArray, tops: FloatArray) -> None:
 
 
 def _shares(ax: Axes, seconds: Mapping[str, FloatArray], palette: Mapping[str, str]) -> None:
+    """Draws a bar for each stage, labelled with its mean time and its share."""
     names = list(seconds)
     means = np.array([seconds[name].mean() for name in names])
     whole = means.sum() or 1.0

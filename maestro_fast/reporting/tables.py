@@ -1,4 +1,4 @@
-"""Tables: one value, shown on the terminal and on the page in the same figures."""
+"""Tables of text and numbers, which look the same on the terminal and on the report page."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 Cell = str | int | float | None
 
-# "0.70", "+0.043 ± 0.024", "< 1 %", "1,234 s": what reads better with its right edge aligned.
+# Text that starts as a number is aligned at the right, for example "0.70", "+0.043 ± 0.024", "< 1 %" or "1,234 s".
 _NUMERIC = re.compile(r"[<>≤≥~≈±+\-\u2212]?\s?\d.{0,24}")
 _GAP = "  "
 
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, the names of the columns, and rows of as many cells; None shows as a dash.
+    """A caption, the names of the columns, and rows with one cell for each column; None is shown as a dash.
 
     Raises:
-        ValueError: a row has another number of cells than the header.
+        ValueError: The number of cells in a row differs from that in the header.
     """
 
     caption: str
@@ -34,10 +34,10 @@ class Table:
 
 
 def format_table(table: Table, width: int = 100) -> str:
-    """The table as lines of at most ``width`` characters.
+    """Writes the table as lines of at most ``width`` characters.
 
-    Numbers stand at the right edge of their column and are never wrapped; words are. A table whose numbers alone are
-    too wide continues below itself, the first column repeated.
+    Words may be wrapped. Numbers are aligned at the right and never wrapped. If the columns do not fit side by side,
+    the table continues below itself and repeats the first column.
     """
     cells = [list(table.header), *cell_texts(table)]
     right = numeric_columns(table)
@@ -49,13 +49,13 @@ def format_table(table: Table, width: int = 100) -> str:
 
 
 def cell_texts(table: Table) -> list[list[str]]:
-    """The rows as text: the floats of a column get the same number of decimals."""
+    """The rows as text. All floats of a column get the same number of decimals."""
     columns = [_column_texts([row[c] for row in table.rows]) for c in range(len(table.header))]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """Per column, whether it holds numbers (or text that starts as one) and dashes only."""
+    """For each column, whether it holds only numbers, text that starts as a number, and dashes."""
     return [_is_numeric([row[c] for row in table.rows]) for c in range(len(table.header))]
 
 
@@ -67,7 +67,7 @@ def _is_numeric(cells: Sequence[Cell]) -> bool:
 def _column_texts(cells: Sequence[Cell]) -> list[str]:
     sizes = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
     digits_before = math.floor(math.log10(max(sizes))) if sizes and max(sizes) > 0 else 0
-    decimals = min(max(2 - digits_before, 0), 3)  # three significant digits of the largest
+    decimals = min(max(2 - digits_before, 0), 3)  # The largest number has three significant digits.
     return [_text(cell, decimals) for cell in cells]
 
 
@@ -81,7 +81,7 @@ def _text(cell: Cell, decimals: int) -> str:
 
 
 def _column_blocks(cells: list[list[str]], right: list[bool], width: int) -> list[list[int]]:
-    """The columns, in as few blocks as their narrowest forms fit into; each block begins with column 0."""
+    """Divides the columns into as few blocks as the width allows. Each block begins with column 0."""
     floors = [_floor([row[c] for row in cells], numeric) for c, numeric in enumerate(right)]
     blocks = [[0]]
     for column in range(1, len(floors)):
@@ -93,13 +93,14 @@ def _column_blocks(cells: list[list[str]], right: list[bool], width: int) -> lis
 
 
 def _floor(column: list[str], numeric: bool) -> int:
-    """The least width of a column: its numbers whole; its words whole or in pieces of 12."""
+    """The least width of a column. Its numbers must fit whole; words longer than 12 characters may be broken."""
     header, *body = column
     words = [word for text in (column if not numeric else [header]) for word in text.split()]
     return max([1, *(min(len(word), 12) for word in words), *(len(cell) for cell in body if numeric)])
 
 
 def _block(cells: list[list[str]], right: list[bool], width: int) -> str:
+    """Writes some columns side by side. While they are too wide, the column with the most spare width gets narrower."""
     floors = [_floor([row[c] for row in cells], numeric) for c, numeric in enumerate(right)]
     widths = [max(len(row[c]) for row in cells) for c in range(len(right))]
     while sum(widths) + len(_GAP) * (len(widths) - 1) > width:
@@ -113,7 +114,7 @@ def _block(cells: list[list[str]], right: list[bool], width: int) -> str:
 
 
 def _lines(row: list[str], widths: list[int], right: list[bool]) -> list[str]:
-    """One row as as many lines as its tallest cell needs."""
+    """Writes one row as several lines, as many as its tallest cell needs."""
     wrapped = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
     height = max(len(cell) for cell in wrapped)
     return [

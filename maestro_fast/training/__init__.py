@@ -3,7 +3,7 @@
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
 from maestro_fast.training.data import DataConfig, PromptDataset, load_prompts
-from maestro_fast.training.method import Method
+from maestro_fast.training.plan import Method
 from maestro_fast.training.run import train
 from maestro_fast.training.trainer import MaestroTrainer
 

@@ -1,23 +1,32 @@
-"""How a generation batch divides into processes, micro-batches and optimiser steps."""
+"""How a generation batch divides into processes, optimiser steps and micro-batches.
+
+A generation batch is what is sampled before the policy changes. Its prompts are dealt to the processes whole, so a
+group never spans two of them. Each process makes ``updates`` optimiser steps from its responses, and accumulates the
+gradient of each step over ``accumulation`` micro-batches.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from maestro_fast.model.forward import Sequences
-from maestro_fast.ops import PolicyLossConfig
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Sizes of a step.
+    """Sizes of a generation batch.
 
     Attributes:
-        prompts_per_batch: prompts sampled for at a time, over all processes; times group_size responses.
-        micro_batch: responses per training forward on one process; bounds the memory.
+        prompts_per_batch: prompts of a generation batch, over all processes; each of them gets group_size responses.
+        micro_batch: responses of one training forward on one process; it bounds the memory.
         updates_per_batch: optimiser steps made from one generation batch, each on its share of the responses.
     """
 
@@ -33,7 +42,13 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The same, divided: ``prompts`` and ``responses`` of one process, ``accumulation`` micro-batches per update."""
+    """What one process has of a generation batch.
+
+    Attributes:
+        prompts, responses: how many of each it has.
+        accumulation: micro-batches of an optimiser step.
+        updates: optimiser steps made from the generation batch.
+    """
 
     prompts: int
     responses: int
@@ -42,11 +57,18 @@ class BatchPlan:
 
     @property
     def micro_steps(self) -> int:
+        """Micro-batches of the generation batch."""
         return self.accumulation * self.updates
+
+    @property
+    def micro_batch(self) -> int:
+        """Responses of a micro-batch."""
+        return self.responses // self.micro_steps
 
     @staticmethod
     def of(config: BatchConfig, group_size: int, processes: int) -> BatchPlan:
-        """
+        """Divides a batch over ``processes``.
+
         Raises:
             ValueError: the numbers do not divide.
         """
@@ -66,25 +88,96 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class Processes:
+    """What the processes of a run tell each other, through accelerate."""
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which this process trains."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates the tensors of all processes, which lie on their devices and have one shape."""
+        gathered: Tensor = self.accelerator.gather(tensor.contiguous())
+        return gathered
+
+    def gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """The first ``count`` rows, on the CPU, of a tensor whose rows were dealt to the processes in turn."""
+        gathered = self.gather(own.to(self.device)).cpu()
+        return gathered.view(self.count, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """Concatenates the lists of all processes."""
+        return list(gather_object(values)) if self.count > 1 else values
+
+
+class GroupSampler(Sampler[int]):
+    """Shuffled prompt indices in blocks: each block of ``block`` prompts comes ``repeat`` times in a row.
+
+    A block is one generation batch over all processes. Each repetition is one micro-step of the trainer, which samples
+    responses on the first and uses them again on the others. A last block that is not full is left out, as in TRL.
+    """
+
+    def __init__(self, size: int, block: int, repeat: int, seed: int) -> None:
+        if size < block:
+            raise ValueError(f"prompts_per_batch: {block} over all processes, but the data holds {size} prompts only")
+        self.size, self.block, self.repeat, self.seed = size, block, repeat, seed
+        self.epoch = 0
+
+    @property
+    def blocks(self) -> int:
+        """Generation batches in an epoch."""
+        return self.size // self.block
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size - self.block + 1, self.block):
+            for _ in range(self.repeat):
+                yield from order[start : start + self.block]
+
+    def __len__(self) -> int:
+        return self.blocks * self.block * self.repeat
+
+
+@dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs [C] that the loss compares with: of the policy before the updates, the reference and the sampler."""
+    """Log-probs [C] with which the loss compares the policy's own.
+
+    ``old_C`` are those of the policy before the updates, ``ref_C`` of the reference, ``sampling_C`` of the sampler.
+    """
 
     old_C: Tensor | None = None
     ref_C: Tensor | None = None
     sampling_C: Tensor | None = None
 
     def select(self, tokens: Tensor) -> TokenLogprobs:
-        """Those of some tokens, int64 [n], on the device of the indices."""
+        """The log-probs of the tokens with the indices ``tokens``, int64 [n], on the device of the indices."""
         each = (self.old_C, self.ref_C, self.sampling_C)
         return TokenLogprobs(*(None if x is None else x.to(tokens.device)[tokens] for x in each))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one training forward needs; ``_C`` tensors hold the completion tokens, response after response.
+    """Responses of one training forward, with everything that their loss needs.
 
-    ``advantages_B`` and ``cu_seqlens`` are on the CPU, where the loss reads which rows have no gradient.
-    ``normalizer`` and ``entropy_normalizer`` divide the sums of ``policy_loss``, see there.
+    ``_C`` tensors hold the completion tokens, response after response. ``advantages_B`` and ``cu_seqlens`` lie on the
+    CPU, where the loss reads which rows have no gradient. ``normalizer`` and ``entropy_normalizer`` divide the sums of
+    ``policy_loss``, whose documentation explains them.
     """
 
     sequences: Sequences
@@ -101,20 +194,24 @@ def split_micro_batches(
     advantages_B: Tensor,
     logprobs: TokenLogprobs,
     tokens_per_update: list[float],
-    loss: PolicyLossConfig,
+    normalization: str,
     order: list[int],
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Micro-batches in the order in which they are trained on, each a run of ``order``.
+    """Cuts the responses into micro-batches, in the order in which they are trained on.
 
     Args:
-        tokens_per_update: completion tokens of each optimiser step, averaged over processes, whose gradients are
-            averaged, too.
+        plan: how many micro-batches there are.
+        sequences, advantages_B, logprobs: the responses of this process.
+        tokens_per_update: completion tokens of each optimiser step, as a mean over the processes, because their
+            gradients are averaged too.
+        normalization: that of the loss.
+        order: the responses' indices; each micro-batch takes the next ones.
         device: where the log-probs go.
     """
     lengths = [len(c) for c in sequences.completion_ids]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    size = plan.responses // plan.micro_steps
+    size = plan.micro_batch
     advantages_B = advantages_B.cpu()
     batches = []
     for i in range(plan.micro_steps):
@@ -127,17 +224,17 @@ def split_micro_batches(
                 advantages_B[members],
                 torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0),
                 logprobs.select(tokens.to(device)),
-                _normalizer(plan, loss, tokens.numel(), update_tokens),
+                _normalizer(plan, normalization, tokens.numel(), update_tokens),
                 update_tokens,
             )
         )
     return batches
 
 
-def _normalizer(plan: BatchPlan, loss: PolicyLossConfig, tokens: int, update_tokens: float) -> float:
-    """Divisor of a micro-batch's summed loss, so that the micro-batches of an update add up."""
-    if loss.normalization == "dapo":
+def _normalizer(plan: BatchPlan, normalization: str, tokens: int, update_tokens: float) -> float:
+    """The divisor of a micro-batch's summed loss under which the micro-batches of an update add up."""
+    if normalization == "dapo":
         return update_tokens
-    if loss.normalization == "bnpo":  # each micro-batch's own mean, as in TRL
+    if normalization == "bnpo":  # the mean over each micro-batch's own tokens, as in TRL
         return float(tokens * plan.accumulation)
     return float(plan.responses // plan.updates)

@@ -1,111 +1,307 @@
-"""Checkpoints that are there whole or not at all, and the weight policy's part of them.
+"""Our part of a checkpoint: all that the next step depends on and that transformers does not save itself.
 
-A checkpoint is written to ``.saving`` in the run directory, flushed to the disk, and renamed. Whatever kills the run,
-the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is replaced waits under
-``.old-<name>`` until its successor stands: if that never did, ``recover`` puts it back.
+transformers saves the model, the optimiser, the scheduler, the random state of every process and the position in the
+data. ``Checkpoints`` saves the weight policy, the best policy, and the step in progress: the responses that have not
+been trained on yet, and the figures that have not been logged yet. So a resumed run goes on bit by bit.
+
+The step in progress is one file per process, because each process has its own responses. Tensors are stored as they
+are, and numbers as JSON, in which a float keeps all its bits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import logging
+import random
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import numpy as np
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from maestro_fast.model.forward import Sequences
+from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs
+from maestro_fast.training.best_policy import BestPolicy
+from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.weighting import WeightPolicy
+from maestro_fast.weighting.saved import load_weight_policy, save_weight_policy
 
-WEIGHTS_FILE = "weight_policy.safetensors"
-STAGING = ".saving"
-_REPLACED = ".old-"
-
-
-@contextlib.contextmanager
-def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """A folder in which all processes write; what it holds then takes its place in ``run_dir``, replacing its like."""
-    folder = run_dir / STAGING
-
-    def clear() -> None:
-        recover(run_dir)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-    _once_per_disk(accelerator, clear)
-    yield folder
-    accelerator.wait_for_everyone()
-    _once_per_disk(accelerator, lambda: _publish(folder, run_dir))
+logger = logging.getLogger(__name__)
 
 
-def recover(run_dir: Path) -> None:
-    """Puts back what a run that was killed between two renames had moved away."""
-    for old in run_dir.glob(f"{_REPLACED}*"):
-        target = run_dir / old.name.removeprefix(_REPLACED)
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
+class Checkpoints:
+    """Saves and loads what belongs into a checkpoint beside transformers' part."""
+
+    def __init__(
+        self,
+        weights: WeightPolicy,
+        reward_names: tuple[str, ...],
+        best: BestPolicy | None,
+        sizes: dict[str, int],
+        args: TrainingArguments,
+    ) -> None:
+        """
+        Args:
+            weights, reward_names: the weight policy and the rewards that it weighs.
+            best: None where the run does not keep its best policy.
+            sizes: see ``batch_sizes``.
+            args: say which process this is, and whether it writes.
+        """
+        self.weights, self.best, self.sizes = weights, best, sizes
+        self._reward_names, self._args = reward_names, args
+        self._before: Snapshot | None = None
+
+    def save(self, folder: Path, published: Path, step: StepState, state: TrainerState) -> None:
+        """Writes our part into ``folder``, on every process.
+
+        Args:
+            folder: where transformers has written its part; it will be renamed to ``published``.
+            step: the step in progress.
+            state: transformers' own; a best checkpoint is to be named there by the name that it will have.
+        """
+        save_step_state(folder, replace(step, sizes=self.sizes), self._args.process_index, self._args.world_size)
+        is_best = state.best_model_checkpoint == str(folder)
+        if is_best:  # on every process, because each loads it at the end
+            state.best_model_checkpoint = str(published)
+        if self._args.should_save:
+            self.save_weights(folder)
+            if self.best is not None:
+                self.best.save(folder)
+            if is_best:
+                state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def load(self, folder: Path, step: int) -> StepState | None:
+        """Loads our part of the checkpoint ``folder``, made after ``step`` optimiser steps.
+
+        Returns:
+            The step in progress; None if another number of processes has saved the checkpoint, between two batches.
+
+        Raises:
+            ValueError: a part is missing, or this run divides its batches in another way.
+        """
+        self.load_weights(folder)
+        if self.best is not None:
+            self.best.load(folder)
+        state = load_step_state(folder, self._args.process_index, self._args.world_size, self._args.device)
+        if state is not None:
+            state.check_sizes(self.sizes)
+        updates = self.sizes["batch.updates_per_batch"]
+        if step % updates and (state is None or not state.micro_batches):
+            raise ValueError(
+                f"batch.updates_per_batch: {updates}, but {folder} lies between two generation batches, after "
+                f"step {step}, expected a divisor of {step}"
+            )
+        return state
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes the state of the weight policy alone."""
+        save_weight_policy(folder, self.weights, self._reward_names)
+
+    def load_weights(self, folder: Path) -> None:
+        load_weight_policy(folder, self.weights, self._reward_names)
+
+    def remember(self, means: MetricMeans) -> None:
+        """Keeps the state as it is before something that may fail, for ``roll_back``."""
+        self._before = Snapshot.take(self.weights, means, self._args.device)
+
+    @property
+    def can_roll_back(self) -> bool:
+        return self._before is not None
+
+    def roll_back(self) -> MetricMeans:
+        """Puts back what ``remember`` kept, and returns the figures that had not been logged then."""
+        assert self._before is not None
+        return self._before.restore(self.weights, self._args.device)
 
 
-def _once_per_disk(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """On the main process, then on that of every other node: their disks may be their own. A second time must do."""
-    if accelerator.is_main_process:
-        action()
-    accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process and not accelerator.is_main_process:
-        action()
-    accelerator.wait_for_everyone()
+def batch_sizes(plan: BatchPlan, group_size: int, processes: int) -> dict[str, int]:
+    """What decides how a generation batch divides, by the names that a config gives it."""
+    return {
+        "batch.prompts_per_batch": plan.prompts * processes,
+        "sampling.group_size": group_size,
+        "batch.micro_batch": plan.micro_batch,
+        "batch.updates_per_batch": plan.updates,
+    }
 
 
-def _publish(folder: Path, run_dir: Path) -> None:
-    if not folder.exists():
-        return
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _flush(path)
-    for new in sorted(folder.iterdir()):
-        target = run_dir / new.name
-        if target.exists():
-            target.rename(run_dir / f"{_REPLACED}{new.name}")
-        new.rename(target)
-    _flush(run_dir)
-    recover(run_dir)
-    shutil.rmtree(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[str, ...]) -> None:
-    """Writes the policy's state, its name and the rewards that its columns stand for."""
-    state = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata=_metadata(policy, reward_names))
-
-
-def load_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[str, ...]) -> None:
-    """Reads what ``save_weight_policy`` wrote.
+def check_complete(checkpoint: Path, *, deepspeed: bool) -> None:
+    """Checks for the files without which transformers would silently go on with a new optimiser.
 
     Raises:
-        ValueError: there is no such file, or it is of another policy or other rewards.
+        ValueError: one of them is missing. DeepSpeed has its own files, which are not checked.
     """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no {WEIGHTS_FILE}, it is incomplete")
+    for pattern in ("optimizer*", SCHEDULER_NAME):
+        if not deepspeed and not any(checkpoint.glob(pattern)):
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {pattern}, it is incomplete")
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The step in progress.
+
+    Attributes:
+        micro_batches: those of the current generation batch that the policy has not been updated with yet.
+        means: figures since the last log line.
+        loss: sum of the losses since the last log line.
+        logged_step: the step of that line.
+        sizes: ``batch_sizes`` of the run that made ``micro_batches``.
+    """
+
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    means: MetricMeans = field(default_factory=MetricMeans)
+    loss: float = 0.0
+    logged_step: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def check_sizes(self, expected: dict[str, int]) -> None:
+        """Checks that this run may train on ``micro_batches``.
+
+        Raises:
+            ValueError: there are some, and they were divided by other sizes than ``expected``.
+        """
+        for name, size in expected.items() if self.micro_batches else ():
+            if self.sizes.get(name) != size:
+                raise ValueError(
+                    f"{name}: {size}, but the checkpoint holds responses that had still to be trained on, made with "
+                    f"{self.sizes.get(name)}, expected the same"
+                )
+
+
+def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -> None:
+    """Writes this process's file."""
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(state.micro_batches):
+        tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in _tensors(batch).items()}
+    numbers = {
+        "normalizers": [(batch.normalizer, batch.entropy_normalizer) for batch in state.micro_batches],
+        "means": state.means.state(),
+        "loss": state.loss,
+        "logged_step": state.logged_step,
+        "sizes": state.sizes,
+    }
+    save_file(tensors, _file(folder, rank, processes), metadata={"numbers": json.dumps(numbers)})
+
+
+def load_step_state(folder: Path, rank: int, processes: int, device: torch.device) -> StepState | None:
+    """Reads this process's file.
+
+    Returns:
+        None if another number of processes has saved the checkpoint, and it lies between two generation batches.
+
+    Raises:
+        ValueError: there is no such file, or another number of processes has left responses to train on.
+    """
+    file = _file(folder, rank, processes)
+    if file.is_file():
+        tensors, numbers = _read(file)
+        batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
+        means = MetricMeans.of(numbers["means"])
+        return StepState(batches, means, numbers["loss"], numbers["logged_step"], numbers["sizes"])
+    others = sorted(folder.glob("step_state_*.safetensors"))
+    if not others:
+        raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")
+    if any(_read(other)[1]["normalizers"] for other in others):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds responses that {len(others)} processes had still to train on, "
+            f"expected as many processes, this run has {processes}"
+        )
+    logger.warning("resumed with %d processes from a checkpoint of %d", processes, len(others))
+    return None
+
+
+def _file(folder: Path, rank: int, processes: int) -> Path:
+    return folder / f"step_state_{rank}_of_{processes}.safetensors"
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(file, framework="pt") as saved:
-        found = saved.metadata()
-    for name, value in _metadata(policy, reward_names).items():
-        if found.get(name) != value:
-            raise ValueError(f"resume_from_checkpoint: {file} is of {name} {found.get(name)}, this run has {value}")
-    policy.load_state_dict(load_file(file))
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 - safe_open is no dictionary
+        return tensors, json.loads(saved.metadata()["numbers"])
 
 
-def _metadata(policy: WeightPolicy, reward_names: tuple[str, ...]) -> dict[str, str]:
-    return {"policy": policy.name, "rewards": json.dumps(reward_names)}
+def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
+    sequences, logprobs = batch.sequences, batch.logprobs
+    named = {
+        "prompt_ids": _flat(sequences.prompt_ids),
+        "prompt_lengths": _lengths(sequences.prompt_ids),
+        "completion_ids": _flat(sequences.completion_ids),
+        "completion_lengths": _lengths(sequences.completion_ids),
+        "advantages": batch.advantages_B,
+        "cu_seqlens": batch.cu_seqlens,
+        "old_logprobs": logprobs.old_C,
+        "ref_logprobs": logprobs.ref_C,
+        "sampling_logprobs": logprobs.sampling_C,
+    }
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _micro_batch(
+    number: int, tensors: dict[str, Tensor], normalizers: tuple[float, float], device: torch.device
+) -> MicroBatch:
+    own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(number)}
+    logprobs = (own.get(name) for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"))
+    return MicroBatch(
+        Sequences(
+            _ragged(own["prompt_ids"], own["prompt_lengths"]), _ragged(own["completion_ids"], own["completion_lengths"])
+        ),
+        own["advantages"],
+        own["cu_seqlens"],
+        TokenLogprobs(*(None if tensor is None else tensor.to(device) for tensor in logprobs)),
+        *normalizers,
+    )
+
+
+def _flat(rows: list[list[int]]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+
+
+def _lengths(rows: list[list[int]]) -> Tensor:
+    return torch.tensor([len(row) for row in rows], dtype=torch.int64)
+
+
+def _ragged(flat: Tensor, lengths: Tensor) -> list[list[int]]:
+    return [part.tolist() for part in flat.split(lengths.tolist())]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a generation batch changes beside the policy, as it was before the batch.
+
+    If something fails in the batch, the run is saved as it was then. The fields hold the state of the weight policy,
+    the figures that had not been logged, and the state of this process's random generators.
+    """
+
+    weights: dict[str, Tensor]
+    means: dict[str, tuple[float, int]]
+    python: Any
+    numpy: Any
+    host: Tensor
+    device: Tensor | None
+
+    @staticmethod
+    def take(weights: WeightPolicy, means: MetricMeans, device: torch.device) -> Snapshot:
+        """Copies the state; ``device`` is where the policy's random numbers are drawn."""
+        return Snapshot(
+            weights.state_dict(),
+            means.state(),
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )
+
+    def restore(self, weights: WeightPolicy, device: torch.device) -> MetricMeans:
+        """Puts the state back, and returns the figures."""
+        weights.load_state_dict(self.weights)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.host)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+        return MetricMeans.of(self.means)

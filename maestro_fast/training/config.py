@@ -15,7 +15,7 @@ from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.settings import SettingsError, build, override
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
-from maestro_fast.training.method import Method
+from maestro_fast.training.plan import Method
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class TrainConfig:
         loss: its ``kl_coef`` is the coefficient of the KL, wherever the profile has it enter.
         trainer: fields of ``transformers.TrainingArguments``.
         final: the policy that ``final/`` holds: "last", or "best" by the utility of its labelled responses (see
-            ``training/best.py``; the last one is in the last checkpoint); "auto": the best where the weight policy is
-            ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last label.
+            ``training/best_policy.py``; the last one is in the last checkpoint); "auto": the best where the weight
+            policy is ``anchored``, else the last. The weight policy beside it is that of the end: it learns to the last
+            label.
         evaluation: rewards on held-out prompts, during training.
         seed: of the data order, the sampling and the trainer.
     """

@@ -1,6 +1,6 @@
 """Rewards, and utility where there is an anchor, on held-out prompts during training.
 
-Nothing that training draws or counts is touched.
+An evaluation leaves everything alone that training draws or counts.
 """
 
 from __future__ import annotations
@@ -9,61 +9,81 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from maestro_fast.model.forward import Sequences
+from maestro_fast.training.batches import Processes
 from maestro_fast.training.data import PromptDataset, Row
-from maestro_fast.training.pipeline import Pipeline, Sampled
-from maestro_fast.training.rewarding import reward_batch
+from maestro_fast.training.step import Judges, Sampler
 
 
 @torch.no_grad()
 def evaluate_rewards(
-    pipeline: Pipeline, model: nn.Module, dataset: PromptDataset, samples: int, *, prefix: str, progress: bool
+    sampler: Sampler,
+    judges: Judges,
+    model: nn.Module,
+    dataset: PromptDataset,
+    samples: int,
+    *,
+    prompts_at_once: int,
+    prefix: str,
+    progress: bool,
 ) -> dict[str, float]:
-    """Means over ``samples`` responses to each prompt of ``dataset``, sampled as in training.
+    """Means over ``samples`` responses to each prompt of ``dataset``, sampled and judged as in training.
 
-    The random draws are the same at every call with as many processes, so that two evaluations differ by the policy.
-    The names are the same at every call too, see ``evaluation_names``: NaN where a reward abstained from everything.
+    The random draws are the same at every call with as many processes, so two evaluations differ by the policy alone.
+    The names are the same at every call, too, see ``evaluation_names``: a mean is NaN where a reward abstained from
+    everything.
 
     Args:
-        prefix: of every name: "eval" gives eval_rewards/<name>/mean, eval_rewards/<name>/abstained,
-            eval_completions/mean_length, eval_completions/clipped_ratio and, where the data name families,
-            eval_families/<family>/rewards/<name>; with an anchor eval_utility, the mean over the responses whose
-            utility is known, eval_utility_count, how many these are, and eval_families/<family>/utility. The
-            ``labels`` of the anchor thin out what is trained from: held-out prompts are all labelled.
+        sampler, judges: what samples and judges in training.
+        model: the policy.
+        dataset: the held-out prompts. All of them are labelled: an anchor's ``labels`` thin out training data alone.
+        samples: responses to each prompt.
+        prompts_at_once: how many prompts of a process are sampled for at a time.
+        prefix: stands in front of every name.
         progress: show a bar.
+
+    Returns:
+        With the prefix "eval": eval_rewards/<name>/mean, eval_rewards/<name>/abstained, eval_completions/mean_length,
+        eval_completions/clipped_ratio, and eval_families/<family>/rewards/<name> where the data names families. With an
+        anchor there are also eval_utility, the mean over the responses whose utility is known, eval_utility_count, the
+        number of these, and eval_families/<family>/utility.
     """
-    chunks = _chunks(dataset, pipeline)
+    processes = judges.processes
+    chunks = _chunks(dataset, processes, prompts_at_once)
     rewards, utilities, lengths, truncated = [], [], [], []
     for i, rows in enumerate(tqdm(chunks, desc="Evaluation", leave=False, disable=not progress)):
-        prompts = dataset.prompts(rows, pipeline.tokenizer).repeat(samples)
-        # training counts its batches from 0: the draws are of negative ones
-        sampled = Sampled(pipeline.generate(model, prompts, -1 - i), -1 - i, 0)
-        reads = pipeline.rewards.needs_entropy
-        outputs = pipeline.forward(model, sampled.sequences, entropy=True) if reads else None
-        batch = reward_batch(pipeline, model, sampled.rollouts, outputs, sampled.number)
-        rewards.append(pipeline.rewards(batch).view(len(rows), samples, -1))
-        if pipeline.anchor is not None:
-            utilities.append(pipeline.anchor(batch).view(len(rows), samples))
-        lengths.append(sampled.rollouts.completion_lengths_B.view(len(rows), samples).float())
-        truncated.append(sampled.rollouts.truncated_B.view(len(rows), samples).float())
+        prompts = dataset.prompts(rows, judges.tokenizer).repeat(samples)
+        number = -1 - i  # training numbers its batches from 0, so these draws are others
+        rollouts = sampler(model, prompts, number)
+        outputs = None
+        if judges.rewards.needs_entropy:
+            outputs = judges.scorer(model, Sequences(prompts.token_ids, rollouts.completion_ids), entropy=True)
+        rewards_BK, utilities_B = judges(model, rollouts, outputs, number)
+        rewards.append(rewards_BK.view(len(rows), samples, -1))
+        if utilities_B is not None:
+            utilities.append(utilities_B.view(len(rows), samples))
+        lengths.append(rollouts.completion_lengths_B.view(len(rows), samples).float())
+        truncated.append(rollouts.truncated_B.view(len(rows), samples).float())
     count = len(dataset)
     rewards_NSK, lengths_NS, truncated_NS = (
-        pipeline.gather_rows(torch.cat(parts), count) for parts in (rewards, lengths, truncated)
+        processes.gather_rows(torch.cat(parts), count) for parts in (rewards, lengths, truncated)
     )
     metrics = {
         "completions/mean_length": lengths_NS.mean().item(),
         "completions/clipped_ratio": truncated_NS.mean().item(),
-    } | _reward_metrics(rewards_NSK, pipeline.rewards.names, dataset.families)
+    } | _reward_metrics(rewards_NSK, judges.rewards.names, dataset.families)
     if utilities:
-        metrics |= _utility_metrics(pipeline.gather_rows(torch.cat(utilities), count), dataset.families)
+        metrics |= _utility_metrics(processes.gather_rows(torch.cat(utilities), count), dataset.families)
     return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
-def _chunks(dataset: PromptDataset, pipeline: Pipeline) -> list[list[Row]]:
-    """This process's rows, every n-th, in as many pieces as on any other process: the last rows may stand twice."""
-    rank, processes = pipeline.accelerator.process_index, pipeline.accelerator.num_processes
-    share = -(-len(dataset) // processes)
-    own = [dataset[min(i * processes + rank, len(dataset) - 1)] for i in range(share)]
-    size = pipeline.plan.prompts
+def _chunks(dataset: PromptDataset, processes: Processes, size: int) -> list[list[Row]]:
+    """This process's rows in pieces of ``size``.
+
+    Each process has every n-th row. All have the same number of rows, so the last rows may stand twice.
+    """
+    share = -(-len(dataset) // processes.count)
+    own = [dataset[min(i * processes.count + processes.rank, len(dataset) - 1)] for i in range(share)]
     return [own[i : i + size] for i in range(0, share, size)]
 
 
@@ -89,7 +109,7 @@ def _utility_metrics(utilities_NS: Tensor, families: list[str]) -> dict[str, flo
 
 
 def evaluation_names(reward_names: tuple[str, ...], dataset: PromptDataset, anchored: bool = False) -> list[str]:
-    """Names of what ``evaluate_rewards`` returns, without the prefix; ``anchored``: there is an anchor."""
+    """The names of what ``evaluate_rewards`` returns, without the prefix. ``anchored``: whether there is an anchor."""
     families = sorted(set(dataset.families) - {""})
     names = ["completions/mean_length", "completions/clipped_ratio"]
     for name in reward_names:
@@ -103,9 +123,10 @@ def evaluation_names(reward_names: tuple[str, ...], dataset: PromptDataset, anch
 def check_best_metric(
     metric: str | None, reward_names: tuple[str, ...], dataset: PromptDataset | None, anchored: bool = False
 ) -> None:
-    """
+    """Checks that an evaluation on ``dataset`` gives the ``metric`` by which the best checkpoint is to be chosen.
+
     Raises:
-        ValueError: the ``metric`` that is to tell the best checkpoint is none of an evaluation on ``dataset``.
+        ValueError: it does not.
     """
     if metric is None or dataset is None:
         return

@@ -6,21 +6,30 @@ from torch import Tensor
 
 from maestro_fast.model.forward import completion_states
 from maestro_fast.model.head import LanguageHead
-from maestro_fast.ops import LinearPolicyLoss, PolicyLoss, PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.ops import (
+    LinearPolicyLoss,
+    LossFunction,
+    PolicyLoss,
+    PolicyLossConfig,
+    linear_policy_loss,
+    policy_loss,
+)
 from maestro_fast.training.batches import MicroBatch
 
 
 def loss_of_states(
-    hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig
+    hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig | LossFunction
 ) -> LinearPolicyLoss:
-    """From packed states [T, d]: head and loss in one sweep.
+    """The loss from packed states [T, d]: head and loss in one sweep.
 
-    Responses whose advantage is 0 are left out of it where they change no metric: on-policy, every ratio is 1.
+    Responses whose advantage is 0 are left out of the sweep where that changes no metric: on-policy, every ratio is 1.
+    A user's own loss may give them a gradient, so it keeps them.
     """
     weight, logprobs = head.weight, batch.logprobs
     states, targets = completion_states(hidden, batch.sequences, weight.dtype)
     active = batch.advantages_B != 0
     compared = any(x is not None for x in (logprobs.old_C, logprobs.ref_C, logprobs.sampling_C))
+    every_response = not isinstance(config, PolicyLossConfig) or config.entropy_coef > 0
     return linear_policy_loss(
         states,
         weight,
@@ -34,15 +43,19 @@ def loss_of_states(
         sampling_logprobs=logprobs.sampling_C,
         normalizer=batch.normalizer,
         entropy_normalizer=batch.entropy_normalizer,
-        active=None if compared or config.entropy_coef > 0 or not bool(active.any()) else active,
+        active=None if compared or every_response or not bool(active.any()) else active,
         config=config,
     )
 
 
 def loss_of_logprobs(
-    current_C: Tensor, entropies_C: Tensor | None, batch: MicroBatch, config: PolicyLossConfig
+    current_C: Tensor, entropies_C: Tensor | None, batch: MicroBatch, config: PolicyLossConfig | LossFunction
 ) -> PolicyLoss:
-    """From the policy's log-probs, which the advantages had to wait for: their gradient costs a GEMM more."""
+    """The loss from the policy's log-probs, for advantages that had to wait for them; it costs a matrix product more.
+
+    Args:
+        entropies_C: of the same tokens, where ``ops.loss_function.wants_entropies(config)``.
+    """
     logprobs, device = batch.logprobs, current_C.device
     return policy_loss(
         current_C,

@@ -1,18 +1,23 @@
-"""The figures of a generation batch for the log, under TRL's names where TRL has them."""
+"""What a generation batch leaves in the log: its figures, named as in TRL where it has them, and seconds by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
-from maestro_fast.weighting.families import spread_between_families
+from maestro_fast.weighting.families import family_metrics, spread_between_families
 
-LOSS_METRICS = {  # by the names of ``ops.policy_loss``
+LOSS_METRICS = {  # names in the log by the names of ``ops.policy_loss``
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
     "ratio": "ratio/mean",
@@ -22,7 +27,7 @@ LOSS_METRICS = {  # by the names of ``ops.policy_loss``
 
 
 def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
-    """Means over the whole generation batch, over all processes."""
+    """The figures of a generation batch over all processes: means over its responses."""
     lengths = record.lengths_B.float()
     metrics = {
         "reward": record.scores_B.mean().item(),
@@ -57,7 +62,7 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
 def _family_spread(record: StepRecord) -> dict[str, float]:
     """How far the families' mean expected weights lie apart, and the mean of the same over eight shuffles.
 
-    Of each group the first response speaks for all.
+    Only the first response of each group counts.
     """
     firsts = [i for i, text in enumerate(record.prompts) if i == 0 or text != record.prompts[i - 1]]
     families = [record.families[i] for i in firsts]
@@ -68,41 +73,10 @@ def _family_spread(record: StepRecord) -> dict[str, float]:
     return {"diagnostics/family_spread": spread, "diagnostics/family_spread_shuffled": chance.mean().item()}
 
 
-def family_metrics(
-    families: Sequence[str],
-    reward_names: Sequence[str],
-    rewards_BK: Tensor,
-    expected_weights_BK: Tensor,
-    lengths_B: Tensor,
-) -> dict[str, float]:
-    """Means over the responses of each family; "" is none."""
-    metrics: dict[str, float] = {}
-    for family in sorted(set(families) - {""}):
-        rows = [i for i, name in enumerate(families) if name == family]
-        prefix = f"families/{family}"
-        metrics[f"{prefix}/completion_length"] = lengths_B[rows].float().mean().item()
-        for k, name in enumerate(reward_names):
-            metrics[f"{prefix}/weights/{name}"] = expected_weights_BK[rows, k].mean().item()
-            if (mean := _live_mean(rewards_BK[rows, k])) is not None:
-                metrics[f"{prefix}/rewards/{name}"] = mean
-    return metrics
-
-
-def _live_mean(values: Tensor) -> float | None:
-    live = values[~values.isnan()]
-    return live.mean().item() if live.numel() else None
-
-
-def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
-    """[C] -> [B], the mean over each response's tokens."""
-    parts = values_C.split(rollouts.completion_lengths_B.tolist())
-    return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])
-
-
 def policy_metrics(
     rollouts: Rollouts, outputs: PolicyOutputs | None, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Entropy of the policy, and ``sampler_metrics``; nothing where no process has a token."""
+    """The mean entropy of the policy, and ``sampler_metrics``. Both are left out where no process has a token."""
     if outputs is None:
         return {}
     return sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, gather, outputs.entropies_C)
@@ -116,11 +90,14 @@ def sampler_metrics(
 ) -> dict[str, float]:
     """How far the policy's log-probs lie from the sampler's, over the tokens of all processes, in nats.
 
-    The mean and the largest absolute difference, and k3: the mean of r - 1 - log r with r = policy / sampler, an
-    estimate of KL(sampler || policy) (J. Schulman, "Approximating KL divergence", 2020). ``gather`` concatenates a
-    tensor of every process.
+    These are the mean and the largest absolute difference, and k3: the mean of r - 1 - log r with r = policy / sampler,
+    an estimate of KL(sampler || policy) (J. Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        logprobs_C, sampling_logprobs_C, entropies_C: float32 [C]; None adds no figures.
+        gather: concatenates a tensor of every process.
     """
-    sums = torch.zeros(1, 5, dtype=torch.float64)  # tokens, their entropies, gaps and k3; and the widest gap
+    sums = torch.zeros(1, 5, dtype=torch.float64)  # count of tokens, sums of entropy, gap and k3, and the widest gap
     sums[0, 0] = logprobs_C.numel()
     if logprobs_C.numel():
         if entropies_C is not None:
@@ -141,14 +118,14 @@ def sampler_metrics(
 
 
 class SamplerGaps:
-    """The same from the training forwards, where no forward before them gives log-probs of the policy that sampled."""
+    """``sampler_metrics`` from the training forwards, for runs in which no earlier forward scores the responses."""
 
     def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
         self._gather = gather
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, logprobs_C: Tensor, sampling_logprobs_C: Tensor | None, *, last: bool) -> dict[str, float]:
-        """Takes in a micro-batch; after the ``last`` of a generation batch, the figures of all of it."""
+        """Takes in a micro-batch. After the ``last`` one of a generation batch, it returns the figures of the batch."""
         if sampling_logprobs_C is None:
             return {}
         self._parts.append((logprobs_C.detach(), sampling_logprobs_C))
@@ -160,7 +137,7 @@ class SamplerGaps:
 
 
 class MetricMeans:
-    """Means of what was added between two log lines."""
+    """Means of the figures that were added between two log lines."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -184,15 +161,91 @@ class MetricMeans:
         return means
 
     def join(self, others: Sequence[Mapping[str, Sequence[Any]]]) -> None:
-        """Adds what had these states: the same batches on other processes."""
+        """Adds the means that had these states, which other processes made of the same batches."""
         for state in others:
             for name, (total, count) in state.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(total)
                 self._counts[name] = self._counts.get(name, 0) + int(count)
 
     def pop(self) -> dict[str, float]:
-        """The means; starts anew."""
+        """Returns the means and forgets them."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+class StageClock:
+    """Adds up the seconds of each stage, and tells a listener which stage begins.
+
+    A stage inside another takes its time out of the outer one's, so that no second counts twice. On a CUDA device the
+    clock waits for the device where a stage begins or ends, because the time would otherwise go to whatever stage waits
+    next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._began = self._last = time.perf_counter()
+        self.on_stage: Callable[[str], None] = lambda stage: None
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._running.append(name)
+        self.on_stage(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+            if self._running:
+                self.on_stage(self._running[-1])
+
+    def _switch(self) -> None:
+        """Gives the time since the last switch to the stage that ran."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._running:
+            self._seconds[self._running[-1]] += now - self._last
+        self._last = now
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by stage since the last lap, with their ``total`` on the wall; starts the next lap."""
+        now = time.perf_counter()
+        seconds = {**self._seconds, "total": now - self._began}
+        self._seconds.clear()
+        self._began = now
+        return seconds
+
+
+class StageProgress(ProgressCallback):
+    """transformers' progress bar with the current stage in front, and two figures instead of the whole log line."""
+
+    @classmethod
+    def replace_bar(cls, trainer: Trainer, clock: StageClock) -> None:
+        """Puts this bar in the place of transformers' own."""
+        trainer.remove_callback(ProgressCallback)
+        progress = cls()
+        clock.on_stage = progress.show
+        trainer.add_callback(progress)
+
+    def show(self, stage: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"{stage:>16}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or not logs or "reward" not in logs:
+            return
+        self.training_bar.set_postfix(
+            reward=f"{logs['reward']:.3f}", tokens=f"{logs['completions/mean_length']:.0f}", refresh=False
+        )

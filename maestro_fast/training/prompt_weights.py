@@ -1,12 +1,15 @@
-"""The weights that a saved Conductor gives each of some prompts."""
+"""A Conductor that was saved in a folder, the model whose states it reads, and the weights that it gives to prompts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,25 +25,121 @@ from maestro_fast.model.forward import (
     terminal_states,
 )
 from maestro_fast.records import Rollouts, plain_text
+from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.run import load_policy
-from maestro_fast.training.saved_conductor import SavedConductor
-from maestro_fast.weighting import WeightContext
+from maestro_fast.weighting import (
+    Anchored,
+    Conductor,
+    Guarded,
+    WeightContext,
+    WeightPolicy,
+    build_weight_policy,
+    from_pretrained,
+)
+from maestro_fast.weighting.saved import CONFIG_FILE, WEIGHTS_FILE, load_weight_policy
 
 CHUNK = 64  # responses at a time
-_DELAY = 5.0  # seconds before a bar shows
+_DELAY = 5.0  # seconds before a progress bar shows
+
+
+@dataclass(frozen=True)
+class SavedConductor:
+    """A Conductor that was saved in a folder.
+
+    Attributes:
+        folder: where its files are.
+        policy: the weight policy as it was saved, with its guard.
+        run: the config of the run that saved it; None for a folder of ``save_pretrained``.
+    """
+
+    folder: Path
+    policy: WeightPolicy
+    run: TrainConfig | None
+
+    @property
+    def inner(self) -> Conductor | Anchored:
+        inner = self.policy.policy if isinstance(self.policy, Guarded) else self.policy
+        assert isinstance(inner, Conductor | Anchored)
+        return inner
+
+    def model(self, given: str | None) -> tuple[ModelConfig, str]:
+        """The model on whose states it was trained, and in words which one that is.
+
+        Args:
+            given: path or name of that model; None looks for it in the folder and in the run's config.
+
+        Raises:
+            ValueError: the model is not found there.
+        """
+        reference = self.inner.context_kind == "reference_prompt_mean"
+        dtype = "auto" if self.run is None else self.run.model.dtype
+        role = "the frozen reference, which training started from" if reference else "the policy"
+        if given is not None:
+            return ModelConfig(given, dtype), f"{given}, given as {role}"
+        if reference and self.run is not None:
+            path = Path(self.run.model.path)
+            if path.is_dir():
+                return ModelConfig(str(path), dtype), f"{path}, {role}"
+            raise ValueError(f"--model: missing; it reads {role}, which was {path}: there is no such directory here")
+        if not reference and any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return ModelConfig(str(self.folder), dtype), f"{self.folder}, {role} that it was saved with"
+        raise ValueError(f"--model: missing; {self.folder} does not tell where {role}, is, which it reads")
+
+
+def load_conductor(folder: Path) -> SavedConductor:
+    """Loads a Conductor from a folder.
+
+    Args:
+        folder: one of ``save_pretrained``, the ``final/`` or a checkpoint of a run, or a run directory.
+
+    Raises:
+        ValueError: the folder is none of these, or the run had another weight policy.
+    """
+    for candidate in (folder, folder / "final"):
+        if (candidate / CONFIG_FILE).is_file():
+            return SavedConductor(candidate, from_pretrained(candidate), None)
+        if (candidate / WEIGHTS_FILE).is_file():
+            return _of_run(candidate)
+    raise ValueError(f"DIR: {folder} holds neither {CONFIG_FILE} nor {WEIGHTS_FILE}, expected a saved Conductor")
+
+
+def _of_run(folder: Path) -> SavedConductor:
+    config = folder.absolute().parent / "config.yaml"
+    if not config.is_file():
+        raise ValueError(
+            f"DIR: {folder} is of a run, but beside it there is no config.yaml, which has the Conductor's options; "
+            "expected it in its run directory"
+        )
+    run = parse_config(read_config(config))
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
+        about = saved.metadata()
+        names = saved.keys()
+        sizes = [saved.get_slice(name).get_shape()[0] for name in names if _is_context_mean(name)]
+    if about.get("policy") not in ("conductor", "anchored") or not sizes:
+        raise ValueError(f"DIR: {folder} holds weight policy {about.get('policy')!r}, expected conductor or anchored")
+    rewards = tuple(json.loads(about["rewards"]))
+    policy = build_weight_policy(run.weights, rewards, int(sizes[0]))
+    load_weight_policy(folder, policy, rewards)
+    return SavedConductor(folder, policy, run)
+
+
+def _is_context_mean(name: str) -> bool:
+    return name.removeprefix("policy.") == "statistics.mean"
 
 
 @dataclass(frozen=True)
 class PromptWeights:
-    """
+    """The weights that a Conductor gives to N prompts.
+
     Attributes:
         policy: name of the weight policy.
         reward_names: K names.
-        prompts, families: N texts, and their task families, "" where the data name none.
-        weights_NK: float32, expected over the policy's own sampling; each row the mean over the prompt's responses
-            where the Conductor reads responses.
-        source: sentences on what was read, of which model.
+        prompts: N texts.
+        families: their task families, "" where the data names none.
+        weights_NK: float32, expected over the policy's own random draws. Where the Conductor reads responses, a row is
+            the mean over the prompt's responses.
+        source: sentences that say what was read, and of which model.
     """
 
     policy: str
@@ -57,13 +156,13 @@ def prompt_weights(
     """Reads the context that the Conductor was trained with, and asks it for the weights.
 
     Args:
-        saved: of ``load_conductor``.
+        saved: what ``load_conductor`` returned.
         dataset: the prompts.
         model: path or name of the model that it reads, see ``SavedConductor.model``.
-        samples, seed: where it reads responses: so many are sampled for each prompt, with this seed.
+        samples, seed: how many responses to each prompt are sampled, and with which seed, if it reads responses.
 
     Raises:
-        ValueError: no model is known, or one of another width.
+        ValueError: the model is not known, or its width is not the Conductor's.
     """
     inner = saved.inner
     config, origin = saved.model(model)
@@ -108,7 +207,7 @@ _NAMES = {
 
 
 def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
-    """[N, K] by the policy's own way; nothing is rewarded here, and no utility is known."""
+    """[N, K], what the policy itself gives for these states where no rewards and no utilities are known."""
     names, count = saved.inner.reward_names, len(states_Bd)
     context = WeightContext(
         names, samples, 0, torch.zeros(count, len(names)), states_Bd, torch.full((count,), float("nan"))
@@ -117,7 +216,7 @@ def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
 
 
 def _prompt_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, kind: Any) -> Tensor:
-    """[N, d], each prompt alone in its forward."""
+    """[N, d], the state of each prompt, which is alone in its forward."""
     layout = choose_layout(model)
     states = []
     for ids in tqdm(dataset.prompts(dataset.rows, tokenizer).token_ids, "Prompts", leave=False, delay=_DELAY):
@@ -137,7 +236,7 @@ def _response_states(
     samples: int,
     seed: int,
 ) -> Tensor:
-    """[N * samples, d]."""
+    """[N * samples, d], the terminal state of each response."""
     layout: Layout = choose_layout(model)
     states = []
     for rollouts in sample_responses(model, tokenizer, dataset, sampling, samples, seed):
@@ -154,7 +253,10 @@ def sample_responses(
     samples: int,
     seed: int,
 ) -> Sequence[Rollouts]:
-    """``samples`` responses to each prompt, side by side, in pieces; the same for the same model and arguments."""
+    """``samples`` responses to each prompt, side by side, in pieces of about ``CHUNK`` responses.
+
+    The same model and arguments give the same responses.
+    """
     generator = TransformersGenerator(tokenizer, sampling)
     size = max(1, CHUNK // samples)
     pieces = [dataset.rows[i : i + size] for i in range(0, len(dataset), size)]

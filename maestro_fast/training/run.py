@@ -1,4 +1,4 @@
-"""A run from its config: everything is checked in order of cost, then built, then trained."""
+"""A run from its config: everything is checked, the cheapest first, then built, then trained."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from transformers import (
 from maestro_fast.generation import (
     Engine,
     GenerationConfig,
+    SamplingConfig,
     Served,
     TransformersConfig,
     build_engine,
@@ -37,30 +38,29 @@ from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import training_arguments
-from maestro_fast.training.best import ABOUT_FILE
-from maestro_fast.training.checkpoint import staged
+from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import ModelConfig, TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
-from maestro_fast.training.method import check_positions
-from maestro_fast.training.run_dir import run_directory
-from maestro_fast.training.synced import check_room
+from maestro_fast.training.run_directory import open_run_directory, staged
 from maestro_fast.training.trainer import MaestroTrainer
+from maestro_fast.training.weight_sync import check_room
 from maestro_fast.weighting import build_weight_policy
 
 logger = logging.getLogger(__name__)
 
 
 def load_policy(config: ModelConfig, device: torch.device | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model, with adapters if configured, and tokenizer.
+    """Loads the model into host memory, adds adapters if they are configured, and loads its tokenizer.
 
     Args:
-        device: where it is going to run, which decides on its attention; it is loaded into host memory.
+        config: names the model.
+        device: where the model is going to run, which decides on its attention.
 
     Raises:
         SettingsError: ``model.attention`` cannot serve on the device, in this dtype, or this model.
     """
-    attention_choice(config.attention, device)  # refused before the weights are read
+    attention_choice(config.attention, device)  # raises before the weights are read
     tokenizer = AutoTokenizer.from_pretrained(config.path)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         config.path,
@@ -85,10 +85,10 @@ def load_policy(config: ModelConfig, device: torch.device | None = None) -> tupl
 
 
 def _set_attention(model: Any, wanted: str, device: torch.device | None) -> None:
-    """Settles the attention now that the dtype is known."""
+    """Chooses the attention again, now that the dtype is known."""
     implementation, reason = attention_choice(wanted, device, model.dtype)
     loaded = model.config._attn_implementation
-    if implementation not in (loaded, "sdpa"):  # a model without SDPA was loaded with eager attention
+    if implementation not in (loaded, "sdpa"):  # transformers loads a model without SDPA with eager attention
         try:
             use_attention(model, implementation)
         except (ValueError, ImportError) as error:
@@ -110,7 +110,8 @@ def train(
     """Trains, and leaves config.yaml, checkpoints and the final policy (``final/``) in the run directory.
 
     Args:
-        config: the run; ``raw`` is the mapping it came from, written to config.yaml as it is.
+        config: the run.
+        raw: the mapping that ``config`` was read from; it is written to config.yaml as it is.
         resume: go on from the last checkpoint of the run directory.
         observers, timing_observers, callbacks: as ``MaestroTrainer`` takes them.
     """
@@ -124,7 +125,7 @@ def train(
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
     generation = generation_config(config.generation)
     check_generation(generation, args.device, args.world_size)
-    with run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
+    with open_run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # fresh adapters are drawn here
         model, tokenizer = load_policy(config.model, args.device)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
@@ -149,7 +150,7 @@ def train(
                 timing_observers=timing_observers,
                 callbacks=list(callbacks),
             )
-            if config.model.attention == "varlen" and trainer.pipeline.layout != "varlen":
+            if config.model.attention == "varlen" and trainer.step.scorer.layout != "varlen":
                 raise SettingsError(
                     "model.attention: varlen does not serve this model, for the reason logged as its layout"
                 )
@@ -168,7 +169,7 @@ def _engine(
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
 ) -> Iterator[Engine | None]:
-    """What ``generation`` asks for, closed at the end."""
+    """Opens to the engine that ``generation`` asks for, and closes it at the end; None where it asks for none."""
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     engine = build_engine(
         generation,
@@ -196,12 +197,35 @@ def _check_lengths(
     dataset: PromptDataset,
     evaluation: PromptDataset | None,
 ) -> int:
-    """Tokens of the longest prompt."""
+    """Checks that all prompts and responses fit into the model. Returns the tokens of the longest prompt."""
     longest = dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
     if config.evaluation is not None and evaluation is not None:
         longest = max(longest, evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens))
     check_positions(model, longest, config.sampling)
     return longest
+
+
+def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingConfig) -> None:
+    """Checks that the longest prompt, in tokens, and the longest response fit into the model's positions.
+
+    For a model with rotary positions it only warns, because such a model computes something past the positions that it
+    was trained on.
+
+    Raises:
+        ValueError: they do not fit, and the model has no further positions.
+    """
+    language_model = causal_lm(model)
+    config = language_model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or longest_prompt + sampling.max_new_tokens <= positions:
+        return
+    complaint = (
+        f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest prompt of {longest_prompt} tokens, "
+        f"expected at most {positions} together, the positions of {type(language_model).__name__}"
+    )
+    if getattr(config, "rope_parameters", None) is None:  # positions are learned, or a table of that length
+        raise ValueError(complaint)
+    logger.warning(complaint)
 
 
 def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bool:
@@ -220,6 +244,6 @@ def _save_final(trainer: MaestroTrainer, run_dir: Path) -> None:
     with staged(run_dir, trainer.accelerator) as folder:
         trainer.save_model(str(folder / "final"))
         if trainer.is_world_process_zero():
-            trainer.save_weight_policy(folder / "final")
+            trainer.checkpoints.save_weights(folder / "final")
             if trainer.best is not None:
                 (folder / "final" / ABOUT_FILE).write_text(json.dumps(trainer.best.about) + "\n", encoding="utf-8")

@@ -1,55 +1,105 @@
-"""The trainer: transformers.Trainer with generation batches in place of a labelled data set."""
+"""The trainer: transformers.Trainer with generation batches in place of a labelled data set.
+
+What happens in a generation batch stands in ``training/step.py``. The trainer calls it at the first micro-batch of each
+batch, in one of two ways (``plan.choose_scoring`` decides):
+
+scored before             Rewards, weights and advantages are known before the training forward, after a scoring forward
+                          if anything reads one. Each training forward then gives its loss at once.
+judged in the training    One micro-batch holds the whole batch. Its training forward gives log-probs, entropies and
+forward                   hidden states; then the responses are judged, weighed and compared; then the loss follows.
+
+Saving and resuming stand in ``training/checkpoint.py``; the methods below are the places where transformers calls it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
 from maestro_fast.model.head import check_head, head_of
-from maestro_fast.model.reference import frozen_copy, reference_policy
+from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
 from maestro_fast.ops import policy_loss
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
-from maestro_fast.specs import EntropyMode, resolve_profile
+from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
-from maestro_fast.training.batches import MicroBatch
-from maestro_fast.training.beside import Lessons, check_parts
-from maestro_fast.training.best import BestPolicy, check_best
-from maestro_fast.training.bounds import Bounds
+from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
+from maestro_fast.training.best_policy import BestPolicy, check_best
+from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_complete
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
-from maestro_fast.training.exact_checkpoints import ExactCheckpoints
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
-from maestro_fast.training.method import Method, checked_plan
-from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps
-from maestro_fast.training.pipeline import Pipeline, Sampled
-from maestro_fast.training.progress import show_stages
-from maestro_fast.training.sampler import GroupSampler
-from maestro_fast.training.scoring import choose_scoring, context_mode, reads_reference
-from maestro_fast.training.synced import check_engine, synced
-from maestro_fast.training.timing import StageClock
+from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, StageProgress
+from maestro_fast.training.overlap import Lessons, check_parts
+from maestro_fast.training.plan import (
+    LossTerms,
+    Method,
+    checked_plan,
+    choose_scoring,
+    context_mode,
+    reads_reference,
+)
+from maestro_fast.training.run_directory import staged
+from maestro_fast.training.step import Judges, Sampled, Sampler, Scorer, Step
+from maestro_fast.training.weight_sync import check_engine, synced_generator
 from maestro_fast.weighting import WeightPolicy, check_profile
 from maestro_fast.weighting.diagnostics import Watch, healthy_ranges
 
 logger = logging.getLogger(__name__)
 
 
-class MaestroTrainer(ExactCheckpoints):
+class MaestroTrainer(Trainer):
     """GRPO with reward weights from a weight policy.
 
     Accumulation, mixed precision, PEFT, DDP, loggers and callbacks are transformers.Trainer's own.
+
+    Args:
+        model: a causal language model of transformers, with or without PEFT adapters. With a KL and without
+            adapters, a frozen copy of it becomes the reference.
+        tokenizer: the model's own; it needs a chat template if prompts are messages.
+        dataset: the prompts.
+        rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
+        args: options of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
+        method: sampling, batch, loss, profile.
+        anchor: the utility that a weight policy learns from, of ``build_anchor``.
+        evaluation: held-out prompts, for ``args.eval_strategy``.
+        keep_best: keep the best policy by labelled utility beside the one in training, see
+            ``training/best_policy.py``.
+        generator: samples the responses; None takes transformers' own, unless there is an ``engine``.
+        engine: samples in place of the model, and gets its weights whenever they have changed.
+        probe: how the engine is compared with the model after that, see ``ProbeConfig``.
+        observers: called with the record of every generation batch, on the main process.
+        timing_observers: called with seconds by stage after every generation batch, on the main process.
+
+    Raises:
+        ValueError: numbers do not divide, or arguments or a model cannot be served. It is raised before training
+            starts.
+
+    Attributes:
+        method: what is done in a step.
+        step: the parts of every generation batch, see ``training/step.py``.
+        checkpoints: our part of every checkpoint.
+        best: the best policy so far; None where the run does not keep it.
+        clock: seconds by stage.
     """
 
     loss_is_scaled_for_ga = True  # the normalizer of the loss already spans the accumulated micro-batches
@@ -74,49 +124,35 @@ class MaestroTrainer(ExactCheckpoints):
         timing_observers: Sequence[Callable[[dict[str, float]], None]] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """
-        Args:
-            model: a causal language model of transformers, with PEFT adapters or without. With a KL and without
-                adapters, a frozen copy of it becomes the reference.
-            tokenizer: of the model; with a chat template if prompts are messages.
-            dataset: the prompts.
-            rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
-            args: of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
-            method: sampling, batch, loss, profile.
-            anchor: the utility that a weight policy learns from, of ``build_anchor``.
-            evaluation: held-out prompts, for ``args.eval_strategy``.
-            keep_best: keep the best policy by labelled utility beside the one in training, see ``training/best.py``.
-            generator: None: transformers' own, unless there is an ``engine``.
-            engine: samples in place of the model, and gets its weights whenever they have changed; ``probe``: how it is
-                compared with the model after that, see ``ProbeConfig``.
-            observers: called with the record of every generation batch, on the main process.
-            timing_observers: called with seconds by stage after every generation batch, on the main process.
-
-        Raises:
-            ValueError: numbers that do not divide, arguments or a model that cannot be served; before training starts.
-        """
         check_arguments(args)
         if engine is not None:
             check_engine(engine, generator, model)
         check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
         self.method = method or Method()
-        self._plan = checked_plan(self.method, model, dataset, args.world_size)
-        args.per_device_train_batch_size = self._plan.prompts
-        args.gradient_accumulation_steps = self._plan.accumulation
+        self._profile = resolve_profile(self.method.profile)
+        self._terms = LossTerms.of(self.method.loss, self._profile)
+        self._plan = plan = checked_plan(self.method, model, dataset, args.world_size)
+        args.per_device_train_batch_size = plan.prompts
+        args.gradient_accumulation_steps = plan.accumulation
         args.remove_unused_columns = False
         args.dataloader_pin_memory = False
-        self._needs_reference = self.method.loss.kl_coef > 0 or reads_reference(weights)
-        frozen = frozen_copy(model) if self._needs_reference else None
+        needs_reference = self._terms.reads_reference or reads_reference(weights)
+        frozen = frozen_copy(model) if needs_reference else None
+        self._dataset, self._tokenizer = dataset, tokenizer
+        self._micro_batches: list[MicroBatch | Sampled] = []  # of the generation batch, not trained on yet
+        self._means = MetricMeans()
+        self._restored: StepState | None = None
+        self._staging: Path | None = None
         super().__init__(
             model=model,
             args=args,
             train_dataset=dataset,
             eval_dataset=evaluation,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        # transformers without loss_is_scaled_for_ga reads this; compute_loss below never calls it
+        # transformers without loss_is_scaled_for_ga reads this attribute; compute_loss below never calls it
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
         if keep_best:
@@ -124,62 +160,74 @@ class MaestroTrainer(ExactCheckpoints):
         self.best = BestPolicy(holds=self.is_world_process_zero()) if keep_best else None
         self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
         if not self.args.disable_tqdm:
-            show_stages(self, self.clock)
-        self.add_callback(Bounds(self))
-        self.pipeline = self._build_pipeline(model, tokenizer, dataset, rewards, weights, anchor, generator, frozen)
-        self._gaps = SamplerGaps(self.pipeline.gather)
-        if engine is not None:
-            self.pipeline = replace(self.pipeline, generator=synced(self.pipeline, engine, probe or ProbeConfig()))
-        check_parts(self.pipeline.generator.concurrent_parts, self._plan.prompts, rewards, anchor)
+            StageProgress.replace_bar(self, self.clock)
+        self.add_callback(StepEvents(self))
+        reference = reference_policy(model, frozen, self.accelerator) if needs_reference else None
+        choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
+        self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
+        check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
+        sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
+        self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
+        self._lessons = Lessons(weights)
+        self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
+        self._gaps = SamplerGaps(self.step.processes.gather)
 
-    def _build_pipeline(
+    def _build_step(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: PromptDataset,
         rewards: RewardSet,
         weights: WeightPolicy,
         anchor: RewardSet | None,
-        generator: Generator | None,
-        frozen: nn.Module | None,
-    ) -> Pipeline:
+        reference: Reference | None,
+        generator: Callable[[Scorer], Generator],
+    ) -> Step:
+        """The parts of every generation batch; ``generator`` makes what samples, once the policy can be scored."""
         head = head_of(model)
         check_head(model, head)
-        method, profile = self.method, resolve_profile(self.method.profile)
-        check_profile(weights, profile)
-        scoring = choose_scoring(model, self._plan, rewards, weights, method.loss, profile)
+        check_profile(weights, self._profile)
+        plan, sampling = self._plan, self.method.sampling
+        scoring = choose_scoring(model, plan, rewards, weights, self._terms)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
-        return Pipeline(
-            tokenizer=tokenizer,
-            dataset=dataset,
-            rewards=rewards,
-            weights=weights,
-            anchor=anchor,
-            generator=generator or TransformersGenerator(tokenizer, method.sampling, synced_gpus=self.is_fsdp_enabled),
-            sampling=method.sampling,
-            plan=self._plan,
-            loss=method.loss,
-            profile=profile,
-            head=head,
-            layout=choose_layout(model),
+        processes = Processes(self.accelerator)
+        scorer = Scorer(head, choose_layout(model), plan.micro_batch, sampling.temperature)
+        return Step(
+            plan=plan,
+            terms=self._terms,
+            profile=self._profile,
             scoring=scoring,
-            reference=reference_policy(model, frozen, self.accelerator) if self._needs_reference else None,
-            accelerator=self.accelerator,
+            sampler=Sampler(generator(scorer), sampling.group_size, self.method.seed, processes),
+            scorer=scorer,
+            judges=Judges(rewards, anchor, self._tokenizer, scorer, processes),
+            weights=weights,
+            reference=reference,
+            prompt_contexts=PromptContexts(scorer.layout, processes.gather, processes.device),
+            processes=processes,
             clock=self.clock,
-            seed=method.seed,
-            lessons=Lessons(weights),
-            watch=Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {}),
         )
+
+    def _choose_generator(
+        self, generator: Generator | None, engine: Engine | None, probe: ProbeConfig, scorer: Scorer
+    ) -> Generator:
+        """``generator``, or ``engine``, probed on the first prompts of the data, or transformers' own generation."""
+        if generator is not None:
+            return generator
+        if engine is None:
+            sampling = self.method.sampling
+            return TransformersGenerator(self._tokenizer, sampling, synced_gpus=self.is_fsdp_enabled)
+        rows = [self._dataset[i] for i in range(min(len(self._dataset), max(8, probe.sequences)))]
+        prompt_ids = self._dataset.prompts(rows, self._tokenizer).token_ids
+        return synced_generator(engine, probe, prompt_ids, scorer, self.accelerator, self.clock)
+
+    # ---- a generation batch -------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
         del train_dataset
-        self._sampler = GroupSampler(
-            len(self.pipeline.dataset), self.method.batch.prompts_per_batch, self._plan.micro_steps, self.method.seed
-        )
+        block, seed = self.method.batch.prompts_per_batch, self.method.seed
+        self._sampler = GroupSampler(len(self._dataset), block, self.step.plan.micro_steps, seed)
         return self._sampler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch; the first of a generation batch samples it."""
+        """Trains on one micro-batch; for the first one of a generation batch, it samples the batch."""
         if not self._micro_batches:
             self._micro_batches = self._next_batch(model, inputs)
         micro_batch = self._micro_batches.pop(0)
@@ -191,59 +239,90 @@ class MaestroTrainer(ExactCheckpoints):
         return inputs if isinstance(inputs, (MicroBatch, Sampled)) else super()._prepare_inputs(inputs)
 
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
-        step = self.state.global_step
-        started = self.pipeline.start(model, rows, step // self._plan.updates, step)
+        """Samples a generation batch. What is scored before is judged here, too."""
+        step, updates = self.state.global_step, self.step.plan.updates
+        prompts = self._dataset.prompts(rows, self._tokenizer)
+        started = self.step.start(model, prompts, step // updates, step)
         try:
             self._remember()
             with self._saved_if_it_fails(model):
-                sampled = self.pipeline.finish(model, started)
-                if self.pipeline.scoring.source == "training":
+                sampled = self.step.collect(model, started)
+                if self.step.scoring.source == "training":
                     return [sampled]
-                return [*self._judge(model, sampled, self.pipeline.score(model, sampled))]
+                return [*self._prepared(model, sampled, self.step.score(model, sampled))]
         finally:
-            started.wait()  # where a part failed: no other may use the engine when it is closed
+            started.wait()  # if one part failed, no other may still use the engine when it is closed
 
-    def _judge(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
-        judged = self.pipeline.judge(model, sampled, outputs)
-        self._means.add(judged.metrics)
+    def _prepared(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
+        """Judges, weighs and compares a batch, and tells the log and the observers about it."""
+        postpone = self.step.sampler.generator.concurrent_parts > 0
+        micro_batches, record, metrics = self.step.prepare(
+            model, sampled, outputs, lambda outcome: self._lessons.add(outcome, postpone=postpone)
+        )
+        self._watch.see(metrics)
+        self._means.add(metrics)
         if self.is_world_process_zero():
             for observer in self._observers:
-                observer(judged.record)
-        if self.best is not None:  # last: where something above fails, this batch has not been
+                observer(record)
+        if self.best is not None:  # comes last: if something above fails, the batch does not count
             assert isinstance(self.model, nn.Module)
-            self._means.add(self.best.see(sampled.number, judged.record, self.model))
-        return judged.micro_batches
+            self._means.add(self.best.see(sampled.number, record, self.model))
+        return micro_batches
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The policy loss of a ``MicroBatch``, to be summed over the micro-batches of an optimiser step.
-
-        Responses that nothing has judged yet (``Sampled``) are judged by what this forward gives.
-        """
-        pipeline = self.pipeline
-        config, temperature = pipeline.token_loss, pipeline.sampling.temperature
-        hidden = last_hidden(model, inputs.sequences, pipeline.layout)
+        """The policy loss of a micro-batch, to be summed over the micro-batches of an optimiser step."""
+        hidden = last_hidden(model, inputs.sequences, self.step.scorer.layout)
         if isinstance(inputs, MicroBatch):
-            loss, metrics, current = loss_of_states(hidden, inputs, pipeline.head, temperature, config)
-            if pipeline.scoring.source == "none":
-                self._means.add(self._gaps.add(current, inputs.logprobs.sampling_C, last=not self._micro_batches))
+            loss, metrics = self._loss_scored_before(hidden, inputs)
         else:
-            entropy: EntropyMode = "grad" if config.entropy_coef > 0 else "value"
-            current, entropies = completion_logprobs(hidden, inputs.sequences, pipeline.head, temperature, entropy)
-            mode = context_mode(pipeline.weights) or "last"
-            outputs = policy_outputs(hidden, inputs.sequences, current, entropies, mode)
-            with self._saved_if_it_fails(model):
-                (inputs,) = self._judge(model, inputs, outputs)
-            loss, metrics = loss_of_logprobs(current, entropies, inputs, config)
-        self._means.add({LOSS_METRICS[name]: value.item() for name, value in metrics.items()})
+            loss, metrics = self._loss_judged_in_forward(model, hidden, inputs)
+        self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
+
+    def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss from packed hidden states [T, d], where advantages are known: head and loss in one sweep."""
+        scorer = self.step.scorer
+        found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
+        if self.step.scoring.source == "none":
+            last = not self._micro_batches
+            self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
+        return found.loss, found.metrics
+
+    def _loss_judged_in_forward(
+        self, model: nn.Module, hidden: Tensor, sampled: Sampled
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss from packed hidden states [T, d] of responses that are judged by what this very forward gives."""
+        scorer, terms = self.step.scorer, self.step.terms
+        logprobs, entropies = completion_logprobs(
+            hidden, sampled.sequences, scorer.head, scorer.temperature, terms.entropy
+        )
+        mode = context_mode(self.step.weights) or "last"
+        outputs = policy_outputs(hidden, sampled.sequences, logprobs, entropies, mode)
+        with self._saved_if_it_fails(model):
+            (batch,) = self._prepared(model, sampled, outputs)
+        found = loss_of_logprobs(logprobs, entropies, batch, terms.function)
+        return found.loss, found.metrics
+
+    def learn(self) -> None:
+        """Lets the weight policy catch up with the last batch. Its figures go to the next line of the log."""
+        if not self._lessons.waiting:
+            return
+        if self._saves_failures:
+            self.checkpoints.remember(self._means)  # without this lesson, in case it is the one that fails
+        with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("conductor_update"):
+            learnt = self._lessons.learn()
+        self._watch.see(learnt)
+        self._means.add(learnt)
+
+    # ---- the log and evaluations --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a line of training the means of our figures since the last one, over all processes."""
         means = MetricMeans()
         if "loss" in logs or "train_loss" in logs:
-            means.join(self.pipeline.gather_objects([self._means.state()]))
+            means.join(self.step.processes.gather_objects([self._means.state()]))
             self._means = MetricMeans()
         super().log({**logs, **means.pop()}, start_time)
 
@@ -255,7 +334,7 @@ class MaestroTrainer(ExactCheckpoints):
                 observer(timings)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the rows that come from the data loader are prompts, not what is trained on."""
+        """Returns 0: the rows that come from the data loader are prompts, not the sequences that are trained on."""
         return 0
 
     def evaluate(
@@ -267,7 +346,7 @@ class MaestroTrainer(ExactCheckpoints):
         """Mean rewards and utility on held-out prompts, see ``evaluation.evaluate_rewards``.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no such prompts.
         """
         del ignore_keys
         dataset = eval_dataset or self.eval_dataset
@@ -276,13 +355,154 @@ class MaestroTrainer(ExactCheckpoints):
         self._remember()
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
-                self.pipeline,
+                self.step.sampler,
+                self.step.judges,
                 self.model_wrapped,
                 dataset,
                 self.method.evaluation_samples,
+                prompts_at_once=self.step.plan.prompts,
                 prefix=metric_key_prefix,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self.learn()
+        with self.clock.stage("save"), staged(run_dir, self.accelerator) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+                unused = [batch for batch in self._micro_batches if isinstance(batch, MicroBatch)]
+                step = StepState(unused, self._means, self._tr_loss.item(), self._globalstep_last_logged)
+                self.checkpoints.save(self._staging / name, run_dir / name, step, self.state)
+            finally:
+                self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_complete(Path(checkpoint), deepspeed=self.is_deepspeed_enabled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restored = self.checkpoints.load(Path(checkpoint), self.state.global_step)
+
+    def _load_best_model(self) -> None:
+        """Loads the weight policy of the best checkpoint, too, because the two were trained together."""
+        self.learn()  # before the policy that this lesson is about is replaced
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self.checkpoints.load_weights(Path(self.state.best_model_checkpoint))
+
+    def restore_step(self) -> None:
+        """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters."""
+        state, self._restored = self._restored, None
+        self._lessons.forget()  # those of an earlier ``train`` that failed
+        if state is None:  # nothing of an earlier ``train`` may reach this one
+            self._micro_batches, self._means = [], MetricMeans()
+            return
+        self._micro_batches, self._means = [*state.micro_batches], state.means
+        self._tr_loss = torch.full_like(self._tr_loss, state.loss)
+        self._globalstep_last_logged = state.logged_step
+
+    def begin_epoch(self) -> None:
+        """Tells the sampler its epoch, because transformers cannot reach it when several processes resume."""
+        steps = self._sampler.blocks * self.step.plan.updates
+        self._sampler.set_epoch(self.state.global_step // steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Stops at ``max_steps``. transformers compares only after a step, so a finished run would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _remember(self) -> None:
+        """Keeps the state before something that may fail, for ``_saved_if_it_fails``."""
+        self.learn()
+        if self._saves_failures:
+            self.checkpoints.remember(self._means)
+
+    @property
+    def _saves_failures(self) -> bool:
+        """Whether a failure is saved. With several processes, the others are not there to take part in saving."""
+        return self.is_in_train and self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO
+
+    @contextlib.contextmanager
+    def _saved_if_it_fails(self, model: nn.Module) -> Iterator[None]:
+        """Saves the run as it was at the last ``_remember`` if what follows fails.
+
+        So a faulty reward late in a run does not cost the steps since the last checkpoint.
+        """
+        try:
+            yield
+        except Exception as error:
+            step = self.state.global_step
+            if step > 0 and self._saves_failures and self.checkpoints.can_roll_back:
+                folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+                if not folder.exists():
+                    self._means = self.checkpoints.roll_back()
+                    self._save_checkpoint(model, None)
+                error.add_note(
+                    f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume."
+                )
+            raise
+
+
+class StepEvents(TrainerCallback):
+    """Tells the trainer where training, an epoch and a generation batch begin and end.
+
+    The seconds of a batch are complete only where the next one begins, because saving and evaluation come after its
+    last step.
+    """
+
+    def __init__(self, trainer: MaestroTrainer) -> None:
+        self._trainer = trainer
+        self._stepped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stepped = False
+        self._trainer.clock.lap()
+        self._trainer.restore_step()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.begin_epoch()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self._trainer.step.plan.updates == 0:
+            self._emit()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stepped = True
+        control.should_training_stop |= self._trainer.step.weights.should_stop
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            self._trainer.learn()  # no later batch would, and these figures belong into the last line
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.learn()  # in case a callback ended the run after its last step
+        self._emit()
+
+    def _emit(self) -> None:
+        if self._stepped:
+            self._stepped = False
+            self._trainer.emit_timings()

@@ -1,7 +1,12 @@
-"""From the trained model to an inference engine: its weights under the names of a checkpoint, and proof that they took.
+"""From the trained model to an inference engine: its weights under a checkpoint's names, and proof that they arrived.
 
-What is sent is what ``save_pretrained`` would write of the policy: sharded weights gathered one at a time, adapters
-merged into copies, tied weights once.
+The engine gets what ``save_pretrained`` would write of the policy: sharded weights are gathered one at a time, adapters
+are merged into copies, tied weights go once.
+
+A probe follows every sync: it compares the log-probs of a few tokens between engine and trainer. It catches weights
+that did not arrive (a skipped sync, a tied head that kept the old ones), and attention states in a prefix cache that
+outlived the weights with which they were computed. For the latter the engine has scored the same sequences before the
+sync, so that they are in such a cache.
 """
 
 from __future__ import annotations
@@ -9,46 +14,129 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from maestro_fast.generation import Engine
+from maestro_fast.generation import Engine, Generator, ProbeConfig, SamplingConfig
+from maestro_fast.model.forward import Sequences
 from maestro_fast.model.head import causal_lm, whole
 from maestro_fast.records import Prompts, Rollouts
-from maestro_fast.training.sync_probe import SyncProbe
+from maestro_fast.settings import SettingsError
+from maestro_fast.training.metrics import StageClock
+from maestro_fast.training.step import Scorer
 
+# The largest difference on a token that rounding explains, in nats. In half precision, logits of about 20 are already
+# rounded by 0.06 (bfloat16) or 0.008 (float16), and the layers below add to it.
+THRESHOLDS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+PolicyLogprobs = Callable[[nn.Module, list[list[int]]], list[Tensor]]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Clock(Protocol):
-    """See ``timing.StageClock``."""
+class StaleWeightsError(RuntimeError):
+    """The engine does not compute what the policy does."""
 
-    def stage(self, name: str) -> AbstractContextManager[None]: ...
+
+@dataclass(frozen=True)
+class SyncProbe:
+    """The comparison of engine and trainer on a few sequences.
+
+    Attributes:
+        sequences: their token ids, at least 2 each.
+        policy_logprobs: gives the trainer's log-probs in the form of ``Engine.prompt_logprobs``.
+        threshold: the largest difference that is accepted, in nats.
+    """
+
+    sequences: list[list[int]]
+    policy_logprobs: PolicyLogprobs
+    threshold: float
+
+    def warm(self, engine: Engine) -> None:
+        """Puts the sequences into the engine's prefix cache before a sync, which has to throw them out."""
+        engine.prompt_logprobs(self.sequences)
+
+    def check(self, engine: Engine, model: nn.Module) -> dict[str, float]:
+        """Compares after a sync. Returns the mean and the largest absolute difference over all tokens, for the log.
+
+        Raises:
+            StaleWeightsError: a difference is above the threshold or not a number.
+        """
+        theirs = torch.cat(engine.prompt_logprobs(self.sequences))
+        ours = torch.cat([logprobs.float().cpu() for logprobs in self.policy_logprobs(model, self.sequences)])
+        gap = (theirs - ours).abs()
+        if not (gap <= self.threshold).all():  # NaN fails this, too
+            self._fail(gap.nan_to_num(nan=torch.inf), theirs, ours)
+        return {"sync/probe_mean": gap.mean().item(), "sync/probe_max": gap.max().item()}
+
+    def _fail(self, gap: Tensor, theirs: Tensor, ours: Tensor) -> None:
+        worst = int(gap.argmax())
+        position, sequence = worst, 0
+        while position >= len(self.sequences[sequence]) - 1:
+            position -= len(self.sequences[sequence]) - 1
+            sequence += 1
+        token = self.sequences[sequence][position + 1]
+        raise StaleWeightsError(
+            f"weight sync: log-prob of token {token} at position {position + 1} of probe sequence {sequence} is "
+            f"{theirs[worst]:.6g} in the engine and {ours[worst]:.6g} in the trainer, expected a difference of at most "
+            f"{self.threshold:g} (generation.probe.threshold); {int((gap > self.threshold).sum())} of {len(gap)} "
+            "tokens differ by more: the engine has other weights, or a prefix cache of earlier ones"
+        )
+
+
+def build_probe(
+    config: ProbeConfig, engine: Engine, prompt_ids: list[list[int]], policy_logprobs: PolicyLogprobs
+) -> SyncProbe:
+    """A probe of real prompts, each sequence long enough to fill a block of the engine's prefix cache.
+
+    Args:
+        config: number, length and threshold.
+        engine: what is probed.
+        prompt_ids: token ids of the first prompts of the data. Sequence k is made of them in turn, from the k-th on,
+            repeated until it is long enough.
+        policy_logprobs: the trainer's side of the comparison.
+    """
+    block = engine.cache_block
+    wanted = max(config.tokens, 2 * block + 8 if block else 0)
+    length = min(wanted, engine.max_tokens - 1)  # because the engine samples one token after them
+    if block and (length - 1) % block == 0:  # otherwise no log-prob would be computed from cached states
+        length -= 1
+    sequences = []
+    for k in range(config.sequences):
+        start = k % len(prompt_ids)
+        joined = [token for ids in prompt_ids[start:] + prompt_ids[:start] for token in ids]
+        sequences.append((joined * -(-length // len(joined)))[:length])
+    threshold = THRESHOLDS[engine.dtype] if config.threshold is None else config.threshold
+    return SyncProbe(sequences, policy_logprobs, threshold)
 
 
 class SyncedGenerator:
     """A ``Generator`` that samples with an engine, whose weights it renews when those of the policy have changed.
 
-    Every renewal is probed, and so is every call without one: if a change of the policy went unnoticed, this does
-    not. Of calls from several threads the first renews and probes for those that come while it samples: the policy
-    does not change meanwhile. Sharded weights are probed at every call, which takes all processes.
+    Every call is probed, also one that renews nothing: so a change of the policy that went unnoticed is noticed here.
+    Of calls from several threads, the first renews and probes for all that come while it samples, because the policy
+    does not change meanwhile. Sharded weights are probed at every call, in which all processes take part.
     """
 
-    def __init__(self, engine: Engine, probe: SyncProbe, clock: Clock) -> None:
-        """``clock``: gets the time of the syncs, with their probes, as the stage ``sync``; in a thread of its own, a
-        sync is part of the generation."""
+    def __init__(self, engine: Engine, probe: SyncProbe, clock: StageClock) -> None:
+        """
+        Args:
+            engine: samples.
+            probe: compares it with the policy.
+            clock: gets the time of the syncs and their probes as the stage ``sync``. Where generation runs in a thread
+                of its own, a sync counts as part of the generation.
+        """
         self.engine = engine
         self.concurrent_parts = engine.concurrent_parts
         self._probe = probe
         self._clock = clock
         self._lock = threading.Lock()
-        self._sent: list[int] | None = None  # fingerprint of the policy that the engine has
-        self._sampling = 0  # calls
+        self._sent: list[int] | None = None  # the fingerprint of the weights that the engine has
+        self._sampling = 0  # how many calls are sampling
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
@@ -70,14 +158,7 @@ class SyncedGenerator:
         with self._lock:
             if not self._sampling and not self.engine.sleep():
                 self._sent = None
-        return Rollouts(
-            rollouts.prompts,
-            rollouts.completion_ids,
-            rollouts.completions,
-            rollouts.truncated_B,
-            rollouts.sampling_logprobs_C,
-            rollouts.metrics | metrics,
-        )
+        return replace(rollouts, metrics=rollouts.metrics | metrics)
 
     def _sync(self, model: nn.Module) -> dict[str, float]:
         current = fingerprint(model)
@@ -91,10 +172,70 @@ class SyncedGenerator:
         return self._probe.check(self.engine, model)
 
 
-def check_syncable(model: nn.Module) -> None:
-    """
+def synced_generator(
+    engine: Engine,
+    config: ProbeConfig,
+    prompt_ids: list[list[int]],
+    scorer: Scorer,
+    accelerator: Accelerator,
+    clock: StageClock,
+) -> SyncedGenerator:
+    """The generator that samples with ``engine`` in place of the policy.
+
+    Args:
+        engine, config: what samples, and how it is probed.
+        prompt_ids: token ids of the first prompts of the data, of which the probe is made.
+        scorer: gives the policy's log-probs.
+        accelerator: says how the policy's weights are sharded.
+        clock: gets the time of the syncs.
+
     Raises:
-        ValueError: weights that a checkpoint of the plain model could not hold.
+        ValueError: the weights are sharded in a way from which they cannot be gathered.
+    """
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise ValueError("trainer.deepspeed: its weights cannot be sent to an engine, expected DDP or fsdp")
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version < 2:
+        raise ValueError("trainer.fsdp_config.version: 1, its weights cannot be sent to an engine, expected 2")
+
+    def policy_logprobs(model: nn.Module, token_ids: list[list[int]]) -> list[Tensor]:
+        sequences = Sequences([ids[:1] for ids in token_ids], [ids[1:] for ids in token_ids])
+        logprobs_C = replace(scorer, micro_batch=len(token_ids), temperature=1.0)(model, sequences).logprobs_C
+        return list(torch.split(logprobs_C, [len(ids) - 1 for ids in token_ids]))
+
+    return SyncedGenerator(engine, build_probe(config, engine, prompt_ids, policy_logprobs), clock)
+
+
+def check_engine(engine: Engine, generator: Generator | None, model: nn.Module) -> None:
+    """Checks that ``engine`` can sample for ``model``.
+
+    Raises:
+        ValueError: there is a ``generator`` beside it, or the model's weights cannot be sent.
+    """
+    if generator is not None:
+        raise ValueError(f"engine: {type(engine).__name__} beside a generator, expected one of the two")
+    check_syncable(model)
+
+
+def check_room(engine: Engine, longest_prompt: int, sampling: SamplingConfig) -> None:
+    """Checks that the longest prompt and the longest response fit into the engine.
+
+    Raises:
+        SettingsError: the engine would end a response before its token limit.
+    """
+    if longest_prompt + sampling.max_new_tokens > engine.max_tokens:
+        raise SettingsError(
+            f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest prompt of {longest_prompt} tokens, "
+            f"expected at most {engine.max_tokens} together, the engine's longest sequence (generation.max_tokens)"
+        )
+
+
+def check_syncable(model: nn.Module) -> None:
+    """Checks that the policy can be written as a checkpoint of the plain model.
+
+    Raises:
+        ValueError: it has adapters that cannot be merged, or quantised weights.
     """
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
@@ -112,9 +253,9 @@ def check_syncable(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> list[int]:
-    """Sums of the bits of every parameter, over all shards: one pass over the weights.
+    """Sums of the bits of every parameter, over all shards, in one pass over the weights.
 
-    Not ``Tensor._version``: a fused optimiser and whoever writes through ``.data`` leave it as it is.
+    ``Tensor._version`` would not do: a fused optimiser, and whoever writes through ``.data``, leave it as it is.
     """
     sums, sharded = [], False
     for parameter in model.parameters():
@@ -130,15 +271,15 @@ def fingerprint(model: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as ``save_pretrained`` writes them, adapters merged; the model is left as it is.
+    """Names and tensors as ``save_pretrained`` writes them, with adapters merged; the model is left as it is.
 
-    One tensor is gathered or merged at a time, except where transformers' names or shapes of a checkpoint differ from
-    the model's own: then all of them.
+    One tensor is gathered or merged at a time. Where transformers' names or shapes of a checkpoint differ from the
+    model's own, all of them are held at once.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters, sharded by FSDP2 or not. With
             sharded weights all processes iterate together.
-        dtype: of the floating-point tensors; None: their own.
+        dtype: that of the floating-point tensors that come out; None keeps their own.
     """
     language_model = causal_lm(model)
     weights = _named_weights(language_model, "", set())
@@ -147,12 +288,12 @@ def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> It
 
 
 def _named_weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers below ``module``; of tied ones the first."""
+    """Parameters and persistent buffers below ``module``; of tied ones only the first."""
     base, module = _without_adapter(module)
     tensors = dict(module._parameters)
     tensors |= {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
     for name, tensor in tensors.items():
-        identity = id(getattr(base, name))  # that of a merged copy is free again after this
+        identity = id(getattr(base, name))  # not the merged copy's, whose id is free again after this round
         if tensor is not None and identity not in seen:
             seen.add(identity)
             yield prefix + name, whole(tensor.detach())
@@ -162,7 +303,7 @@ def _named_weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[s
 
 
 def _without_adapter(module: Any) -> tuple[Any, Any]:
-    """The module below PEFT's wrapping, and what is to be saved of it: a copy with the active adapters merged in."""
+    """The module below PEFT's wrapping, and the module to save: a copy with the active adapters merged in."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         chosen = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapter[0]
         return (module.modules_to_save[chosen],) * 2
@@ -182,7 +323,7 @@ def _sharded(tensor: Tensor) -> bool:
 
 
 def _as_saved(model: Any, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Under the names, and in the shapes, of the checkpoint."""
+    """The weights under the names, and in the shapes, of transformers' checkpoint."""
     if not isinstance(model, PreTrainedModel) or not _converts(model):
         return weights
     from transformers.core_model_loading import revert_weight_conversion

@@ -1,13 +1,12 @@
-"""Weight policies: who decides how much each reward counts."""
+"""Weight policies decide how much each reward counts."""
 
 from maestro_fast.weighting.adaptive_step import compare, weigh, weigh_and_compare
 from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
 from maestro_fast.weighting.build import POLICIES, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
 from maestro_fast.weighting.dvao import Dvao
-from maestro_fast.weighting.equal import Equal
 from maestro_fast.weighting.exp3 import Exp3
-from maestro_fast.weighting.function import FunctionPolicy
+from maestro_fast.weighting.fixed import Equal, FunctionPolicy, Random, Router, Schedule, Static
 from maestro_fast.weighting.guard import GuardConfig, Guarded
 from maestro_fast.weighting.policy import (
     Comparison,
@@ -18,12 +17,8 @@ from maestro_fast.weighting.policy import (
     Weights,
     check_profile,
 )
-from maestro_fast.weighting.pretrained import from_pretrained, save_pretrained
-from maestro_fast.weighting.random import Random
-from maestro_fast.weighting.router import Router
+from maestro_fast.weighting.saved import from_pretrained, save_pretrained
 from maestro_fast.weighting.saw import Saw
-from maestro_fast.weighting.schedule import Schedule
-from maestro_fast.weighting.static import Static
 from maestro_fast.weighting.utilities import scored
 from maestro_fast.weighting.weakest_first import WeakestFirst
 

@@ -9,16 +9,18 @@ from maestro_fast.settings import SettingsError, build
 from maestro_fast.weighting.anchored import AnchoredConfig
 from maestro_fast.weighting.conductor import ConductorConfig
 from maestro_fast.weighting.dvao import DvaoConfig
-from maestro_fast.weighting.equal import EqualConfig
 from maestro_fast.weighting.exp3 import Exp3Config
-from maestro_fast.weighting.function import CallableConfig
+from maestro_fast.weighting.fixed import (
+    CallableConfig,
+    EqualConfig,
+    RandomConfig,
+    RouterConfig,
+    ScheduleConfig,
+    StaticConfig,
+)
 from maestro_fast.weighting.guard import guarded
 from maestro_fast.weighting.policy import WeightPolicy
-from maestro_fast.weighting.random import RandomConfig
-from maestro_fast.weighting.router import RouterConfig
 from maestro_fast.weighting.saw import SawConfig
-from maestro_fast.weighting.schedule import ScheduleConfig
-from maestro_fast.weighting.static import StaticConfig
 from maestro_fast.weighting.weakest_first import WeakestFirstConfig
 
 POLICIES = {

@@ -1,16 +1,19 @@
-"""What the weights of a batch do, whatever the policy: figures with the ranges they should stay in.
+"""What the weights of a batch do, whatever the policy: figures for the log, with the ranges they should stay in.
 
-r' are the rewards as the advantages used them, w the weights, s = w . r', A the advantages; means over responses.
+r' are the rewards as the advantages used them, w the weights, s = w . r' the scores, A the advantages. Means are over
+responses.
 
-    diagnostics/self_flattery      mean of w . r', r' standardised in the group; 0 if w does not look at the response
-    diagnostics/argmax_agreement   how often the heaviest reward is the response's own best one; 1 / K by chance
-    diagnostics/entropy            mean entropy of the expected weights, over ln K
+    diagnostics/self_flattery      mean of w . r' with r' standardised in the group; 0 if w ignores the response
+    diagnostics/argmax_agreement   how often the reward of greatest weight is the response's own best; 1 / K by chance
+    diagnostics/entropy            mean entropy of the expected weights, divided by ln K
     diagnostics/between_prompts    share of the variance of the expected weights that lies between prompts
-    diagnostics/pareto_inversions  of the pairs in a group of which one is better in every reward, scored otherwise
-    advantage_share/<name>         sum of w_k r'_k A over that of s A: what a reward contributes; adds up to 1
-    rewards_correlation/mean, min  of the rewards, pair by pair, within groups
+    diagnostics/pareto_inversions  share of inverted pairs, among the pairs of a group of which one is better in every
+                                   reward; a pair is inverted if the better response has the lower score
+    advantage_share/<name>         sum of w_k r'_k A divided by that of s A: what a reward contributes; they add up to 1
+    rewards_correlation/mean, min  mean and least correlation of two rewards within groups
 
-Figures that are not defined for a batch are left out.
+Responses that are scored by their utility count neither in self_flattery nor in advantage_share. A figure that is not
+defined for a batch is left out.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.policy import Outcome
+from maestro_fast.weighting.policy import Outcome, WeightContext
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a figure is healthy, and what to do where it is not."""
+    """The range in which a figure is healthy, and what a user can do if it is outside."""
 
     low: float
     high: float
@@ -39,7 +42,7 @@ class Range:
 
 
 def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
-    """By the name of the figure, for K rewards. They are rules of thumb; see the module for what each figure is."""
+    """The ranges by the name of the figure. They are rules of thumb; the module's docstring defines the figures."""
     K = len(reward_names)
     ranges = {
         "diagnostics/self_flattery": Range(
@@ -85,14 +88,14 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
 
 
 def diagnose(outcome: Outcome) -> dict[str, float]:
-    """The figures of a batch; formed on its device, read in one go."""
+    """The figures of a batch. They are computed on its device and read with one transfer."""
     context, K = outcome.context, outcome.context.rewards_BK.shape[1]
     used_B = torch.ones_like(context.rewards_BK[:, 0], dtype=torch.bool)
     if outcome.weights.direct_B is not None:
         used_B = ~outcome.weights.direct_B
-    standard_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
+    standard_BK = _standardised_rewards(context)
     w_BK, expected_BK = outcome.weights.weights_BK, outcome.weights.expected_BK
-    figures = {"diagnostics/self_flattery": (w_BK * standard_BK).sum(-1)[used_B].mean()}
+    figures = {"diagnostics/self_flattery": _flattery(w_BK, standard_BK)[used_B].mean()}
     if K > 1:
         figures |= _agreement(w_BK, standard_BK) | _spread(expected_BK, context.group_size)
         figures |= _correlations(standard_BK)
@@ -102,23 +105,45 @@ def diagnose(outcome: Outcome) -> dict[str, float]:
     return {name: value for name, value in zip(figures, values, strict=True) if math.isfinite(value)}
 
 
+def self_flattery(outcome: Outcome) -> float:
+    """The mean of w . r' over all responses, where r' are the rewards standardised within their group.
+
+    It is 0 for weights that do not depend on the response. It is positive if a response gets weight where it looks good
+    already; -0.05 to 0.05 is healthy.
+    """
+    return _flattery(outcome.weights.weights_BK, _standardised_rewards(outcome.context)).mean().item()
+
+
+def _standardised_rewards(context: WeightContext) -> Tensor:
+    """[B, K]: (r - mean) / std within each group."""
+    return group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
+
+
+def _flattery(w_BK: Tensor, standard_BK: Tensor) -> Tensor:
+    """[B]: w . r' of each response."""
+    return (w_BK * standard_BK).sum(-1)
+
+
 def _agreement(w_BK: Tensor, standard_BK: Tensor) -> dict[str, Tensor]:
-    """Over the responses with one heaviest weight and one best reward."""
+    """The agreement of the greatest weight with the best reward, over the responses that have one of each."""
     clear_B = _one_top(w_BK) & _one_top(standard_BK)
     same_B = (w_BK.argmax(1) == standard_BK.argmax(1)) & clear_B
     return {"diagnostics/argmax_agreement": same_B.sum() / clear_B.sum()}
 
 
 def _one_top(x_BK: Tensor) -> Tensor:
+    """bool [B]: whether the greatest value of a row stands alone."""
     top = x_BK.topk(2, 1).values
-    return top[:, 0] - top[:, 1] > 1e-3  # the eps beside a std tells ties apart by 1e-4
+    # Rewards that are tied differ by up to 1e-4 once standardised, because of the eps beside the std.
+    return top[:, 0] - top[:, 1] > 1e-3
 
 
 def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
+    """The entropy of the expected weights, and the share of their variance that lies between prompts."""
     total_B1 = expected_BK.abs().sum(1, keepdim=True)
     q_BK = expected_BK.abs() / torch.where(total_B1 > 0, total_B1, 1.0)
     entropy = -(q_BK * q_BK.clamp(min=1e-30).log()).sum(1).mean() / math.log(expected_BK.shape[1])
-    entropy = entropy.clamp(max=1.0)  # rounding puts that of equal weights beyond
+    entropy = entropy.clamp(max=1.0)  # rounding may lift the entropy of equal weights above 1
     x_NGK = expected_BK.view(-1, group_size, expected_BK.shape[1])
     mean_N1K = x_NGK.mean(1, keepdim=True)
     within = (x_NGK - mean_N1K).square().mean((0, 1)).sum()
@@ -128,7 +153,10 @@ def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
 
 
 def _correlations(standard_BK: Tensor) -> dict[str, Tensor]:
-    """Of values that are centred in their groups already; rewards without any spread have none."""
+    """Correlations of pairs of rewards. The values are centred in their groups already.
+
+    A reward without any spread has no correlation.
+    """
     norm_K = standard_BK.square().sum(0).sqrt()
     correlation_KK = standard_BK.T @ standard_BK / (norm_K[:, None] * norm_K)
     K = len(norm_K)
@@ -140,17 +168,18 @@ def _correlations(standard_BK: Tensor) -> dict[str, Tensor]:
 
 
 def _inversions(rewards_BK: Tensor, w_BK: Tensor, outcome: Outcome) -> dict[str, Tensor]:
-    """Pairs are formed in the rewards' own values: normalising keeps their order."""
+    """The share of inverted pairs. Rewards are compared as they are, since normalising keeps their order."""
     shape = (-1, outcome.context.group_size)
     K = rewards_BK.shape[1]
     r_NGK = rewards_BK.view(*shape, K)
     s_NG = (w_BK * outcome.advantages.normalized_rewards[:, :K]).sum(-1).view(shape)
-    better_NGG = (r_NGK[:, :, None] > r_NGK[:, None]).all(-1)  # False where one abstained
+    better_NGG = (r_NGK[:, :, None] > r_NGK[:, None]).all(-1)  # False if a reward abstained from one of the two
     inverted_NGG = better_NGG & (s_NG[:, :, None] < s_NG[:, None])
     return {"diagnostics/pareto_inversions": inverted_NGG.sum() / better_NGG.sum()}
 
 
 def _shares(outcome: Outcome, used_B: Tensor) -> dict[str, Tensor]:
+    """What each reward contributes to the advantages of the responses ``used_B``."""
     names = outcome.context.reward_names
     parts_BK = outcome.weights.weights_BK * outcome.advantages.normalized_rewards[:, : len(names)]
     parts_K = (parts_BK * outcome.advantages.advantages[:, None])[used_B].sum(0)
@@ -159,7 +188,7 @@ def _shares(outcome: Outcome, used_B: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Watch:
-    """Warns, once for each figure, when it has left its range for ``patience`` batches in a row."""
+    """Warns when a figure has been outside its range for ``patience`` batches in a row, once for each figure."""
 
     ranges: Mapping[str, Range]
     patience: int = 5
@@ -167,6 +196,7 @@ class Watch:
     warned: set[str] = field(default_factory=set)
 
     def see(self, metrics: Mapping[str, float]) -> None:
+        """Looks at the figures of one batch. Figures that it lacks keep their count."""
         for name, healthy in self.ranges.items():
             if name not in metrics:
                 continue

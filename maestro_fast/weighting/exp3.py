@@ -1,13 +1,13 @@
-"""Exp3: a bandit without context draws which reward to emphasise, batch by batch, and keeps what made rewards rise.
+"""Exp3: a bandit without context. Each batch it draws one reward to emphasise, and it favours what made rewards rise.
 
     p_k  = (1 - gamma) softmax(s)_k + gamma / K        a ~ p, one draw for the whole batch
     w    = (1 - alpha) / K + alpha onehot(a)
     d    = mean over rewards of (mean_k(next batch) - mean_k(this batch)) / std_k(this batch)
-    x    = 1 / (1 + exp(-sharpness d))  in (0, 1)       the gain that the next batch shows
+    x    = 1 / (1 + exp(-sharpness d))  in (0, 1)       the gain of a, known once the next batch is there
     s_a <- s_a + gamma x / (K p_a)
 
-Auer, Cesa-Bianchi, Freund and Schapire, The nonstochastic multiarmed bandit problem (SIAM J. Comput. 2002); what counts
-as the gain of an emphasis is ours.
+Auer, Cesa-Bianchi, Freund and Schapire, The nonstochastic multiarmed bandit problem (SIAM J. Comput. 2002). The paper
+leaves open what a gain is; x is our choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.philox import uniform
-from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, WithoutContext
+from maestro_fast.weighting.policy import (
+    Outcome,
+    WeightContext,
+    Weights,
+    WithoutContext,
+    check_shapes,
+    live_mean_and_std,
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,11 @@ class Exp3Config:
     """Options of ``exp3``.
 
     Attributes:
-        gamma: share of the draws that explores, in (0, 1], and the step size.
-        alpha: how far an emphasis moves the weights from equal to one-hot, in (0, 1].
-        sharpness: of the squashing of improvements; they are small against the spread of a batch.
-        seed: key of the draws.
+        gamma: The share of the draws that explores, in (0, 1]. It is the step size of the scores too.
+        alpha: How far an emphasis moves the weights from equal towards one-hot, in (0, 1].
+        sharpness: The factor of improvements before they are squashed into (0, 1). Improvements from batch to batch are
+            small against the spread of a batch.
+        seed: The seed of the draws.
     """
 
     gamma: float = 0.1
@@ -47,19 +55,21 @@ class Exp3Config:
             raise ValueError(f"seed: {self.seed}, expected 0 <= seed < 2**64")
 
     def build(self, reward_names: tuple[str, ...], context_size: int) -> Exp3:
+        """The policy for these rewards."""
         del context_size
         return Exp3(self, reward_names)
 
 
 class Exp3(WithoutContext):
-    """The gain of a batch's emphasis is known, and credited, with the batch after it."""
+    """Draws an arm, the reward to emphasise, for every batch. The batch after it shows the gain of that arm."""
 
     name = "exp3"
 
     def __init__(self, config: Exp3Config, reward_names: tuple[str, ...]) -> None:
         self.config, self.reward_names = config, reward_names
         K = len(reward_names)
-        # of the last batch: mean and std of each reward, the arm drawn (-1: none yet) and its probability
+        # Beside the scores s, the state describes the last batch: the mean and deviation of each reward, the arm drawn
+        # (-1 before the first batch) and the probability of that arm.
         self._state = {
             "scores": torch.zeros(K, dtype=torch.float64),
             "mean": torch.full((K,), float("nan"), dtype=torch.float64),
@@ -74,10 +84,12 @@ class Exp3(WithoutContext):
         return (1 - gamma) * self._state["scores"].softmax(0) + gamma / len(self.reward_names)
 
     def arm(self, step: int) -> int:
+        """The index of the reward that this step emphasises."""
         u = uniform(self.config.seed, step, 0, 1, torch.device("cpu")).double()
         return int((u >= self.probs().cumsum(0)[:-1]).sum())
 
     def weights(self, context: WeightContext) -> Weights:
+        """The weights of the drawn arm, for every response, and their expectation over the draw."""
         arm = self.arm(context.step)
         probs_K, K, alpha = self.probs(), len(self.reward_names), self.config.alpha
         used_K, expected_K = (
@@ -89,10 +101,9 @@ class Exp3(WithoutContext):
         return Weights(used_K.expand_as(like), expected_K.expand_as(like), actions_B)
 
     def observe(self, outcome: Outcome) -> None:
+        """Credits the arm of the batch before with the gain that this batch shows, and remembers this batch's arm."""
         state = self._state
-        rewards_BK = outcome.context.rewards_BK.double().cpu()
-        mean_K = rewards_BK.nanmean(0)
-        squares_BK = (rewards_BK - mean_K).square()
+        mean_K, std_K = live_mean_and_std(outcome.context.rewards_BK.double().cpu(), 0, correction=0)
         gain_K = (mean_K - state["mean"]) / state["std"]
         scores = state["scores"].clone()
         if int(state["arm"]) >= 0 and (comparable := gain_K.isfinite()).any():
@@ -100,24 +111,23 @@ class Exp3(WithoutContext):
             scores[int(state["arm"])] += self.config.gamma * x / (len(scores) * state["chance"])
         assert outcome.weights.actions_B is not None
         arm = int(outcome.weights.actions_B[0])
-        chance = self.probs()[arm]
         self._state = {
             "scores": scores,
             "mean": mean_K,
-            "std": squares_BK.nanmean(0).sqrt(),
+            "std": std_K,
             "arm": torch.tensor(arm),
-            "chance": chance,
+            "chance": self.probs()[arm],  # of the scores that the arm was drawn with: the new ones are not stored yet
         }
 
     def metrics(self) -> dict[str, float]:
+        """The probability of each reward."""
         return {f"exp3/prob/{name}": p for name, p in zip(self.reward_names, self.probs().tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
+        """``scores``, ``mean`` and ``std`` [K], ``arm`` and ``chance``."""
         return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self._state.items():
-            if name not in state or state[name].shape != tensor.shape:
-                came = f"shape {tuple(state[name].shape)}" if name in state else "missing"
-                raise ValueError(f"state.{name}: {came}, expected shape {tuple(tensor.shape)}")
+        """Takes over a ``state_dict``. A ValueError names a tensor that is missing or has another shape."""
+        check_shapes(state, {name: tuple(tensor.shape) for name, tensor in self._state.items()})
         self._state = {name: state[name].clone() for name in self._state}

@@ -1,13 +1,13 @@
-"""The guard: watches the utility of labelled groups that the weight policy does not see, and steps in when it falls.
+"""The guard: it watches the utility of labelled groups that the weight policy does not see, and steps in when it falls.
 
-Proxies that are optimised for long enough come apart from what they stand for: weighted rewards rise while utility
-falls. Over the batches that had held-back labels, with windows of ``window`` of them,
+If proxies are optimised for long enough, they come apart from what they stand for: weighted rewards rise while utility
+falls. The guard compares windows of ``window`` batches, out of the batches that had held-back labels, and steps in if
 
     u_best - u_now > margin * sqrt(var(u_best) / window + var(u_now) / window)      and      s_now > s_best
 
-where u is the batch mean of held-back utility, s that of the weighted rewards, each reward in units of its standard
-deviation during the first window, "now" the last window, and "best" the one of all that ended before it in which u was
-highest. The margin is wide because the best of many windows is high by chance, too.
+u is the batch mean of held-back utility, and s that of the weighted rewards, with each reward in units of its standard
+deviation during the first window. "now" is the last window. "best" is the window of highest u among those that ended
+before the last one began. The margin is wide because the best of many windows is high by chance, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,25 +23,28 @@ from torch import Tensor
 
 from maestro_fast.ops.philox import uniform
 from maestro_fast.settings import SettingsError, build
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
-from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights
-from maestro_fast.weighting.utilities import labelled_groups, without_utilities
+from maestro_fast.weighting.conductor.experience import RunningStatistics
+from maestro_fast.weighting.policy import Outcome, WeightContext, WeightPolicy, Weights, in_reward_order, same_weights
+from maestro_fast.weighting.utilities import hide_utilities, labelled_groups
 
 logger = logging.getLogger(__name__)
-_STREAM = 0x6775617264  # keeps the draws apart from those of a policy with the same seed
+_STREAM = 0x6775617264  # It keeps the guard's draws apart from those of a policy with the same seed.
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Options of ``guard``, beside the options of any weight policy.
+    """Options of ``guard``, which any weight policy may have beside its own options.
 
     Attributes:
-        action: "freeze" the policy's weights as they are, hand over to "static" ones, or "stop" training.
-        values: of the static weights, by reward name; empty: equal ones.
-        held_back: share of the labelled groups that is watched, and neither learnt nor trained from as labels.
-        window: batches with held-back labels in an average; warmup: such batches before the guard may step in.
-        margin: how many standard errors utility must have fallen.
-        seed: of the choice of groups.
+        action: What the guard does: "freeze" the policy's weights as they are, replace them by "static" ones, or "stop"
+            training.
+        values: The static weights, by reward name. If it is empty, they are equal.
+        held_back: The share of the labelled groups that is watched. The policy neither sees their labels nor trains on
+            them.
+        window: The number of batches with held-back labels in one window.
+        warmup: The number of such batches before the guard may step in.
+        margin: By how many standard errors utility must have fallen.
+        seed: The seed of the choice of groups.
     """
 
     action: Literal["freeze", "static", "stop"] = "freeze"
@@ -66,15 +69,11 @@ class GuardConfig:
 
 
 class Guarded:
-    """A weight policy under guard; it goes by the policy's name."""
+    """A weight policy under guard. It has the name of the policy inside, which is its attribute ``policy``."""
 
     def __init__(self, policy: WeightPolicy, config: GuardConfig, reward_names: tuple[str, ...]) -> None:
-        for name in config.values:
-            if name not in reward_names:
-                raise ValueError(f"values.{name}: there is no such reward, expected one of {', '.join(reward_names)}")
-        if config.values and set(config.values) != set(reward_names):
-            missing = next(name for name in reward_names if name not in config.values)
-            raise ValueError(f"values.{missing}: missing, every reward needs a weight")
+        if config.values:
+            in_reward_order(config.values, reward_names, "values")
         self.policy, self.config = policy, config
         self.name, self.needs_context, self.context_kind = policy.name, policy.needs_context, policy.context_kind
         self.needs_columns, self.needs_group_scores = policy.needs_columns, policy.needs_group_scores
@@ -86,49 +85,41 @@ class Guarded:
 
     @property
     def should_stop(self) -> bool:
+        """True once the guard has stepped in with the action "stop"."""
         return self.tripped and self.config.action == "stop"
 
     def weights(self, context: WeightContext) -> Weights:
-        found = self.policy.weights(self._hidden(context))
-        if self.tripped and self.config.action == "static":
-            weights_BK = self.static.to(context.rewards_BK).expand_as(context.rewards_BK)
-            return Weights(weights_BK, weights_BK)
-        return found
+        """The policy's weights, or the static ones once the guard has put them in their place."""
+        found = self.policy.weights(self._for_policy(context))
+        return same_weights(self.static, context) if self.tripped and self.config.action == "static" else found
 
     def observe(self, outcome: Outcome) -> None:
+        """Hands the outcome on without the held-back labels, and looks at these. A frozen policy learns no more."""
         context = outcome.context
         if not self.tripped:
-            self.policy.observe(
-                Outcome(
-                    self._hidden(context),
-                    outcome.weights,
-                    outcome.advantages,
-                    outcome.profile,
-                    outcome.kl_B,
-                    outcome.beta,
-                )
-            )
-        watched_N = self._watched(context)
-        if watched_N.any():
-            self._note(context, outcome.weights, watched_N)
+            self.policy.observe(replace(outcome, context=self._for_policy(context)))
+        held_back_N = self._held_back(context)
+        if held_back_N.any():
+            self._watch(context, outcome.weights, held_back_N)
         self._metrics["guard/tripped"] = float(self.tripped)
 
-    def _watched(self, context: WeightContext) -> Tensor:
-        """bool [N] on the CPU: labelled groups that are held back."""
+    def _held_back(self, context: WeightContext) -> Tensor:
+        """bool [N] on the CPU: the labelled groups that are held back. The same step gives the same groups."""
         labelled_N = labelled_groups(context)
         key = self.config.seed ^ _STREAM
         return labelled_N & (uniform(key, context.step, 0, len(labelled_N), labelled_N.device) < self.config.held_back)
 
-    def _hidden(self, context: WeightContext) -> WeightContext:
-        return without_utilities(context, self._watched(context))
+    def _for_policy(self, context: WeightContext) -> WeightContext:
+        """The context without the held-back labels."""
+        return hide_utilities(context, self._held_back(context))
 
-    def _note(self, context: WeightContext, weights: Weights, watched_N: Tensor) -> None:
+    def _watch(self, context: WeightContext, weights: Weights, held_back_N: Tensor) -> None:
+        """Adds the batch to the history, and steps in if there is a reason to."""
         assert context.utilities_B is not None
-        utility = context.utilities_B.float().cpu().view(-1, context.group_size)[watched_N].mean().item()
+        utility = context.utilities_B.float().cpu().view(-1, context.group_size)[held_back_N].mean().item()
         rewards_BK = context.rewards_BK.float().cpu()
-        whole = rewards_BK[~rewards_BK.isnan().any(1)]
         if len(self._history) < self.config.window:
-            self._statistics.update(whole)
+            self._statistics.update(rewards_BK[~rewards_BK.isnan().any(1)])
         mean, rstd = self._statistics.standardisation()
         units_BK = torch.where(rewards_BK.isnan(), 0.0, (rewards_BK - mean) * rstd)
         score = (weights.expected_BK.float().cpu() * units_BK).sum(1).mean().item()
@@ -139,9 +130,11 @@ class Guarded:
             logger.warning("guard: %s; action: %s", reason, self.config.action)
 
     def metrics(self) -> dict[str, float]:
+        """The policy's figures and the guard's own."""
         return self.policy.metrics() | self._metrics
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The policy's state under ``policy.`` and the guard's own under ``guard.``."""
         return {
             **{f"policy.{name}": tensor for name, tensor in self.policy.state_dict().items()},
             **self._statistics.state_dict("guard.statistics."),
@@ -150,9 +143,10 @@ class Guarded:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """
+        """Takes over a ``state_dict``.
+
         Raises:
-            ValueError: a state that was saved without a guard, or what the policy refuses.
+            ValueError: The state was saved without a guard, or the policy refuses its part.
         """
         if "guard.history" not in state:
             raise ValueError("state.guard.history: missing, this state was saved without a guard")
@@ -164,7 +158,7 @@ class Guarded:
 
 
 def verdict(history: list[tuple[float, float]], config: GuardConfig) -> str:
-    """Why to step in, in words; "" while there is no reason to. ``history``: utility and score, batch by batch."""
+    """The reason to step in, in words, or "" if there is none. ``history`` holds utility and score, batch by batch."""
     window = config.window
     if len(history) < max(2 * window, config.warmup):
         return ""
@@ -183,7 +177,11 @@ def verdict(history: list[tuple[float, float]], config: GuardConfig) -> str:
 
 
 def guarded(policy: WeightPolicy, options: Mapping[str, Any] | None, names: tuple[str, ...], path: str) -> WeightPolicy:
-    """``policy`` under the guard that ``options`` describe, or as it is without options."""
+    """``policy`` under the guard that ``options`` describe, or ``policy`` itself if ``options`` is None.
+
+    Raises:
+        SettingsError: An option is wrong. The message starts with ``path``, the dotted name of ``options``.
+    """
     if options is None:
         return policy
     config = build(GuardConfig, options, path)

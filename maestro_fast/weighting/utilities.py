@@ -1,4 +1,9 @@
-"""Known utilities of responses, compared within their groups."""
+"""Known utilities of responses: what an anchor (a judge, a verifier, people) says that a response is worth.
+
+Utilities are known for some groups and NaN elsewhere. They are used in three ways: policies learn from labelled groups,
+the guard hides some of them from the policy and watches these, and hybrid policies score labelled groups by the
+utility itself.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +17,25 @@ from maestro_fast.weighting.policy import WeightContext, Weights
 
 
 def labelled_groups(context: WeightContext) -> Tensor:
-    """bool [N] on the CPU: groups whose responses all have a known utility, and not all the same one.
+    """bool [N] on the CPU: True for groups whose utilities are all known and not all the same.
 
     Raises:
-        ValueError: there is no anchor, or utilities of a wrong shape.
+        ValueError: There is no anchor, or the utilities have a wrong shape.
     """
     utilities_NG = _utilities(context)
-    spread_N = utilities_NG.amax(1) > utilities_NG.amin(1)  # False where one is NaN
+    spread_N = utilities_NG.amax(1) > utilities_NG.amin(1)  # False where a utility is NaN
     return spread_N & utilities_NG.isfinite().all(1)
 
 
 def standardised_utilities(context: WeightContext) -> Tensor:
-    """z(U): float32 [B] on the CPU, (U - mean) / (sample std + 1e-4) within each labelled group, NaN elsewhere."""
+    """z(U) = (U - mean) / (sample std + 1e-4) within each labelled group, NaN in the others.
+
+    Returns:
+        float32 [B] on the CPU.
+
+    Raises:
+        ValueError: There is no anchor, or the utilities have a wrong shape.
+    """
     labelled_B = labelled_groups(context).repeat_interleave(context.group_size)
     utilities_B = torch.where(labelled_B, _utilities(context).flatten(), 0.0)
     z_B = group_advantages(utilities_B, None, context.group_size, profile="grpo").advantages
@@ -31,6 +43,7 @@ def standardised_utilities(context: WeightContext) -> Tensor:
 
 
 def _utilities(context: WeightContext) -> Tensor:
+    """float32 [N, G] on the CPU."""
     if context.utilities_B is None:
         raise ValueError("utilities_B: missing, this weight policy needs an anchor (section anchor of the config)")
     if context.utilities_B.shape != context.rewards_BK.shape[:1]:
@@ -40,18 +53,18 @@ def _utilities(context: WeightContext) -> Tensor:
     return context.utilities_B.detach().float().cpu().view(-1, context.group_size)
 
 
-def without_utilities(context: WeightContext, hidden_N: Tensor) -> WeightContext:
-    """The same context, some groups' utilities unknown."""
+def hide_utilities(context: WeightContext, hidden_N: Tensor) -> WeightContext:
+    """The same context with the utilities of the groups ``hidden_N`` (bool [N]) set to unknown."""
     assert context.utilities_B is not None
     hidden_B = hidden_N.repeat_interleave(context.group_size).to(context.utilities_B.device)
     return replace(context, utilities_B=torch.where(hidden_B, float("nan"), context.utilities_B))
 
 
 def scored(context: WeightContext, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Rewards and weights as ``group_advantages`` takes them.
+    """The rewards and weights of a batch, as ``group_advantages`` takes them.
 
-    [B, K] both; with ``weights.direct_B`` [B, K + 1]: the utility is one reward more, which has all the weight in the
-    groups that are scored by it and none elsewhere, so that it is normalised as any reward of the profile.
+    Both are [B, K]. With ``weights.direct_B`` both are [B, K + 1]: the utility becomes one more reward. It has all the
+    weight in the groups that are scored by it and none elsewhere, so the profile normalises it like any other reward.
     """
     if weights.direct_B is None:
         return context.rewards_BK, weights.weights_BK

@@ -4,8 +4,9 @@
     x_k  = (m_k - low_k) / (high_k - low_k)                                     how much of the reward is earned
     w    = softmax(-x / tau)
 
-The idea is that of Chen et al., DRBO: Dynamic Reward Balancing (Findings of EMNLP 2025): measure each metric, raise the
-weight of the weak ones, so that none is left behind. We could not establish its update rule; this formula is ours.
+The idea is that of Chen et al., DRBO: Dynamic Reward Balancing (Findings of EMNLP 2025): measure each metric and raise
+the weights of the weak ones, so that none is left behind. We could not establish the paper's update rule; this formula
+is ours.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, WithoutContext
-from maestro_fast.weighting.values import in_order
+from maestro_fast.weighting.policy import (
+    Outcome,
+    WeightContext,
+    Weights,
+    WithoutContext,
+    in_reward_order,
+    live_range,
+    same_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,11 @@ class WeakestFirstConfig:
     """Options of ``weakest_first``.
 
     Attributes:
-        low, high: the range of a reward, by name; where not given, the range of values seen so far.
-        tau: temperature; small: the weakest reward takes all the weight.
-        decay: of the moving mean, in [0, 1).
+        low: The least value of each reward, by name. For a reward that is left out, it is the least value seen so far.
+        high: The greatest value of each reward, by name. For a reward that is left out, it is the greatest value seen
+            so far.
+        tau: The temperature of the softmax. When it is small, the weakest reward takes all the weight.
+        decay: The decay of the moving mean, in [0, 1).
     """
 
     low: dict[str, float] = field(default_factory=dict)
@@ -44,14 +54,18 @@ class WeakestFirstConfig:
                 raise ValueError(f"high.{name}: {self.high[name]}, expected more than low, {self.low[name]}")
 
     def build(self, reward_names: tuple[str, ...], context_size: int) -> WeakestFirst:
+        """The policy for these rewards. A ValueError names an unknown reward, or a bound that is not finite."""
         del context_size
         for path, values in (("low", self.low), ("high", self.high)):
-            in_order(values, reward_names, path, 0.0)
+            in_reward_order(values, reward_names, path, 0.0)
         return WeakestFirst(self, reward_names)
 
 
 class WeakestFirst(WithoutContext):
-    """Weights of a batch follow from the batches before it; a reward not seen yet counts as half earned."""
+    """Gives a batch the weights that follow from the batches before it.
+
+    A reward that has not been seen yet, or has had one value only, counts as half earned.
+    """
 
     name = "weakest_first"
 
@@ -61,47 +75,47 @@ class WeakestFirst(WithoutContext):
         self._state = {"mean": nothing_K, "low": nothing_K.clone(), "high": nothing_K.clone()}
 
     def weights(self, context: WeightContext) -> Weights:
-        row_K = (-self.earned() / self.config.tau).softmax(0)
-        weights_BK = row_K.to(context.rewards_BK).expand_as(context.rewards_BK)
-        return Weights(weights_BK, weights_BK)
+        """softmax(-x / tau), for every response."""
+        return same_weights((-self.earned() / self.config.tau).softmax(0), context)
 
     def earned(self) -> Tensor:
-        """x [K] in [0, 1]."""
-        low_K, high_K = self._range("low", self.config.low), self._range("high", self.config.high)
+        """x [K] in [0, 1], how much of each reward is earned."""
+        low_K, high_K = self._bound("low", self.config.low), self._bound("high", self.config.high)
         span_K = high_K - low_K
         x_K = ((self._state["mean"] - low_K) / torch.where(span_K > 0, span_K, 1.0)).clamp(0, 1)
         return torch.where((span_K > 0) & x_K.isfinite(), x_K, 0.5)
 
-    def _range(self, side: str, given: dict[str, float]) -> Tensor:
-        known_K = torch.tensor([given.get(name, float("nan")) for name in self.reward_names])
+    def _bound(self, side: str, configured: dict[str, float]) -> Tensor:
+        """[K]: the configured bound of each reward, or else the one seen so far."""
+        known_K = torch.tensor([configured.get(name, float("nan")) for name in self.reward_names])
         return torch.where(known_K.isnan(), self._state[side], known_K)
 
     def observe(self, outcome: Outcome) -> None:
+        """Updates the moving mean and the range of each reward that did not always abstain in this batch."""
         rewards_BK = outcome.context.rewards_BK.float().cpu()
-        live_BK = ~rewards_BK.isnan()
-        found = {
-            "mean": rewards_BK.nanmean(0),
-            "low": torch.where(live_BK, rewards_BK, float("inf")).amin(0),
-            "high": torch.where(live_BK, rewards_BK, float("-inf")).amax(0),
-        }
+        low_K, high_K = live_range(rewards_BK, 0)
+        found = {"mean": rewards_BK.nanmean(0), "low": low_K, "high": high_K}
         decay, old = self.config.decay, self._state
         merged = {
             "mean": decay * old["mean"] + (1 - decay) * found["mean"],
-            "low": torch.minimum(old["low"], found["low"]),
-            "high": torch.maximum(old["high"], found["high"]),
+            "low": torch.minimum(old["low"], low_K),
+            "high": torch.maximum(old["high"], high_K),
         }
-        seen_K = live_BK.any(0)
+        seen_K = ~rewards_BK.isnan().all(0)
         self._state = {
             key: torch.where(seen_K, torch.where(old[key].isnan(), found[key], merged[key]), old[key]) for key in old
         }
 
     def metrics(self) -> dict[str, float]:
+        """How much of each reward is earned."""
         return {f"weakest_first/earned/{n}": x for n, x in zip(self.reward_names, self.earned().tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
+        """``mean``, ``low`` and ``high``, each [K] and NaN for a reward that has always abstained."""
         return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over a ``state_dict``; anything else raises a ValueError."""
         shape = (len(self.reward_names),)
         if set(state) != set(self._state) or any(tensor.shape != shape for tensor in state.values()):
             raise ValueError(f"state: holds {sorted(state)}, expected mean, low and high of shape {shape}")

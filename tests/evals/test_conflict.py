@@ -1,4 +1,4 @@
-"""The conflict benchmark at test size: what it measures, and the two findings that it exists for."""
+"""The conflict benchmark in a small size: what it measures, and its two main findings."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_utility_by_hand() -> None:
     v[0, :, 0, 0], v[0, 0, 0, K + 1], v[0, 1, 0, K + 2] = 1.5, -3.0, 1.5
     good = torch.tanh(torch.tensor(1.0)).item()
     found = bench.utility(v, torch.tensor([0, 1]))
-    # family 0 needs brevity by half, and negative exploitation harms nobody; family 1 does not need brevity
+    # Half of what family 0 needs is brevity, and negative exploitation does no harm. Family 1 does not need brevity.
     assert found[0, :, 0].tolist() == pytest.approx([0.5 * good, -0.4 * good])
     rewards = bench.rewards(v, 0) - bench.rewards(torch.zeros_like(v), 0)
     assert rewards[0, :, 0].tolist() == [pytest.approx([1.5, -4.5, 0, 0, 0]), pytest.approx([1.5, 0, 2.25, 0, 0])]
@@ -87,7 +87,7 @@ def test_utility_by_hand() -> None:
 def test_qualities_are_scaled_and_opposed() -> None:
     bench = Bench(WORLDS["strong"], range(20), ConflictConfig())
     z = bench.fixed["qualities"].view(20, 8, 4, 2 * K)
-    v_variance = z.square().mean(2).sum(1)  # choices are independent, and each one's mean is 0
+    v_variance = z.square().mean(2).sum(1)  # Choices are independent, and each has mean 0.
     torch.testing.assert_close(v_variance, torch.ones(20, 2 * K))
     opposed = (z[..., 0] * z[..., 1]).mean(2).sum(1).mean().item()
     assert opposed == pytest.approx(-0.9, abs=0.06)

@@ -1,4 +1,4 @@
-"""A generator in one call, and the log-probs that it should have recorded."""
+"""Samples responses in one call, and computes the log-probs that a generator should have recorded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from maestro_fast.generation import SamplingConfig, TransformersGenerator
 from maestro_fast.records import Prompts, Rollouts, Text
 from tests.tiny import tiny_model, tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()  # tests that change it make their own
+TOKENIZER = tiny_tokenizer()  # Tests that change it make their own.
 EOS, PAD = 0, 1
 
 
 def peaked_model(family: str = "qwen3") -> PreTrainedModel:
-    """The tiny model with a wide spread of logits: as made, it is close to uniform."""
+    """The tiny model with its logits spread wide, since a freshly made one is close to uniform."""
     model = tiny_model(family)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(12)
@@ -55,7 +55,7 @@ def distributions(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """Log-probs [len(completion), V] of what each token was drawn from: one forward, no padding, no cache."""
+    """The log-probs [len(completion), V] that each token was sampled from, by one forward without padding or cache."""
     was_training = model.training
     model.eval()
     z_LV = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double() / temperature
@@ -64,13 +64,13 @@ def distributions(
         z_LV = torch.where(z_LV >= z_LV.topk(top_k).values[:, -1:], z_LV, -torch.inf)
     if top_p < 1:
         p_LV, order_LV = z_LV.softmax(-1).sort(descending=True)
-        outside_LV = p_LV.cumsum(-1) - p_LV >= top_p  # those before it have the mass already
+        outside_LV = p_LV.cumsum(-1) - p_LV >= top_p  # The tokens before it have this mass already.
         z_LV = z_LV.masked_fill(torch.zeros_like(outside_LV).scatter(1, order_LV, outside_LV), -torch.inf)
     return z_LV.log_softmax(-1)
 
 
 def recomputed(model: PreTrainedModel, rollouts: Rollouts, **sampling: Any) -> Tensor:
-    """The [C] log-probs of the sampled tokens."""
+    """The log-probs [C] of the sampled tokens."""
     rows = []
     for prompt, completion in zip(rollouts.prompts.token_ids, rollouts.completion_ids, strict=True):
         rows.append(distributions(model, prompt, completion, **sampling).gather(1, torch.tensor(completion)[:, None]))

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = tuple[int, Any] | None  # status and what becomes JSON (a string goes as it is); None: the line goes dead
+# An answer is a status and what is sent as JSON (a string is sent as it is); with None, the server just hangs up.
+Answer = tuple[int, Any] | None
 
 
 @dataclass
 class Calls:
-    """What was asked, in order, and what is answered.
+    """Records what was asked, in order, and decides what is answered.
 
     Attributes:
         url: of the server.

@@ -1,4 +1,4 @@
-"""One line of a config says what samples the responses; what cannot serve is refused before a model is loaded."""
+"""One line of a config says what samples the responses; an engine that cannot run is refused before a model loads."""
 
 from __future__ import annotations
 

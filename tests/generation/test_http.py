@@ -1,4 +1,4 @@
-"""Calls to an inference server: what is repeated, how long, and what the error tells when it is gone."""
+"""Calls to an inference server: which are retried, for how long, and what the error says when the server is gone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def client(url: str, **options: Any) -> HttpClient:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds of every pause, none of which is waited."""
+    """The seconds of every pause; the tests do not really wait."""
     seen: list[float] = []
     monkeypatch.setattr("maestro_fast.generation.http.time.sleep", seen.append)
     return seen
 
 
 def first(*answers: Answer) -> Any:
-    """These in turn, the last for ever."""
+    """Gives these answers in turn, and then the last one for ever."""
     left = list(answers)
     return lambda route, body: left.pop(0) if len(left) > 1 else left[0]
 

@@ -1,4 +1,4 @@
-"""Weights by NCCL: the calls that vLLM's routes expect, around vLLM's own engine, which a stand-in plays here."""
+"""Weights by NCCL: the calls that vLLM's routes expect. A stand-in replaces vLLM's own transfer engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ParamMeta:
 
 
 class Sender:
-    """Does with client and source what vLLM 0.32's ``NCCLTrainerWeightTransferEngine`` does."""
+    """Uses client and source as the ``NCCLTrainerWeightTransferEngine`` of vLLM 0.32 does."""
 
     made: list[Sender] = []  # noqa: RUF012 - emptied by the fixture
 
@@ -103,7 +103,7 @@ UPDATE = ["/start_weight_update", "/update_weights", "/update_weights", "/update
 
 
 def test_one_update_spans_all_chunks_and_the_group_is_formed_once(calls: Calls) -> None:
-    """Chunks of 20 bytes at most: a (16), b (24, alone), c and d (4 + 8)."""
+    """Chunks have at most 20 bytes: a has 16, b has 24 and stands alone, c and d have 4 + 8."""
     sends = transfer(calls)
     sends.check()
     sends.send(iter(WEIGHTS))
@@ -120,7 +120,7 @@ def test_one_update_spans_all_chunks_and_the_group_is_formed_once(calls: Calls) 
 
 @pytest.mark.parametrize("route", ["/update_weights", "/finish_weight_update"])
 def test_an_update_that_failed_is_made_whole_in_a_new_group(calls: Calls, route: str) -> None:
-    """No call of it is repeated: the workers wait in the middle of a broadcast."""
+    """No call of an update is retried, since the workers wait in the middle of a broadcast."""
     sends = transfer(calls)
     WRONG[route] = (500, {"error": {"message": "worker failed"}})
     with pytest.raises(ServerRefused, match="worker failed"):
@@ -136,7 +136,7 @@ def test_closing_lets_the_server_go(calls: Calls) -> None:
     sends.close()
     assert not calls.seen
     sends.send(iter(WEIGHTS))
-    WRONG["/shutdown_weight_transfer_engine"] = (500, "")  # it may be gone already
+    WRONG["/shutdown_weight_transfer_engine"] = (500, "")  # The server may be gone already.
     sends.close()
     sends.close()
     assert calls.routes().count("/shutdown_weight_transfer_engine") == 1 and Sender.made[0].is_shut

@@ -87,13 +87,13 @@ def test_an_engine_for_each_way_of_the_weights(calls: Calls, tmp_path: Path, mon
 def test_of_several_processes_the_first_sends(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """The others take part in gathering the weights, wait, and know which weights the server has."""
+    """The other processes help to gather the weights, wait, and learn which weights the server has."""
     met: list[str] = []
 
     def broadcast(held: list[Any], src: int) -> None:
         met.append(f"before {len(calls.seen)}")
         if rank == 1 and len(met) == 2:
-            held[0] = "default"  # what the fake says that it holds
+            held[0] = "default"  # the version that the fake server reports
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)

@@ -1,4 +1,4 @@
-"""Stop strings: a response ends with the token that completes one, and holds nothing that was not sampled."""
+"""Stop strings: a response ends with the token that completes one, and has only tokens that were sampled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LETTERS = ["a", "b", "c"]
 
 @pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>", None])
 def test_a_response_ends_where_a_stop_string_is_complete(pad: str | None) -> None:
-    """Whatever fills the rest of its row: also an id that ends responses, which it must not seem to have sampled."""
+    """The padding behind a response may be an id that ends responses; it must not be taken for a sampled token."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.pad_token = pad
     rollouts = generate(model, prompts("the", times=32), tokenizer=tokenizer, max_new_tokens=25, stop=LETTERS)
@@ -47,7 +47,7 @@ def test_stopping_does_not_change_what_is_sampled() -> None:
 
 
 def test_the_end_of_the_prompt_is_no_part_of_a_stop_string() -> None:
-    """Each of these would be complete with the first token, were the prompt's last letter counted."""
+    """If the prompt's last letter counted, the first token would complete each of these strings."""
     stop = ["b" + TOKENIZER.decode([token]) for token in range(40, 120)]
     rollouts = generate(tiny_model(), prompts("the ab", times=32), stop=stop)
     firsts = [ids[0] for ids in rollouts.completion_ids]
@@ -66,7 +66,7 @@ def test_a_stop_string_with_the_last_token_is_not_truncated() -> None:
 
 
 def fed(strings: list[str], rows: list[list[int]], prompt: list[int]) -> dict[int, int]:
-    """Ends of rows that grow token by token, as in generation: a finished row gets padding."""
+    """The ends of rows that grow token by token, as in generation, where a finished row gets padding."""
     watcher, ended = _StopStrings(TOKENIZER, strings, len(prompt)), [False] * len(rows)
     for length in range(1, max(map(len, rows)) + 1):
         ids = torch.tensor([prompt + (row + [PAD] * 999)[:length] for row in rows])
@@ -78,7 +78,7 @@ def fed(strings: list[str], rows: list[list[int]], prompt: list[int]) -> dict[in
 
 
 def test_a_string_over_several_tokens() -> None:
-    """At the place where the decoded text first holds it, however long the text before is."""
+    """The row ends where the decoded text first holds the string, however long the text before it is."""
     before = TOKENIZER("the quick brown fox jumps over the lazy dog " * 3)["input_ids"]
     for string in ("zq", "</answer>", "é→ü", " zq ", "\n\n", "zqzqzqzqzqzqzqzqzqzqzqzq"):
         tail = TOKENIZER(string)["input_ids"]

@@ -34,7 +34,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_recorded_logprobs_are_those_of_a_forward_of_each_response_alone(family: str, sampling: dict[str, Any]) -> None:
-    """The prompts differ in length, so this is also: padding on the left does not matter."""
+    """The prompts differ in length, so this also shows that padding on the left does not matter."""
     model = peaked_model(family)
     rollouts = generate(model, prompts(*TEXTS, times=3), **sampling)
     recorded = rollouts.sampling_logprobs_C
@@ -47,7 +47,7 @@ def test_recorded_logprobs_are_those_of_a_forward_of_each_response_alone(family:
 
 
 def test_a_prompt_alone_or_beside_longer_ones() -> None:
-    """The most probable response, so that no draw differs."""
+    """The most probable response is compared, since random draws would differ."""
     model = peaked_model()
     alone = generate(model, prompts("red"), top_k=1)
     beside = generate(model, prompts("red", *TEXTS), top_k=1)
@@ -57,7 +57,7 @@ def test_a_prompt_alone_or_beside_longer_ones() -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_frequencies_match_the_distribution(sampling: dict[str, Any]) -> None:
-    """Chi-square over the first token; tokens that are expected fewer than 5 times are one class."""
+    """A chi-square test over the first token; tokens that are expected fewer than 5 times form one class."""
     model, count = peaked_model(), 4000
     asked = prompts("the", times=count)
     rollouts = generate(model, asked, max_new_tokens=1, seed=11, **sampling)
@@ -121,7 +121,7 @@ def test_the_models_own_generation_config_does_not_shape_the_distribution(own: d
 
 @pytest.mark.parametrize("listed", [[EOS, *range(20, 60)], 33, None])
 def test_every_eos_ends_a_response_and_is_part_of_it(listed: list[int] | int | None) -> None:
-    """The tokenizer's, and those of the model's generation config."""
+    """They are the tokenizer's, and those of the model's generation config."""
     model = tiny_model()
     model.generation_config.eos_token_id = listed
     stops = {EOS} | set(listed if isinstance(listed, list) else [listed])
@@ -155,7 +155,8 @@ def test_an_eos_at_the_token_limit_is_not_truncated() -> None:
 def test_without_any_eos() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.eos_token = None
-    assert generate(model, prompts("the"), tokenizer=tokenizer).completion_ids  # the model's generation config has one
+    # The model's generation config has a stop id.
+    assert generate(model, prompts("the"), tokenizer=tokenizer).completion_ids
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"^tokenizer: has no eos_token_id, and neither has the model's"):
         generate(model, prompts("the"), tokenizer=tokenizer)

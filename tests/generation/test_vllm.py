@@ -22,7 +22,7 @@ LETTERS = ["a", "b", "c"]
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    """One engine for all tests of this file; with a stop string, so that it has a tokenizer."""
+    """One engine serves all tests of this file. It has a stop string so that vLLM loads a tokenizer."""
     with engine(tmp_path_factory.mktemp("vllm"), served_model(), stop=["never sampled"]) as made:
         yield made
 
@@ -30,7 +30,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
 def sampled(
     shared: VllmEngine, asked: Any, *, seed: int = 0, stop_ids: list[int] | None = None, **own: Any
 ) -> Rollouts:
-    """With other options of sampling than the engine was made with: they belong to a request."""
+    """The options may differ from those that the engine was made with, since they belong to a request."""
     before = shared._sampling, shared._stop_ids
     shared._sampling = SamplingConfig(**{"max_new_tokens": 12, **own})
     shared._stop_ids = [EOS] if stop_ids is None else stop_ids
@@ -54,7 +54,7 @@ def sampled(
 def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
     shared: VllmEngine, options: dict[str, Any]
 ) -> None:
-    """Against a forward of each response alone, by transformers."""
+    """They equal those of a forward of each response alone, with transformers."""
     model = served_model()
     rollouts = sampled(shared, prompts(*TEXTS, times=6), **options)
     recorded = rollouts.sampling_logprobs_C
@@ -65,7 +65,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
 
 
 def test_frequencies_match_the_distribution(shared: VllmEngine) -> None:
-    """Chi-square over the first token, which also tells whether requests of one batch are independent."""
+    """A chi-square test over the first token, which also shows that requests of one batch are independent."""
     count, options = 1500, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}
     asked = prompts("the", times=count)
     rollouts = sampled(shared, asked, max_new_tokens=1, seed=11, **options)
@@ -121,7 +121,7 @@ def test_an_end_at_the_token_limit_is_not_truncated(shared: VllmEngine) -> None:
 
 
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(shared: VllmEngine) -> None:
-    """The rule that generation with transformers has, and the text keeps the string."""
+    """The rule is that of generation with transformers, and the text keeps the string."""
     asked = prompts("the", "ab", CHAT, times=24)
     free = sampled(shared, asked, max_new_tokens=25, seed=3)
     rollouts = sampled(shared, asked, max_new_tokens=25, seed=3, stop=LETTERS)
@@ -150,7 +150,7 @@ def test_the_end_of_the_prompt_is_no_part_of_a_stop_string(shared: VllmEngine) -
 
 
 def test_prompt_logprobs_use_the_prefix_cache_and_are_complete(shared: VllmEngine) -> None:
-    """Blocks in it give no log-probs of their own; the values behind them are computed from them."""
+    """vLLM gives no log-probs for cached blocks, but those of later tokens depend on the blocks."""
     model, draws = served_model(), torch.Generator().manual_seed(4)
     sequences = [torch.randint(2, 320, (n,), generator=draws).tolist() for n in (200, 2, 150)]
     expected = [

@@ -1,4 +1,4 @@
-"""The engine behind HTTP against a real vLLM server: exact tokens and log-probs, new weights, nothing stale."""
+"""The engine behind HTTP with a real vLLM server: tokens and log-probs are exact, and new weights take effect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from maestro_fast.generation import ProbeConfig, SamplingConfig, VllmServer
 from maestro_fast.generation.http import HttpClient
 from maestro_fast.generation.weight_transfer import FolderTransfer
-from maestro_fast.training.sync_probe import StaleWeightsError, build_probe
-from maestro_fast.training.weight_sync import checkpoint_weights
+from maestro_fast.training.weight_sync import StaleWeightsError, build_probe, checkpoint_weights
 from tests.generation.helpers import EOS, TOKENIZER, distributions, prompts, recomputed, same
 from tests.vllm_serving import Serving
 
@@ -34,7 +33,7 @@ def connect(vllm_serving: Serving, tmp_path: Path) -> Callable[..., VllmServer]:
 
 
 def changed(serving: Serving, seed: int, *, scale: float = 12.0) -> PreTrainedModel:
-    """The served model with other weights, and a wide spread of logits."""
+    """The served model with other weights, and with its logits spread wide."""
     model = AutoModelForCausalLM.from_pretrained(serving.model).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -57,7 +56,7 @@ def load(engine: VllmServer, model: PreTrainedModel) -> None:
 def test_logprobs_are_those_of_the_distribution_that_is_sampled_from(
     vllm_serving: Serving, connect: Callable[..., VllmServer], sampling: dict[str, Any]
 ) -> None:
-    """With weights that were loaded: those of a tied head, which vLLM on the CPU would keep from before."""
+    """The weights were loaded later. vLLM on the CPU would keep the old ones of a tied head."""
     engine, model = connect(**sampling), changed(vllm_serving, seed=1)
     load(engine, model)
     rollouts = engine.sample(prompts(*TEXTS, times=8), seed=1)
@@ -68,7 +67,7 @@ def test_logprobs_are_those_of_the_distribution_that_is_sampled_from(
 
 
 def test_any_token_ids_come_back_as_they_are(vllm_serving: Serving, connect: Callable[..., VllmServer]) -> None:
-    """Also those that no text would become, as prompt and as response."""
+    """Even token ids that no text is tokenised to arrive unchanged, in prompts and in responses."""
     engine, model = connect(max_new_tokens=30), changed(vllm_serving, seed=1, scale=1.0)
     load(engine, model)
     asked = prompts("the", times=8)
@@ -89,11 +88,11 @@ def test_the_seed_decides(connect: Callable[..., VllmServer]) -> None:
     first = engine.sample(asked, seed=5)
     assert same(engine.sample(asked, seed=5), first)
     assert not same(engine.sample(asked, seed=6), first)
-    assert len({tuple(ids) for ids in first.completion_ids}) == 12  # two groups of one prompt differ, too
+    assert len({tuple(ids) for ids in first.completion_ids}) == 12  # Two groups of the same prompt differ too.
 
 
 def test_frequencies_match_the_distribution(vllm_serving: Serving, connect: Callable[..., VllmServer]) -> None:
-    """Chi-square over the first token; tokens that are expected fewer than 5 times are one class."""
+    """A chi-square test over the first token; tokens that are expected fewer than 5 times form one class."""
     count, model = 1000, changed(vllm_serving, seed=2, scale=4.0)
     engine = connect(max_new_tokens=1, temperature=1.5, top_k=30)
     load(engine, model)
@@ -118,7 +117,7 @@ def test_a_response_ends_where_a_stop_string_is_complete(
     rollouts = engine.sample(prompts("the ab", times=32), seed=1)
     kinds = {"string": 0, "eos": 0, "limit": 0}
     for ids, truncated in zip(rollouts.completion_ids, rollouts.truncated_B.tolist(), strict=True):
-        text = TOKENIZER.decode(ids)  # <|pad|> holds a letter, too
+        text = TOKENIZER.decode(ids)  # <|pad|> holds such a letter too.
         assert not any(letter in TOKENIZER.decode(ids[:-1]) for letter in LETTERS)
         assert EOS not in ids[:-1]
         if any(letter in text for letter in LETTERS):
@@ -136,7 +135,7 @@ def test_a_response_ends_where_a_stop_string_is_complete(
 def test_the_end_of_the_prompt_is_no_part_of_a_stop_string(
     vllm_serving: Serving, connect: Callable[..., VllmServer]
 ) -> None:
-    """Each of these would be complete with the first token, were the prompt's last letter counted."""
+    """If the prompt's last letter counted, the first token would complete each of these strings."""
     model, asked = changed(vllm_serving, seed=1, scale=4.0), prompts("the ab", times=64)
     likely = distributions(model, asked.token_ids[0], [0])[0, 40:90].topk(4).indices + 40
     stop = ["b" + TOKENIZER.decode([token]) for token in likely.tolist()]
@@ -149,7 +148,7 @@ def test_the_end_of_the_prompt_is_no_part_of_a_stop_string(
 
 
 def test_an_end_at_the_token_limit_is_not_truncated(vllm_serving: Serving, connect: Callable[..., VllmServer]) -> None:
-    """By the ids that we give, not by the server's: its model's only one is 0."""
+    """The ids that we send count, and not the server's, whose model has only the id 0."""
     engine = connect(range(160, 320), max_new_tokens=1, stop=["e"])
     load(engine, changed(vllm_serving, seed=1, scale=1.0))
     rollouts = engine.sample(prompts("the", times=64), seed=1)
@@ -172,10 +171,10 @@ def test_new_weights_answer_and_stale_ones_are_found(vllm_serving: Serving, conn
     probe = build_probe(ProbeConfig(), engine, prompts(*TEXTS).token_ids, policy)
     assert probe.check(engine, old)["sync/probe_max"] < 1e-4
     with pytest.raises(StaleWeightsError, match="the engine has other weights, or a prefix cache of earlier ones"):
-        probe.check(engine, new)  # no sync
+        probe.check(engine, new)  # The weights were not synchronised.
     probe.warm(engine)
     engine.load_weights(checkpoint_weights(new, engine.dtype))
     with pytest.raises(StaleWeightsError):
-        probe.check(engine, new)  # the cache was kept
+        probe.check(engine, new)  # The prefix cache was not reset.
     engine.reset_prefix_cache()
     assert probe.check(engine, new)["sync/probe_max"] < 1e-4

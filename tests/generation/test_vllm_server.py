@@ -25,15 +25,15 @@ EOS = 0
 
 
 class FakeVllm:
-    """Answers as vLLM 0.32 does. ``wrong`` maps routes to answers that are given instead, in turn."""
+    """Answers as vLLM 0.32 does. ``wrong`` maps routes to other answers, which are given first, in turn."""
 
     def __init__(self) -> None:
         self.wrong: dict[str, list[Answer]] = {}
         self.version = "default"
-        self.logprob = 0.0  # of the only token that is allowed
+        self.logprob = 0.0  # the log-prob of the only token that a request allows
         self.reads = True
         self.loaded: list[dict[str, torch.Tensor]] = []
-        self.finish: list[str] = []  # reasons of the next responses
+        self.finish: list[str] = []  # why the next responses end
 
     def __call__(self, route: str, body: Any) -> Answer:
         if self.wrong.get(route):
@@ -56,7 +56,7 @@ class FakeVllm:
     def v1_completions(self, body: Any) -> Any:
         (prompt,) = body["prompt"]
         choices = [self.choice(body, prompt, index) for index in range(body.get("n", 1))]
-        return {"choices": choices[::-1]}  # in no order that one could rely on
+        return {"choices": choices[::-1]}  # The order of the choices is not the order of their indices.
 
     def choice(self, body: Any, prompt: list[int], index: int) -> Any:
         ids = body.get("allowed_token_ids") or [len(prompt), 50 + index]
@@ -179,7 +179,7 @@ def test_seeds_differ_between_groups_and_calls_and_are_repeated(
     assert seeds(3) == seeds(3)
     drawn = seeds(3) + seeds(4) + seeds(2**63 - 1)
     assert len(set(drawn)) == 9 and all(0 <= seed < 2**63 for seed in drawn)
-    assert min(abs(a - b) for i, a in enumerate(drawn) for b in drawn[:i]) > 10**6  # vLLM adds the response's number
+    assert min(abs(a - b) for i, a in enumerate(drawn) for b in drawn[:i]) > 10**6  # vLLM adds the response's number.
 
 
 def test_a_server_that_shuts_down_is_asked_again(connect: Callable[..., VllmServer], vllm: FakeVllm) -> None:
@@ -202,7 +202,7 @@ def test_a_server_that_gives_no_token_ids_or_logprobs(
 
 
 def test_a_prompt_that_leaves_no_room_for_its_response(connect: Callable[..., VllmServer], calls: Calls) -> None:
-    """vLLM would shorten the response without a word."""
+    """vLLM would shorten the response without an error."""
     engine = connect()
     calls.seen.clear()
     assert len(engine.sample(Prompts(["a"], [[1] * 28]), seed=1)) == 1
@@ -214,7 +214,7 @@ def test_a_prompt_that_leaves_no_room_for_its_response(connect: Callable[..., Vl
 def test_prompt_logprobs_read_the_prefix_cache_behind_its_blocks(
     connect: Callable[..., VllmServer], calls: Calls
 ) -> None:
-    """Blocks of 4, and the last token of a request is always computed: of 5 tokens none is read, of 10 two blocks."""
+    """Blocks have 4 tokens, and a request always computes its last one: of 5 tokens none is read, of 10 two blocks."""
     engine = connect()
     calls.seen.clear()
     long, edge, short = list(range(20, 31)), list(range(20, 29)), [3, 4, 5, 6, 7]
@@ -274,7 +274,7 @@ def test_waits_for_a_server_that_starts(connect: Callable[..., VllmServer], vllm
 def test_weights_go_through_the_folder_in_shards(
     connect: Callable[..., VllmServer], vllm: FakeVllm, tmp_path: Path, calls: Calls
 ) -> None:
-    """Views of one tensor too, and a tensor larger than a shard; the folder of the update before is gone."""
+    """Views of one tensor and a tensor larger than a shard arrive too, and the folder of the last update is removed."""
     engine = connect(shard_bytes=200)
     base = torch.arange(100, dtype=torch.float32).reshape(10, 10)
     weights = {"a": base[:3], "b": base.T[:2], "c": base, "d": torch.ones(2, dtype=torch.bfloat16)}
@@ -322,9 +322,9 @@ def test_a_lost_update_is_told_again_and_a_failed_one_is_not(
 
 
 def test_a_server_that_was_restarted_is_found_out(connect: Callable[..., VllmServer], vllm: FakeVllm) -> None:
-    """It answers as ever, with the weights that it was started with."""
+    """A restarted server answers as before, but with the weights that it was started with."""
     engine = connect()
-    engine.sample(prompts("the"), seed=1)  # nothing loaded yet: whatever it holds
+    engine.sample(prompts("the"), seed=1)  # Nothing was loaded yet, so any weights will do.
     engine.load_weights([("a", torch.ones(3))])
     engine.sample(prompts("the"), seed=1)
     vllm.version = "default"

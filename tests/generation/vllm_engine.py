@@ -1,4 +1,4 @@
-"""vLLM over a tiny model, for the tests that are marked so."""
+"""vLLM with a tiny model, for the tests that are marked ``vllm``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from maestro_fast.generation import ColocateConfig, ProbeConfig, SamplingConfig, VllmEngine
 from tests.tiny import tiny_model, tiny_tokenizer
 
-os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # it opens process groups
-HEAD_DIM = 32  # the smallest that its attention has on the CPU
+os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # vLLM opens process groups.
+HEAD_DIM = 32  # the smallest head dimension of vLLM's attention on the CPU
 COLOCATE: dict[str, Any] = {"kv_cache_gib": 0.06, "enforce_eager": True}
 
 
 def served_model(*, tied: bool = False) -> PreTrainedModel:
-    """With a wide spread of logits: as made, it is close to uniform."""
+    """Its logits are spread wide, since a freshly made model is close to uniform."""
     model = tiny_model(tied=tied, head_dim=HEAD_DIM).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(12)

@@ -1,4 +1,4 @@
-"""A user's settings for TRL, small enough for one CPU core."""
+"""Settings, model, data and rewards as a user of TRL has them, small enough for one CPU core."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import tiny_checkpoint
 
 
 def checkpointing_field() -> str:
-    """The setting for gradient checkpointing, which transformers renamed."""
+    """The name of the setting for gradient checkpointing, which newer versions of transformers have renamed."""
     names = {item.name for item in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., Any]:
-    """A ``GRPOConfig``: two groups of four responses in each generation batch."""
+    """Makes a ``GRPOConfig`` whose generation batches have two groups of four responses."""
     from trl import GRPOConfig
 
     def make(**changes: Any) -> GRPOConfig:
@@ -55,7 +55,7 @@ def settings(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def ingredients(checkpoint: Path) -> Callable[[], dict[str, Any]]:
-    """Model, tokenizer and data for a trainer, fresh each time."""
+    """Makes the model, the tokenizer, the data and the rewards of a trainer, new ones for each call."""
 
     def make() -> dict[str, Any]:
         rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
@@ -74,12 +74,12 @@ def parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
 
 
 def brevity(completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """Spread even where all responses are truncated: the distinct tokens."""
+    """Counts the distinct tokens, so that rewards differ even if all responses are truncated."""
     return [-float(len(set(ids))) - 0.25 * (ids[0] % 3) for ids in completion_ids]
 
 
 def steady(completion_ids: list[list[int]], prompts: list[str], **columns: object) -> list[float]:
-    """The same for all responses to a prompt, and no short binary fraction, so that a mean of them is rounded."""
+    """Gives all responses to a prompt one reward that float32 cannot hold exactly, so that means are rounded."""
     return [0.1 + 0.1 * int(prompt.split()[-1]) for prompt in prompts]
 
 

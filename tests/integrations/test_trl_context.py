@@ -1,4 +1,4 @@
-"""The hidden states that the weight policy sees: the right ones, from as few forwards as there can be."""
+"""The weight policy sees the right hidden states, from as few forwards as possible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[..., Any]
 
 
 class Spy(Stateless):
-    """Equal weights; keeps what it was shown."""
+    """Gives equal weights, and keeps the contexts that it was shown."""
 
     name = "spy"
     needs_context = True
@@ -42,14 +42,14 @@ class Spy(Stateless):
 
 
 class Keeping(MaestroGRPOTrainer):
-    """Keeps what was generated, and counts the calls of the backbone outside generation."""
+    """Keeps the generated ids, and counts the calls of the backbone after generation."""
 
     calls = 0
 
     def _generate(self, prompts: Any) -> Any:
         out = super()._generate(prompts)
         self.prompt_ids, self.completion_ids = out[:2]
-        self.calls = 0  # generation is over
+        self.calls = 0  # Generation is over, its calls do not count.
         return out
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -72,7 +72,7 @@ def one_batch(trainer: Any) -> None:
 
 @torch.no_grad()
 def expected_states(model: Any, prompt_ids: Any, completion_ids: Any) -> Tensor:
-    """One response at a time, without any padding."""
+    """The terminal states, from one response at a time, without any padding."""
     model.eval()
     rows = [
         backbone_of(model)(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state[0, -1]
@@ -86,7 +86,7 @@ def expected_states(model: Any, prompt_ids: Any, completion_ids: Any) -> Tensor:
 def test_the_terminal_states(settings: Make, ingredients: Make, free: bool, masked: bool) -> None:
     args = settings(mask_truncated_completions=masked, **(FREE if free else {}))
     trainer = Keeping(args=args, weights=Spy(), **ingredients())
-    with torch.no_grad():  # some responses end early
+    with torch.no_grad():  # Some responses shall end early.
         trainer.model.get_output_embeddings().weight[trainer.processing_class.eos_token_id] *= 20
     one_batch(trainer)
     truncated = [ids[-1] != trainer.processing_class.eos_token_id for ids in trainer.completion_ids]
@@ -132,7 +132,7 @@ def test_the_reference_of_an_adapter_is_not_read(
         parts |= {"model": peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)}
         del parts["peft_config"]
     trainer = Keeping(args=settings(beta=0.1, **(FREE if free else {})), weights=Spy(), **parts)
-    with torch.no_grad():  # the adapter moves away from its reference
+    with torch.no_grad():  # The adapter shall differ from its reference.
         for name, value in trainer.model.named_parameters():
             if ".default." in name:
                 value.add_(0.05)
@@ -159,6 +159,6 @@ def test_a_separate_reference_model_is_not_read(settings: Make, ingredients: Mak
 
 def test_the_mask_of_trls_layout() -> None:
     batch = GenerationBatch([[5], [5, 5, 5]], [[7, 7], [7]])
-    input_ids = torch.zeros(2, 7)  # prompts padded to 4, completions to 3
+    input_ids = torch.zeros(2, 7)  # Prompts are padded to 4 tokens, completions to 3.
 
     assert batch.attention_mask(input_ids, 3).tolist() == [[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0]]

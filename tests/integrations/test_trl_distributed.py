@@ -36,7 +36,7 @@ def launch(processes: int, checkpoint: Path, out: Path, *arguments: str) -> None
     [("1", "gdpo", "trl"), ("1", "gdpo", "maestro_fast"), ("2", "maestro", "trl")],
 )
 def test_two_processes_equal_one(tmp_path: Path, checkpoint: Path, iterations: str, profile: str, loss: str) -> None:
-    """One process trains by TRL's loss, two by the one that is named."""
+    """One process trains with TRL's loss, two train with the loss that the case names."""
     for processes, used in ((1, "trl"), (2, loss)):
         launch(processes, checkpoint, tmp_path / str(processes), iterations, profile, used)
     one = torch.load(tmp_path / "1" / "rank0.pt", weights_only=True)

@@ -1,7 +1,8 @@
-"""``loss="maestro_fast"`` is TRL's loss, computed by ``ops.policy_loss``: same value, same gradient, same log."""
+"""``loss="maestro_fast"`` has the value, the gradient and the log of TRL's loss; a function takes its place."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,24 @@ from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOTrainer
-from maestro_fast.integrations.trl.loss import loss_config, packed_policy_loss
+from maestro_fast.integrations.trl.loss import (
+    head_dtype,
+    head_policy_loss,
+    loss_config,
+    packed_policy_loss,
+    why_trls_logprobs,
+)
+from maestro_fast.ops import LossFunction, LossInputs, loss_function
 from tests.integrations.test_trl_training import FREE, history
+from tests.training.live_memory import LiveMemory
 
 Make = Callable[..., Any]
 
 
 def micro_batch(trainer: Any) -> dict[str, Any]:
-    """Sampled by the trainer; log-probs of other policies are made up, and the last response has no live token."""
+    """A batch that the trainer sampled, with made-up log-probs of other policies; the last response is masked."""
     generator = torch.Generator().manual_seed(1)
-    rows = [trainer.train_dataset[i] for i in (0, 13) for _ in range(4)]  # prompts of two lengths
+    rows = [trainer.train_dataset[i] for i in (0, 13) for _ in range(4)]  # These prompts differ in length.
     inputs = trainer._generate_and_score_completions(rows)
     mask = inputs["completion_mask"].clone()
     mask[0, 5:] = 0
@@ -55,7 +64,7 @@ def gradients(trainer: Any, loss: Tensor) -> list[Tensor]:
 
 
 def both(trainer: Any, inputs: dict[str, Any]) -> tuple[list[tuple[Tensor, list[Tensor]]], list[dict[str, Any]]]:
-    """Loss and gradients, and the log: of TRL's code, then of ours."""
+    """Computes loss, gradients and log by TRL's code, then by ours."""
     results, logs = [], []
     for compute in (
         lambda: GRPOTrainer._compute_loss(trainer, trainer.model, inputs),
@@ -95,7 +104,7 @@ def test_the_same_loss_and_gradient_as_trls(settings: Make, ingredients: Make, c
     assert {"entropy", "kl"} & logs[0].keys() <= shared
     assert {name for name in logs[0] if name.endswith(("_mean", "cispo_clip_ratio"))} <= shared
     if case.get("importance_sampling_level") == "sequence":
-        shared -= {name for name in shared if name.startswith("clip_ratio")}  # TRL: by responses, ours: by tokens
+        shared -= {name for name in shared if name.startswith("clip_ratio")}  # TRL counts responses, we count tokens.
     for name in shared:
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
@@ -118,7 +127,7 @@ def test_the_correction_for_vllm(settings: Make, ingredients: Make, mode: str) -
 
 
 def sampler_ratio(trainer: Any, inputs: dict[str, Any], mode: str) -> Tensor:
-    """pi_old / pi_sampler as TRL's docs define it, capped at 1.2."""
+    """The ratio pi_old / pi_sampler as TRL's documentation defines it, capped at 1.2."""
     for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"):
         if hasattr(trainer, name):
             setattr(trainer, name, 1.2)
@@ -156,3 +165,324 @@ def test_it_trains_ten_steps(settings: Make, ingredients: Make) -> None:
     assert len(history(trainer, "clip_ratio/region_mean")) == 10
     assert history(trainer, "eval_entropy")
     assert all(value == pytest.approx(1, abs=0.2) for value in history(trainer, "ratio"))
+
+
+# --- from the hidden states ---
+
+
+def on_policy(trainer: Any) -> dict[str, Any]:
+    """A micro-batch without log-probs of other policies; four advantages are 0, and all of one response is masked."""
+    inputs = micro_batch(trainer)
+    for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
+        del inputs[name]
+    inputs["advantages"][2:6] = 0.0
+    assert (inputs["prompt_mask"] == 0).any()
+    return inputs
+
+
+def make(settings: Make, ingredients: Make, **case: Any) -> Any:
+    if unknown := case.keys() - set(GRPOConfig.__dataclass_fields__):
+        pytest.skip(f"this TRL has no {unknown}")
+    args = settings(**{"gradient_accumulation_steps": 2, "steps_per_generation": 2, "temperature": 0.7, **case})
+    trainer = MaestroGRPOTrainer(args=args, loss="maestro_fast", **ingredients())
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.model.train()
+    return trainer
+
+
+def computed(trainer: Any, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The loss, the gradients of all trained parameters as one vector, and the log."""
+    trainer._metrics["train"].clear()
+    value = loss()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    gradient = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, trained)])
+    return value.detach(), gradient, dict(trainer._metrics["train"])
+
+
+def by_head(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return computed(trainer, lambda: head_policy_loss(trainer, loss_config(trainer), trainer.model, inputs))
+
+
+def by_logprobs(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return computed(trainer, lambda: packed_policy_loss(trainer, loss_config(trainer), trainer.model, inputs))
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference, relative to the norm of the second vector."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+HEAD_CASES: list[dict[str, Any]] = [
+    *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
+    {"loss_type": "cispo", "epsilon_high": 2.0},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "bnpo", "epsilon_high": 0.3, "delta": 1.5},
+    {"loss_type": "grpo", "entropy_coef": 0.2},
+]
+
+
+@pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_the_same_loss_gradient_and_log(settings: Make, ingredients: Make, case: dict[str, Any]) -> None:
+    trainer = make(settings, ingredients, **case)
+    inputs = on_policy(trainer)
+    ours, present = by_head(trainer, inputs), by_logprobs(trainer, inputs)
+    trls = computed(trainer, lambda: GRPOTrainer._compute_loss(trainer, trainer.model, inputs))
+
+    for theirs in (present, trls):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
+        assert gap(ours[1], theirs[1]) < 1e-5
+    assert ours[2].keys() == present[2].keys() and ours[2]["ratio"] == [1.0]
+    for name, values in present[2].items():
+        assert ours[2][name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
+    assert ours[2]["entropy"] == pytest.approx(trls[2]["entropy"], rel=1e-5)
+
+
+def test_a_model_in_float64(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's head has float32 at best, so the log-probs to compare with come from the model's own logits."""
+
+    def logprobs(self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, **_: Any) -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep - 1 : -1]
+        log_p = (logits / self.temperature).log_softmax(-1)
+        return log_p.gather(2, ids[:, -keep:, None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+    trainer = make(settings, ingredients, loss_type="dapo")
+    inputs = on_policy(trainer)
+    trainer.model.double()
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", logprobs)
+    ours, exact = by_head(trainer, inputs), by_logprobs(trainer, inputs)
+
+    assert ours[0].dtype is ours[1].dtype is torch.float64
+    torch.testing.assert_close(ours[0], exact[0], rtol=1e-12, atol=0.0)
+    assert gap(ours[1], exact[1]) < 1e-12
+
+
+def test_an_adapter_below_the_head(settings: Make, ingredients: Make) -> None:
+    peft = pytest.importorskip("peft")
+    parts = ingredients() | {"peft_config": peft.LoraConfig(target_modules=["q_proj", "down_proj"])}
+    trainer = make(settings, lambda: parts)
+    assert why_trls_logprobs(trainer) is None
+    inputs = on_policy(trainer)
+
+    assert gap(by_head(trainer, inputs)[1], by_logprobs(trainer, inputs)[1]) < 1e-5
+
+
+def test_mixed_precision(settings: Make, ingredients: Make) -> None:
+    trainer = make(settings, ingredients, bf16=True)
+    inputs = on_policy(trainer)
+    weight = trainer.model.lm_head.weight
+
+    assert head_dtype(trainer, weight) is torch.bfloat16
+    assert gap(by_head(trainer, inputs)[1], by_logprobs(trainer, inputs)[1]) < 3e-2
+    trainer.args.cast_lm_head_to_fp32 = True
+    assert head_dtype(trainer, weight) is torch.float32
+    assert gap(by_head(trainer, inputs)[1], by_logprobs(trainer, inputs)[1]) < 3e-2
+
+
+def test_nothing_live(settings: Make, ingredients: Make) -> None:
+    trainer = make(settings, ingredients)
+    inputs = on_policy(trainer)
+    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    loss, gradient, _ = by_head(trainer, inputs)
+
+    assert loss == 0 and bool((gradient == 0).all())
+
+
+def test_no_logits_of_all_tokens(settings: Make, ingredients: Make) -> None:
+    vocabulary, length = 8192, 240
+    parts = ingredients()
+    parts["model"].resize_token_embeddings(vocabulary, mean_resizing=False)
+    trainer = make(settings, lambda: parts, max_completion_length=length)
+    inputs = {
+        "prompt_ids": torch.full((8, 3), 7),
+        "prompt_mask": torch.ones(8, 3, dtype=torch.int64),
+        "completion_ids": torch.arange(8 * length).view(8, length) % 300,
+        "completion_mask": torch.ones(8, length, dtype=torch.int64),
+        "advantages": torch.linspace(-1, 1, 8),
+        "num_items_in_batch": torch.tensor(8 * length),
+    }
+    by_head(trainer, inputs)
+    with LiveMemory() as memory:
+        by_head(trainer, inputs)
+
+    assert memory.peak < 8 * length * vocabulary * 4 / 2  # Half of the size of all logits in float32.
+
+
+class OtherLogprobs(MaestroGRPOTrainer):
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_iterations": 2}, "old log-probs"),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, "old log-probs"),
+        ({"beta": 0.1, "use_bias_correction_kl": False}, "beta"),
+        ({}, "one sweep"),
+    ],
+    ids=str,
+)
+def test_the_choice_is_said_once(
+    settings: Make, ingredients: Make, caplog: pytest.LogCaptureFixture, config: dict[str, Any], said: str
+) -> None:
+    with caplog.at_level(logging.INFO, logger="maestro_fast.integrations.trl.loss"):
+        trainer = make(settings, ingredients, max_steps=2, **config)
+        trainer.train()
+    lines = [r.message for r in caplog.records if r.name == "maestro_fast.integrations.trl.loss"]
+
+    assert len(lines) == 1 and said in lines[0]
+    assert trainer._head_in_loss is (said == "one sweep")
+
+
+def test_what_keeps_trls_logprobs(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(settings, ingredients)
+    assert why_trls_logprobs(trainer) is None
+    for owner, name, value, said in (
+        (trainer, "is_fsdp_enabled", True, "FSDP"),
+        (trainer, "is_deepspeed_enabled", True, "DeepSpeed"),
+        (trainer.args, "_n_gpu", 2, "DataParallel"),
+        (trainer.args, "torch_compile", True, "compiled"),
+        (trainer, "__class__", OtherLogprobs, "overridden"),
+        (trainer.model.lm_head, "__class__", Doubled, "Doubled"),
+        (trainer.model.lm_head, "forward", lambda x: x @ (2 * trainer.model.lm_head.weight.T), "not supported"),
+        (trainer.model.config, "logit_scale", 0.5, "not supported"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value, raising=False)
+            assert said in str(why_trls_logprobs(trainer)), name
+    assert why_trls_logprobs(trainer) is None
+
+
+def test_an_adapter_on_the_head(settings: Make, ingredients: Make) -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    parts = ingredients() | {"peft_config": adapter}
+
+    assert "output head" in str(why_trls_logprobs(make(settings, lambda: parts)))
+
+
+def test_log_probs_that_come_all_the_same(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(settings, ingredients)
+    inputs = on_policy(trainer)
+    inputs["old_per_token_logps"] = torch.full(inputs["completion_ids"].shape, -3.0)
+    ours = computed(trainer, lambda: trainer._compute_loss(trainer.model, inputs))
+
+    assert torch.equal(ours[1], by_logprobs(trainer, inputs)[1])
+
+
+def test_it_trains_ten_steps_from_hidden_states(settings: Make, ingredients: Make) -> None:
+    parts = ingredients()
+    trainer = MaestroGRPOTrainer(
+        args=settings(max_steps=10, eval_strategy="steps", eval_steps=5, mask_truncated_completions=True),
+        loss="maestro_fast",
+        weights={"policy": "conductor", "period": 1, "learning_rate": 0.1},
+        eval_dataset=parts["train_dataset"].select(range(4)),
+        **parts,
+    )
+    assert trainer._head_in_loss
+    trainer.train()
+
+    assert len(history(trainer, "entropy")) == 10 and history(trainer, "eval_entropy")
+    assert set(history(trainer, "ratio")) <= {0.0, 1.0}  # It is 0 if all responses are truncated.
+
+
+# --- a loss of one's own ---
+
+
+def dapo(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """DAPO's loss as a user would write it, with a KL if there is a reference, and a bonus if there are entropies."""
+    advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff())
+    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    ratio = (inputs.logprobs - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    if inputs.ref_logprobs is not None:
+        gap = inputs.ref_logprobs - inputs.logprobs
+        loss = loss + 0.3 * (gap.exp() - gap - 1)
+    total = loss.sum() / inputs.normalizer
+    if inputs.entropies is not None:
+        total = total - 0.2 * inputs.entropies.sum() / inputs.entropy_normalizer
+    return total, {"my_ratio": ratio.mean()}
+
+
+@loss_function(entropies=True)
+def dapo_with_entropies(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    return dapo(inputs)
+
+
+def by_function(trainer: Any, inputs: dict[str, Any], function: LossFunction, way: Callable[..., Tensor]) -> Any:
+    return computed(trainer, lambda: way(trainer, function, trainer.model, inputs))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_a_function_that_is_dapo_is_trls_dapo(settings: Make, ingredients: Make, beta: float) -> None:
+    """The batch has log-probs of an old policy, and of a reference if beta is not 0."""
+    config = {"use_bias_correction_kl": False} if "use_bias_correction_kl" in GRPOConfig.__dataclass_fields__ else {}
+    trainer = make(settings, ingredients, loss_type="dapo", beta=beta, temperature=1.0, **config)
+    inputs = micro_batch(trainer)
+    if beta == 0:
+        del inputs["ref_per_token_logps"]
+    ours = by_function(trainer, inputs, dapo, packed_policy_loss)
+    trls = computed(trainer, lambda: GRPOTrainer._compute_loss(trainer, trainer.model, inputs))
+
+    torch.testing.assert_close(ours[0], trls[0], rtol=1e-5, atol=1e-7)
+    assert gap(ours[1], trls[1]) < 1e-5
+    assert ours[2].keys() == {"my_ratio", "entropy"}
+    assert ours[2]["entropy"] == pytest.approx(trls[2]["entropy"], rel=1e-5)
+    assert abs(ours[2]["my_ratio"][0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.2])
+@pytest.mark.parametrize("way", [packed_policy_loss, head_policy_loss], ids=["log-probs", "hidden states"])
+def test_on_policy_by_both_ways(settings: Make, ingredients: Make, coefficient: float, way: Any) -> None:
+    case = {"entropy_coef": coefficient} if coefficient else {}
+    trainer = make(settings, ingredients, loss_type="dapo", **case)
+    inputs = on_policy(trainer)
+    ours = by_function(trainer, inputs, dapo_with_entropies if coefficient else dapo, way)
+    trls = computed(trainer, lambda: GRPOTrainer._compute_loss(trainer, trainer.model, inputs))
+
+    torch.testing.assert_close(ours[0], trls[0], rtol=1e-5, atol=1e-7)
+    assert gap(ours[1], trls[1]) < 1e-5
+    assert ours[2]["my_ratio"] == [1.0] and ours[2]["entropy"] == pytest.approx(trls[2]["entropy"], rel=1e-5)
+
+
+def test_what_the_function_gets(settings: Make, ingredients: Make) -> None:
+    trainer = make(settings, ingredients, loss_type="grpo")
+    inputs = micro_batch(trainer)
+    seen: list[LossInputs] = []
+
+    def spy(given: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(given)
+        return dapo(given)
+
+    by_function(trainer, inputs, spy, packed_policy_loss)
+    (given,) = seen
+    counted = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    assert given.logprobs.shape == (int(counted.sum()),) and given.logprobs.requires_grad
+    assert torch.equal(given.advantages, inputs["advantages"])
+    assert given.cu_seqlens.diff().tolist() == counted.sum(1).tolist()
+    for name in ("old", "ref", "sampling"):
+        assert torch.equal(getattr(given, f"{name}_logprobs"), inputs[f"{name}_per_token_logps"][counted])
+    assert given.entropies is None
+    assert float(given.normalizer) == 29 and int(given.entropy_normalizer) == 2 * int(counted.sum())
+
+
+def test_training_by_a_function_is_training_by_the_config(settings: Make, ingredients: Make) -> None:
+    def trained(loss: Any) -> Any:
+        args = settings(
+            max_steps=3, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, loss_type="dapo", logging_steps=3
+        )
+        trainer = MaestroGRPOTrainer(args=args, loss=loss, **ingredients())
+        before = trainer.model.lm_head.weight.detach().clone()
+        trainer.train()
+        assert trainer._head_in_loss and (trainer.model.lm_head.weight - before).abs().max() > 1e-3
+        return trainer
+
+    ours, theirs = trained(dapo), trained("maestro_fast")
+    for got, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert history(ours, "my_ratio") == history(theirs, "ratio") == [1.0]

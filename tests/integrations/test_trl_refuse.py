@@ -1,4 +1,4 @@
-"""What cannot be served is refused when the trainer is made, with the reason."""
+"""The trainer refuses what it cannot serve when it is made, and says why."""
 
 from __future__ import annotations
 
@@ -16,24 +16,48 @@ pytest.importorskip("trl")
 
 import trl
 from packaging.version import Version
+from torch import Tensor
 
-from maestro_fast.integrations.trl import NEWEST, OLDEST, MaestroGRPOMixin, MaestroGRPOTrainer, refusals, versions
+from maestro_fast.integrations.trl import (
+    NEWEST,
+    OLDEST,
+    MaestroGRPOMixin,
+    MaestroGRPOTrainer,
+    refusal_table,
+    refusals,
+    refuse,
+)
+from maestro_fast.ops import LossInputs
 
 Make = Callable[..., Any]
 STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
+BASELINE = {"policy": "conductor", "estimator": "baseline"}
+
+
+def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    return -inputs.logprobs.mean(), {}
 
 
 @pytest.mark.parametrize(
     ("config", "arguments", "said"),
     [
         ({"reward_weights": [1.0, 2.0]}, {"weights": STATIC}, "reward_weights: not with weights: static"),
+        ({}, {"weights": BASELINE, "profile": "gdpo"}, "a profile that compares scores beyond their group"),
+        ({"scale_rewards": "batch"}, {"weights": BASELINE}, "a profile that compares scores beyond their group"),
+        (
+            {"reward_weights": [1.0, 2.0]},
+            {"weights": BASELINE, "profile": "maestro"},
+            "reward_weights that differ, where the profile normalises each reward",
+        ),
         ({"loss_type": "sapo"}, {"loss": "maestro_fast"}, "loss_type luspo, sapo, vespo"),
         ({"off_policy_mask_threshold": 0.5}, {"loss": "maestro_fast"}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.2}, {"loss": "maestro_fast"}, "top_entropy_quantile below 1"),
         ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": "maestro_fast"}, "beta with use_bias_correction_kl"),
         ({"use_adaptive_entropy": True}, {"loss": "maestro_fast"}, "use_adaptive_entropy"),
         ({"vllm_importance_sampling_clip_min": 0.1}, {"loss": "maestro_fast"}, "vllm_importance_sampling_clip_min"),
-        ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl' or 'maestro_fast'"),
+        ({"off_policy_mask_threshold": 0.5}, {"loss": own_loss}, "off_policy_mask_threshold: not with loss="),
+        ({"top_entropy_quantile": 0.2}, {"loss": own_loss}, "top_entropy_quantile below 1"),
+        ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl', 'maestro_fast' or a function"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
         ({}, {"weights": "mine"}, "weights.policy: 'mine'"),
         ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
@@ -47,10 +71,32 @@ def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, ar
 
 
 @pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ({}, {"weights": "conductor", "profile": "gdpo"}),
+        ({"loss_type": "sapo"}, {"loss": own_loss}),
+        ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": own_loss}),
+        ({"reward_weights": [2.0, 2.0]}, {"weights": BASELINE, "profile": "maestro"}),
+        ({"reward_weights": [1.0, 2.0]}, {"weights": BASELINE}),
+        ({"reward_weights": [1.0, 2.0]}, {"weights": "conductor", "profile": "maestro"}),
+    ],
+)
+def test_only_what_has_to_be_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any) -> None:
+    if unknown := config.keys() - set(trl.GRPOConfig.__dataclass_fields__):
+        pytest.skip(f"this TRL has no {unknown}")
+    MaestroGRPOTrainer(args=settings(**config), **arguments, **ingredients())
+
+
+@pytest.mark.parametrize(
     "config", [{"loss_type": "sapo"}, {"off_policy_mask_threshold": 0.5}, {"top_entropy_quantile": 0.2}]
 )
 def test_with_trls_loss_they_are_served(settings: Make, ingredients: Make, config: Any) -> None:
     MaestroGRPOTrainer(args=settings(**config), **ingredients())
+
+
+def test_a_loss_that_is_no_function(settings: Make, ingredients: Make) -> None:
+    with pytest.raises(TypeError, match=r"^loss: got int, expected 'trl', 'maestro_fast' or a function"):
+        MaestroGRPOTrainer(args=settings(), loss=3, **ingredients())
 
 
 def test_prompt_learning(settings: Make, ingredients: Make) -> None:
@@ -84,43 +130,57 @@ def test_the_mixin_alone() -> None:
         MaestroGRPOMixin()
 
 
-def test_the_table_for_the_readme() -> None:
+def test_the_table_for_the_documentation() -> None:
     table = refusals()
+    lines = refusal_table().splitlines()
 
     assert len({(row.setting, row.where) for row in table}) == len(table)
     assert all(row.setting and row.where and row.reason for row in table)
+    assert [len(line.split("|")) for line in lines] == [5] * (2 + len(table))
+    for row, line in zip(table, lines[2:], strict=True):
+        assert line == f"| {row.setting} | {row.where} | {row.reason} |"
 
 
 @pytest.mark.parametrize("found", ["1.0.0", "1.8.2", "2.0.0"])
 def test_another_version_warns_once(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: found)
-    monkeypatch.setattr(versions, "_warned", False)
+    monkeypatch.setattr(refuse, "version", lambda _name: found)
+    monkeypatch.setattr(refuse, "_warned", False)
     with pytest.warns(UserWarning, match=f"tested with TRL {OLDEST} and {NEWEST}, this is {found}"):
-        versions.check_version()
+        refuse.check_version()
     with warnings.catch_warnings(record=True) as again:
-        versions.check_version()
+        refuse.check_version()
 
     assert not again
 
 
 @pytest.mark.parametrize("found", [f"{OLDEST}.0", f"{OLDEST}.1", f"{NEWEST}.0", f"{NEWEST}.3"])
 def test_the_tested_versions_do_not_warn(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: found)
-    monkeypatch.setattr(versions, "_warned", False)
+    monkeypatch.setattr(refuse, "version", lambda _name: found)
+    monkeypatch.setattr(refuse, "_warned", False)
     with warnings.catch_warnings(record=True) as said:
-        versions.check_version()
+        refuse.check_version()
 
     assert not said
 
 
 def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "version", lambda _name: "0.28.0")
+    monkeypatch.setattr(refuse, "version", lambda _name: "0.28.0")
     with pytest.raises(ImportError, match=r"too old.*maestro-fast\[trl\]"):
-        versions.check_version()
+        refuse.check_version()
 
 
 def test_the_installed_version_is_one_of_the_tested() -> None:
     assert Version(trl.__version__).release[:2] in {Version(OLDEST).release, Version(NEWEST).release}
+
+
+def test_the_trainer_of_this_package_is_not_loaded() -> None:
+    code = (
+        "import sys, maestro_fast.integrations.trl\n"
+        "print([name for name in sys.modules if name.startswith('maestro_fast.training')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+    assert said.splitlines()[-1] == "[]"
 
 
 def test_without_trl(tmp_path: Path) -> None:

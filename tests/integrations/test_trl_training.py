@@ -46,7 +46,7 @@ def test_ten_steps_with_the_conductor(settings: Make, ingredients: Make, context
         assert history(trainer, name), name
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL calls it by its old name
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL uses the old name.
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_lora_with_gradient_checkpointing_a_reference_and_evaluation(
     settings: Make, ingredients: Make, reentrant: bool
@@ -91,7 +91,7 @@ def test_rewards_that_abstain(settings: Make, ingredients: Make) -> None:
 def test_a_killed_run_goes_on_with_the_same_conductor(settings: Make, ingredients: Make) -> None:
     def trainer(**changes: Any) -> Any:
         args = settings(max_steps=4, save_strategy="steps", save_steps=2, **changes)
-        weights = {**CONDUCTOR, "period": 3}  # a buffer is half full when the checkpoint is written
+        weights = {**CONDUCTOR, "period": 3}  # The checkpoint is written while the buffer is half full.
         return MaestroGRPOTrainer(args=args, weights=weights, **ingredients())
 
     whole = trainer()

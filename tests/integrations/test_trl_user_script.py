@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("trl")
 
 SCRIPT = Path(__file__).with_name("user_script.py")
-# TRL switches gradient checkpointing off and on by its old names
+# TRL switches gradient checkpointing off and on by the old names of these methods.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 
 

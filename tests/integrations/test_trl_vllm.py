@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import tiny_checkpoint
 
-# TRL 1.16 warns of a vLLM newer than 0.31
+# TRL 1.16 warns about a vLLM that is newer than 0.31.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture
 def vllm_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL has no settings for these: no compilation, and weights that stay where TRL's sync writes them."""
+    """Makes vLLM run on a CPU: without compilation, and with weights where TRL's sync writes. TRL cannot set these."""
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -79,7 +79,7 @@ def test_hidden_states_cost_nothing_beside_trls_correction_for_vllm(
         trainer = Checked(args=args, weights=Spy(), **parts)
         assert scores_old_logprobs(trainer)
         trainer.train()
-    finally:  # TRL sets them for vLLM
+    finally:  # TRL sets these variables for vLLM.
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     steps = [line for line in trainer.state.log_history if "loss" in line]

@@ -1,4 +1,4 @@
-"""Run by test_trl_distributed.py, in one process or two: trains on fixed responses and writes what came of it."""
+"""Trains on fixed responses and saves the results; test_trl_distributed.py runs this in one process or two."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from maestro_fast.integrations.trl import MaestroGRPOTrainer
 from maestro_fast.weighting import build_weight_policy
 
 PAD = 1
-GROUP, GROUPS = 4, 3  # with two processes, the second group is on both of them
+GROUP, GROUPS = 4, 3  # With two processes, each of them has half of the second group.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def generate(self: Any, input_ids: Tensor, **_options: Any) -> Tensor:
-    """Responses that follow from the prompt and the place in the group, so that they do not depend on the process."""
+    """Computes each response from its prompt and its place in the group, so that it does not depend on the process."""
     rows = []
     for i, prompt in enumerate(input_ids.tolist()):
         place, number = (RANK * len(input_ids) + i) % GROUP, sum(t for t in prompt if t != PAD) % 11
@@ -32,7 +32,7 @@ def generate(self: Any, input_ids: Tensor, **_options: Any) -> Tensor:
 
 
 class Recording(MaestroGRPOTrainer):
-    """Keeps weights and advantages of every generation batch, over all processes."""
+    """Keeps rewards, weights and advantages of every generation batch, over all processes."""
 
     def _weigh(self, batch: Any, rewards_BK: Tensor) -> None:
         super()._weigh(batch, rewards_BK)
@@ -54,7 +54,7 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float | 
 
 
 def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -> None:
-    """With two ``iterations`` TRL scores old log-probs, and hidden states come from that forward."""
+    """Trains. With two ``iterations`` TRL scores old log-probs, and the hidden states come from that forward."""
     args = GRPOConfig(
         str(out / "run"),
         per_device_train_batch_size=GROUP // PROCESSES,
@@ -80,7 +80,7 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -
     policy: Any = build_weight_policy(
         {"policy": "conductor", "period": 1, "learning_rate": 0.1}, ("parity", "brevity"), 32
     )
-    torch.manual_seed(RANK)  # as TRL seeds its processes: the policies start out different
+    torch.manual_seed(RANK)  # TRL seeds its processes like this, so the policies start out different.
     policy.weight.data.normal_(std=0.1)
     trainer: Any = Recording(
         model,

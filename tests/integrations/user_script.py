@@ -1,4 +1,4 @@
-"""A script as users of TRL have it: run by test_trl_user_script.py, as it is and with two lines changed."""
+"""A script as a user of TRL has it; test_trl_user_script.py runs it as it is, and with two lines changed."""
 
 import sys
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maestro_fast.ops import PROFILES, ConductorParams, Groups, PolicyLossConfig
-from maestro_fast.specs import HeadSpec, RowStatistics
+from maestro_fast.specs import HeadSpec, LossInputs, RowStatistics
 from tests.kernels.helpers import INTERPRETED
 
 if not INTERPRETED:
@@ -118,7 +118,7 @@ def policy_loss() -> Iterator[Callable[[], Any]]:
             everything,
         ),
     ):
-        yield lambda c=config, g=given: launch(x, advantages, cu_seqlens, config=c, **g)
+        yield lambda c=config, g=given: launch(LossInputs(x, advantages, cu_seqlens, **g), c)
 
 
 def conductor_update() -> Iterator[Callable[[], Any]]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import gpu_head_rows, head_chunks, linear_policy_loss, token_logprobs
-from maestro_fast.ops.head_chunks import Chunk
+from maestro_fast.ops import head, linear_policy_loss, token_logprobs
+from maestro_fast.ops.head import Chunk
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
 from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import (
@@ -27,8 +27,8 @@ EPSILON = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 16)
-    monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 8)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 16)
+    monkeypatch.setattr(head, "_PRODUCT_ROWS", 8)
     if INTERPRETED:
         half_products_on_the_cpu(monkeypatch)
 
@@ -73,7 +73,7 @@ def test_equals_the_composition(variant: str, on_policy: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_trained_head_compiles_to_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host knows nothing in a graph: to be bitwise the same, eager mode must not either."""
-    monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
+    monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
     batch = there(random_batch().to(dtype))
     given = batch.targets, batch.advantages.to(DEVICE), batch.cu_seqlens.to(DEVICE)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maestro_fast.kernels import policy_loss as kernel
-from maestro_fast.ops import PolicyLossConfig
+from maestro_fast.ops import LossInputs, PolicyLossConfig
 from maestro_fast.ops.policy_loss import policy_gradient, policy_loss
 from maestro_fast.ops.policy_loss import policy_loss as reference
+from maestro_fast.specs import LOSS_METRICS, LossWithGradients
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
 
@@ -51,7 +52,11 @@ def tensors(tokens: int = TOKENS, batch: int = len(LENGTHS)) -> dict[str, Tensor
     }
 
 
-def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor = CU_SEQLENS) -> kernel.Loss:
+def named_metrics(out: LossWithGradients) -> dict[str, Tensor]:
+    return dict(zip(LOSS_METRICS, out.metrics, strict=False))
+
+
+def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor = CU_SEQLENS) -> LossWithGradients:
     def expected(dtype: torch.dtype) -> dict[str, Tensor]:
         wide = {
             name: x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -64,11 +69,11 @@ def compare(config: PolicyLossConfig, given: dict[str, Any], cu_seqlens: Tensor 
         out = {"loss": loss.detach(), **metrics, "d_logprobs": grads[0]}
         return out | ({"d_entropies": grads[1]} if config.entropy_coef > 0 else {})
 
-    def ours() -> tuple[kernel.Loss, dict[str, Tensor]]:
+    def ours() -> tuple[LossWithGradients, dict[str, Tensor]]:
         there = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in given.items()}
-        out = kernel.policy_loss(cu_seqlens=cu_seqlens.to(DEVICE), config=config, **there)
+        out = kernel.policy_loss(LossInputs(cu_seqlens=cu_seqlens.to(DEVICE), **there), config)
         needs = {"kl": "ref_logprobs", "sampler_ratio": "sampling_logprobs"}
-        metrics = {name: x for name, x in out.metrics.items() if name not in needs or needs[name] in given}
+        metrics = {name: x for name, x in named_metrics(out).items() if name not in needs or needs[name] in given}
         named = {"loss": out.loss, **metrics, **dict(zip(("d_logprobs", "d_entropies"), out.gradients, strict=False))}
         return out, named
 
@@ -127,7 +132,9 @@ def test_a_small_kl_does_not_cancel() -> None:
     given["ref_logprobs"] = given["logprobs"] + 2.0**-13
     out = compare(make("grpo", kl_coef=0.04), given)
     expected = torch.tensor(2.0**-13, dtype=torch.float64)
-    torch.testing.assert_close(out.metrics["kl"].cpu().double(), torch.expm1(expected) - expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(
+        named_metrics(out)["kl"].cpu().double(), torch.expm1(expected) - expected, rtol=1e-5, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -177,15 +184,15 @@ def test_the_gradient_alone(given_old: bool, entropy_coef: float, divisor: Any) 
     given = tensors() if given_old else {**tensors(), "old_logprobs": None}
     logprobs, advantages = given.pop("logprobs"), given.pop("advantages")
 
-    def moved(to: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
+    def moved(to: Any) -> LossInputs:
         tokenwise = {name: None if x is None else x if x.dtype is torch.bool else x.to(to) for name, x in given.items()}
-        return logprobs.to(to), advantages.to(to), CU_SEQLENS, tokenwise
+        divisors = {"normalizer": divisor, "entropy_normalizer": 3 * divisor}
+        return LossInputs(logprobs.to(to), advantages.to(to), CU_SEQLENS, **tokenwise, **divisors)
 
-    exact = policy_gradient(*moved(torch.float64), divisor, 3 * divisor, config)
-    plain = policy_gradient(*moved(torch.float32), divisor, 3 * divisor, config)
-    one, two, bounds, tokenwise = moved(DEVICE)
-    there = {name: None if x is None else x.to(DEVICE) for name, x in tokenwise.items()}
-    ours = policy_gradient(one, two, bounds.to(DEVICE), there, divisor, 3 * divisor, config, "triton")
+    exact = policy_gradient(moved(torch.float64), config)
+    plain = policy_gradient(moved(torch.float32), config)
+    there = {name: x.to(DEVICE) for name, x in moved(DEVICE)._asdict().items() if isinstance(x, Tensor)}
+    ours = policy_gradient(moved(DEVICE)._replace(**there), config, "triton")
 
     assert exact[0].dtype is torch.float64 and (exact[1] is None) is (ours[1] is None) is (entropy_coef == 0)
     for name, mine, truth, float32 in zip(("log-probs", "entropies"), ours, exact, plain, strict=True):
@@ -247,11 +254,8 @@ def test_two_launches_and_one_for_the_gradient(
 @pytest.mark.parametrize("entropy", [False, True])
 def test_backward_scales_the_gradient_of_the_forward(entropy: bool, dtype: torch.dtype) -> None:
     config, given = leaves(dtype, entropy=entropy)
-    tokenwise = {name: given.get(name) for name in ("old_logprobs", "entropies")}
-    tokenwise = {**dict.fromkeys(("ref_logprobs", "sampling_logprobs", "token_mask")), **tokenwise}
-    fixed = given["logprobs"].detach(), given["advantages"], CU_SEQLENS.to(DEVICE)
     with torch.no_grad():
-        expected = policy_gradient(*fixed, tokenwise, 37.0, None, config, "triton")
+        expected = policy_gradient(LossInputs(cu_seqlens=BOUNDS, **given), config, "triton")
     (by_triton(config, given).loss * 3.0).backward()
     for name, gradient in zip(("logprobs", "entropies"), expected, strict=True):
         if gradient is not None:
@@ -306,7 +310,7 @@ def test_compiled_it_is_the_same(entropy: bool) -> None:
 def test_a_divisor_on_another_device_is_read_where_that_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 0-dim tensor goes to the kernel as it is, whatever its dtype: a cast would be a launch."""
     seen: list[Any] = []
-    monkeypatch.setattr(kernel, "policy_loss", lambda *a, **given: seen.append(given["normalizer"]) or OUTPUT)
+    monkeypatch.setattr(kernel, "policy_loss", lambda inputs, _: seen.append(inputs.normalizer) or OUTPUT)
     config, given = leaves(entropy=False)
     divisor = torch.tensor(37, device=DEVICE)
     by_triton(config, {**given, "normalizer": divisor})
@@ -316,7 +320,7 @@ def test_a_divisor_on_another_device_is_read_where_that_stalls_nobody(monkeypatc
         assert seen[1] == 37.0 and isinstance(seen[1], float)
 
 
-OUTPUT = kernel.Loss(torch.zeros(()), torch.zeros(8), torch.zeros(1, TOKENS))
+OUTPUT = LossWithGradients(torch.zeros(()), torch.zeros(8), torch.zeros(1, TOKENS))
 
 
 @pytest.mark.parametrize("name", ["advantages", "old_logprobs"])

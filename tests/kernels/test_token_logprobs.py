@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maestro_fast.kernels import token_logprobs as kernel
 from maestro_fast.kernels.token_logprobs import Tiles
-from maestro_fast.ops import TokenLogprobs, gpu_head_rows, head_chunks, token_logprobs
+from maestro_fast.ops import TokenLogprobs, head, token_logprobs
+from maestro_fast.specs import HeadSpec, as_text
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
 from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.test_token_logprobs import (
@@ -35,8 +36,8 @@ def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Chunks, products, parts and tiles that a few rows and columns fill more than once."""
     if request.node.get_closest_marker("skipif"):
         return
-    monkeypatch.setattr(head_chunks, "chunk_rows", lambda vocabulary, device: 8)
-    monkeypatch.setattr(gpu_head_rows, "_PRODUCT_ROWS", 4)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 8)
+    monkeypatch.setattr(head, "_PRODUCT_ROWS", 4)
     if INTERPRETED:
         half_products_on_the_cpu(monkeypatch)
     monkeypatch.setattr(kernel, "_PART", 64)
@@ -215,16 +216,16 @@ def test_compiles_to_one_graph(strategy: str) -> None:
 def test_operators_are_registered_properly() -> None:
     """Schemas, fake tensors and autograd registration, by torch's own checks."""
     x = there(random_inputs(5, 33, bias=True).to(torch.float32, leaves=True))
-    spec = 1.0, None, 0.7, -100, "grad"
+    spec = as_text(HeadSpec(1.0, None, 0.7, -100, "grad"))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     forward = torch.ops.maestro_fast.triton_token_logprobs
-    torch.library.opcheck(forward, (x.hidden, x.lm_head, x.bias, x.targets, *spec, False), test_utils=checks)
+    torch.library.opcheck(forward, (x.hidden, x.lm_head, x.bias, x.targets, spec, "chunked"), test_utils=checks)
     logits = (x.hidden @ x.lm_head.T).detach()
     rows = torch.ops.maestro_fast.triton_row_statistics
-    torch.library.opcheck(rows, (logits, x.targets, None, *spec), test_utils=checks[:2])
-    _, peaks, totals, entropies = rows(logits, x.targets, None, *spec)
+    torch.library.opcheck(rows, (logits, x.targets, None, spec), test_utils=checks[:2])
+    _, peaks, totals, entropies = rows(logits, x.targets, None, spec)
     slopes = torch.ones_like(peaks)
-    arguments = (logits, x.targets, None, peaks, totals, entropies, slopes, slopes, *spec)
+    arguments = (logits, x.targets, None, peaks, totals, entropies, slopes, slopes, spec)
     torch.library.opcheck(torch.ops.maestro_fast.triton_dlogits_, arguments, test_utils=checks[:2])
     into = torch.ops.maestro_fast.triton_dlogits_into
     torch.library.opcheck(into, (logits.half(), *arguments), test_utils=checks[:2])
@@ -234,11 +235,11 @@ def test_operators_are_registered_properly() -> None:
 def test_gradients_of_transposed_inputs_have_the_strides_that_are_announced(wanted: tuple[bool, ...]) -> None:
     x = there(random_inputs(5, 33, bias=True).to(torch.float32))
     hidden, weight = x.hidden.T.contiguous().T, x.lm_head.T.contiguous().T
-    spec, slopes = (1.0, None, 0.7, -100, "none"), torch.ones(5, device=DEVICE)
+    spec, slopes = as_text(HeadSpec(1.0, None, 0.7, -100, "none")), torch.ones(5, device=DEVICE)
     _, peaks, totals, entropies = torch.ops.maestro_fast.triton_token_logprobs(
-        hidden, weight, x.bias, x.targets, *spec, False
+        hidden, weight, x.bias, x.targets, spec, "chunked"
     )
-    given = hidden, weight, x.bias, x.targets, peaks, totals, entropies, slopes, slopes, *spec, False, wanted
+    given = hidden, weight, x.bias, x.targets, peaks, totals, entropies, slopes, slopes, spec, "chunked", wanted
     backward = torch.ops.maestro_fast.triton_token_logprobs_backward
     torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from maestro_fast.ops import head_chunks, head_products
+from maestro_fast.ops import head
 from maestro_fast.ops.tensors import wide
 
 
@@ -57,9 +57,9 @@ def half_products_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.dtype == b.dtype and total.dtype == torch.float32
         total.addmm_(a.float(), b.float(), alpha=alpha)
 
-    monkeypatch.setattr(head_chunks, "operand", lambda x: x if head_products.is_half(x) else wide(x))
-    monkeypatch.setattr(head_products, "_product_into", product_into)
-    monkeypatch.setattr(head_products, "_add_product_", add_product_)
+    monkeypatch.setattr(head, "operand", lambda x: x if head.is_half(x) else wide(x))
+    monkeypatch.setattr(head, "_product_into", product_into)
+    monkeypatch.setattr(head, "_add_product_", add_product_)
 
 
 def assert_same_fake(function: Callable[..., Any], *args: Tensor) -> None:

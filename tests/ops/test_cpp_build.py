@@ -44,12 +44,13 @@ def error_of(call, *arguments, **keywords):
 def answer():
     import maestro_fast
     assert maestro_fast.__file__.startswith(folder), maestro_fast.__file__
-    try:
-        from maestro_fast import ops
-    except ImportError as error:
-        return {"import": str(error)}
+    from maestro_fast import ops
     from maestro_fast.ops import backend, cpp
     x = torch.ones(4, 2)
+    try:
+        cpp.obstacle(())
+    except ImportError as error:
+        return {"import": str(error), "group_advantages": error_of(ops.group_advantages, x, None, 2)}
     return {
         "obstacle": cpp.obstacle(()),
         "served": {op: backend.resolve(op, None, x) for op in ops.SERVED_BY},
@@ -142,7 +143,8 @@ def test_a_stale_build_is_named(answers: dict[str, dict[str, Any]]) -> None:
         ImportError, match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences: .* rebuild it"
     ):
         check_build(stale)
-    (raised,) = answers["stale"].values()
+    raised = answers["stale"]["import"]
+    assert answers["stale"]["group_advantages"] == f"ImportError: {raised}"
     assert raised.startswith("maestro_fast._C has no AdvantageProfile, Partition, counterfactual_advantages")
     assert "older than the Python code, rebuild it" in raised
 

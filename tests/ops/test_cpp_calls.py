@@ -25,6 +25,7 @@ from maestro_fast.ops import (
     maestro_advantages,
 )
 from maestro_fast.ops.backend import resolve
+from maestro_fast.specs import as_text
 from tests.ops.helpers import assert_same_compiled, assert_same_fake
 
 B, K, D = 24, 3, 10
@@ -211,7 +212,7 @@ def HEAD_OF(h: Tensor) -> ConductorParams:
 @pytest.mark.parametrize("op", ["group_advantages", "counterfactual_advantages", "conductor_weights"])
 def test_the_operators_pass_torch_s_own_check(op: str) -> None:
     groups = Groups.of(IDS, B)
-    common = (0, groups.offsets_N1, groups.order_B, [1, 1, 1, 1, 1, 0, 1, 0], [1e-4, 1e-4])
+    common = (0, groups.offsets_N1, groups.order_B, as_text(PROFILES["maestro"]))
     arguments: dict[str, tuple[Any, ...]] = {
         "group_advantages": (rewards_BK, weights_BK, None, 0.0, None, *common),
         "counterfactual_advantages": (rewards_BK, None, weights_BK[:2], None, 0.0, *common),

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import PolicyLossConfig, head_gradients, linear_policy_loss
-from maestro_fast.ops.gpu_head_rows import logit_rows
-from maestro_fast.ops.head_chunks import Head
+from maestro_fast.ops import PolicyLossConfig, linear_policy_loss
+from maestro_fast.ops.head import Head, float16_unit, logit_rows
 from maestro_fast.specs import HeadSpec
 from tests.ops.helpers import half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, gradients, random_batch, written_logprobs
@@ -22,7 +21,7 @@ from tests.ops.test_token_logprobs import composed, ours, random_inputs
 @pytest.fixture(autouse=True)
 def halves(monkeypatch: pytest.MonkeyPatch) -> None:
     half_products_on_the_cpu(monkeypatch)
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
 
 
 @pytest.mark.parametrize("chunk", [1024, 2048, 3072, 4096])
@@ -38,7 +37,7 @@ def test_logits_and_gradients_share_the_memory_of_a_chunk(chunk: int) -> None:
 @pytest.mark.parametrize("slopes", [[3e-9, -5e-7, 0.0], [1.0], [-2.0], [1e4, 3.0], [0.0], []])
 def test_the_unit_is_a_power_of_two(slopes: list[float], temperature: float) -> None:
     head = Head.of(torch.zeros(3, 2).half(), None, HeadSpec(1.0, None, temperature, -100, "none"), "torch")
-    unit = head_gradients.float16_unit(head, torch.tensor(slopes), None).item()
+    unit = float16_unit(head, torch.tensor(slopes), None).item()
     assert math.frexp(unit)[0] == 0.5
     largest = max(map(abs, slopes), default=0.0) / temperature
     assert largest == 0 or 64 <= largest * unit < 128

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maestro_fast.ops import policy_loss, token_logprobs
-from maestro_fast.ops.head_chunks import chunk_rows
+from maestro_fast.ops.head import chunk_rows
 from tests.ops.helpers import assert_as_accurate
 from tests.ops.linear_policy_loss_batch import (
     ALL_VARIANTS,
@@ -30,7 +30,7 @@ TOKENS = sum(LENGTHS)
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
 
 
 def assert_equal(batch: Batch, config: Any, head: dict[str, Any] | None = None, **options: Any) -> None:

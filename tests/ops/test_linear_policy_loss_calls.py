@@ -20,8 +20,8 @@ from tests.ops.test_token_logprobs import IGNORE_TRACING
 @pytest.mark.parametrize("variant", ["dapo", "sampler sequence_truncate", "gspo, KL, entropy bonus"])
 def test_compiles_to_one_graph_and_runs_on_fake_tensors(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph the host knows nothing: to be bitwise the same, eager mode must not either."""
-    monkeypatch.setattr("maestro_fast.ops.linear_policy_loss_inputs.readable", lambda x: False)
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: 32)
+    monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: 32)
     batch = random_batch().to(torch.float32)
     names = ["old_logprobs", "ref_logprobs", "sampling_logprobs", "token_mask"]
 
@@ -76,7 +76,7 @@ def test_errors_name_the_argument(
     def no_gemm(*args: Any) -> None:
         raise AssertionError("a GEMM before the inputs were looked at")
 
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.Chunk.logits", no_gemm)
+    monkeypatch.setattr("maestro_fast.ops.head.Chunk.logits", no_gemm)
     arguments: dict[str, Any] = {
         "hidden": torch.ones(5, 4),
         "lm_head": torch.ones(7, 4),

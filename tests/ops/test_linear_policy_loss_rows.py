@@ -56,7 +56,7 @@ def test_on_policy_every_ratio_is_exactly_one(
 ) -> None:
     """The log-probs are bitwise those of ``token_logprobs``, scored in another order and among other rows."""
     if chunks == "few rows":
-        monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+        monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
     batch = random_batch(width=300, vocabulary=1003).to(dtype)
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
     hidden, targets = batch.hidden.detach()[order], batch.targets[order]
@@ -77,7 +77,7 @@ def test_on_policy_every_ratio_is_exactly_one(
 
 
 def test_two_runs_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
     batch = random_batch().to(torch.float32)
     first, second = (values_and_gradients(Batch.ours, batch, ALL_VARIANTS["gspo"]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

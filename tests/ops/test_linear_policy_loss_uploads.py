@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maestro_fast.ops import linear_policy_loss, linear_policy_loss_inputs
+from maestro_fast.ops import linear_policy_loss
 from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, random_batch
 
 META = torch.device("meta")
@@ -50,11 +51,9 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         count["pinned"] += 1
         return x
 
-    monkeypatch.setattr(linear_policy_loss_inputs, "_pinned", pin)
-    monkeypatch.setattr(
-        "maestro_fast.ops.head_products.without_autocast", lambda x: torch.autocast("cpu", enabled=False)
-    )
-    monkeypatch.setattr("maestro_fast.ops.head_chunks.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr(sys.modules[linear_policy_loss.__module__], "_pinned", pin)
+    monkeypatch.setattr("maestro_fast.ops.head.without_autocast", lambda x: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
     return count
 
 
@@ -90,6 +89,6 @@ def test_nothing_is_copied_on_the_cpu(pinned: Counter[str]) -> None:
 
 
 def test_a_tensor_on_the_host_is_refused_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_policy_loss_inputs, "_captures", lambda device: True)
+    monkeypatch.setattr(sys.modules[linear_policy_loss.__module__], "_captures", lambda device: True)
     with pytest.raises(ValueError, match="advantages: on the CPU while a CUDA graph is captured, expected meta"):
         run("dapo", META)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maestro_fast.ops import TokenLogprobs, token_logprobs
-from maestro_fast.ops.head_chunks import chunk_rows
+from maestro_fast.ops.head import chunk_rows
 from maestro_fast.ops.token_logprobs import reference_token_logprobs
 from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake
 

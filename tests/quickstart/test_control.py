@@ -12,8 +12,8 @@ import pytest
 
 from maestro_fast.quickstart.run import quickstart
 from maestro_fast.settings import SettingsError
-from maestro_fast.training import run_dir
-from maestro_fast.training.run_dir import locked
+from maestro_fast.training import run_directory
+from maestro_fast.training.run_directory import locked
 
 CHILD = """
 import time
@@ -22,25 +22,25 @@ end_with_parent()
 print("watching", flush=True)
 time.sleep(600)
 """
-# the quickstart's own way of starting the control run, with another program in its place
+# Starts the control run as the quickstart does, but with another program in its place.
 PARENT = """
 import subprocess, sys, time
 from pathlib import Path
 from maestro_fast.quickstart import run
-from maestro_fast.training.run_dir import locked
+from maestro_fast.training.run_directory import locked
 popen = subprocess.Popen
 def start(command, **options):
     return popen([sys.executable, "-c", sys.argv[2]], **{**options, "stdout": None})
-run.subprocess.Popen = start
+subprocess.Popen = start
 out = Path(sys.argv[1])
-with locked(out, "--out") as lock, run._control_run(out, lock) as control:
+with locked(out, "--out") as lock, run.control_run({"run_dir": str(out / "equal")}, out, lock) as control:
     print(control.pid, flush=True)
     time.sleep(600)
 """
 
 
 def test_the_control_run_ends_with_a_killed_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock tells: the child holds it too, until it is gone."""
+    """The child also holds the lock, so the lock is free only when the child has ended."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), CHILD], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     control = 0
@@ -48,13 +48,13 @@ def test_the_control_run_ends_with_a_killed_quickstart(tmp_path: Path, monkeypat
         lines = {parent.stdout.readline().strip() for _ in range(2)}
         assert "watching" in lines
         control = int((lines - {"watching"}).pop())
-        monkeypatch.setattr(run_dir, "_PATIENCE", 0.0)
+        monkeypatch.setattr(run_directory, "_PATIENCE", 0.0)
         with pytest.raises(SettingsError, match=r"^--out: another process works in"):
             quickstart(tmp_path, resume=True)
 
         parent.kill()
         parent.wait()
-        monkeypatch.setattr(run_dir, "_PATIENCE", 30.0)
+        monkeypatch.setattr(run_directory, "_PATIENCE", 30.0)
         with locked(tmp_path, "--out"):
             control = 0
     finally:

@@ -1,4 +1,4 @@
-"""The quickstart, shortened: every part runs and leaves what it promises."""
+"""A shortened quickstart: every part runs and leaves the files that it promises."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ quickstart(Path(sys.argv[1]), resume="--resume" in sys.argv, epochs=1, reward_ep
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """A quickstart of seven steps, in a process group of its own."""
+    """Starts a quickstart of seven steps in its own process group."""
     command = [sys.executable, "-c", PROGRAM, *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -77,7 +77,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Directory, and what was printed."""
+    """The directory of a quickstart that ran to its end, and what it printed."""
     out = tmp_path_factory.mktemp("quickstart") / "whole"
     return out, finish(start(str(out)))
 
@@ -148,7 +148,7 @@ def test_the_verdict_claims_no_more_than_the_interval() -> None:
 def test_utilities_stand_with_their_interval_and_by_family() -> None:
     table = utility_table({"equal weights": utilities(0.2, 0.6, 0.4, 0.8)})
     assert table.header == ("policy", "all", "fact", "opening")
-    # t quantile 3.182, std 0.258, n = 4
+    # The t quantile is 3.182, the standard deviation 0.258, and n is 4.
     assert table.rows == (("equal weights", "0.500 ± 0.411", "0.30", "0.70"),)
 
 
@@ -179,7 +179,7 @@ utility = load_function(f"{EXAMPLE}/rewards.py:utility", field="function")
         ("fact", "Athens.", "<think> Athens? <answer> Rome.", 0.5),
         ("fact", "Athens.", "", 0.0),
         ("format", "1. hammer 2. saw 3. ladder", "1. saw 2. hammer 3. ladder", 1.0),
-        ("format", "1. hammer 2. saw 3. ladder", "hammer; saw; ladder", 1 / 3),  # half of F1: 3 of 6 and 3 words
+        ("format", "1. hammer 2. saw 3. ladder", "hammer; saw; ladder", 1 / 3),  # half of F1 with 3 of 6 and 3 words
         ("format", "name: fox; colour: red; size: small", "name: fire engine; colour: red; size: small", 0.5 + 5 / 13),
         ("format", "no, because a cow has no wings.", "yes, because cows fly.", 0.5 + 1 / 11),
         ("opening", "ignored", "word " * 20, 1 / 20),
@@ -198,13 +198,13 @@ def test_references_are_worth_more_than_drafts() -> None:
     for row in rows:
         answers = [row["reference"], *row["drafts"]]
         best, *drafts = utility(answers, family=[row["family"]] * 6, reference=[row["reference"]] * 6)
-        # a draft may repeat no word where a reference does
+        # A draft may repeat no word while the reference does.
         assert best >= max(drafts) or (row["family"] == "opening" and best > 0.7)
         assert best > sum(drafts) / 5
 
 
 def words(response: str) -> Counter[str]:
-    """Of the answer, without tags and reasoning."""
+    """Counts the words of the answer, without tags and reasoning."""
     answer = re.sub(r"<think>.*?</think>", "", response).replace("<think>", "")
     return Counter(re.findall(r"[a-z0-9']+", answer.partition("<answer>")[2].lower() or answer.lower()))
 
@@ -230,7 +230,7 @@ def test_bundled_preferences_follow_their_rule() -> None:
 
 
 def test_the_reward_model_learns_what_the_reward_then_scores(tmp_path: Path) -> None:
-    """Held-out pairs far above chance; the configured reward scores them as training did, as a policy writes them."""
+    """It does far better than chance on held-out pairs, and the configured reward gives the same scores as training."""
     judged = make_reward_model(EXAMPLE, tmp_path / "reward_model", epochs=2)
     _, held_out = read_preferences(EXAMPLE / "pairs.jsonl")
     (entry,) = [entry for entry in example_config(tmp_path)["rewards"] if entry["name"] == "preference"]

@@ -1,4 +1,4 @@
-"""A run directory as a trainer leaves it, made up: 4 task families, 5 rewards."""
+"""Makes run directories as a trainer leaves them, with invented numbers for 4 task families and 5 rewards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_record() -> Callable[[int], StepRecord]:
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 steps; nobody writes to it."""
+    """A run of 60 steps, which no test may change."""
     return synthetic_run(tmp_path_factory.mktemp("session") / "run", 60)
 
 
@@ -87,7 +87,7 @@ def metrics_row(
         if step % 10 == 0:
             row[f"eval_rewards/{name}/mean"] = means[:, k].mean() - 0.1 * scales[k] * done
         for f, family in enumerate(families):
-            absent = rng.random() < 0.1  # this step had no prompt of the family
+            absent = rng.random() < 0.1  # Then this step had no prompt of the family.
             row[f"families/{family}/weights/{name}"] = None if absent else weights[f, k]
             row[f"families/{family}/rewards/{name}"] = None if absent else means[f, k]
     row |= {f"families/{f}/completion_length": n for f, n in zip(families, lengths, strict=True)}
@@ -107,7 +107,7 @@ def timings_row(step: int, rng: np.random.Generator) -> dict[str, float]:
     row = {"step": step, "generate": 1.6 * noise, "score": 0.3, "rewards": 0.1, "weights": 0.002}
     row |= {"advantages": 0.0004, "train": 0.9 * noise, "weight_sync": 0.05}
     if step == 0:
-        row["generate"] += 25.0  # compiles
+        row["generate"] += 25.0  # The first step compiles.
     if step % 5 == 0:
         row["conductor_update"] = 0.01
     return row | {"total": sum(v for k, v in row.items() if k != "step") + 0.15}
@@ -120,7 +120,7 @@ def record(
     prompts = [f"A {family} task, number {(n // group) % 2}" for n, family in enumerate(names)]
     generator = torch.Generator().manual_seed(step)
     values = torch.rand(len(names), len(rewards), generator=generator)
-    values[0, 0] = torch.nan  # abstains
+    values[0, 0] = torch.nan  # This reward abstains.
     weights = torch.full_like(values, 1 / len(rewards))
     advantages = torch.randn(len(names), generator=generator)
     return StepRecord(

@@ -135,7 +135,7 @@ def test_the_last_line_can_be_read_and_replaced(path: Path) -> None:
 
 
 def test_the_tail_holds_whole_lines_only(path: Path) -> None:
-    JsonLines(path).append(*({"step": step} for step in range(10)))  # 12 bytes a line
+    JsonLines(path).append(*({"step": step} for step in range(10)))  # A line has 12 bytes.
     assert [row["step"] for row in read_tail(path, 24)] == [8, 9]
     assert [row["step"] for row in read_tail(path, 35)] == [8, 9]
     assert [row["step"] for row in read_tail(path, 36)] == [7, 8, 9]

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from maestro_fast.reporting import diagnostic_plots, figure, plots
+from maestro_fast.reporting import figure, plots
 from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import iter_jsonl
 from maestro_fast.reporting.stage_times import stage_seconds, stage_times
@@ -26,8 +26,8 @@ PLOTS: dict[str, Callable[[History], Figure]] = {
     "response_length": plots.response_length,
     "conductor": plots.conductor,
     "policy": plots.policy,
-    "advantage_shares": diagnostic_plots.advantage_shares,
-    "diagnostics": diagnostic_plots.diagnostics,
+    "advantage_shares": plots.advantage_shares,
+    "diagnostics": plots.diagnostics,
 }
 
 
@@ -46,7 +46,7 @@ def labels_of(fig: Figure) -> tuple[set[str], set[str]]:
 
 
 def legend(fig: Figure) -> dict[str, str]:
-    """Label -> colour."""
+    """Maps the labels of the legend to their colours."""
     (box,) = fig.legends
     handles = (box.get_lines() + box.get_patches()) if box else []
     by_label = dict(zip((t.get_text() for t in box.get_texts()), box.legend_handles, strict=True))
@@ -131,7 +131,7 @@ def test_the_lines_of_another_run_stay_behind(history: History) -> None:
     ("count", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (6, 2, 3), (7, 2, 4), (8, 2, 4), (9, 3, 3)]
 )
 def test_panels_fill_their_rows(count: int, rows: int, columns: int) -> None:
-    """Six rewards and their total are seven panels: two rows of four, not a third row for the last."""
+    """Six rewards and their total are seven panels, in two rows of four instead of three rows of three."""
     drawn = figure.panels([str(i) for i in range(count)])
     grid = drawn.axes[0].get_gridspec()
     assert (grid.nrows, grid.ncols, drawn.columns) == (rows, columns, columns)
@@ -197,7 +197,7 @@ def shown_ticks(axis: Axis) -> list[Text]:
 
 
 def overlaps(fig: Figure) -> list[str]:
-    """Texts that touch another or leave the figure, and a legend that covers data."""
+    """Finds texts that touch each other or leave the figure, and a legend that covers data."""
     fig.draw_without_rendering()
     texts = [t for ax in fig.axes for t in (ax.xaxis.label, ax.yaxis.label, *ax.texts, ax._left_title)]
     texts += [t for ax in fig.axes for t in (*shown_ticks(ax.xaxis), *shown_ticks(ax.yaxis))]
@@ -249,7 +249,7 @@ def test_the_running_mean_by_hand() -> None:
     values = np.array([1.0, 2.0, np.nan, 6.0, 4.0, 2.0, 9.0])
     np.testing.assert_allclose(
         figure.running_mean(values, 3), [1.0, 1.5, np.nan, 5.0, 4.0, 5.0, 9.0]
-    )  # the ends keep to themselves, the gap stays a gap
+    )  # At the ends the window is shorter, and the gap stays a gap.
     line = np.arange(100.0)
     np.testing.assert_allclose(figure.running_mean(line, 5)[2:-2], line[2:-2])
     assert [figure.smoothing_window(n) for n in (1, 11, 12, 60, 800)] == [1, 1, 3, 5, 53]

@@ -18,7 +18,7 @@ FAMILIES = ["fact", "story"] * 6
 
 
 def weights(apart: float) -> Tensor:
-    """The families' rows lie ``apart`` in the first two rewards; the rest is noise."""
+    """The families differ by ``apart`` in the first two rewards; the rest is noise."""
     noise = 0.02 * torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
     rows = 1 / 3 + noise - noise.mean(1, keepdim=True)
     sign = torch.tensor([1.0, -1.0] * 6)
@@ -35,7 +35,13 @@ def test_a_row_per_prompt_that_fits_the_terminal(width: int) -> None:
     table = prompt_table(found(), rows=5, width=width)
     lines = format_table(table, width).splitlines()
     assert table.header == ("prompt", "family", *NAMES, "H (nats)")
-    assert [row[1] for row in table.rows] == ["fact", "fact", "fact", "story", "story"]  # of both, in their order
+    assert [row[1] for row in table.rows] == [
+        "fact",
+        "fact",
+        "fact",
+        "story",
+        "story",
+    ]  # Both are shown.
     assert [row[0][:9] for row in table.rows] == ["Prompt 0:", "Prompt 2:", "Prompt 4:", "Prompt 1:", "Prompt 3:"]  # type: ignore[index]
     assert max(map(len, lines)) <= width and (width < 80 or len(lines) == 5 + 3)
     expected = weights(0.2)[1]
@@ -59,7 +65,7 @@ def test_spread_is_that_of_the_family_means_and_chance_is_not() -> None:
     assert measured is not None
     spread, chance = measured
     means = torch.stack([weights(0.2)[::2].mean(0), weights(0.2)[1::2].mean(0)]).double()
-    gap = means[0] - means[1]  # of two families, each lies half the gap from the middle
+    gap = means[0] - means[1]  # Each of two families lies half the gap from the middle.
     assert spread == pytest.approx((gap / 2).norm().item())
     assert chance.shape == (200,) and chance.mean() < spread / 2
     assert spread_between_families(weights(0.2), ["fact"] * 12, shuffles=3, seed=1) is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from maestro_fast.reporting import Table, family_spread, read_jsonl, report, sections, write_report
+from maestro_fast.reporting import Table, family_spread, read_jsonl, report, write_report
 from maestro_fast.reporting.json_lines import JsonLines
 
 SCRIPT = "<script>alert('x')</script><img src=http://x.example/a.png>"
@@ -31,7 +31,7 @@ PICTURES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def coarse_pictures() -> Iterator[None]:
-    """Coarse and without layout, which is slow; test_plots looks at the layout."""
+    """Pictures are coarse and have no layout, since that is slow; test_plots checks the layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "DPI", 40)
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
@@ -118,7 +118,8 @@ def test_markup_in_any_text_is_shown_not_obeyed(page: Page) -> None:
     assert "<script" not in page.source
     assert "<img src=http" not in page.source
     shown = page.text.count("<script>alert('x')</script>")
-    assert shown >= 5 + 8 * 4  # title twice, summary, table, configuration; prompts, completions, families of 8 pairs
+    # It is in the title twice, in summary, table and configuration, and in prompts, completions, families of 8 pairs.
+    assert shown >= 5 + 8 * 4
 
 
 def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
@@ -128,7 +129,8 @@ def test_long_responses_are_cut_and_the_page_says_so(page: Page) -> None:
 
 def test_tables_are_shown_with_numbers_at_the_right(page: Page) -> None:
     assert '<td class="number">0.610</td>' in page.source
-    assert page.text.count("std over families") == 1  # handed in and made by the report itself: shown once
+    # The report makes the table that was also handed in, but it is shown only once.
+    assert page.text.count("std over families") == 1
     assert "Between-family spread of the weights, against the other runs" in page.text
 
 
@@ -187,8 +189,8 @@ def test_more_than_three_other_runs_are_refused(run_dir: Path) -> None:
         (None, None),
     ],
 )
-def test_thetoken_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
-    assert sections.token_limit(config) == limit
+def test_the_token_limit_is_found_in_the_configuration(config: str | None, limit: Any) -> None:
+    assert report.token_limit(config) == limit
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.14, "3.1 s"), (61, "1 min 1 s"), (3600 * 5 + 59, "5 h 0 min")])

@@ -69,7 +69,7 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path) -> None:
     callback = begin(MetricsCallback(tmp_path))
     for step in range(1, 8):
         log(callback, step, loss=step)
-    path.write_bytes(path.read_bytes() + b'{"step": 8, "lo')  # killed here; the checkpoint is of step 5
+    path.write_bytes(path.read_bytes() + b'{"step": 8, "lo')  # The run is killed here; its checkpoint is of step 5.
     resumed = begin(MetricsCallback(tmp_path), step=5)
     log(resumed, 5, eval_loss=0.1)
     for step in (6, 7, 8):
@@ -110,7 +110,7 @@ def test_rollouts_have_one_line_per_response(tmp_path: Path, make_record: Callab
 
 def test_resumed_rollouts_repeat_no_step(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:
     rollouts = RolloutsLog(tmp_path)
-    for step in (0, 1, 1, 2):  # two generation batches in step 1
+    for step in (0, 1, 1, 2):  # Step 1 has two generation batches.
         rollouts(make_record(step))
     resumed = RolloutsLog(tmp_path)
     resumed(make_record(1))

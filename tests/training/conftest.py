@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_checkpoint
-from tests.training.kernels import kernels  # noqa: F401 - a fixture
 
 ROWS = [
     {"prompt": text, "family": family, "reference": "red"}

@@ -25,7 +25,7 @@ def trained(raw: dict[str, Any], folder: str, **changes: Any) -> tuple[list[Step
         override(raw, dotted.replace("__", "."), value)
     records: list[StepRecord] = []
     trainer = train(parse_config(raw), raw, observers=[records.append])
-    return records, {**trainer.model.state_dict(), **trainer.pipeline.weights.state_dict()}
+    return records, {**trainer.model.state_dict(), **trainer.step.weights.state_dict()}
 
 
 @pytest.mark.parametrize(

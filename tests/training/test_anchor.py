@@ -38,7 +38,7 @@ def run(raw: dict[str, Any], *, resume: bool = False) -> tuple[MaestroTrainer, l
 
 def test_labels_reach_the_policy_and_the_log(raw: dict[str, Any]) -> None:
     trainer, records = run(raw)
-    policy = trainer.pipeline.weights
+    policy = trainer.step.weights
     assert isinstance(policy, Anchored)
     first, second = (record.utilities_B for record in records)
     assert first is not None and second is not None
@@ -60,8 +60,8 @@ def test_a_killed_run_repeats_the_uninterrupted_one(raw: dict[str, Any], tmp_pat
     resumed, rest = run(half, resume=True)
     for ours, theirs in zip(rest, records[2:], strict=True):
         assert torch.equal(ours.weights_BK, theirs.weights_BK) and torch.equal(ours.advantages_B, theirs.advantages_B)
-    state = whole.pipeline.weights.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in resumed.pipeline.weights.state_dict().items())
+    state = whole.step.weights.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in resumed.step.weights.state_dict().items())
 
 
 def test_a_guard_can_stop_the_run(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A generation batch divides without losing or doubling a token."""
+"""A generation batch divides without losing or doubling a token, into whole groups and whole blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from maestro_fast.model.forward import Sequences
 from maestro_fast.ops import PolicyLossConfig, policy_loss
 from maestro_fast.records import cumulative
-from maestro_fast.training.batches import BatchConfig, BatchPlan, TokenLogprobs, split_micro_batches
+from maestro_fast.training.batches import BatchConfig, BatchPlan, GroupSampler, TokenLogprobs, split_micro_batches
 
 LENGTHS = [3, 1, 4, 2, 5, 2, 1, 6]
 
@@ -52,7 +52,7 @@ def test_micro_batches_add_up_to_the_whole(normalization: str, order: list[int])
 
     compared = TokenLogprobs(old, logprobs)
     parts = split_micro_batches(
-        plan, sequences, advantages, compared, [float(tokens)], config, order, torch.device("cpu")
+        plan, sequences, advantages, compared, [float(tokens)], config.normalization, order, torch.device("cpu")
     )
     total = sum(
         # the reference log-probs stand in for the current ones: they are cut the same way
@@ -88,10 +88,39 @@ def test_bnpo_averages_the_means_of_the_micro_batches() -> None:
         torch.ones(4),
         TokenLogprobs(),
         [16.0],
-        PolicyLossConfig("bnpo"),
+        "bnpo",
         [0, 1, 2, 3],
         torch.device("cpu"),
     )
 
     assert [part.normalizer for part in parts] == [2 * 4.0, 2 * 12.0]
     assert [part.entropy_normalizer for part in parts] == [16.0, 16.0]
+
+
+def test_blocks_come_in_a_row_and_every_prompt_once() -> None:
+    sampler = GroupSampler(size=11, block=4, repeat=3, seed=0)
+
+    indices = list(sampler)
+    blocks = [indices[i : i + 4] for i in range(0, len(indices), 4)]
+
+    assert len(indices) == len(sampler) == 24
+    assert blocks[0] == blocks[1] == blocks[2]
+    assert blocks[3] == blocks[4] == blocks[5]
+    assert len(set(blocks[0] + blocks[3])) == 8
+
+
+def test_epochs_differ_and_repeat() -> None:
+    sampler = GroupSampler(size=32, block=4, repeat=1, seed=0)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+
+    assert first == again
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert first != list(GroupSampler(size=32, block=4, repeat=1, seed=1))
+
+
+def test_fewer_prompts_than_a_block_are_refused() -> None:
+    with pytest.raises(ValueError, match="prompts_per_batch: 8 over all processes, but the data holds 5"):
+        GroupSampler(size=5, block=8, repeat=1, seed=0)

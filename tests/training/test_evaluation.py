@@ -14,6 +14,7 @@ import torch
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.settings import SettingsError
+from maestro_fast.training.batches import Processes
 from maestro_fast.training.evaluation import _chunks, evaluation_names
 from tests.training.test_trainer import parameters, run
 
@@ -97,12 +98,8 @@ def test_the_same_policy_gets_the_same_figures_twice(raw: dict[str, Any]) -> Non
 
 
 def test_every_process_gets_as_many_chunks() -> None:
-    class Split:
-        def __init__(self, rank: int) -> None:
-            self.accelerator = type("A", (), {"process_index": rank, "num_processes": 2})
-            self.plan = type("P", (), {"prompts": 2})
-
-    parts = [_chunks(HELD_OUT, Split(rank)) for rank in range(2)]  # type: ignore[arg-type]
+    two = [Processes(type("A", (), {"process_index": rank, "num_processes": 2})) for rank in range(2)]  # type: ignore[arg-type]
+    parts = [_chunks(HELD_OUT, processes, 2) for processes in two]  # type: ignore[arg-type]
 
     assert [[len(chunk) for chunk in part] for part in parts] == [[2, 1], [2, 1]]
     own = [[row for chunk in part for row in chunk] for part in parts]

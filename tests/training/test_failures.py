@@ -14,7 +14,7 @@ from maestro_fast.records import StepRecord
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.reporting.run_log import MetricsCallback, RolloutsLog
 from maestro_fast.training import parse_config, train
-from tests.training.test_resume import assert_same_run
+from tests.training.test_checkpoint import assert_same_run
 from tests.training.test_trainer import run
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maestro_fast.model.forward import Sequences, completion_logprobs
 from maestro_fast.model.head import LanguageHead
 from maestro_fast.ops import PolicyLossConfig
-from maestro_fast.ops.head_chunks import Chunk
+from maestro_fast.ops.head import Chunk
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 

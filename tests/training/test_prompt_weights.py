@@ -11,9 +11,8 @@ from torch import Tensor
 
 from maestro_fast.model.forward import Sequences
 from maestro_fast.training import MaestroTrainer, load_prompts, parse_config, train
-from maestro_fast.training.prompt_weights import PromptWeights, prompt_weights, sample_responses
-from maestro_fast.training.saved_conductor import load_conductor
-from maestro_fast.training.scoring import context_mode
+from maestro_fast.training.plan import context_mode
+from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights, sample_responses
 from maestro_fast.weighting import save_pretrained
 
 MINE = """
@@ -38,12 +37,12 @@ def shown(raw: dict[str, Any], folder: Path, **options: Any) -> PromptWeights:
 def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path: Path) -> None:
     """It reads the reference, which the trained model is no longer."""
     trainer, run_dir = trained(raw_config, tmp_path, {"policy": "anchored", "steps": 2, "guard": {}})
-    pipeline = trainer.pipeline
-    assert pipeline.reference is not None
-    ids = [pipeline.tokenizer(row["prompt"])["input_ids"] for row in pipeline.dataset.rows]
-    with pipeline.reference() as (reference, _):
-        states = pipeline.prompt_contexts(reference, ids)
-    expected = pipeline.weights.policy.weights_of(states)  # type: ignore[attr-defined]
+    step = trainer.step
+    assert step.reference is not None
+    ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in trainer.train_dataset.rows]
+    with step.reference() as (reference, _):
+        states = step.prompt_contexts(reference, ids)
+    expected = step.weights.policy.weights_of(states)  # type: ignore[attr-defined]
 
     found = shown(raw_config, run_dir)  # final/ is found in it
     assert torch.equal(found.weights_NK, expected) and expected.std() > 0
@@ -54,8 +53,9 @@ def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path:
 
 
 def responses(trainer: MaestroTrainer) -> Sequences:
-    pipeline = trainer.pipeline
-    parts = sample_responses(trainer.model, pipeline.tokenizer, pipeline.dataset, pipeline.sampling, SAMPLES, SEED)  # type: ignore[arg-type]
+    parts = sample_responses(
+        trainer.model, trainer.processing_class, trainer.train_dataset, trainer.method.sampling, SAMPLES, SEED
+    )  # type: ignore[arg-type]
     return Sequences(
         [ids for part in parts for ids in part.prompts.token_ids],
         [ids for part in parts for ids in part.completion_ids],
@@ -67,9 +67,9 @@ def test_of_a_conductor_by_the_trainers_own_forward(raw_config: dict[str, Any], 
     options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": context, "estimator": "all_actions"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
     trainer.model.eval()  # type: ignore[union-attr]
-    pipeline, policy = trainer.pipeline, trainer.pipeline.weights
+    policy = trainer.step.weights
     sequences = responses(trainer)
-    states: Tensor = pipeline.forward(trainer.model, sequences, context=context_mode(policy)).context_Bd  # type: ignore[arg-type,assignment]
+    states: Tensor = trainer.step.scorer(trainer.model, sequences, context=context_mode(policy)).context_Bd  # type: ignore[arg-type,assignment]
     expected_BK = policy.expected(policy.probs(states))  # type: ignore[attr-defined]
     expected_NK = expected_BK.view(-1, SAMPLES, 2).mean(1)
 
@@ -87,7 +87,7 @@ def test_of_a_conductor_by_the_trainers_own_forward(raw_config: dict[str, Any], 
 def test_a_folder_of_save_pretrained_needs_the_model(raw_config: dict[str, Any], tmp_path: Path) -> None:
     options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_last"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
-    save_pretrained(trainer.pipeline.weights, tmp_path / "alone")
+    save_pretrained(trainer.step.weights, tmp_path / "alone")
     with pytest.raises(ValueError, match=r"^--model: missing; .*alone does not tell where the policy, is"):
         shown(raw_config, tmp_path / "alone")
     found = shown(raw_config, tmp_path / "alone", model=str(run_dir / "final"))
@@ -100,7 +100,7 @@ def test_adapters_come_with_the_policy(raw_config: dict[str, Any], tmp_path: Pat
     raw_config["trainer"] |= {"learning_rate": 0.1}
     options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_mean"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
-    save_pretrained(trainer.pipeline.weights, tmp_path / "alone")
+    save_pretrained(trainer.step.weights, tmp_path / "alone")
     own = shown(raw_config, run_dir / "final").weights_NK
     base = shown(raw_config, tmp_path / "alone", model=raw_config["model"]["path"]).weights_NK
     assert (own - base).abs().max() > 1e-4

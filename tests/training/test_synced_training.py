@@ -18,9 +18,7 @@ from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.rewards import FunctionReward, RewardSet
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, train
-from maestro_fast.training.sync_probe import StaleWeightsError
-from maestro_fast.training.synced import check_engine, check_room
-from maestro_fast.training.weight_sync import SyncedGenerator
+from maestro_fast.training.weight_sync import StaleWeightsError, SyncedGenerator, check_engine, check_room
 from tests.generation.helpers import same
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.copy_engine import CopyEngine

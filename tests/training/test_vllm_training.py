@@ -15,13 +15,12 @@ from torch import nn
 
 from maestro_fast.generation import ProbeConfig, VllmEngine
 from maestro_fast.reporting.recorded_run import recorded_train
-from maestro_fast.training.sync_probe import StaleWeightsError, build_probe
-from maestro_fast.training.timing import StageClock
-from maestro_fast.training.weight_sync import SyncedGenerator
+from maestro_fast.training.metrics import StageClock
+from maestro_fast.training.weight_sync import StaleWeightsError, SyncedGenerator, build_probe
 from tests.generation.helpers import prompts, recomputed
 from tests.generation.vllm_engine import COLOCATE, HEAD_DIM, engine, served_model
 from tests.tiny import tiny_checkpoint
-from tests.training.test_resume import KillAt, Killed, assert_same_run
+from tests.training.test_checkpoint import KillAt, Killed, assert_same_run
 from tests.training.test_weight_sync import nudge, policy_logprobs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]

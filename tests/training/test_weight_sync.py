@@ -19,8 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from maestro_fast.generation import ProbeConfig
 from maestro_fast.model.forward import Sequences, score
 from maestro_fast.model.head import head_of
-from maestro_fast.training.sync_probe import StaleWeightsError, SyncProbe, build_probe
-from maestro_fast.training.weight_sync import SyncedGenerator, check_syncable, checkpoint_weights, fingerprint
+from maestro_fast.training.weight_sync import (
+    StaleWeightsError,
+    SyncedGenerator,
+    SyncProbe,
+    build_probe,
+    check_syncable,
+    checkpoint_weights,
+    fingerprint,
+)
 from tests.generation.helpers import prompts, same
 from tests.tiny import tiny_model
 from tests.training.copy_engine import CopyEngine

@@ -15,7 +15,7 @@ from maestro_fast.ops import PolicyLossConfig
 from maestro_fast.records import Prompts, Rollouts, StepRecord
 from maestro_fast.rewards import build_rewards
 from maestro_fast.training import BatchConfig, MaestroTrainer, Method, PromptDataset
-from maestro_fast.training.best import BestPolicy
+from maestro_fast.training.best_policy import BestPolicy
 from maestro_fast.weighting import build_weight_policy
 
 GROUP = 4
@@ -107,10 +107,10 @@ def compare(checkpoint: str, out: Path, micro_batches: int) -> None:
     """Three steps; what came of them."""
     records: list[StepRecord] = []
     trainer = build(checkpoint, out / "run", micro_batches, records)
-    assert trainer.pipeline.scoring.source == ("training" if micro_batches == 1 else "scoring")
+    assert trainer.step.scoring.source == ("training" if micro_batches == 1 else "scoring")
     trainer.train()
     figures = [line for line in trainer.state.log_history if "loss" in line]
-    state = {"conductor": trainer.pipeline.weights.state_dict(), "policy": policy(trainer), "logs": figures}
+    state = {"conductor": trainer.step.weights.state_dict(), "policy": policy(trainer), "logs": figures}
     torch.save(state, out / f"rank{trainer.args.process_index}.pt")
     if trainer.is_world_process_zero():
         keys = ("weights_BK", "advantages_B", "rewards_BK", "lengths_B")

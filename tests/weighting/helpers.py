@@ -1,4 +1,4 @@
-"""Contexts and outcomes for all tests of weight policies."""
+"""Makes contexts and outcomes for all tests of weight policies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 def context(
     rewards_BK: Tensor | int, h: Tensor | None = None, *, step: int = 0, group_size: int = 4, k: int = K
 ) -> WeightContext:
-    """The context of these rewards, or of so many responses with random ones."""
+    """The context of these rewards, or with an int that of as many responses with random rewards."""
     if isinstance(rewards_BK, int):
         rewards_BK = normal(rewards_BK, k, seed=1000 + step)
     names = tuple(f"r{i}" for i in range(rewards_BK.shape[1])) if rewards_BK.shape[1] != K else NAMES
@@ -29,7 +29,7 @@ def context(
 
 
 def given_advantages(advantages_B: Tensor, degenerate_B: Tensor | None = None) -> GroupAdvantages:
-    """Advantages out of the blue; a policy must not look at what they were made of."""
+    """These advantages. Scores and all else are NaN, since a policy must not look at what advantages were made of."""
     poison_B = torch.full_like(advantages_B, float("nan"))
     if degenerate_B is None:
         degenerate_B = torch.zeros_like(advantages_B, dtype=torch.bool)
@@ -37,12 +37,12 @@ def given_advantages(advantages_B: Tensor, degenerate_B: Tensor | None = None) -
 
 
 def play(policy: WeightPolicy, at: WeightContext, advantages_B: Tensor, degenerate_B: Tensor | None = None) -> Weights:
-    """One batch: weights, then their outcome."""
+    """Asks the policy for the weights of one batch and shows it their outcome."""
     weights = policy.weights(at)
     policy.observe(Outcome(at, weights, given_advantages(advantages_B, degenerate_B)))
     return weights
 
 
 def first_gradient(policy: Conductor, name: str) -> Tensor:
-    """What the first update climbed: AdamW's first moment is then a tenth of what it descends."""
+    """The gradient that the first update climbed: AdamW descends, and its first moment is a tenth of its gradient."""
     return policy.state_dict()[f"optimizer.{name}.exp_avg"] / -0.1

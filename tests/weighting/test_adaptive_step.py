@@ -123,8 +123,8 @@ def of_meta(context: WeightContext) -> WeightContext:
 class Leaning(Conductor):
     """A user's Conductor that reads its contexts in another way, and leaves the weights to ours."""
 
-    def _context(self, context: WeightContext) -> Tensor:
-        return super()._context(context) + 1.0
+    def contexts(self, context: WeightContext) -> Tensor:
+        return super().contexts(context) + 1.0
 
 
 def test_a_subclass_has_its_say(monkeypatch: pytest.MonkeyPatch) -> None:

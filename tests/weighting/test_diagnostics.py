@@ -1,4 +1,4 @@
-"""Diagnostics by hand, their ranges, and the warnings."""
+"""The diagnostics equal figures worked out by hand, and the watch warns when they leave their ranges."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def outcome(
 
 
 def test_by_hand() -> None:
-    """Two groups of two; standardised rewards are +-h with h = 1 / sqrt(2)."""
+    """There are two groups of two, so standardised rewards are +-h with h = 1 / sqrt(2)."""
     rewards = [[1.0, 0.0], [0.0, 4.0], [5.0, 9.0], [4.0, 7.0]]
     weights = [[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]
     found, h = diagnose(outcome(rewards, weights)), 0.5**0.5
     # w . r' = 0.8 h, 0.6 h, h, -h
     assert found["diagnostics/self_flattery"] == pytest.approx(0.35 * h, rel=1e-3)
-    # the best reward of the first two is the heaviest; the others have no single best one
+    # In the first two responses the best reward has the greatest weight; the others have no single best one.
     assert found["diagnostics/argmax_agreement"] == 1.0
     entropies = [-sum(p * math.log(p) for p in row) / math.log(2) for row in weights]
     assert found["diagnostics/entropy"] == pytest.approx(sum(entropies) / 4, rel=1e-5)
-    # reward a, and b mirrors it: group means 0.55 and 0.7, within +-0.35 and +-0.2, between +-0.075
+    # The weights of a have the group means 0.55 and 0.7: +-0.35 and +-0.2 within, +-0.075 between. b mirrors a.
     within, between = (0.35**2 + 0.2**2) / 2, 0.075**2
     assert found["diagnostics/between_prompts"] == pytest.approx(between / (within + between), rel=1e-4)
-    assert found["diagnostics/pareto_inversions"] == 0.0  # one comparable pair, scored h against -h
-    # r' of a: h, -h, h, -h and of b: -h, h, h, -h
+    assert found["diagnostics/pareto_inversions"] == 0.0  # the one comparable pair scores h against -h
+    # r' is h, -h, h, -h for a and -h, h, h, -h for b.
     assert found["rewards_correlation/mean"] == pytest.approx(0.0, abs=1e-4)
     assert found["advantage_share/a"] + found["advantage_share/b"] == pytest.approx(1.0)
 
 
 def test_shares_by_hand() -> None:
-    """Scores s = w . r' of one group: a gives +-0.9 h, b -+0.1 h, so their products with A are as 0.9 to -0.1."""
+    """To the scores s = w . r', a gives +-0.9 h and b -+0.1 h, so their products with A are as 0.9 to -0.1."""
     found = diagnose(outcome([[1.0, 0.0], [0.0, 1.0]], [[0.9, 0.1]] * 2))
     assert found["advantage_share/a"] == pytest.approx(0.9 / 0.8, rel=1e-4)
     assert found["advantage_share/b"] == pytest.approx(-0.1 / 0.8, rel=1e-4)
@@ -55,7 +55,7 @@ def test_shares_by_hand() -> None:
 
 
 def test_a_pareto_inversion() -> None:
-    """r' is 1, 0, -1 in both: scores -2, 0 and -2, so of the three pairs first > second alone is inverted."""
+    """r' is 1, 0, -1 for both rewards, so the scores are -2, 0, -2. One of the three pairs is inverted."""
     found = diagnose(outcome([[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]], [[-1.0, -1.0], [1.0, 1.0], [1.0, 1.0]], g=3))
     assert found["diagnostics/pareto_inversions"] == pytest.approx(1 / 3)
 

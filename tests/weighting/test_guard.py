@@ -1,4 +1,4 @@
-"""The guard: when it steps in, what it holds back, and what it does then."""
+"""The guard steps in when it should, hides the labels that it watches, and then does what it was told to."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(guarded: WeightPolicy, context: WeightContext) -> Weights:
 
 
 def history(*parts: tuple[int, float, float]) -> list[tuple[float, float]]:
-    """So many batches around a utility, with an alternating noise of 0.1, at a score."""
+    """For each part, ``count`` batches at a score, whose utility alternates by +-0.1 around the one given."""
     rows, i = [], 0
     for count, utility, score in parts:
         for _ in range(count):
@@ -63,7 +63,7 @@ def history(*parts: tuple[int, float, float]) -> list[tuple[float, float]]:
     ("parts", "steps_in"),
     [
         ([(8, 0.5, 0.0), (4, 0.0, 1.0)], True),
-        ([(8, 0.5, 0.0), (4, 0.0, -1.0)], False),  # scores fall as well: the policy got worse, the weights did not lie
+        ([(8, 0.5, 0.0), (4, 0.0, -1.0)], False),  # scores fall too: the weights did not mislead
         ([(8, 0.5, 0.0), (4, 0.9, 1.0)], False),
         ([(8, 0.5, 0.0), (4, 0.4, 1.0)], False),  # within the noise
         ([(4, 0.5, 0.0), (3, 0.0, 1.0)], False),  # too short
@@ -74,7 +74,7 @@ def test_when_it_steps_in(parts: Any, steps_in: bool) -> None:
 
 
 def test_the_error_of_the_fall_by_hand() -> None:
-    """Windows of 4 with values +-0.1: variance 0.04 / 3, so the standard error is sqrt(2 * 0.04 / 3 / 4) = 0.0816."""
+    """In a window of 4, values +-0.1 have variance 0.04 / 3; the standard error is sqrt(2 * 0.04 / 3 / 4) = 0.0816."""
     rows = history((4, 0.5, 0.0), (4, 0.0, 1.0))
     assert "6.1 standard errors" in verdict(rows, GuardConfig(window=4, warmup=4, margin=6.1))
     assert not verdict(rows, GuardConfig(window=4, warmup=4, margin=6.2))
@@ -116,14 +116,14 @@ def test_stop(caplog: pytest.LogCaptureFixture) -> None:
 def test_held_back_labels_reach_nobody_else() -> None:
     guarded = policy({"policy": "anchored", "hybrid": True})
     context = batch(0, 1.0, 0.0)
-    watched_N = guarded._watched(context)
-    assert 0 < watched_N.sum() < N
+    held_back_N = guarded._held_back(context)
+    assert 0 < held_back_N.sum() < N
     weights = run(guarded, context)
     assert weights.direct_B is not None
-    assert torch.equal(weights.direct_B[::G], ~watched_N)
-    assert guarded.policy.labelled == int((~watched_N).sum())  # type: ignore[attr-defined]
+    assert torch.equal(weights.direct_B[::G], ~held_back_N)
+    assert guarded.policy.labelled == int((~held_back_N).sum())  # type: ignore[attr-defined]
     assert context.utilities_B is not None
-    held_back = context.utilities_B.view(N, G)[watched_N].mean().item()
+    held_back = context.utilities_B.view(N, G)[held_back_N].mean().item()
     assert guarded.metrics()["guard/utility"] == pytest.approx(held_back)
 
 

@@ -12,8 +12,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("maestro_fast.integrations.trl needs TRL: pip install 'maestro-fast[trl]'") from error
 
-from maestro_fast.integrations.trl.refuse import Refusal, refusals
+from maestro_fast.integrations.trl.refuse import NEWEST, OLDEST, Refusal, refusal_table, refusals
 from maestro_fast.integrations.trl.trainer import MaestroGRPOMixin, MaestroGRPOTrainer
-from maestro_fast.integrations.trl.versions import NEWEST, OLDEST
 
-__all__ = ["NEWEST", "OLDEST", "MaestroGRPOMixin", "MaestroGRPOTrainer", "Refusal", "refusals"]
+__all__ = ["NEWEST", "OLDEST", "MaestroGRPOMixin", "MaestroGRPOTrainer", "Refusal", "refusal_table", "refusals"]

@@ -1,7 +1,8 @@
-"""Hidden states of the responses that TRL has just sampled, without a forward of our own wherever TRL makes one.
+"""Hidden states of the responses that TRL has just sampled, for weight policies that read them.
 
-TRL scores the log-probs of the sampling policy if a batch serves several updates, or if it corrects for vLLM. A hook on
-the backbone reads the terminal states during that forward. Otherwise one forward is made for them.
+TRL scores the log-probs of the sampling policy if a batch serves several updates, or if it corrects for vLLM. During
+that forward a hook on the backbone reads the terminal states, so they cost nothing. Otherwise the trainer makes one
+forward for them (``model.terminal_states``).
 """
 
 from __future__ import annotations
@@ -9,43 +10,57 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from maestro_fast.model.forward import Sequences
-from maestro_fast.model.head import backbone_of
+from maestro_fast.model import Sequences, backbone_of
 from maestro_fast.ops import GroupAdvantages, pool_hidden
 from maestro_fast.weighting import WeightContext, Weights
 
 
-@dataclass
-class GenerationBatch:
-    """What is known of the batch that TRL is making, of this process unless noted.
+class Weighed(NamedTuple):
+    """What the weight policy was asked, what it answered, and what follows from that, over all processes.
 
     Attributes:
-        prompt_ids, completion_ids: token ids of its B responses.
-        states: terminal hidden states [b, d], micro-batch after micro-batch.
-        weighed: what was asked of the weight policy and what it answered, over all processes; advantages as well
-            where one op gave them with the weights.
+        row_weights_BK: the weights [B, K] that TRL multiplies the rewards by.
+        factor_K: what the policy's weights were multiplied by for that, [K].
+        advantages: the advantages, if one op gave them together with the weights.
+    """
+
+    context: WeightContext
+    weights: Weights
+    row_weights_BK: Tensor
+    factor_K: Tensor
+    advantages: GroupAdvantages | None
+
+
+@dataclass
+class GenerationBatch:
+    """What is known so far of the batch that TRL is making, in this process.
+
+    Attributes:
+        prompt_ids, completion_ids: the token ids of its b responses.
+        states: terminal hidden states, a tensor [., d] for each micro-batch of TRL's forward.
+        weighed: the weights of all processes, once the rewards are known.
     """
 
     prompt_ids: Sequence[Sequence[int]] = ()
     completion_ids: Sequence[Sequence[int]] = ()
     states: list[Tensor] = field(default_factory=list)
-    weighed: tuple[WeightContext, Weights, GroupAdvantages | None] | None = None
+    weighed: Weighed | None = None
 
     @property
     def sequences(self) -> Sequences:
         return Sequences(_integers(self.prompt_ids), _integers(self.completion_ids))
 
     def attention_mask(self, input_ids: Tensor, completion_width: int) -> Tensor:
-        """int64 [B, L] of TRL's layout: prompts padded on the left, completions on the right, nothing left out.
+        """int64 [b, L], 1 for every token of TRL's input: prompts are padded on the left, completions on the right.
 
-        TRL's own mask hides the completions that ``mask_truncated_completions`` leaves out of the loss; their last
-        state would be one that has not seen them.
+        TRL's own mask hides the completions that ``mask_truncated_completions`` keeps out of the loss. A terminal state
+        under that mask would not have seen the completion.
         """
         start = input_ids.shape[1] - completion_width
         prompts, completions = (
@@ -62,10 +77,13 @@ def _integers(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def reading_terminal_states(model: nn.Module, mask_BL: Tensor, states: list[Tensor]) -> Iterator[None]:
-    """While open, forwards of ``model`` over consecutive rows of the mask append their terminal states to ``states``.
+    """While this is open, each forward of ``model`` appends the terminal states of its rows to ``states``.
+
+    Args:
+        mask_BL: the attention mask of all rows; consecutive forwards take consecutive rows of it.
 
     Raises:
-        RuntimeError: the hidden states do not have the shape of the mask, so nobody knows which is the last one.
+        RuntimeError: hidden states and mask differ in shape, so it is unknown which state is the last of a response.
     """
     done = 0
 
@@ -86,7 +104,7 @@ def reading_terminal_states(model: nn.Module, mask_BL: Tensor, states: list[Tens
 
 
 def is_reference_pass(model: nn.Module) -> bool:
-    """Whether a PEFT model now stands for the reference: its adapters are off, or the active one is TRL's ``ref``."""
+    """Whether a PEFT model stands for the reference now: its adapters are off, or TRL's adapter ``ref`` is active."""
     if not is_peft_model(model):
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -96,7 +114,7 @@ def is_reference_pass(model: nn.Module) -> bool:
 
 
 def scores_old_logprobs(trainer: Any) -> bool:
-    """Whether TRL makes a forward over each generation batch before it asks for the rewards (its own condition)."""
+    """Whether TRL makes a forward over each generation batch before it asks for the rewards; the condition is TRL's."""
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
     return trainer.args.gradient_accumulation_steps % generate_every != 0 or bool(corrects)

@@ -1,28 +1,42 @@
 """``ops.policy_loss`` in the place of TRL's loss, with TRL's names, values and normalisation.
 
-The log-probs come from TRL's own forward, or with their gradient from hidden states and ``ops.linear_policy_loss``;
-``head`` says where. What the two losses have in common gives the same value and the same gradient. The normalisation
-of dapo and cispo is that of the newest TRL, on any version: by the tokens of one accumulation window.
+Where both losses have an objective, ours gives the same value and the same gradient as TRL's. The normalisation of dapo
+and cispo is that of the newest TRL, on any version: by the tokens of one accumulation window.
+
+There are two ways to the log-probs. ``packed_policy_loss`` takes them from TRL's own forward. ``head_policy_loss`` has
+``ops.linear_policy_loss`` compute them from the hidden states: head and loss in one sweep, without all the logits. The
+op's head rounds otherwise than TRL's, so this way is taken only where no log-prob of TRL's is compared with the op's,
+and where the head is a plain matrix that every process holds; ``why_trls_logprobs`` checks that.
+
+A user's own loss, a function of ``LossInputs``, goes the same two ways.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from maestro_fast.integrations.trl.head import completion_hidden, head_dtype
-from maestro_fast.model.head import head_of
-from maestro_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.integrations.trl.context import scores_old_logprobs
+from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
+from maestro_fast.model import backbone_of, check_head, head_of
+from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
+from maestro_fast.ops.loss_function import wants_entropies
 
+logger = logging.getLogger(__name__)
 _Normalization = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+_Loss = PolicyLossConfig | LossFunction
+
+
+# --- when the trainer is made ---
 
 
 def loss_config(trainer: Any) -> PolicyLossConfig:
-    """The options of ``ops.policy_loss`` that mean what the trainer's mean."""
+    """The options of ``ops.policy_loss`` that mean what the trainer's options mean."""
     cispo = trainer.loss_type == "cispo"
     normalization: _Normalization = "dapo" if cispo else trainer.loss_type
     corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
@@ -42,40 +56,92 @@ def loss_config(trainer: Any) -> PolicyLossConfig:
     )
 
 
-def packed_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar loss of one micro-batch, from the log-probs of TRL's forward; its metrics go to TRL's log."""
+def takes_hidden_states(trainer: Any) -> bool:
+    """Whether the loss is computed from the hidden states. The log says so, or says why not."""
+    reason = why_trls_logprobs(trainer)
+    if trainer.accelerator.is_main_process:
+        if reason is None:
+            logger.info("loss: maestro_fast, head and loss in one sweep over the hidden states")
+        else:
+            logger.info("loss: maestro_fast, from the log-probs of TRL's forward: %s", reason)
+    return reason is None
+
+
+def why_trls_logprobs(trainer: Any) -> str | None:
+    """Why the loss must be computed from TRL's log-probs; None if it can be computed from the hidden states."""
+    reasons = {
+        "TRL scores old log-probs, by its own head": scores_old_logprobs(trainer),
+        "beta: TRL's reference log-probs come from its own head": trainer.beta != 0,
+        "with DeepSpeed or FSDP the head is not read outside the forward": (
+            trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        ),
+        "torch.nn.DataParallel splits the forward": trainer.args.n_gpu > 1,
+        "a hook on the backbone is not sure to run in a compiled model": (
+            trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod")
+        ),
+        "_get_per_token_logps_and_entropies is overridden": _overrides_logprobs(trainer),
+        "the model's forward takes no logits_to_keep": not keeps_logits(trainer.model),
+        "virtual tokens of PEFT shift the hidden states": prompt_learning(trainer.model),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None) or _unreadable_head(trainer.model)
+
+
+def _overrides_logprobs(trainer: Any) -> bool:
+    """Whether a class that is neither TRL's nor ours computes the log-probs."""
+    name = "_get_per_token_logps_and_entropies"
+    owners = [owner.__module__.partition(".")[0] for owner in type(trainer).__mro__ if name in vars(owner)]
+    return not {*owners} <= {"trl", "maestro_fast"}
+
+
+def _unreadable_head(model: nn.Module) -> str | None:
+    """Why the model's head cannot be read, in words; None if it can."""
+    try:
+        head = head_of(model)
+        if type(head.module) is not nn.Linear or type(head.module.weight) is not nn.Parameter:
+            return f"the head is a {type(head.module).__name__}, not a plain torch.nn.Linear"
+        check_head(model, head)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # A model may raise any of these when read.
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# --- the loss of a micro-batch ---
+
+
+def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The scalar loss of a micro-batch, from the log-probs of TRL's forward; its metrics go to TRL's log."""
     completion_ids = inputs["completion_ids"]
     input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
     attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     logprobs, entropies = trainer._get_per_token_logps_and_entropies(
         model, input_ids, attention_mask, completion_ids.shape[1], compute_entropy=True
     )[:2]
-    live = _live(inputs)
-    lengths = live.sum(1)
+    counted = _counted(inputs)
+    lengths = counted.sum(1)
     out = policy_loss(
-        logprobs[live],
+        logprobs[counted],
         inputs["advantages"],
         _bounds(lengths),
-        entropies=entropies[live] if config.entropy_coef > 0 else None,
-        **_given_logprobs(config, inputs, live),
+        entropies=entropies[counted] if wants_entropies(config) else None,
+        **_other_logprobs(config, inputs, counted),
         **_divisors(trainer, config, inputs, lengths),
         config=config,
     )
     tokens = lengths.sum()
-    mean_entropy = entropies[live].detach().sum() / tokens.clamp(min=1)
-    _log(trainer, {**out.metrics, "entropy": mean_entropy}, tokens)
+    mean_entropy = entropies[counted].detach().sum() / tokens.clamp(min=1)
+    _log(trainer, config, {**out.metrics, "entropy": mean_entropy}, tokens)
     return out.loss
 
 
-def head_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The same from hidden states, head and loss in one sweep, where ``head.why_trls_logprobs`` has nothing against it.
+def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The same loss from the hidden states, head and loss in one sweep.
 
-    What the host has to know of the batch it is told before the forward, so that it does not wait for that.
+    What the host must know of the batch is copied to it before the forward, so that it need not wait for the forward.
     """
-    live = _live(inputs)
-    lengths = live.sum(1)
-    rows, bounds, advantages = live.nonzero(as_tuple=True), _bounds(lengths).cpu(), inputs["advantages"].cpu()
-    hidden = completion_hidden(trainer, model, inputs)
+    counted = _counted(inputs)
+    lengths = counted.sum(1)
+    rows, bounds, advantages = counted.nonzero(as_tuple=True), _bounds(lengths).cpu(), inputs["advantages"].cpu()
+    hidden = _completion_hidden(trainer, model, inputs)
     head = head_of(trainer.model)
     weight = head.weight.to(head_dtype(trainer, head.weight))
     out = linear_policy_loss(
@@ -86,17 +152,53 @@ def head_policy_loss(trainer: Any, config: PolicyLossConfig, model: Any, inputs:
         bounds,
         **head.numbers,
         temperature=trainer.temperature,
-        **_given_logprobs(config, inputs, live),
+        **_other_logprobs(config, inputs, counted),
         **_divisors(trainer, config, inputs, lengths),
         mean_entropy=True,
         config=config,
     )
-    _log(trainer, out.metrics, lengths.sum())
+    _log(trainer, config, out.metrics, lengths.sum())
     return out.loss
 
 
-def _live(inputs: Mapping[str, Tensor]) -> Tensor:
-    """bool [B, C], the tokens that the policy sampled and the loss counts."""
+def head_dtype(trainer: Any, weight: Tensor) -> torch.dtype:
+    """The dtype of the head's product in TRL: autocast's, as for every other linear layer, or else the weight's."""
+    device = weight.device.type
+    with trainer.accelerator.autocast():
+        casts = torch.is_autocast_enabled(device) and weight.dtype is not torch.float64
+    if not casts or getattr(trainer.args, "cast_lm_head_to_fp32", False):
+        return weight.dtype
+    with trainer.accelerator.autocast():
+        return torch.get_autocast_dtype(device)
+
+
+def _completion_hidden(trainer: Any, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The states [B, C, d] that predict the completion tokens, padding among them; one logit row is formed for each B.
+
+    ``model`` is the wrapped model that TRL hands to the loss; the hook is on the backbone inside it.
+    """
+    states: list[Tensor] = []
+    handle = backbone_of(trainer.model).register_forward_hook(
+        lambda _module, _args, out: states.append(out.last_hidden_state)
+    )
+    try:
+        with trainer.accelerator.autocast():
+            model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+    finally:
+        handle.remove()
+    return states[0][:, -inputs["completion_ids"].shape[1] - 1 : -1]
+
+
+# --- TRL's inputs in the ops' terms, and the ops' metrics in TRL's ---
+
+
+def _counted(inputs: Mapping[str, Tensor]) -> Tensor:
+    """bool [B, C], the tokens that the loss counts: the policy sampled them, and no mask leaves them out."""
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
@@ -107,39 +209,40 @@ def _bounds(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def _given_logprobs(config: PolicyLossConfig, inputs: Mapping[str, Tensor], live: Tensor) -> dict[str, Any]:
+def _other_logprobs(config: _Loss, inputs: Mapping[str, Tensor], counted: Tensor) -> dict[str, Any]:
+    """The log-probs [T] of the counted tokens under the old policy, the reference and the sampler, if TRL has them.
+
+    A config that does not correct for the sampler gets no log-probs of it, and so logs no metric of them.
+    """
+    reads_sampler = not isinstance(config, PolicyLossConfig) or config.sampler_correction != "none"
+
     def packed(name: str) -> Tensor | None:
-        return inputs[name][live] if name in inputs else None
+        return inputs[name][counted] if name in inputs else None
 
     return {
         "old_logprobs": packed("old_per_token_logps"),
         "ref_logprobs": packed("ref_per_token_logps"),
-        "sampling_logprobs": packed("sampling_per_token_logps") if config.sampler_correction != "none" else None,
+        "sampling_logprobs": packed("sampling_per_token_logps") if reads_sampler else None,
     }
 
 
-def _divisors(trainer: Any, config: PolicyLossConfig, inputs: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Any]:
+def _divisors(trainer: Any, config: _Loss, inputs: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Any]:
+    """What the sums over a micro-batch are divided by, so that the micro-batches of an update add up to its mean.
+
+    A loss function gets the divisor of dapo as ``normalizer``, the number of tokens of the update.
+    """
     steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
     tokens = lengths.sum().clamp(min=1)
-    return {
-        "normalizer": _normalizer(trainer, inputs, config, tokens, steps),
-        "entropy_normalizer": tokens * steps,
-    }
-
-
-def _normalizer(
-    trainer: Any, inputs: Mapping[str, Tensor], config: PolicyLossConfig, tokens: Tensor, steps: int
-) -> Tensor | float:
-    """Divisor of the loss's sum: over the ``steps`` micro-batches of an update, their losses add up to the mean."""
-    if config.normalization == "bnpo":
-        return tokens * steps
-    if config.normalization != "dapo":
-        return float(inputs["completion_ids"].shape[0] * steps)
-    # TRL counts the tokens of the generation batch over all processes, whose gradients are averaged
+    divisors: dict[str, Any] = {"entropy_normalizer": tokens * steps}
+    normalization = config.normalization if isinstance(config, PolicyLossConfig) else "dapo"
+    if normalization == "bnpo":
+        return divisors | {"normalizer": tokens * steps}
+    if normalization != "dapo":
+        return divisors | {"normalizer": float(inputs["completion_ids"].shape[0] * steps)}
+    # TRL counts the tokens of the generation batch over all processes, and the processes' gradients are averaged.
     share = steps / trainer.args.steps_per_generation if trainer.model.training else 1.0
     total = torch.as_tensor(inputs["num_items_in_batch"], device=tokens.device)
-    divisor: Tensor = total.clamp(min=1) / trainer.accelerator.num_processes * share
-    return divisor
+    return divisors | {"normalizer": total.clamp(min=1) / trainer.accelerator.num_processes * share}
 
 
 _TRL_NAMES = {
@@ -151,14 +254,25 @@ _TRL_NAMES = {
 }
 
 
-def _log(trainer: Any, metrics: dict[str, Tensor], tokens: Tensor) -> None:
-    """Means over the live tokens of this micro-batch on all processes, under TRL's names."""
+def _trl_metrics(metrics: dict[str, Tensor], *, cispo: bool) -> dict[str, Tensor]:
+    """The metrics of ``ops.policy_loss`` that TRL logs, too, under TRL's names."""
     named = {_TRL_NAMES[name]: value for name, value in metrics.items() if name in _TRL_NAMES}
-    if trainer.loss_type == "cispo":
+    if cispo:
         named["cispo_clip_ratio"] = named.pop("clip_ratio/high_mean")
         del named["clip_ratio/low_mean"]
     else:
         named["clip_ratio/region_mean"] = named["clip_ratio/low_mean"] + named["clip_ratio/high_mean"]
+    return named
+
+
+def _log(trainer: Any, config: _Loss, metrics: dict[str, Tensor], tokens: Tensor) -> None:
+    """Logs the mean of each metric over the counted tokens of this micro-batch on all processes.
+
+    The metrics of a loss function keep their names.
+    """
+    named = metrics
+    if isinstance(config, PolicyLossConfig):
+        named = _trl_metrics(metrics, cispo=config.objective == "cispo")
     local = torch.stack([*(value.detach().float() * tokens for value in named.values()), tokens.float()])
     *sums, count = trainer.accelerator.reduce(local, reduction="sum").tolist()
     log = trainer._metrics["train" if trainer.model.training else "eval"]

@@ -1,18 +1,56 @@
-"""What cannot be served inside TRL, and why: said when the trainer is made, not after a day of training."""
+"""What cannot be served inside TRL, and why. It is said when the trainer is made, not after a day of training.
+
+``refusals()`` is the table of settings that are refused, and ``refusal_table()`` prints it for the documentation.
+``check_version`` speaks about the version of TRL itself.
+"""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from transformers import ProcessorMixin
 
+from maestro_fast.integrations.trl.advantages import takes_factors
 from maestro_fast.integrations.trl.context import scores_old_logprobs
-from maestro_fast.model.head import causal_lm
-from maestro_fast.weighting import Static, WeightPolicy
+from maestro_fast.model import causal_lm
+from maestro_fast.ops import LossFunction
+from maestro_fast.weighting import Static, WeightPolicy, check_profile
+
+# --- versions of TRL ---
+
+# The tests train with the oldest and with the newest version that are named here.
+OLDEST = "0.29"  # the first version with multi_objective_aggregation, so that each of TRL's profiles has a name
+NEWEST = "1.16"
+
+_warned = False
+
+
+def check_version() -> None:
+    """Warns, once, about a version of TRL that the tests do not train with.
+
+    Raises:
+        ImportError: TRL is older than ``OLDEST`` and lacks the methods that are overridden here.
+    """
+    global _warned
+    found = Version(version("trl"))
+    if found < Version(OLDEST):
+        raise ImportError(
+            f"trl {found} is too old, maestro_fast needs {OLDEST} or newer: pip install 'maestro-fast[trl]'"
+        )
+    if _warned or any(found.release[:2] == Version(tested).release for tested in (OLDEST, NEWEST)):
+        return
+    _warned = True
+    warnings.warn(f"maestro_fast is tested with TRL {OLDEST} and {NEWEST}, this is {found}; it may work", stacklevel=4)
+
+
+# --- settings ---
 
 
 @dataclass(frozen=True)
@@ -20,9 +58,10 @@ class Refusal:
     """A setting that is refused.
 
     Attributes:
-        setting: what the user wrote, as in TRL.
-        where: the part of maestro_fast that cannot be had with it.
-        reason: why.
+        setting: what the user has set, by TRL's name for it.
+        where: the part of maestro_fast that does not work with the setting.
+        reason: why it does not.
+        applies: whether a trainer with a weight policy has the setting.
     """
 
     setting: str
@@ -31,100 +70,120 @@ class Refusal:
     applies: Callable[[Any, WeightPolicy], bool]
 
 
-def _is_set(name: str, *neutral: object) -> Callable[[Any, WeightPolicy], bool]:
-    """Whether ``args.<name>`` is there and not neutral; older versions of TRL lack some."""
-    return lambda trainer, _policy: getattr(trainer.args, name, neutral[0]) not in neutral
+def _is_set(name: str, neutral: object) -> Callable[[Any, WeightPolicy], bool]:
+    """Whether ``args.<name>`` has another value than the neutral one; older versions of TRL lack some settings."""
+    return lambda trainer, _policy: getattr(trainer.args, name, neutral) != neutral
 
 
-_NO_TERMINAL_STATE = "a weight policy that reads hidden states"
-_LOSS = 'loss="maestro_fast"'
+def _compares_beyond_groups(trainer: Any, policy: WeightPolicy) -> bool:
+    try:
+        check_profile(policy, trainer.profile)
+    except ValueError:
+        return True
+    return False
 
-_ALWAYS = (
+
+EVERYTHING = "everything"
+STATIC = "weights: static"
+OTHER_WEIGHTS = "the Conductor's estimators baseline, all_actions and pathwise"
+CONTEXT = "a weight policy that reads hidden states"
+OUR_LOSS = 'loss="maestro_fast"'
+NOT_TRLS_LOSS = 'loss="maestro_fast" or a function'
+
+_REFUSALS = (
     Refusal(
         "no reward function",
-        "everything",
+        EVERYTHING,
         "there is nothing to weigh",
         lambda trainer, _policy: not trainer.reward_funcs,
     ),
     Refusal(
         "reward_weights",
-        "weights: static",
+        STATIC,
         "both are fixed weights, and it is not said which of them counts",
         lambda trainer, policy: isinstance(policy, Static) and trainer.args.reward_weights is not None,
     ),
-)
-_CONTEXT = (
+    Refusal(
+        "a profile that compares scores beyond their group (gdpo, grpo_batch, verl_gdpo)",
+        OTHER_WEIGHTS,
+        "they ask what other weights would have given, one group at a time",
+        _compares_beyond_groups,
+    ),
+    Refusal(
+        "reward_weights that differ, where the profile normalises each reward or makes up for missing ones",
+        OTHER_WEIGHTS,
+        "they compare the policy's own weights with others, without reward_weights",
+        lambda trainer, _policy: len(set(trainer.args.reward_weights or ())) > 1 and not takes_factors(trainer.profile),
+    ),
     Refusal(
         "a vision-language model",
-        _NO_TERMINAL_STATE,
+        CONTEXT,
         "a forward for hidden states does not get the images",
         lambda trainer, _policy: isinstance(trainer.processing_class, ProcessorMixin),
     ),
     Refusal(
         "prompt learning of PEFT (prompt or prefix tuning)",
-        _NO_TERMINAL_STATE,
+        CONTEXT,
         "virtual tokens shift the hidden states against the attention mask",
         lambda trainer, _policy: prompt_learning(trainer.model),
     ),
     Refusal(
         "a model whose forward takes no logits_to_keep, where TRL scores no old log-probs",
-        _NO_TERMINAL_STATE,
+        CONTEXT,
         "the forward for hidden states would form all logits",
         lambda trainer, _policy: not scores_old_logprobs(trainer) and not keeps_logits(trainer.model),
     ),
-)
-_IN_LOSS = (
     Refusal(
         "loss_type luspo, sapo, vespo or any other than grpo, bnpo, dr_grpo, dapo, cispo",
-        _LOSS,
+        OUR_LOSS,
         "ops.policy_loss has no such objective",
         lambda trainer, _policy: trainer.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
     ),
     Refusal(
         "off_policy_mask_threshold",
-        _LOSS,
-        "ops.policy_loss drops no sequences",
+        NOT_TRLS_LOSS,
+        "only TRL's loss drops sequences",
         _is_set("off_policy_mask_threshold", None),
     ),
     Refusal(
         "top_entropy_quantile below 1",
-        _LOSS,
-        "ops.policy_loss takes no mask for the policy term alone",
+        NOT_TRLS_LOSS,
+        "only TRL's loss has a mask for the policy term alone",
         _is_set("top_entropy_quantile", 1.0),
     ),
     Refusal(
         "beta with use_bias_correction_kl",
-        _LOSS,
+        OUR_LOSS,
         "ops.policy_loss has the plain k3 estimator",
         lambda trainer, _policy: trainer.beta != 0 and trainer.args.use_bias_correction_kl,
     ),
     Refusal(
         "use_adaptive_entropy",
-        _LOSS,
-        "the coefficient of ops.policy_loss is constant",
+        NOT_TRLS_LOSS,
+        "only TRL's loss adapts its entropy coefficient",
         _is_set("use_adaptive_entropy", False),
     ),
     Refusal(
         "vllm_importance_sampling_clip_min",
-        _LOSS,
-        "ops.policy_loss caps the sampler's ratio from above only",
+        NOT_TRLS_LOSS,
+        "only TRL's loss caps the sampler's ratio from below",
         _is_set("vllm_importance_sampling_clip_min", None),
     ),
     Refusal(
         "the auxiliary loss of a mixture of experts",
-        _LOSS,
+        NOT_TRLS_LOSS,
         "only TRL's loss adds it",
         lambda trainer, _policy: getattr(trainer, "aux_loss_enabled", False),
     ),
     Refusal(
         "use_liger_kernel, where that is Liger's loss (old versions)",
-        _LOSS,
+        NOT_TRLS_LOSS,
         "each replaces TRL's loss, and only one can",
         lambda trainer, _policy: trainer.args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"),
     ),
     Refusal(
         "images",
-        _LOSS,
+        NOT_TRLS_LOSS,
         "its forward gets token ids alone",
         lambda trainer, _policy: isinstance(trainer.processing_class, ProcessorMixin),
     ),
@@ -132,21 +191,37 @@ _IN_LOSS = (
 
 
 def refusals() -> tuple[Refusal, ...]:
-    """All of them, in the order in which they are looked at."""
-    return _ALWAYS + _CONTEXT + _IN_LOSS
+    """All refusals, in the order in which a new trainer is checked for them."""
+    return _REFUSALS
 
 
-def check(trainer: Any, policy: WeightPolicy, loss: str) -> None:
-    """Raises for the first refusal that applies.
+def refusal_table() -> str:
+    """The refusals as a table in Markdown, for the documentation."""
+    rows = (f"| {row.setting} | {row.where} | {row.reason} |" for row in _REFUSALS)
+    return "\n".join(["| setting | not with | because |", "|---|---|---|", *rows])
+
+
+def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
+    """Raises for the first refusal that applies to a new trainer.
 
     Raises:
-        ValueError: names the setting, the part that cannot be had, and the reason.
+        ValueError: the message names the setting, the part of maestro_fast that does not work with it, and the reason.
+        TypeError: ``loss`` is neither a name nor a function.
     """
-    if loss not in ("trl", "maestro_fast"):
-        raise ValueError(f"loss: {loss!r}, expected 'trl' or 'maestro_fast'")
-    wanted = _ALWAYS + (_CONTEXT if policy.needs_context else ()) + (_IN_LOSS if loss == "maestro_fast" else ())
-    for refusal in wanted:
-        if refusal.applies(trainer, policy):
+    if not isinstance(loss, str) and not callable(loss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected 'trl', 'maestro_fast' or a function of LossInputs")
+    if isinstance(loss, str) and loss not in ("trl", "maestro_fast"):
+        raise ValueError(f"loss: {loss!r}, expected 'trl', 'maestro_fast' or a function of LossInputs")
+    used = {
+        EVERYTHING: True,
+        STATIC: True,
+        OTHER_WEIGHTS: policy.needs_group_scores,
+        CONTEXT: policy.needs_context,
+        OUR_LOSS: loss == "maestro_fast",
+        NOT_TRLS_LOSS: loss != "trl",
+    }
+    for refusal in _REFUSALS:
+        if used[refusal.where] and refusal.applies(trainer, policy):
             raise ValueError(f"{refusal.setting}: not with {refusal.where}: {refusal.reason}")
 
 
@@ -156,5 +231,5 @@ def prompt_learning(model: Any) -> bool:
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether the forward can leave out the logits that nobody asks for."""
+    """Whether the model's forward can leave out the logits that nobody asks for."""
     return "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters

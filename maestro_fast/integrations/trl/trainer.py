@@ -1,15 +1,16 @@
-"""TRL's GRPOTrainer with a weight policy and any advantage profile.
+"""TRL's GRPOTrainer with a weight policy, any advantage profile, and our loss.
 
-TRL multiplies rewards [B, K] by ``self.reward_weights.to(device).unsqueeze(0)`` and sums. That attribute holds [B, K]
-weights while a batch is aggregated, so TRL's own code computes and logs everything that follows from them. They are set
-right after the rewards are known, which is after TRL's forwards over the batch: what those saw is there.
+TRL multiplies rewards [B, K] by ``self.reward_weights.to(device).unsqueeze(0)`` and sums. While a batch is aggregated,
+that attribute holds weights [B, K], so TRL's own code computes and logs everything that follows from them. They are set
+as soon as the rewards are known. That is after TRL's forwards over the batch, so hidden states that these forwards
+computed are at hand.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,23 +21,26 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from maestro_fast.integrations.trl import refuse
+from maestro_fast.integrations.trl.advantages import (
+    apply_profile,
+    in_the_policys_terms,
+    scales,
+    set_advantages,
+    weigh_scaled,
+)
 from maestro_fast.integrations.trl.context import (
     GenerationBatch,
+    Weighed,
     is_reference_pass,
     reading_terminal_states,
     scores_old_logprobs,
 )
-from maestro_fast.integrations.trl.head import takes_hidden_states
-from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss
-from maestro_fast.integrations.trl.metrics import replace_logged_advantages, weight_metrics
-from maestro_fast.integrations.trl.profile import apply_profile
-from maestro_fast.integrations.trl.scale import scales, weigh_scaled
-from maestro_fast.integrations.trl.versions import check_version
-from maestro_fast.model.forward import terminal_states
-from maestro_fast.model.head import causal_lm
-from maestro_fast.ops import AdvantageProfile, GroupAdvantages, group_advantages
-from maestro_fast.training.checkpoint import WEIGHTS_FILE, load_weight_policy, save_weight_policy
+from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
+from maestro_fast.model import causal_lm, terminal_states
+from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
+from maestro_fast.weighting.families import family_metrics
+from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy, save_weight_policy
 
 logger = logging.getLogger(__name__)
 BATCHES_FILE = "maestro_fast.json"
@@ -44,7 +48,7 @@ _Base: Any = GRPOTrainer if TYPE_CHECKING else object
 
 
 class RowWeights:
-    """[B, K] weights behind the two calls by which TRL reads K."""
+    """Weights [B, K] that answer the two calls by which TRL reads its weights [K]."""
 
     def __init__(self, weights_BK: Tensor) -> None:
         self.weights_BK = weights_BK
@@ -58,28 +62,34 @@ class RowWeights:
 
 
 class MaestroGRPOMixin(_Base):  # type: ignore[misc]
-    """Adaptive weights for a ``GRPOTrainer`` or a subclass of it; comes first among the bases.
+    """Adaptive weights for a ``GRPOTrainer`` or a subclass of it; the mixin comes first among the bases.
 
-    Takes every argument of ``GRPOTrainer``, and:
+    It takes every argument of ``GRPOTrainer``, and these:
 
     Args:
-        weights: name of a weight policy, a mapping with it under ``policy`` and its options, or a ``WeightPolicy``.
-            TRL's weights are 1 per reward where a policy's sum to 1: they are multiplied by K, and by TRL's
-            ``reward_weights`` if there are any. So "equal", the default, is TRL as it was. The values of ``static`` are
-            what TRL's ``reward_weights`` are, unscaled.
-        profile: name of an advantage profile, or an ``AdvantageProfile``; None is TRL's own, by the config's
-            ``scale_rewards`` and ``multi_objective_aggregation``. One of TRL's is computed by TRL, and groups of
-            identical scores get exactly 0. A KL (``beta``) stays in TRL's loss, whatever the profile has it in.
-        loss: "trl", or "maestro_fast" for ``ops.policy_loss``; by ``ops.linear_policy_loss``, head and loss in one
-            sweep, where TRL scores neither old nor reference log-probs and the head can be read. The log says which.
+        weights: the name of a weight policy, a mapping with the name and the options of one, or a ``WeightPolicy``.
+            TRL's weights are 1 for each reward, where a policy's weights sum to 1. So a policy's weights are multiplied
+            by K, and by TRL's ``reward_weights`` if there are any; and "equal", the default, is TRL as it was. The
+            values of a "static" policy count as TRL's ``reward_weights`` do and are not multiplied by K.
+        profile: the name of an advantage profile, or an ``AdvantageProfile``; None is TRL's own, by the config's
+            ``scale_rewards`` and ``multi_objective_aggregation``. TRL itself computes a profile that is one of its own,
+            but groups of identical scores get exactly 0. A KL (``beta``) stays in TRL's loss under every profile.
+        loss: "trl" keeps TRL's loss. "maestro_fast" replaces it by ``ops.policy_loss``, or by
+            ``ops.linear_policy_loss``, head and loss in one sweep, where TRL scores neither old nor reference log-probs
+            and the head can be read. The log says which. A function is a loss of your own: it gets ``ops.LossInputs``
+            and returns the scalar loss and a dict of metrics. It gets entropies if ``ops.loss_function`` marks it so,
+            and the other log-probs where TRL has them (those of the reference if ``beta`` is not 0); ``normalizer`` is
+            the number of tokens of the update. Its metrics are logged under their own names, as means over the tokens.
+            TRL's options for the loss (``loss_type``, ``epsilon``, ``beta``, ...) do not act on it.
 
     Attributes:
         weight_policy: the policy; every process holds the same one.
         profile: the profile in use.
 
     Raises:
-        ValueError: what ``refusals`` lists, an unknown name or option.
-        ImportError: a TRL that is too old.
+        ValueError: a name or an option is unknown, or a setting is one that ``refusals`` lists.
+        TypeError: ``loss`` is neither a name nor a function.
+        ImportError: this version of TRL is too old.
     """
 
     _row_weights: RowWeights | None = None
@@ -90,24 +100,26 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         *args: Any,
         weights: str | Mapping[str, Any] | WeightPolicy = "equal",
         profile: str | AdvantageProfile | None = None,
-        loss: Literal["trl", "maestro_fast"] = "trl",
+        loss: Literal["trl", "maestro_fast"] | LossFunction = "trl",
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, GRPOTrainer):
             raise TypeError(f"{type(self).__name__}: no trl.GRPOTrainer, expected it among the bases after the mixin")
-        check_version()
+        refuse.check_version()
         super().__init__(*args, **kwargs)
         self._reward_names = _unique(self.reward_func_names)
         if isinstance(weights, str | Mapping):
             width = causal_lm(self.model).config.get_text_config().hidden_size
             weights = build_weight_policy(weights, self._reward_names, width)
         self.weight_policy: WeightPolicy = weights
-        refuse.check(self, weights, loss)
         self.profile, self._trl_aggregates = apply_profile(self, profile)
-        self._loss_config = loss_config(self) if loss == "maestro_fast" else None
+        refuse.check(self, weights, loss)
+        self._loss_config: PolicyLossConfig | LossFunction | None = None
+        if loss != "trl":
+            self._loss_config = loss_config(self) if loss == "maestro_fast" else loss
         self._head_in_loss = self._loss_config is not None and takes_hidden_states(self)
-        self._batches = 0  # generation batches trained on so far; keys the policy's random draws
-        self._same_everywhere()
+        self._batches = 0  # the generation batches trained on so far; this number keys the policy's random draws
+        self._make_policies_equal()
         self._say_what_context_costs()
 
     @property
@@ -118,8 +130,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
     def reward_weights(self, weights_K: Tensor) -> None:
         self._fixed_weights = weights_K
 
-    def _same_everywhere(self) -> None:
-        """TRL seeds every process differently; a policy that drew its start from that must not differ."""
+    def _make_policies_equal(self) -> None:
+        """Gives every process the policy of the first, as TRL seeds each process differently before policies draw."""
         if self.accelerator.num_processes > 1:
             state = [{name: tensor.cpu() for name, tensor in self.weight_policy.state_dict().items()}]
             broadcast_object_list(state)
@@ -136,6 +148,18 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
                 "because TRL scores no old log-probs with this gradient_accumulation_steps and steps_per_generation"
             )
 
+    # TRL makes a generation batch in this order: generation, old and reference log-probs, rewards, advantages.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._generation_batch = batch = GenerationBatch()
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self._row_weights = self._generation_batch = None
+        assert batch.weighed is not None
+        self._finish(inputs, output, batch.weighed)
+        return output
+
     def _generate(self, prompts: list[Any]) -> Any:
         generated = super()._generate(prompts)
         if self._generation_batch is not None:
@@ -149,7 +173,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         batch = self._generation_batch
         if batch is None or not self.weight_policy.needs_context or model is not self.model or is_reference_pass(model):
             return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if self.mask_truncated_completions:  # no loss reads the log-probs that this changes
+        if self.mask_truncated_completions:  # This changes log-probs of truncated completions only: no loss reads them.
             attention_mask = batch.attention_mask(input_ids, logits_to_keep)
         batch.states = []
         with reading_terminal_states(model, attention_mask, batch.states):
@@ -162,7 +186,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         return rewards_BK
 
     def _weigh(self, batch: GenerationBatch, rewards_BK: Tensor) -> None:
-        """Asks the policy, and hands TRL what it answers."""
+        """Asks the policy for weights, and hands them to TRL."""
         training = self.model.training
         context = WeightContext(
             self._reward_names,
@@ -177,22 +201,23 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             weights, advantages = weigh_scaled(self.weight_policy, context, self.profile, scale)
         else:
             weights = self.weight_policy.weights(context)
-        if not training:  # an evaluation draws nothing
+        if not training:  # An evaluation draws nothing: it uses the expected weights.
             weights = Weights(weights.expected_BK, weights.expected_BK)
         self._check_agreement(weights)
-        batch.weighed = (context, weights, advantages)
-        self._row_weights = RowWeights(weights.weights_BK * (scale * self._fixed_weights.to(rewards_BK.device)))
+        factor_K = scale * self._fixed_weights.to(rewards_BK.device)
+        self._row_weights = RowWeights(weights.weights_BK * factor_K)
+        batch.weighed = Weighed(context, weights, self._row_weights.weights_BK, factor_K, advantages)
 
     def _compares_at_once(self) -> bool:
-        """Whether advantages can be made when the rewards are known, from the policy's weights times one number.
+        """Whether one op can give weights and advantages as soon as the rewards are known.
 
-        TRL computes its own profiles later, from the row weights.
+        For that, all row weights must be the policy's times one number, and TRL must not aggregate the rewards itself.
         """
         plain = bool((self._fixed_weights == 1).all())
         return plain and not self._trl_aggregates and scales(self.profile)
 
     def _context(self, batch: GenerationBatch) -> Tensor:
-        """Terminal states [b, d] of this process's responses."""
+        """The terminal states [b, d] of this process's responses."""
         if batch.states:
             return torch.cat(batch.states)
         args = self.args
@@ -201,6 +226,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             return terminal_states(self.model, batch.sequences, "padded", size)
 
     def _check_agreement(self, weights: Weights) -> None:
+        """Raises if the processes have different weights, by comparing a sum of them that depends on their order."""
         if self.accelerator.num_processes == 1:
             return
         flat = weights.weights_BK.double().flatten()
@@ -211,56 +237,34 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
                 "depend on its state and its context alone"
             )
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._generation_batch = batch = GenerationBatch()
-        try:
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-            base_K = self._row_weights
-        finally:
-            self._row_weights = self._generation_batch = None
-        assert batch.weighed is not None and base_K is not None
-        self._finish(inputs, output, *batch.weighed, base_K.weights_BK)
-        return output
-
-    def _finish(
-        self,
-        inputs: list[dict[str, Any]],
-        output: dict[str, Any],
-        context: WeightContext,
-        weights: Weights,
-        advantages: GroupAdvantages | None,
-        row_weights_BK: Tensor,
-    ) -> None:
-        """Sets the advantages, made here unless they are known, and tells the policy and the log about them."""
+    def _finish(self, inputs: list[dict[str, Any]], output: dict[str, Any], weighed: Weighed) -> None:
+        """Puts the advantages into TRL's output, and tells the policy and the log about the batch."""
         mode = "train" if self.model.training else "eval"
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         lengths_B = self.accelerator.gather(mask.sum(1))
+        context, advantages = weighed.context, weighed.advantages
         if advantages is None:
             advantages = group_advantages(
                 context.rewards_BK,
-                row_weights_BK,
+                weighed.row_weights_BK,
                 context.group_size,
                 lengths=lengths_B if self.profile.needs_lengths else None,
                 profile=self.profile,
             )
-        self._set_advantages(output, advantages, mode)
-        outcome = Outcome(context, weights, advantages)
+        set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
+        outcome = Outcome(context, weighed.weights, advantages, self.profile)
         if mode == "train":
-            self.weight_policy.observe(outcome)
+            self.weight_policy.observe(self._in_the_policys_terms(outcome, weighed.factor_K))
             self._batches += 1
         families = gather_object([str(row.get("family") or "") for row in inputs])
         for name, value in {**weight_metrics(outcome, families, lengths_B), **self.weight_policy.metrics()}.items():
             self._metrics[mode][name].append(value)
 
-    def _set_advantages(self, output: dict[str, Any], advantages: GroupAdvantages, mode: str) -> None:
-        own = len(output["advantages"])
-        rows = slice(self.accelerator.process_index * own, (self.accelerator.process_index + 1) * own)
-        ours, degenerate = advantages.advantages[rows], advantages.degenerate[rows]
-        if self._trl_aggregates:  # but for what TRL makes of the rounding noise in a group without spread
-            output["advantages"] = torch.where(degenerate, ours, output["advantages"])
-        else:
-            output["advantages"] = ours
-        replace_logged_advantages(self, mode, advantages, own_profile=not self._trl_aggregates)
+    def _in_the_policys_terms(self, outcome: Outcome, factor_K: Tensor) -> Outcome:
+        if not self.weight_policy.needs_group_scores:
+            return outcome
+        context, profile = in_the_policys_terms(outcome.context, self.profile, factor_K)
+        return Outcome(context, outcome.weights, outcome.advantages, profile)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:
@@ -271,7 +275,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:  # before the trainer's state, whose presence says that a checkpoint is complete
+        # The policy is written before the trainer's state, whose presence says that a checkpoint is complete.
+        if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
             save_weight_policy(folder, self.weight_policy, self._reward_names)
@@ -284,7 +289,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             return
         folder = Path(checkpoint)
         if not (folder / WEIGHTS_FILE).exists() and not self.weight_policy.state_dict():
-            return  # a checkpoint of TRL's own, and nothing that it could lack
+            return  # The checkpoint is one of TRL's own, and this policy has no state that could be missing in it.
         load_weight_policy(folder, self.weight_policy, self._reward_names)
         self._batches = json.loads((folder / BATCHES_FILE).read_text(encoding="utf-8"))["generation_batches"]
 
@@ -293,8 +298,27 @@ class MaestroGRPOTrainer(MaestroGRPOMixin, GRPOTrainer):
     """``trl.GRPOTrainer`` with the arguments of ``MaestroGRPOMixin`` besides its own."""
 
 
+def weight_metrics(outcome: Outcome, families: Sequence[str], lengths_B: Tensor) -> dict[str, float]:
+    """What is added to TRL's log about a generation batch: figures over all processes, none under a name of TRL's.
+
+    Args:
+        families: the task family of each of the B responses, "" where the data names none.
+        lengths_B: the number of completion tokens of each response.
+    """
+    context, expected_BK = outcome.context, outcome.weights.expected_BK
+    advantages = outcome.advantages.advantages
+    metrics = {
+        "advantages/std": advantages.std(correction=0).item(),
+        "advantages/abs_mean": advantages.abs().mean().item(),
+    }
+    for k, name in enumerate(context.reward_names):
+        metrics[f"rewards/{name}/abstained"] = context.rewards_BK[:, k].isnan().float().mean().item()
+        metrics[f"weights/{name}"] = expected_BK[:, k].mean().item()
+    return metrics | family_metrics(families, context.reward_names, context.rewards_BK, expected_BK, lengths_B)
+
+
 def _unique(names: list[str]) -> tuple[str, ...]:
-    """The names, with a number after those that came before: two lambdas are two rewards."""
+    """The names, where a name that came before gets a number: two lambdas are two rewards."""
     unique: list[str] = []
     for name in names:
         number, candidate = 1, name

@@ -1,6 +1,5 @@
-"""The anchored Conductor: weights learnt from known utilities."""
+"""The anchored Conductor, which learns weights from known utilities."""
 
-from maestro_fast.weighting.anchored.anchored import Anchored
-from maestro_fast.weighting.anchored.config import AnchoredConfig
+from maestro_fast.weighting.anchored.anchored import Anchored, AnchoredConfig
 
 __all__ = ["Anchored", "AnchoredConfig"]

@@ -1,10 +1,10 @@
-"""What the anchored Conductor learns from: every labelled group, for good.
+"""What the anchored Conductor learns from: every labelled group of the run, kept for good.
 
-A context belongs to a prompt, and the frozen reference gives a prompt the same one for ever: equal contexts are kept
-once. A labelled group takes 4 (G K + G + 1) bytes, each different context 4 d more; states of the trained policy
-differ at every visit. Over a run of n labelled groups of P different prompts that is
+The frozen reference model gives a prompt the same context at every visit, so equal contexts are stored once. A labelled
+group takes 4 (G K + G + 1) bytes, and each different context 4 d more. (Contexts of the trained policy differ at every
+visit, and each is stored.) A run with n labelled groups of P different prompts holds
 
-    4 n (G K + G + 1) + 4 P d  bytes        G = 8, K = 6, d = 4096: 228 n + 16,384 P
+    4 n (G K + G + 1) + 4 P d  bytes        with G = 8, K = 6, d = 4096: 228 n + 16,384 P
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ _NAMES = ("contexts", "index", "rewards", "utilities")
 
 
 class Replay:
-    """Grows only. Its tensors are replaced, never written to: they can be handed out without a copy.
+    """All labelled groups so far. Tensors are replaced and never written to, so they are handed out without a copy.
 
     Attributes:
-        contexts: float32 [P, d], each once. index: int32 [n], the context of each group.
-        rewards: float32 [n, G, K], standardised in their group. utilities: float32 [n, G], standardised.
+        contexts: float32 [P, d], the different contexts.
+        index: int32 [n], the row of ``contexts`` for each group.
+        rewards: float32 [n, G, K], standardised within their group.
+        utilities: float32 [n, G], standardised within their group.
     """
 
     def __init__(self, size: int, actions: int) -> None:
@@ -32,13 +34,14 @@ class Replay:
         self.index = torch.empty(0, dtype=torch.int32)
         self.rewards = torch.empty(0, 0, actions)
         self.utilities = torch.empty(0, 0)
-        self._rows: dict[bytes, int] = {}
+        self._rows: dict[bytes, int] = {}  # the row of each context, by the hash of its bytes
 
     def __len__(self) -> int:
+        """n, the number of groups."""
         return len(self.index)
 
     def add(self, contexts_Nd: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> None:
-        """N groups, in their order."""
+        """Appends N groups."""
         if not len(contexts_Nd):
             return
         index, new = [], []
@@ -51,24 +54,26 @@ class Replay:
         if new:
             self.contexts = torch.cat([self.contexts, torch.stack(new)])
         self.index = torch.cat([self.index, torch.tensor(index, dtype=torch.int32)])
-        first = self.utilities.numel() == 0  # the size of a group is known now
+        first = self.utilities.numel() == 0  # the empty tensors do not know G yet
         self.rewards = rewards_NGK.clone() if first else torch.cat([self.rewards, rewards_NGK])
         self.utilities = utilities_NG.clone() if first else torch.cat([self.utilities, utilities_NG])
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The four tensors under ``replay.``; nothing while there are no groups."""
         return {_PREFIX + name: getattr(self, name) for name in _NAMES} if len(self) else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what ``state_dict`` gave, checked by ``check``."""
-        held = Replay(self.contexts.shape[1], self.rewards.shape[2])
+        """Takes over a ``state_dict`` that ``check`` has accepted."""
+        empty = Replay(self.contexts.shape[1], self.rewards.shape[2])
         for name in _NAMES:
-            setattr(self, name, state.get(_PREFIX + name, getattr(held, name)).clone())
+            setattr(self, name, state.get(_PREFIX + name, getattr(empty, name)).clone())
         self._rows = {_key(row): i for i, row in enumerate(self.contexts)}
 
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """
+        """Checks a saved state before it is loaded.
+
         Raises:
-            ValueError: a tensor that is missing, or does not fit the others or this Conductor.
+            ValueError: A tensor is missing, or does not fit the others or this Conductor.
         """
         found = {name: state[_PREFIX + name] for name in _NAMES if _PREFIX + name in state}
         if not found:
@@ -90,5 +95,5 @@ class Replay:
 
 
 def _key(row: Tensor) -> bytes:
-    """Of its bits: -0 and 0 differ."""
+    """A hash of the row's bytes. Rows that differ in the sign of a zero alone count as different."""
     return blake2b(row.contiguous().numpy().tobytes(), digest_size=16).digest()

@@ -1,10 +1,16 @@
-"""The Conductor: a small network that reads a response's hidden state and sets the weight of each reward."""
+"""The Conductor as a weight policy: a small network reads a hidden state and sets the weight of each reward.
+
+It keeps what became of its weights, and every ``period`` batches it updates its network from what it kept. The page
+``meta_rewards`` says what it learns from, ``network`` holds what it learns.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import Any
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,31 +19,164 @@ from torch.nn import functional
 from maestro_fast.functions import load_function
 from maestro_fast.ops.conductor_update import conductor_update, meta_gradient
 from maestro_fast.ops.conductor_weights import ConductorSample, action_probs, conductor_weights
-from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
-from maestro_fast.ops.maestro_advantages import maestro_advantages
-from maestro_fast.specs import (
-    AdvantageProfile,
-    ConductorBatch,
-    ConductorParams,
-    ConductorState,
-    ConductorUpdateConfig,
-    resolve_profile,
-)
-from maestro_fast.weighting.conductor.buffer import Buffer
-from maestro_fast.weighting.conductor.config import ConductorConfig
-from maestro_fast.weighting.conductor.contexts import group_mean, policy_contexts
-from maestro_fast.weighting.conductor.estimators import WEAKNESS, pathwise_slopes
-from maestro_fast.weighting.conductor.head import Head
-from maestro_fast.weighting.conductor.meta_rewards import meta_batch
-from maestro_fast.weighting.conductor.state import adamw_moments, check_state, with_moments
-from maestro_fast.weighting.conductor.statistics import RunningStatistics
-from maestro_fast.weighting.policy import Comparison, ContextKind, Outcome, WeightContext, Weights
+from maestro_fast.specs import AdvantageProfile, ConductorParams, ConductorUpdateConfig
+from maestro_fast.weighting.conductor.experience import Buffer, RunningStatistics, group_mean, policy_contexts
+from maestro_fast.weighting.conductor.meta_rewards import Estimator, Objective, experience, update_batch
+from maestro_fast.weighting.conductor.network import Network
+from maestro_fast.weighting.diagnostics import self_flattery
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes
 
 logger = logging.getLogger(__name__)
 
+Context = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_mean", "shuffled"]
+
+WEAKNESS = (
+    "The Conductor's meta-objective 'advantage' is the published one. The group-normalised advantage carries no "
+    "information on which reward a task needs: in our simulations the true utility stayed at or below that of equal "
+    "weights. Watch conductor/self_flattery (healthy within +-0.05) and compare with policy 'equal'."
+)
+
+
+@dataclass(frozen=True)
+class ConductorConfig:
+    """Options of the Conductor. The defaults limit the harm that it can do; the README says what it can learn.
+
+    Attributes:
+        alpha: how far a drawn action moves the weights from equal to one-hot, in (0, 1].
+        tau: temperature of the softmax.
+        min_prob: floor of every action's probability, below 1 / K.
+        mode: "sample" draws one action per response (training, as in the paper). "group" draws one per group, from the
+            group's mean context. "soft" uses the probabilities as weights, which leaves nothing to reinforce: it needs
+            the estimator "pathwise", or learning_rate 0.
+        context: "response" is the terminal hidden state of each response (the paper). "prompt_last" and "prompt_mean"
+            are states of the prompt, the same for its whole group. "reference_prompt_mean" is the prompt's mean under
+            the frozen reference model. "shuffled" hands every response the state of another one: this control shows
+            what the states contribute.
+        standardise: "running" uses the mean and variance of all contexts so far, which change at updates only;
+            "layer_norm" normalises each context by itself.
+        hidden: width of the hidden layer of an MLP head d -> hidden -> GELU -> K; 0 is the linear head d -> K. 256 is
+            the usual width.
+        objective: "advantage" is the paper's meta-reward. "first_order" is the advantage times the standardised
+            utility, on responses whose utility is known. "custom" is what ``meta_reward`` returns.
+        meta_reward: for "custom", a function of the ``Outcome`` that returns [B], or [B, K] for every action. A config
+            gives its name, as "package.module:function" or "file.py:function".
+        estimator: "reinforce"; "baseline" subtracts the expected meta-reward over one's own action; "all_actions" sums
+            over the actions instead of drawing (least variance); "pathwise" differentiates the advantages themselves.
+        learning_rate, weight_decay: options of AdamW. A rate of 0 freezes the Conductor.
+        half_life: the number of batches in which the learning rate halves. None keeps it constant.
+        freeze_at: the batch from which on nothing is learnt. None never freezes.
+        entropy_coef: weight of the entropy of p in the objective.
+        period: batches between two updates (M in the paper).
+        capacity: how many batches are kept for later updates as well; their drawn actions count with importance ratios
+            of at most 2. None lets every batch serve one update.
+        staleness: an update leaves out batches that are older than this many batches. None leaves out none.
+        seed: key of the action draws.
+        device: where the network lives and learns. "auto" is the current CUDA device if there is one and this is the
+            only process: there Triton fuses weights and advantages, and contexts do not travel. Otherwise "auto" is
+            the CPU, where all processes compute the same bits. Any device can be named, but processes on GPUs of
+            different kinds may drift apart.
+    """
+
+    alpha: float = 0.3
+    tau: float = 1.0
+    min_prob: float = 0.05
+    mode: Literal["sample", "soft", "group"] = "sample"
+    context: Context = "response"
+    standardise: Literal["running", "layer_norm"] = "running"
+    hidden: int = 0
+    objective: Objective = "advantage"
+    meta_reward: Any = None
+    estimator: Estimator = "reinforce"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    half_life: float | None = None
+    freeze_at: int | None = None
+    entropy_coef: float = 0.3
+    period: int = 5
+    capacity: int | None = None
+    staleness: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha: {self.alpha}, expected 0 < alpha <= 1")
+        if not self.tau > 0:
+            raise ValueError(f"tau: {self.tau}, expected a positive number")
+        if not 0 <= self.min_prob < 1:
+            raise ValueError(f"min_prob: {self.min_prob}, expected 0 <= min_prob < 1 / K")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: {self.seed}, expected 0 <= seed < 2**64")
+        for name, least in (("period", 1), ("hidden", 0), ("capacity", 1), ("staleness", 0), ("freeze_at", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: {value}, expected at least {least}")
+        for name in ("learning_rate", "weight_decay", "entropy_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected a number >= 0")
+        if self.half_life is not None and not self.half_life > 0:
+            raise ValueError(f"half_life: {self.half_life}, expected a positive number of batches")
+        if (self.objective == "custom") != (self.meta_reward is not None):
+            raise ValueError(
+                f"meta_reward: {self.meta_reward!r} with objective {self.objective!r}, expected a function with "
+                "'custom' and only then"
+            )
+        if self.learning_rate > 0:
+            self._check_estimator()
+
+    def _check_estimator(self) -> None:
+        pathwise = self.estimator == "pathwise"
+        if self.mode == "soft" and not pathwise:
+            raise ValueError(
+                f"learning_rate: {self.learning_rate} with mode 'soft', expected 0: soft weights draw no action, so "
+                "REINFORCE has nothing to learn from"
+            )
+        if pathwise and self.mode != "soft":
+            raise ValueError(f"estimator: 'pathwise' with mode {self.mode!r}, expected mode 'soft'")
+        if pathwise and self.objective == "advantage":
+            raise ValueError(
+                "estimator: 'pathwise' with objective 'advantage', whose mean is 0 for all weights: there is nothing "
+                "to climb; expected objective 'first_order' or 'custom'"
+            )
+        if self.mode == "group" and self.estimator != "reinforce":
+            raise ValueError(
+                f"estimator: {self.estimator!r} with mode 'group', expected 'reinforce': other actions are tried one "
+                "response at a time"
+            )
+
+    @property
+    def needs_group_scores(self) -> bool:
+        """Whether an update forms advantages anew, group by group."""
+        return self.learning_rate > 0 and self.estimator != "reinforce"
+
+    @property
+    def chosen_device(self) -> str:
+        """``device``, or what "auto" stands for in this process."""
+        if self.device != "auto":
+            return self.device
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if several else int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 or not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{torch.cuda.current_device()}"
+
+    def build(self, reward_names: tuple[str, ...], context_size: int) -> Conductor:
+        """A Conductor that has not learnt yet.
+
+        Raises:
+            ValueError: the device is not here, or ``min_prob`` is too large for so many rewards.
+        """
+        try:
+            torch.empty(0, device=self.chosen_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {self.device!r}, expected one that is here: {error}") from error
+        if not self.min_prob < 1 / len(reward_names):
+            raise ValueError(f"min_prob: {self.min_prob}, expected below 1 / K = {1 / len(reward_names):.4g}")
+        return Conductor(self, reward_names, context_size)
+
 
 class Conductor:
-    """Learns its head from a buffer of past batches, every ``period`` batches."""
+    """A weight policy whose network learns from a buffer of past batches, every ``period`` batches."""
 
     name = "conductor"
     needs_context = True
@@ -50,78 +189,51 @@ class Conductor:
         self.context_kind: ContextKind = "response" if config.context == "shuffled" else config.context
         self.needs_group_scores = config.needs_group_scores
         self.device = torch.device(config.chosen_device)
-        self.head = Head(context_size, len(reward_names), config.hidden, config.seed, self.device)
+        self.network = Network(context_size, len(reward_names), config.hidden, config.seed, self.device)
         self.statistics = RunningStatistics(context_size, self.device)
         self.buffer = Buffer(config.period, config.capacity, config.staleness)
-        self._state = ConductorState.start(self.params)
         hook = config.meta_reward
         self._meta_reward = load_function(hook, field="meta_reward") if isinstance(hook, str) else hook
         self._metrics: dict[str, float] = {}
         self._warned = False
 
+    # --- weights ---
+
     @property
     def weight(self) -> Tensor:
-        return self.head.weight
+        """The last layer's weights."""
+        return self.network.weight
 
     @property
     def bias(self) -> Tensor:
-        return self.head.bias
+        """The last layer's biases."""
+        return self.network.bias
 
     @property
     def params(self) -> ConductorParams:
-        if self.config.standardise == "layer_norm":  # contexts come normalised
-            size = self.statistics.mean.numel()
-            return self.head.params(torch.zeros(size, device=self.device), torch.ones(size, device=self.device))
-        return self.head.params(*self.statistics.standardisation())
+        """The network as the ops take it."""
+        return self.network.params(*self._standardisation())
+
+    def _standardisation(self) -> tuple[Tensor, Tensor]:
+        if self.config.standardise == "running":
+            return self.statistics.standardisation()
+        size = self.statistics.mean.numel()  # ``contexts`` has applied LayerNorm already
+        return torch.zeros(size, device=self.device), torch.ones(size, device=self.device)
+
+    def contexts(self, context: WeightContext) -> Tensor:
+        """What the network reads for each response, [B, d]."""
+        size = self.statistics.mean.numel()
+        h_Bd = policy_contexts(context, self.config.context, size, self.config.seed, self.device)
+        return functional.layer_norm(h_Bd, h_Bd.shape[-1:]) if self.config.standardise == "layer_norm" else h_Bd
 
     def weights(self, context: WeightContext) -> Weights:
-        h = self._context(context)
+        h_Bd = self.contexts(context)
         if self.config.mode == "group":
-            h = group_mean(h, context.group_size)
-        return self._weights(context, conductor_weights(h, self.params, **self._choice(context)))
+            h_Bd = group_mean(h_Bd, context.group_size)
+        return self.as_weights(context, conductor_weights(h_Bd, self.params, **self.choice(context)))
 
-    def adaptive_step(self, context: WeightContext, comparison: Comparison) -> tuple[Weights, GroupAdvantages] | None:
-        """What ``weights`` gives and the advantages under it, by one op; None where that op has no such case.
-
-        Then nothing has been done, and ``weights`` serves the batch.
-        """
-        if not self._is_one_op(context, comparison):
-            return None
-        sample, advantages = maestro_advantages(
-            context.rewards_BK,
-            self.params,
-            context.group_size,
-            h=self._context(context),
-            kl=comparison.kl_B,
-            beta=comparison.beta,
-            lengths=comparison.lengths_B,
-            profile=comparison.profile,
-            **self._choice(context),
-        )
-        return self._weights(context, sample), advantages
-
-    def _is_one_op(self, context: WeightContext, comparison: Comparison) -> bool:
-        """Whether ``maestro_advantages`` gives the bits of the single ops.
-
-        It has one context for each response, one device and one backend for all tensors. Float64 and gradients change
-        the backend of the advantages, and must not change that of the weights. What is compared over the batch saves
-        no launch by being one op.
-        """
-        rewards_BK, profile = context.rewards_BK, resolve_profile(comparison.profile)
-        scopes = {profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale}
-        return (
-            getattr(self.weights, "__func__", None) is Conductor.weights  # a subclass may give weights of its own
-            and self.config.mode != "group"
-            and scopes.isdisjoint(("batch", "tokens"))
-            and rewards_BK.device == self.weight.device
-            and not any(
-                x is not None and (x.dtype == torch.float64 or x.requires_grad)
-                for x in (rewards_BK, comparison.kl_B, comparison.lengths_B)
-            )
-        )
-
-    def _choice(self, context: WeightContext) -> dict[str, Any]:
-        """How an action is chosen, as the ops take it."""
+    def choice(self, context: WeightContext) -> dict[str, Any]:
+        """How actions are chosen, as keyword arguments of ``conductor_weights`` and ``maestro_advantages``."""
         config = self.config
         return {
             "tau": config.tau,
@@ -132,8 +244,8 @@ class Conductor:
             "step": context.step,
         }
 
-    def _weights(self, context: WeightContext, sample: ConductorSample) -> Weights:
-        """Every response's weights, on the device of the rewards; in mode "group" the sample has one row per group."""
+    def as_weights(self, context: WeightContext, sample: ConductorSample) -> Weights:
+        """The weights of every response, on the device of the rewards. Mode "group" repeats one row for a group."""
         self._metrics = {"conductor/entropy": sample.entropy.mean().item()}
         used, expected, actions = sample.weights, self.expected(sample.probs), sample.actions
         if self.config.mode == "group":
@@ -142,33 +254,41 @@ class Conductor:
         return Weights(used.to(device), expected.to(device), actions.to(device))
 
     def expected(self, probs_BK: Tensor) -> Tensor:
-        """Expected weights [B, K] under probabilities [B, K]."""
+        """The expected weights [B, K] under the probabilities [B, K]."""
         if self.config.mode == "soft":
             return probs_BK
         return (1.0 - self.config.alpha) / len(self.reward_names) + self.config.alpha * probs_BK
 
-    def _context(self, context: WeightContext) -> Tensor:
-        size = self.statistics.mean.numel()
-        h = policy_contexts(context, self.config.context, size, self.config.seed, self.device)
-        return functional.layer_norm(h, h.shape[-1:]) if self.config.standardise == "layer_norm" else h
-
     def probs(self, h_Bd: Tensor) -> Tensor:
-        """p [B, K] of contexts as they are read, before standardisation."""
+        """The probabilities p [B, K] of contexts [B, d] that have not been standardised."""
         return action_probs(self.params.logits(h_Bd), self.config.tau, self.config.min_prob)
+
+    # --- learning ---
 
     def observe(self, outcome: Outcome) -> None:
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
         config, step = self.config, outcome.context.step
         if config.learning_rate == 0 or (config.freeze_at is not None and step >= config.freeze_at):
             return
-        h = self._context(outcome.context)
+        h_Bd = self.contexts(outcome.context)
         if config.mode == "group":
-            h = group_mean(h, outcome.context.group_size).repeat_interleave(outcome.context.group_size, 0)
-        self.buffer.add(step, meta_batch(config, outcome, h, self.probs(h), self._meta_reward))
+            h_Bd = group_mean(h_Bd, outcome.context.group_size).repeat_interleave(outcome.context.group_size, 0)
+        batch = experience(
+            outcome,
+            h_Bd,
+            self.probs(h_Bd),
+            objective=config.objective,
+            estimator=config.estimator,
+            alpha=config.alpha,
+            meta_reward=self._meta_reward,
+            keep_drawn_probs=config.capacity is not None,
+        )
+        self.buffer.add(step, batch)
         if self.buffer.due:
             self._update(step, outcome.profile)
 
     def _update(self, step: int, profile: str | AdvantageProfile) -> None:
+        """One step of AdamW on the batches of the buffer."""
         batches = [batch for batch in self.buffer.take(step) if batch["h"].shape[0]]
         if not batches:
             return
@@ -177,92 +297,64 @@ class Conductor:
             self._warned = True
         new = [batch["h"] for batch in batches if "used" not in batch]
         self.statistics.update(torch.cat(new or [batches[0]["h"][:0]]))
-        self._metrics |= self._signal(batches, profile)
-        given, rest = self._experience(batches, profile)
-        self._state, found = conductor_update(replace(self._state, params=self.params), given, self._options(step))
+        self._metrics |= self._signal_to_noise(batches, profile)
+        joined, rest = update_batch(batches, self.config.estimator, self.probs, profile)
+        before = self.network.state(*self._standardisation())
+        after, found = conductor_update(before, joined, self._options(step))
+        self.network.updates = after.step
         for batch in batches:
             batch["used"] = torch.tensor(True)
         objective = found["objective"].item() + rest
         self._metrics |= {"conductor/objective": objective, "conductor/grad_norm": found["grad_norm"].item()}
 
-    def _signal(self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile) -> dict[str, float]:
-        """Signal to noise of the meta-gradient, from one gradient a batch: |mean|^2 / variance of the mean - 1.
+    def _signal_to_noise(
+        self, batches: Sequence[dict[str, Tensor]], profile: str | AdvantageProfile
+    ) -> dict[str, float]:
+        """Signal to noise of the meta-gradient, from one gradient per batch: |mean|^2 / variance of the mean - 1.
 
         The expectation of |mean|^2 is |signal|^2 plus that variance, so pure noise gives about 0.
         """
         if len(batches) < 2:
             return {}
         options, params = self._options(0), self.params
-        gradients = [meta_gradient(params, self._experience([batch], profile)[0], options)[1] for batch in batches]
-        stacked = torch.stack([torch.cat([g.flatten() for g in parts.values()]) for parts in gradients])
+        gradients = []
+        for batch in batches:
+            joined, _ = update_batch([batch], self.config.estimator, self.probs, profile)
+            _, by_name = meta_gradient(params, joined, options)
+            gradients.append(torch.cat([gradient.flatten() for gradient in by_name.values()]))
+        stacked = torch.stack(gradients)
         noise = stacked.var(0).sum() / len(batches)
-        snr = stacked.mean(0).square().sum() / noise - 1 if noise > 0 else noise.new_zeros(())
-        return {"conductor/gradient_snr": max(0.0, snr.item())}
+        ratio = stacked.mean(0).square().sum() / noise - 1 if noise > 0 else noise.new_zeros(())
+        return {"conductor/gradient_snr": max(0.0, ratio.item())}
 
     def _options(self, step: int) -> ConductorUpdateConfig:
         config = self.config
         rate = config.learning_rate * (1.0 if config.half_life is None else 2.0 ** (-step / config.half_life))
         return ConductorUpdateConfig(config.tau, config.min_prob, config.entropy_coef, rate, config.weight_decay)
 
-    def _experience(
-        self, batches: list[dict[str, Tensor]], profile: str | AdvantageProfile
-    ) -> tuple[ConductorBatch, float]:
-        """What an update takes of these batches, each response counting once; and what its objective lacks of J."""
-        h = torch.cat([batch["h"] for batch in batches])
-        if self.config.estimator == "pathwise":
-            found = [self._pathwise(batch, profile) for batch in batches]
-            values, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
-            return ConductorBatch(h, slopes), (values - (self.probs(h) * slopes).sum(-1)).mean().item()
-        names = ("meta", "actions", "drawn_probs")
-        joined = {name: torch.cat([batch[name] for batch in batches]) for name in names if name in batches[0]}
-        if self.config.estimator == "all_actions":
-            return ConductorBatch(h, joined["meta"]), 0.0
-        return ConductorBatch(h, **joined), 0.0
-
-    def _pathwise(self, batch: dict[str, Tensor], profile: str | AdvantageProfile) -> tuple[Tensor, Tensor]:
-        return pathwise_slopes(
-            self.probs(batch["h"]),
-            batch["meta"],
-            batch["rewards"],
-            int(batch["group_size"]),
-            profile=profile,
-            kl_B=batch.get("kl_penalty"),
-            beta=float("kl_penalty" in batch),
-        )
-
     def metrics(self) -> dict[str, float]:
         return dict(self._metrics)
 
+    # --- saved state ---
+
     def state_dict(self) -> dict[str, Tensor]:
-        """On the CPU, whatever the device."""
-        learnt = {
-            **self.params.learned,
-            **self.statistics.state_dict("statistics."),
-            **adamw_moments(self._state),
-            **self.buffer.state_dict(),
-        }
-        return {name: tensor.detach().cpu().clone() for name, tensor in learnt.items()}
+        """All state as tensors on the CPU, whatever the device."""
+        state = self.network.state_dict() | self.statistics.state_dict("statistics.") | self.buffer.state_dict()
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a ``state_dict``.
 
         Raises:
-            ValueError: a tensor that is missing or has another shape; nothing has been changed then.
+            ValueError: a tensor is missing or has another shape. Nothing has been changed then.
         """
-        learned = self.params.learned
-        check_state(state, learned, self.statistics.mean.numel())
-        for name, parameter in learned.items():
-            parameter.copy_(state[name])
-        self._state = with_moments(self.params, state)
+        size, num_rewards = self.statistics.mean.numel(), len(self.reward_names)
+        check_shapes(
+            state,
+            self.network.saved_shapes(state)
+            | self.statistics.saved_shapes("statistics.")
+            | self.buffer.saved_shapes(state, size, num_rewards),
+        )
+        self.network.load_state_dict(state)
         self.statistics.load_state_dict(state, "statistics.")
         self.buffer.load_state_dict(state, self.device)
-
-
-def self_flattery(outcome: Outcome) -> float:
-    """Mean of w . r', r' normalised within its group: 0 for weights that do not depend on the response.
-
-    Positive: a response gets weight where it already looks good. Healthy within +-0.05.
-    """
-    context = outcome.context
-    normalized_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
-    return (outcome.weights.weights_BK * normalized_BK).sum(-1).mean().item()

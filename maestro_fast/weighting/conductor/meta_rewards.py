@@ -1,111 +1,242 @@
-"""What a Conductor is rewarded with: the meta-reward of each response, for the action drawn or for every action."""
+"""What a Conductor learns from: its meta-rewards, and the estimators of the meta-gradient.
+
+mu_j(a) is the meta-reward of response j if its action had been a. In the paper (MAESTRO, arXiv 2601.07208) it is the
+advantage A_j(a). An estimator says what an update maximises, so that the gradient climbs the expected meta-reward:
+
+    reinforce      mean of  mu_j(a_j) log p_j(a_j)
+    baseline       mean of  (mu_j(a_j) - sum_a p_j(a) mu_j(a)) log p_j(a_j)
+    all_actions    mean of  sum_a p_j(a) mu_j(a)
+    pathwise       mean of  c_j A_j(w),  w = p: through the advantages themselves, for soft weights
+
+Each adds entropy_coef * H(p). ``ops.conductor_update`` has the gradients in closed form. The first three have the same
+expectation over a response's own action while the other responses keep theirs: what ``baseline`` subtracts does not
+depend on that action, and ``all_actions`` computes the sum that the other two sample.
+
+The paper's choice, ``reinforce`` with mu = A, has a known weakness. A is normalised within its group, so its mean is 0
+whatever the weights are, and it does not say which reward the task needs. A response's own state lets the Conductor
+emphasise the reward on which that response already looks good, which raises A and teaches nothing ("self-flattery").
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages
-from maestro_fast.weighting.conductor.config import ConductorConfig, MetaReward
+from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.specs import AdvantageProfile, ConductorBatch
 from maestro_fast.weighting.policy import Outcome
 from maestro_fast.weighting.utilities import standardised_utilities
 
+Estimator = Literal["reinforce", "baseline", "all_actions", "pathwise"]
+Objective = Literal["advantage", "first_order", "custom"]
+MetaReward = Callable[[Outcome], Tensor]
 
-def action_weights(config: ConductorConfig, k: int) -> Tensor:
-    """[K, K], row a the weights of action a."""
-    return (1.0 - config.alpha) / k + config.alpha * torch.eye(k)
+# --- what is kept of a batch ---
 
 
-def meta_batch(
-    config: ConductorConfig, outcome: Outcome, h_Bd: Tensor, probs_BK: Tensor, custom: MetaReward | None
+def experience(
+    outcome: Outcome,
+    h_Bd: Tensor,
+    probs_BK: Tensor,
+    *,
+    objective: Objective,
+    estimator: Estimator,
+    alpha: float,
+    meta_reward: MetaReward | None,
+    keep_drawn_probs: bool,
 ) -> dict[str, Tensor]:
     """What the buffer keeps of a batch, on the device of the contexts.
 
-    ``h`` [n, d] and ``meta``, [n] or [n, K] as the estimator wants it; ``actions`` [n] and the probabilities
-    ``drawn_probs`` [n] that they were drawn with; for ``pathwise`` ``rewards`` [n, K]. Responses from which nothing
-    can be learnt are left out: those of groups without spread, and those without a meta-reward.
+    Responses from which nothing can be learnt are left out: those of groups without spread, and those without a
+    meta-reward.
+
+    Args:
+        outcome: the batch and its advantages.
+        h_Bd: the contexts that the Conductor read.
+        probs_BK: the probabilities that it gave them.
+        objective, estimator, alpha: the options of ``ConductorConfig``.
+        meta_reward: the user's function for the objective "custom", else None.
+        keep_drawn_probs: whether later updates use the batch again and need importance ratios.
+
+    Returns:
+        ``h`` [n, d]; ``meta``, [n] or [n, K] as the estimator needs it; ``actions`` [n]; with ``keep_drawn_probs`` also
+        ``drawn_probs`` [n], the probabilities that the actions were drawn with. For ``pathwise`` see
+        ``_pathwise_experience``.
+
+    Raises:
+        ValueError: the user's function returned something else than a tensor of the expected shape, or the batch lacks
+            the utilities that the objective needs.
     """
-    if config.estimator == "pathwise":
-        return _pathwise_batch(config, outcome, h_Bd, custom)
+    if estimator == "pathwise":
+        return _pathwise_experience(outcome, h_Bd, meta_reward if objective == "custom" else None)
     device = h_Bd.device
-    chosen_B, every_BK = (None if x is None else x.to(device) for x in _meta_rewards(config, outcome, custom))
-    assert chosen_B is not None
-    live_B = chosen_B.isfinite()
-    if config.objective != "custom":  # a group without spread says nothing about any action
-        live_B = live_B & ~outcome.advantages.degenerate.to(device)
+    needs_every_action = estimator in ("baseline", "all_actions")
+    if objective == "custom":
+        assert meta_reward is not None
+        chosen_B, every_BK = _custom(meta_reward, outcome, needs_every_action)
+        live_B = chosen_B.isfinite().to(device)
+    else:
+        chosen_B, every_BK = _of_advantages(outcome, objective, alpha if needs_every_action else None)
+        # A group without spread says nothing about any action.
+        live_B = chosen_B.isfinite().to(device) & ~outcome.advantages.degenerate.to(device)
     assert outcome.weights.actions_B is not None
     actions_B = outcome.weights.actions_B.to(device)
-    drawn_B = probs_BK.gather(1, actions_B[:, None])[:, 0]
-    meta = chosen_B
-    if config.estimator != "reinforce":
+    meta = chosen_B.to(device)
+    if needs_every_action:
         assert every_BK is not None
-        meta = every_BK if config.estimator == "all_actions" else chosen_B - (probs_BK * every_BK).sum(-1)
+        every_BK = every_BK.to(device)
+        meta = every_BK if estimator == "all_actions" else meta - (probs_BK * every_BK).sum(-1)
     batch = {"h": h_Bd, "meta": meta, "actions": actions_B}
-    if config.capacity is not None:
-        batch["drawn_probs"] = drawn_B
+    if keep_drawn_probs:
+        batch["drawn_probs"] = probs_BK.gather(1, actions_B[:, None])[:, 0]
     return {name: tensor[live_B] for name, tensor in batch.items()}
 
 
-def _meta_rewards(config: ConductorConfig, outcome: Outcome, custom: MetaReward | None) -> tuple[Tensor, Tensor | None]:
-    """float32 [B] for the drawn actions, NaN where there is none, and [B, K] for every action if the estimator asks."""
-    if config.objective == "custom":
-        return _custom(config, outcome, custom)
+def _of_advantages(outcome: Outcome, objective: Objective, alpha: float | None) -> tuple[Tensor, Tensor | None]:
+    """Meta-rewards from the advantages, float32 on the CPU.
+
+    Returns:
+        [B] for the actions that were drawn, NaN where a response has no meta-reward; and, where ``alpha`` is given,
+        [B, K] for all actions, from the counterfactual advantages.
+    """
     chosen_B = outcome.advantages.advantages.float().cpu()
-    every_BK = _counterfactuals(config, outcome) if config.needs_counterfactuals else None
-    if config.objective == "first_order":
+    every_BK = None
+    if alpha is not None:
+        rewards_BK = outcome.context.rewards_BK
+        K = rewards_BK.shape[1]
+        action_weights_KK = ((1.0 - alpha) / K + alpha * torch.eye(K)).to(rewards_BK.device)
+        every_BK = counterfactual_advantages(
+            rewards_BK,
+            outcome.weights.weights_BK,
+            action_weights_KK,
+            outcome.context.group_size,
+            kl=outcome.kl_B,
+            beta=outcome.beta,
+            profile=outcome.profile,
+        )
+        every_BK = every_BK.float().cpu()
+    if objective == "first_order":
         worth_B = standardised_utilities(outcome.context)
         chosen_B = chosen_B * worth_B
         every_BK = None if every_BK is None else every_BK * worth_B[:, None]
     return chosen_B, every_BK
 
 
-def _counterfactuals(config: ConductorConfig, outcome: Outcome) -> Tensor:
-    rewards_BK = outcome.context.rewards_BK
-    return (
-        counterfactual_advantages(
-            rewards_BK,
-            outcome.weights.weights_BK,
-            action_weights(config, rewards_BK.shape[1]).to(rewards_BK.device),
-            outcome.context.group_size,
-            kl=outcome.kl_B,
-            beta=outcome.beta,
-            profile=outcome.profile,
-        )
-        .float()
-        .cpu()
-    )
-
-
-def _custom(config: ConductorConfig, outcome: Outcome, custom: MetaReward | None) -> tuple[Tensor, Tensor | None]:
-    assert custom is not None
-    found = custom(outcome)
+def _custom(meta_reward: MetaReward, outcome: Outcome, needs_every_action: bool) -> tuple[Tensor, Tensor | None]:
+    """The user's meta-rewards in the form of ``_of_advantages``."""
     B, K = outcome.context.rewards_BK.shape
-    wanted = [(B, K)] if config.needs_counterfactuals else [(B,)] if config.estimator == "pathwise" else [(B,), (B, K)]
-    if not isinstance(found, Tensor) or found.shape not in wanted:
-        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"meta_reward: returned {got}, expected a tensor of shape {' or '.join(map(str, wanted))}")
-    found = found.detach().float().cpu()
+    found = _call(meta_reward, outcome, [(B, K)] if needs_every_action else [(B,), (B, K)])
     if found.ndim == 1:
         return found, None
     assert outcome.weights.actions_B is not None
     return found.gather(1, outcome.weights.actions_B.cpu()[:, None])[:, 0], found
 
 
-def _pathwise_batch(
-    config: ConductorConfig, outcome: Outcome, h_Bd: Tensor, custom: MetaReward | None
-) -> dict[str, Tensor]:
-    """Whole groups, as advantages are formed anew; a response without a coefficient gets 0."""
+def _call(meta_reward: MetaReward, outcome: Outcome, shapes: list[tuple[int, ...]]) -> Tensor:
+    """What the user's function returns, float32 on the CPU; ValueError unless it has one of the shapes."""
+    found = meta_reward(outcome)
+    if not isinstance(found, Tensor) or found.shape not in shapes:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"meta_reward: returned {got}, expected a tensor of shape {' or '.join(map(str, shapes))}")
+    return found.detach().float().cpu()
+
+
+def _pathwise_experience(outcome: Outcome, h_Bd: Tensor, meta_reward: MetaReward | None) -> dict[str, Tensor]:
+    """What ``pathwise`` needs, which forms the advantages anew and therefore keeps whole groups.
+
+    Returns:
+        ``h`` [n, d]; ``meta`` [n], the coefficient c of each response, 0 where it has none; ``rewards`` [n, K];
+        ``kl_penalty`` [n], which is beta times the KL, if the score has a KL in it; ``group_size``.
+    """
     context = outcome.context
-    if config.objective == "custom":
-        worth_B, _ = _custom(config, outcome, custom)
-    else:
+    if meta_reward is None:
         worth_B = standardised_utilities(context)
+    else:
+        worth_B = _call(meta_reward, outcome, [tuple(context.rewards_BK.shape[:1])])
     kept_B = (worth_B.isfinite() & (worth_B != 0)).view(-1, context.group_size).any(1)
-    kept_B = kept_B.repeat_interleave(context.group_size)
+    kept_B = kept_B.repeat_interleave(context.group_size).to(h_Bd.device)
     batch = {"h": h_Bd, "meta": worth_B.nan_to_num(0.0), "rewards": context.rewards_BK.float()}
     if outcome.kl_B is not None:
         batch["kl_penalty"] = outcome.beta * outcome.kl_B.float()
-    return {
-        **{name: tensor.to(h_Bd.device)[kept_B.to(h_Bd.device)] for name, tensor in batch.items()},
-        "group_size": torch.tensor(context.group_size),
-    }
+    kept = {name: tensor.to(h_Bd.device)[kept_B] for name, tensor in batch.items()}
+    return {**kept, "group_size": torch.tensor(context.group_size)}
+
+
+# --- what an update takes ---
+
+
+def update_batch(
+    batches: Sequence[dict[str, Tensor]],
+    estimator: Estimator,
+    probs: Callable[[Tensor], Tensor],
+    profile: str | AdvantageProfile,
+) -> tuple[ConductorBatch, float]:
+    """Joins batches of ``experience`` for one update, in which each response counts once.
+
+    Args:
+        batches: at least one.
+        estimator: the one that they were kept for.
+        probs: gives the present probabilities [n, K] of contexts [n, d].
+        profile: how advantages are formed.
+
+    Returns:
+        What ``conductor_update`` takes, and what has to be added to its objective: ``pathwise`` hands in slopes, whose
+        linear form is not the objective itself.
+    """
+    h = torch.cat([batch["h"] for batch in batches])
+    if estimator == "pathwise":
+        found = [
+            pathwise_slopes(
+                probs(batch["h"]),
+                batch["meta"],
+                batch["rewards"],
+                int(batch["group_size"]),
+                profile=profile,
+                kl_B=batch.get("kl_penalty"),
+                beta=float("kl_penalty" in batch),
+            )
+            for batch in batches
+        ]
+        values, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return ConductorBatch(h, slopes), (values - (probs(h) * slopes).sum(-1)).mean().item()
+    meta = torch.cat([batch["meta"] for batch in batches])
+    if estimator == "all_actions":
+        return ConductorBatch(h, meta), 0.0
+    actions = torch.cat([batch["actions"] for batch in batches])
+    if "drawn_probs" not in batches[0]:
+        return ConductorBatch(h, meta, actions), 0.0
+    return ConductorBatch(h, meta, actions, torch.cat([batch["drawn_probs"] for batch in batches])), 0.0
+
+
+def pathwise_slopes(
+    probs_BK: Tensor,
+    coefficients_B: Tensor,
+    rewards_BK: Tensor,
+    group_size: int,
+    *,
+    profile: str | AdvantageProfile = "maestro",
+    kl_B: Tensor | None = None,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The values c_j A_j(p) [B], and the derivative [B, K] of their sum by p.
+
+    With the derivative as the meta-rewards of all actions, ``conductor_update`` climbs the mean of the values.
+
+    Args:
+        probs_BK: the soft weights p.
+        coefficients_B: c, what one unit of advantage of each response is worth. With the standardised utility the mean
+            is the correlation of scores and utility within groups.
+        rewards_BK: NaN where a reward abstained.
+        group_size: G; the B responses are consecutive groups.
+        profile, kl_B, beta: see ``group_advantages``.
+    """
+    with torch.enable_grad():
+        weights_BK = probs_BK.detach().requires_grad_()
+        out = group_advantages(rewards_BK, weights_BK, group_size, kl=kl_B, beta=beta, profile=profile)
+        values_B = coefficients_B.detach() * out.advantages
+        (slopes_BK,) = torch.autograd.grad(values_B.sum(), weights_BK)
+    return values_B.detach(), slopes_BK

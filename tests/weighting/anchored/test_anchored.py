@@ -1,4 +1,4 @@
-"""The anchored Conductor: its objective by hand, what it learns, what it keeps, and what hybrid scores."""
+"""The anchored Conductor climbs its objective, learns from labelled groups alone, and resumes as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maestro_fast.ops import group_advantages
 from maestro_fast.weighting import Anchored, AnchoredConfig, Outcome, WeightContext, Weights, scored
-from maestro_fast.weighting.anchored.objective import AnchoredParams, correlation, first_order, standardised
+from maestro_fast.weighting.anchored.anchored import AnchoredParams, correlation, first_order, standardised
 from tests.weighting.helpers import NAMES, K, normal
 
 N, G, D = 8, 6, 5
@@ -25,7 +25,7 @@ def anchored(**options: Any) -> Anchored:
 
 
 def world(step: int, share: float = 0.5) -> WeightContext:
-    """Two families, told apart by the first coordinate: utility is reward 0 in one, 2 in the other, and noise."""
+    """The first coordinate tells two families apart. Utility is reward 0 in one, reward 2 in the other, and noise."""
     family_N = torch.arange(N) % 2
     x_Nd = normal(N, D, seed=step) * 0.5
     x_Nd[:, 0] += 4.0 * family_N - 2.0
@@ -49,10 +49,10 @@ def test_the_objective_by_hand() -> None:
     weights_NK = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
     rewards_NGK = torch.tensor([[[1.0, 1.0], [0.0, -2.0], [-1.0, 1.0]]] * 2, dtype=torch.float64)
     utilities_NG = torch.tensor([[1.0, -1.0, 0.0]] * 2, dtype=torch.float64)
-    # scores (1, -1, 0) of std 1 and (1, 0, -1) of std 1; sum of products 2 and 1
+    # The scores are (1, -1, 0) and (1, 0, -1), both of std 1; their products with the utilities add up to 2 and 1.
     found = correlation(weights_NK, rewards_NGK, utilities_NG)
     torch.testing.assert_close(found, torch.tensor([2 / 3 / 1.01, 1 / 3 / 1.01]).double())
-    # per reward the mean product is 1/3 and 1
+    # The mean product of a reward with the utility is 1/3 for the first and 1 for the second.
     found = first_order(weights_NK, rewards_NGK, utilities_NG)
     torch.testing.assert_close(found, torch.tensor([0.5 / 3 + 0.5, 1 / 3]).double())
 
@@ -102,7 +102,7 @@ def test_equal_weights_until_the_first_label() -> None:
         assert torch.equal(run(policy, world(step, share=0.0)).weights_BK, torch.full((B, K), 1 / K))
     assert policy.labelled == 0 and "conductor/objective" not in policy.metrics()
     run(policy, world(3, share=1.0))
-    assert policy.labelled == N and policy.metrics()["conductor/labelled_groups"] == 0.0  # as the weights were given
+    assert policy.labelled == N and policy.metrics()["conductor/labelled_groups"] == 0.0  # none yet
     assert not torch.equal(policy.weights(world(4)).weights_BK, torch.full((B, K), 1 / K))
 
 
@@ -122,7 +122,7 @@ def test_only_whole_labelled_groups_with_spread_are_kept() -> None:
     context = world(0, share=1.0)
     assert context.utilities_B is not None
     context.utilities_B[0] = float("nan")  # a response without a label
-    context.utilities_B[G : 2 * G] = 0.5  # all alike
+    context.utilities_B[G : 2 * G] = 0.5  # all responses of a group alike
     policy = anchored()
     run(policy, context)
     assert policy.labelled == N - 2

@@ -1,10 +1,10 @@
-"""Labelled groups are kept for good, and the context of a prompt once."""
+"""The replay keeps all labelled groups for good, and the context of each prompt once."""
 
 from __future__ import annotations
 
 import torch
 
-from maestro_fast.weighting.anchored.objective import correlation, entropy, standardised
+from maestro_fast.weighting.anchored.anchored import correlation, entropy, standardised
 from maestro_fast.weighting.anchored.replay import Replay
 from tests.weighting.anchored.test_anchored import anchored, run, world
 from tests.weighting.helpers import normal
@@ -13,7 +13,7 @@ D, G, K, P = 64, 4, 3, 5
 
 
 def visits(replay: Replay, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Groups of P prompts, in turns of 3, P no multiple of it; all that went in."""
+    """Adds groups of P prompts, three at a time, and returns all that went in."""
     known = normal(P, D, seed=0)
     rows = [(3 * turn + j) % P for turn in range(count) for j in range(3)]
     contexts, rewards, utilities = known[rows], normal(3 * count, G, K, seed=1), normal(3 * count, G, seed=2)
@@ -46,7 +46,7 @@ def test_it_grows_by_what_it_says() -> None:
 
 
 def test_a_loaded_one_knows_the_contexts() -> None:
-    """And what was handed out before stays as it was."""
+    """A loaded replay stores no context twice, and tensors that were handed out stay as they were."""
     whole = Replay(D, K)
     visits(whole, 4)
     state = whole.state_dict()
@@ -63,7 +63,7 @@ def test_a_loaded_one_knows_the_contexts() -> None:
 
 
 def test_a_repeated_prompt_counts_at_every_visit() -> None:
-    """One step of gradient ascent on the mean over groups, written out without the index."""
+    """The gradient is that of the mean over all groups, here written out without the index."""
     policy = anchored(steps=1, entropy_coef=0.1)
     for step in (0, 1, 0, 0):
         run(policy, world(step, share=1.0))
@@ -77,6 +77,6 @@ def test_a_repeated_prompt_counts_at_every_visit() -> None:
     expected = torch.autograd.grad(-objective, list(params.named().values()))
     state = policy.state_dict()
     policy._learn()
-    policy.load_state_dict(state)  # the gradients of the last step stay
+    policy.load_state_dict(state)  # loading leaves the gradients of the last step where they are
     for gradient, parameter in zip(expected, params.named().values(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

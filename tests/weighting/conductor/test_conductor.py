@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.weighting import Conductor, ConductorConfig, Outcome
-from maestro_fast.weighting.conductor.conductor import self_flattery
+from maestro_fast.weighting.diagnostics import self_flattery
 from maestro_fast.weighting.policy import Weights
 from tests.weighting.helpers import NAMES, K, context, first_gradient, given_advantages, normal, play
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_fast.ops import group_advantages
 from maestro_fast.weighting import Conductor, ConductorConfig, Equal, Outcome
-from maestro_fast.weighting.conductor.conductor import self_flattery
+from maestro_fast.weighting.diagnostics import self_flattery
 from tests.weighting.helpers import NAMES, K, context, normal, play
 
 B, D = 64, 6

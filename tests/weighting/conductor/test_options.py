@@ -48,8 +48,8 @@ def real(policy: Conductor, context: WeightContext, **how: Any) -> Weights:
 
 
 def hidden_weight(policy: Conductor) -> Tensor:
-    assert policy.head.hidden_weight is not None
-    return policy.head.hidden_weight
+    assert policy.network.hidden_weight is not None
+    return policy.network.hidden_weight
 
 
 def test_an_mlp_head_starts_at_equal_weights_and_learns_in_both_layers() -> None:

@@ -1,0 +1,138 @@
+"""Which advantages TRL trains with: its own four profiles, and any other of ours.
+
+TRL's ``multi_objective_aggregation`` and ``scale_rewards`` name four advantage profiles, which TRL goes on to compute
+itself. Every other profile is computed by ``ops`` and replaces TRL's advantages.
+
+TRL's reward weights sum to the number of rewards K, the weights of a policy sum to 1. So the advantages are those under
+f = K times the policy's weights. Scores are linear in the weights, and so are the mean and the standard deviation of
+scores. With s, m and std under the policy's own weights, the advantages are
+
+    (f s - f m) / (f std + eps)  =  (s - m) / (std + eps / f)          where the score's standard deviation divides
+     f s - f m                   =  f (s - m)                          where it does not
+
+and an epsilon in the variance becomes eps / f^2. So the op that makes weights and advantages at once serves TRL, too:
+it gets a smaller epsilon, and its scores are multiplied afterwards. The result is exact but for rounding, and exact to
+the last bit if f is a power of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_fast.ops import AdvantageProfile, GroupAdvantages
+from maestro_fast.specs import PROFILES, resolve_profile
+from maestro_fast.weighting import Comparison, WeightContext, WeightPolicy, Weights, weigh
+
+# For each profile of TRL's: (multi_objective_aggregation, scale_rewards) in GRPOConfig.
+TRL_OPTIONS = {
+    "grpo": ("sum_then_normalize", "group"),
+    "grpo_batch": ("sum_then_normalize", "batch"),
+    "dr_grpo": ("sum_then_normalize", "none"),
+    "gdpo": ("normalize_then_sum", "group"),
+}
+
+
+def configured_profile(aggregation: str, scale_rewards: str) -> str:
+    """The name of the profile that a ``GRPOConfig`` asks for.
+
+    Raises:
+        ValueError: TRL does not know these options either.
+    """
+    for name, (known, scale) in TRL_OPTIONS.items():
+        if aggregation == known and (scale_rewards == scale or known == "normalize_then_sum"):
+            return name
+    raise ValueError(f"scale_rewards, multi_objective_aggregation: {scale_rewards!r}, {aggregation!r}, unknown to TRL")
+
+
+def apply_profile(trainer: Any, profile: str | AdvantageProfile | None) -> tuple[AdvantageProfile, bool]:
+    """The profile to train with, and whether TRL's own aggregation computes it.
+
+    A profile of TRL's is set on the trainer even if the config says otherwise, so that TRL computes and logs it.
+    """
+    if profile is None:
+        profile = configured_profile(trainer.multi_objective_aggregation, trainer.scale_rewards)
+    resolved = resolve_profile(profile)
+    for name, (aggregation, scale_rewards) in TRL_OPTIONS.items():
+        if resolved == PROFILES[name]:
+            trainer.multi_objective_aggregation, trainer.scale_rewards = aggregation, scale_rewards
+            return resolved, True
+    return resolved, False
+
+
+def scales(profile: AdvantageProfile) -> bool:
+    """Whether the advantages under f times some weights follow from those under the weights themselves.
+
+    They do not if a singleton keeps its raw score: its standard deviation counts as 1 under any weights.
+    """
+    return profile.singleton != "raw"
+
+
+def weigh_scaled(
+    policy: WeightPolicy, context: WeightContext, profile: AdvantageProfile, factor: float
+) -> tuple[Weights, GroupAdvantages | None]:
+    """The policy's weights, as from ``weigh``, but with the advantages under ``factor`` times these weights.
+
+    Args:
+        profile: a profile that ``scales``. Its advantages may need no lengths, since ``weigh`` gets none here.
+    """
+    weights, found = weigh(policy, context, Comparison(_with_smaller_epsilon(profile, factor)))
+    if found is None:
+        return weights, None
+    larger = found._replace(scores=found.scores * factor, mean=found.mean * factor, std=found.std * factor)
+    if profile.score_scale == "none":
+        larger = larger._replace(advantages=found.advantages * factor)
+    return weights, larger
+
+
+def _with_smaller_epsilon(profile: AdvantageProfile, factor: float) -> AdvantageProfile:
+    """The profile that divides scores under some weights as ``profile`` divides scores under ``factor`` times these."""
+    in_variance = profile.score_eps_in == "variance"
+    return replace(profile, score_eps=profile.score_eps / (factor**2 if in_variance else factor))
+
+
+def takes_factors(profile: AdvantageProfile) -> bool:
+    """Whether multiplying a reward by a number does the same as multiplying its weight by it.
+
+    It does not if rewards are normalised before they are weighed, or if the weights of a response's live rewards are
+    scaled up to make up for the rewards that abstained.
+    """
+    return profile.reward_scale == "none" and profile.missing == "zero"
+
+
+def in_the_policys_terms(
+    context: WeightContext, profile: AdvantageProfile, factor_K: Tensor
+) -> tuple[WeightContext, AdvantageProfile]:
+    """A context and a profile under which the policy's own weights give the advantages that are trained with.
+
+    A policy that asks what other weights would have given (``needs_group_scores``) compares under its own weights,
+    but TRL's row weights are ``factor_K`` times these. The factors go into the rewards where that is the same thing.
+    Where it is not, all factors are equal (``refuse`` sees to that) and go into the epsilon. A profile that normalises
+    rewards but not scores then gives advantages that are smaller by this factor.
+    """
+    if takes_factors(profile):
+        return replace(context, rewards_BK=context.rewards_BK * factor_K.to(context.rewards_BK)), profile
+    return context, _with_smaller_epsilon(profile, factor_K[0].item())
+
+
+def set_advantages(
+    trainer: Any, output: dict[str, Any], advantages: GroupAdvantages, mode: str, *, trl_aggregates: bool
+) -> None:
+    """Puts this process's share of the advantages into TRL's output, and corrects what TRL has logged about them.
+
+    TRL keeps the advantages that it has aggregated itself, except in groups without spread: TRL's are rounding noise
+    there, and ours are exactly 0.
+    """
+    own = len(output["advantages"])
+    rows = slice(trainer.accelerator.process_index * own, (trainer.accelerator.process_index + 1) * own)
+    ours, degenerate = advantages.advantages[rows], advantages.degenerate[rows]
+    output["advantages"] = torch.where(degenerate, ours, output["advantages"]) if trl_aggregates else ours
+    log, values = trainer._logs["advantages"], advantages.advantages.tolist()
+    for _ in range(min(len(log), len(values))):
+        log.pop()
+    log.extend(values)
+    if not trl_aggregates:
+        trainer._metrics[mode]["frac_reward_zero_std"][-1] = advantages.degenerate.float().mean().item()

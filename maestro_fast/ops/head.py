@@ -1,0 +1,436 @@
+"""A language-model head, chunk by chunk of rows: its matrix products, and all rows forward and back through it.
+
+    x = h @ W.T         dL/dh = scale * G @ W         dL/dW = scale * G.T @ h         dL/db = sum of the rows of G
+
+x are the logits, G is their gradient; what happens between the two stands in ``ops.head_rows``. On a CUDA device the
+products take 16-bit operands and add up in float32.
+
+A chunk has a fixed number of rows, which follows from the vocabulary alone; the last chunk is padded with zeros. So
+every product has the same shape, whatever else is in the batch. Then the log-probs of the same hidden states are
+bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is exactly 1.
+
+A float32 G takes the place of its chunk's logits, and its two products follow at once. A 16-bit G is collected in a
+buffer until it has ``Head.gradient_rows`` rows. Every product that adds to dW reads and writes all of it, so dW then
+passes through memory half as often, and the products read rows without gaps.
+
+A float16 G is multiplied by a power of two, and the sums are divided by it: otherwise float16 would round a token's
+share of the loss to 0. The largest gradient of a row is brought to between 2^6 and 2^7. Gradients that turn out up to
+512 times larger than was foreseen still fit; beyond that they become infinite, which shows. Probabilities down to 2^-20
+keep all 11 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from maestro_fast.ops import head_rows
+from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.tensors import wide, without_autocast
+from maestro_fast.specs import HeadSpec, RowStatistics
+
+Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
+
+# How many float32 logits fit into the memory of a chunk. 2 MiB fit into the cache of a CPU; 2.5 GiB on a GPU hold 4,096
+# rows of a vocabulary of up to 163,840.
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 5 * 2**27}
+# How many rows one product of hidden states and head has, for Triton. On the 132 processors of an H100 or H200, tiles
+# of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096; over
+# 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3. The last
+# wave is not full: it costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0, 1.3, 0.4 and 5.6 %. Measured on an H100
+# with V = 151,936, into float32: 728, 747 and 676 TFLOP/s for 1,024, 2,048 and 4,096 rows at d = 4,096, and 501, 516
+# and 560 at d = 1,024 (bench/results/gpu_tiles.md). So 2,048 rows would gain 3 %. But all products have one shape, so
+# that a row's bits do not depend on its batch: 2,048 rows would pad every call and every chunk that is not full by 512
+# rows more on average, and a call of few rows would take twice as long.
+_PRODUCT_ROWS = 1024
+_LARGEST = 2.0**6  # the power of two that the largest gradient of a float16 head is brought to
+_EXPONENT = 0x7F800000  # the bits of a positive float32 that hold its power of two
+_ALIGNED = 16  # columns, 64 bytes of float32: every row begins at a multiple, so that it is read in whole vectors
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows per chunk: from the vocabulary and the kind of device alone, so that results never depend on the batch."""
+    if device.type == "cpu":
+        return min(max(_CHUNK_ELEMENTS["cpu"] // vocabulary // 16 * 16, 64), 4096)
+    return min(max(_CHUNK_ELEMENTS["cuda"] // vocabulary // 1024 * 1024, 1024), 4096)
+
+
+def logit_rows(chunk: int) -> int:
+    """How many rows have float32 logits at once where 16-bit gradients of ``chunk`` rows lie beside them.
+
+    The gradients take half of the memory, the logits as many whole products as fit into the other half, at least one.
+    """
+    return max(chunk // 2 // _PRODUCT_ROWS, 1) * _PRODUCT_ROWS
+
+
+def empty_rows(rows: int, columns: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [rows, columns] on the device of ``x``. Rows are padded so that each is aligned."""
+    stride = -(-columns // _ALIGNED) * _ALIGNED
+    return torch.empty(rows, stride, device=x.device, dtype=dtype)[:, :columns]
+
+
+# --- matrix products ---
+#
+# Eager calls go straight to torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with
+# out_dtype raises TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and
+# Dynamo refuses an ``out`` whose rows are apart. So a graph calls the operators registered here, into which it does not
+# look.
+
+_HALVES = torch.bfloat16, torch.float16
+
+
+def is_half(x: Tensor) -> bool:
+    return x.dtype in _HALVES
+
+
+def operand(x: Tensor) -> Tensor:
+    """``x`` as the products take it: 16-bit on a CUDA device, whose tensor cores add up in float32, elsewhere wide."""
+    return x if x.is_cuda and is_half(x) else wide(x)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64)."""
+    if not _both_half(a, b):
+        with without_autocast(a):
+            return wide(a) @ wide(b)
+    out = torch.empty(a.shape[0], b.shape[1], device=a.device, dtype=torch.float32)
+    product_into(out, a, b)
+    return out
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b. ``out`` is float32 and may have gaps between its rows; a and b share a dtype, float32 or 16-bit."""
+    (torch.ops.maestro_fast.head_product_into if isinstance(out, FakeTensor) else _product_operator)(out, a, b)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """total += alpha * a @ b. ``total`` is float32 or float64."""
+    if not _both_half(a, b):
+        with without_autocast(a):
+            total.addmm_(wide(a), wide(b), alpha=alpha)
+    elif isinstance(total, FakeTensor):
+        torch.ops.maestro_fast.head_add_product_(total, a, b, float(alpha))
+    else:
+        _add_product_operator(total, a, b, float(alpha))
+
+
+def _both_half(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and is_half(a)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    with without_autocast(a):
+        if is_half(a):
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    with without_autocast(a):
+        torch.addmm(total, a, b, alpha=alpha, out_dtype=torch.float32, out=total)
+
+
+def _nothing(*_: Tensor | float) -> None:
+    """The operators write into their first argument and return nothing."""
+
+
+@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", _nothing)
+def _product_operator(out: Tensor, a: Tensor, b: Tensor) -> None:
+    _product_into(out, a, b)
+
+
+@operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", _nothing)
+def _add_product_operator(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    _add_product_(total, a, b, alpha)
+
+
+def _padded_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """h @ W.T, float32 [n, V] with padded rows, by products of one shape: the last one has zeros for missing rows."""
+    rows = hidden.shape[0]
+    padded = -(-rows // _PRODUCT_ROWS) * _PRODUCT_ROWS
+    out = empty_rows(padded, weight.shape[0], hidden, torch.float32)
+    for start in range(0, padded, _PRODUCT_ROWS):
+        part = hidden[start : start + _PRODUCT_ROWS]
+        missing = _PRODUCT_ROWS - part.shape[0]
+        if missing:
+            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+        product_into(out[start : start + _PRODUCT_ROWS], part, weight.T)
+    return out[:rows]
+
+
+# --- a head, and a chunk of rows on its way through it ---
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head as its products take it: 16-bit on a CUDA device, elsewhere float32 or float64.
+
+    Attributes:
+        weight: [V, d].
+        bias: [V] in the dtype of the logits, or None.
+        chunk: C, the most rows whose logits exist at once. A product by PyTorch has as many, with zeros for those that
+            a chunk lacks.
+        gradient_rows: the most rows that the products of the gradient take at once. There are more than in a chunk
+            where dL/dlogits is 16-bit and is collected in a buffer of its own: then half of the memory holds float32
+            logits of half as many rows, and the other half holds the 16-bit gradients of all of them.
+        backend: "torch" or "triton". Chunks for Triton are not padded: their logits come from smaller products.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    spec: HeadSpec
+    chunk: int
+    gradient_rows: int
+    backend: Backend
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, spec: HeadSpec, backend: Backend | None = None) -> Head:
+        """``backend=None`` takes Triton wherever it can serve ``token_logprobs``."""
+        backend = backend or resolve("token_logprobs", None, weight, bias)
+        bias = None if bias is None else bias.to(wide(weight[:0]).dtype).contiguous()
+        weight = operand(weight)
+        rows = chunk_rows(weight.shape[0], weight.device)
+        collects = backend == "triton" and is_half(weight)
+        return Head(weight, bias, spec, logit_rows(rows) if collects else rows, rows, backend)
+
+    @property
+    def collects(self) -> bool:
+        """Whether the gradients of several chunks wait in a buffer for one product."""
+        return self.backend == "triton" and is_half(self.weight)
+
+    @property
+    def scales(self) -> bool:
+        """Whether gradients are scaled before they become dL/dlogits: float16 would round small ones to 0."""
+        return self.weight.dtype is torch.float16
+
+    def chunk_of(self, hidden: Tensor, targets: Tensor, rows: Rows) -> Chunk:
+        """At most C rows of the batch [T, d]. Ignored rows become 0: a NaN there would reach dW as 0 * NaN."""
+        ids = targets[rows]
+        states = torch.where((ids != self.spec.ignore_index)[:, None], hidden[rows], 0.0)
+        return Chunk(self, self.padded(operand(states)), self.padded(ids, self.spec.ignore_index), len(ids))
+
+    def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """[n, ...] -> [C, ...]; for Triton [n, ...] as it is."""
+        missing = self.chunk - x.shape[0] if self.backend == "torch" else 0
+        return x if missing == 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """States [C, d] and targets [C], of which the first ``rows`` are not padding; for Triton C is ``rows``."""
+
+    head: Head
+    hidden: Tensor
+    targets: Tensor
+    rows: int
+
+    @staticmethod
+    def joined(chunks: Sequence[Chunk]) -> Chunk:
+        """Several chunks without padding as one, which may have more rows than a chunk of logits."""
+        if len(chunks) == 1:
+            return chunks[0]
+        hidden, targets = torch.cat([x.hidden for x in chunks]), torch.cat([x.targets for x in chunks])
+        return Chunk(chunks[0].head, hidden, targets, len(targets))
+
+    def logits(self) -> Tensor:
+        """The output of the product [C, V], before scale, bias and soft cap."""
+        if self.head.backend == "triton":
+            return _padded_logits(self.hidden, self.head.weight)
+        return product(self.hidden, self.head.weight.T)
+
+    def statistics(self, x: Tensor) -> RowStatistics:
+        """The statistics of all C rows."""
+        by_triton = self.head.backend == "triton"
+        statistics = head_rows.triton_row_statistics if by_triton else head_rows.row_statistics
+        return statistics(x, self.targets, self.head.bias, self.head.spec)
+
+    def dlogits(
+        self, x: Tensor, stats: RowStatistics, dlogprobs: Tensor, dentropies: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """dL/d(scale * x + bias) [C, V] from the gradients of the chunk's rows [n], in the dtype of the products.
+
+        Args:
+            out: where the gradient is written; None overwrites ``x`` if ``x`` has that dtype.
+        """
+        dlogprobs = self.head.padded(dlogprobs)
+        dentropies = None if dentropies is None else self.head.padded(dentropies)
+        if out is None and is_half(self.hidden):
+            out = torch.empty_like(x, dtype=self.hidden.dtype)
+        write = head_rows.triton_dlogits_ if self.head.backend == "triton" else head_rows.dlogits_
+        write(x, self.targets, self.head.bias, stats, dlogprobs, dentropies, self.head.spec, out)
+        return x if out is None else out
+
+    def dhidden(self, dlogits: Tensor) -> Tensor:
+        """The gradient of the states [n, d], float32 or float64."""
+        return product(dlogits, self.head.weight)[: self.rows].mul_(self.head.spec.scale)
+
+    def add_dweight_(self, dweight: Tensor, dlogits: Tensor) -> None:
+        """Adds this chunk's share to the gradient of the weight [V, d], float32 or float64."""
+        add_product_(dweight, dlogits.T, self.hidden, self.head.spec.scale)
+
+
+# --- all rows, forward and back ---
+
+
+class HeadGradients(NamedTuple):
+    """The gradients of hidden [T, d], weight [V, d] and bias [V]; None where a gradient is not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def head_forward(head: Head, hidden: Tensor, targets: Tensor) -> RowStatistics:
+    """The statistics of all T rows."""
+    tokens = hidden.shape[0]
+    logprobs, peaks, totals = (wide(hidden).new_zeros(tokens) for _ in range(3))
+    whole = RowStatistics(logprobs, peaks, totals, peaks.new_zeros(tokens if head.spec.entropy != "none" else 0))
+    for chunk, rows in _chunks(head, hidden, targets):
+        for all_rows, part in zip(whole, chunk.statistics(chunk.logits()), strict=True):
+            if len(part):
+                all_rows[rows] = part[: chunk.rows]
+    return whole
+
+
+def head_backward(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    stats: RowStatistics | None,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> HeadGradients:
+    """The gradients of the head's inputs, hidden and weight in their dtype, bias in that of the logits.
+
+    Args:
+        stats: what ``head_forward`` returned. None computes them again, where the forward's logits were not bitwise
+            these.
+        dlogprobs, dentropies: the gradients of log-probs and entropies [T]; None means 0.
+        wanted: whether hidden, weight and bias want a gradient.
+    """
+    precision = wide(hidden[:0]).dtype
+    dhidden = torch.empty_like(hidden) if wanted[0] else None
+    dweight = torch.zeros_like(head.weight, dtype=precision) if wanted[1] else None
+    dbias = torch.zeros_like(head.bias) if wanted[2] and head.bias is not None else None
+    unit = None
+    if head.scales:
+        live = targets != head.spec.ignore_index  # The gradient of an ignored row may be anything.
+        unit = float16_unit(
+            head,
+            torch.where(live, dlogprobs, 0.0),
+            None if dentropies is None else torch.where(live, dentropies, 0.0),
+        )
+    sums = GradientSums(head, dhidden, dweight, dbias, unit)
+    for chunk, rows in _chunks(head, hidden, targets):
+        x = chunk.logits()
+        part = chunk.statistics(x) if stats is None else _part(head, stats, rows)
+        sums.add(chunk, rows, x, part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
+        del x  # The next chunk reuses its memory.
+    sums.finish()
+    return HeadGradients(dhidden, None if dweight is None else dweight.to(hidden.dtype), dbias)
+
+
+def _part(head: Head, stats: RowStatistics, rows: slice) -> RowStatistics:
+    """The statistics of one chunk. A gradient does not read the log-probs, so peaks stand in their place."""
+    peaks, totals = head.padded(stats.peaks[rows]), head.padded(stats.totals[rows], 1.0)
+    return RowStatistics(peaks, peaks, totals, head.padded(stats.entropies[rows]))
+
+
+def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Chunk, slice]]:
+    for start in range(0, hidden.shape[0], head.chunk):
+        rows = slice(start, min(start + head.chunk, hidden.shape[0]))
+        yield head.chunk_of(hidden, targets, rows), rows
+
+
+class GradientSums:
+    """The gradients of a head's inputs, to which chunks of rows are added; ``finish`` completes them.
+
+    Attributes:
+        hidden: [T, d], of which every chunk writes its rows; None where it is not wanted.
+        weight, bias: [V, d] and [V], float32 or float64, to which every chunk adds; None where they are not wanted.
+        unit: what gradients are multiplied by until ``finish``, see ``float16_unit``; None multiplies them by nothing.
+    """
+
+    def __init__(
+        self, head: Head, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, unit: Tensor | None
+    ) -> None:
+        self.head, self.hidden, self.weight, self.bias, self.unit = head, hidden, weight, bias, unit
+        self._waiting: list[tuple[Chunk, Rows]] = []
+        self._filled = 0
+        self._buffer: Tensor | None = None
+
+    def add(
+        self,
+        chunk: Chunk,
+        rows: Rows,
+        x: Tensor,
+        stats: RowStatistics,
+        dlogprobs: Tensor,
+        dentropies: Tensor | None,
+    ) -> None:
+        """Adds one chunk, which holds the ``rows`` of the batch. Its logits ``x`` are overwritten."""
+        if self.unit is not None:
+            dlogprobs = dlogprobs * self.unit
+            dentropies = None if dentropies is None else dentropies * self.unit
+        if not self.head.collects:
+            self._multiply(chunk, [rows], chunk.dlogits(x, stats, dlogprobs, dentropies, None))
+            return
+        if self._filled + chunk.rows > self.head.gradient_rows:
+            self._empty()
+        if self._buffer is None:
+            self._buffer = empty_rows(self.head.gradient_rows, x.shape[1], x, chunk.hidden.dtype)
+        chunk.dlogits(x, stats, dlogprobs, dentropies, self._buffer[self._filled : self._filled + chunk.rows])
+        self._waiting.append((chunk, rows))
+        self._filled += chunk.rows
+
+    def finish(self) -> None:
+        """Adds the chunks that still wait, and divides the sums by ``unit``."""
+        self._empty()
+        if self.unit is not None:
+            for total in (self.weight, self.bias):
+                if total is not None:
+                    total /= self.unit
+
+    def _empty(self) -> None:
+        """Multiplies the rows that were collected."""
+        if self._buffer is not None and self._waiting:
+            chunks, places = zip(*self._waiting, strict=True)
+            self._multiply(Chunk.joined(chunks), list(places), self._buffer[: self._filled])
+        self._waiting, self._filled = [], 0
+
+    def _multiply(self, chunk: Chunk, places: list[Rows], dlogits: Tensor) -> None:
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        if self.hidden is not None:
+            found = chunk.dhidden(dlogits)
+            found = found if self.unit is None else found.div_(self.unit)
+            counts = [_count(rows) for rows in places]
+            for rows, part in zip(places, found.split(counts), strict=True):
+                self.hidden[rows] = part.to(self.hidden.dtype)
+        if self.weight is not None:
+            chunk.add_dweight_(self.weight, dlogits)
+
+
+def _count(rows: Rows) -> int:
+    return len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+
+
+def float16_unit(head: Head, dlogprobs: Tensor, dentropies: Tensor | None) -> Tensor:
+    """The power of two, a scalar, for gradients about as large as these [T]. The device finds it; the host does not
+    wait."""
+    largest = _largest(dlogprobs) if dentropies is None else _largest(dlogprobs) + _largest(dentropies)
+    largest = (largest / head.spec.temperature).clamp(min=2.0**-60)
+    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
+    return _LARGEST / power
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().amax() if x.numel() else x.new_zeros(())

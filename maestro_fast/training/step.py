@@ -1,0 +1,421 @@
+"""One generation batch on one page: sample, score, judge, weigh, compare, and cut into micro-batches.
+
+The page is read from top to bottom. ``Step`` holds the parts that all batches of a run share, and its four methods
+are the order of a batch:
+
+    start     the generator begins to sample G responses to each prompt
+    collect   the responses come in
+    score     one forward of the policy gives log-probs, entropies and hidden states, if this is where they come from
+    prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
+              scores are compared, which gives the advantages; the responses are cut into micro-batches.
+
+What each of these does stands below, in functions that take what they need. The losses are in ``training/loss.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from maestro_fast.generation import Generator
+from maestro_fast.model.forward import Layout, Sequences
+from maestro_fast.model.forward import score as score_forward
+from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.reference import PromptContexts, Reference
+from maestro_fast.model.text_scorer import text_scorer
+from maestro_fast.ops import AdvantageProfile
+from maestro_fast.ops.pool_hidden import PoolMode
+from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
+from maestro_fast.rewards import RewardSet
+from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
+from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
+from maestro_fast.training.overlap import Started, run_together
+from maestro_fast.training.plan import LossTerms, Scoring, context_mode, reads_reference
+from maestro_fast.weighting import Comparison, Outcome, WeightContext, WeightPolicy, compare, weigh
+from maestro_fast.weighting.diagnostics import diagnose
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses of one process that have no weights yet.
+
+    Attributes:
+        rollouts: the responses.
+        number: number of the generation batch, from 0.
+        step: optimiser steps done before it.
+        rewards_BK, utilities_B: what the judges gave them while other parts were being sampled; None where nothing has
+            judged them yet, and ``utilities_B`` also without an anchor.
+    """
+
+    rollouts: Rollouts
+    number: int
+    step: int
+    rewards_BK: Tensor | None = None
+    utilities_B: Tensor | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.rollouts.prompts.token_ids, self.rollouts.completion_ids)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The parts that every generation batch of a run shares, and the order in which they act.
+
+    Attributes:
+        plan, terms, profile, scoring: what was decided before the first batch.
+        sampler, scorer, judges, weights: what samples, scores, judges and weighs.
+        reference: opens to the reference policy; None where nothing reads it.
+        prompt_contexts: the reference's vector of each prompt, computed once.
+        processes, clock: how the processes of the run talk, and where each stage reports its time.
+    """
+
+    plan: BatchPlan
+    terms: LossTerms
+    profile: AdvantageProfile
+    scoring: Scoring
+    sampler: Sampler
+    scorer: Scorer
+    judges: Judges
+    weights: WeightPolicy
+    reference: Reference | None
+    prompt_contexts: PromptContexts
+    processes: Processes
+    clock: StageClock
+
+    def start(self, model: nn.Module, prompts: Prompts, number: int, step: int) -> Started:
+        """Begins generation batch ``number`` (from 0), made after ``step`` optimiser steps.
+
+        A generator that works elsewhere begins at once. One that works in this process waits until ``collect``.
+
+        Args:
+            model: the policy.
+            prompts: this process's prompts, each once.
+        """
+        prompts = prompts.repeat(self.sampler.group_size)
+        count = self.sampler.generator.concurrent_parts
+        parts = prompts.split(max(1, count))
+        calls = [partial(self.sampler, model, part, number, i) for i, part in enumerate(parts)]
+        if count == 0:
+            return Started(prompts, [*calls], lambda: None, number, step)
+        return Started(prompts, *run_together(calls, self.processes.device), number, step)
+
+    def collect(self, model: nn.Module, started: Started) -> Sampled:
+        """Waits for the responses. Of several parts, it judges one while the next are being sampled."""
+        rollouts: list[Rollouts] = []
+        rewards: list[Tensor] = []
+        utilities: list[Tensor] = []
+        for part in started.parts:
+            with self.clock.stage("generate"):
+                rollouts.append(part())
+            if len(started.parts) > 1:
+                with self.clock.stage("rewards"):
+                    part_BK, part_B = self.judges(model, rollouts[-1], None, started.number)
+                rewards.append(part_BK)
+                utilities += [] if part_B is None else [part_B]
+        return Sampled(
+            Rollouts.joined(started.prompts, rollouts),
+            started.number,
+            started.step,
+            torch.cat(rewards) if rewards else None,
+            torch.cat(utilities) if utilities else None,
+        )
+
+    def score(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
+        """Runs the scoring forward; None if log-probs, entropies and hidden states come from elsewhere or nowhere."""
+        if self.scoring.source != "scoring":
+            return None
+        with self.clock.stage("score"):
+            return self.scorer(model, sampled.sequences, entropy=True, context=context_mode(self.weights))
+
+    def prepare(
+        self,
+        model: nn.Module,
+        sampled: Sampled,
+        outputs: PolicyOutputs | None,
+        learn: Callable[[Outcome], None],
+    ) -> tuple[list[MicroBatch], StepRecord, dict[str, float]]:
+        """Judges, weighs and compares the responses, and cuts them into micro-batches.
+
+        Args:
+            model: the policy.
+            sampled: this process's responses.
+            outputs: what the policy's forward gave for them; None where nothing reads it.
+            learn: lets the weight policy learn from the outcome, now or later.
+
+        Returns:
+            This process's micro-batches, and the record and the figures of the batch over all processes.
+        """
+        rollouts, processes, clock = sampled.rollouts, self.processes, self.clock
+        with clock.stage("reference"):
+            ref_logprobs_C = self._reference_logprobs(sampled.sequences)
+        with clock.stage("rewards"):
+            rewards_BK, utilities_B = sampled.rewards_BK, sampled.utilities_B
+            if rewards_BK is None:
+                rewards_BK, utilities_B = self.judges(model, rollouts, outputs, sampled.number)
+            rewards_BK = processes.gather(rewards_BK.to(processes.device))
+            utilities_B = None if utilities_B is None else processes.gather(utilities_B.to(processes.device))
+        comparison = Comparison(
+            self.profile,
+            self._kl(rollouts, outputs, ref_logprobs_C),
+            self.terms.kl_in_score,
+            all_lengths(rollouts, processes) if self.profile.needs_lengths else None,
+        )
+        with clock.stage("weights"):
+            context = WeightContext(
+                self.judges.rewards.names,
+                self.sampler.group_size,
+                sampled.number,
+                rewards_BK,
+                self._hidden_states(rollouts, outputs),
+                utilities_B,
+                policy_columns(self.weights, rollouts.prompts, processes),
+            )
+            weights, advantages = weigh(self.weights, context, comparison)
+        if advantages is None:
+            with clock.stage("advantages"):
+                advantages = compare(context, weights, comparison)
+        outcome = Outcome(context, weights, advantages, self.profile, comparison.kl_B, comparison.beta)
+        with clock.stage("conductor_update"):
+            learn(outcome)
+        record = step_record(sampled.step, rollouts, outcome, processes)
+        metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
+        metrics |= policy_metrics(rollouts, outputs, processes.gather) | rollouts.metrics
+        logprobs = TokenLogprobs(
+            outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
+            ref_logprobs_C if self.terms.needs_reference else None,
+            sampling_logprobs(rollouts, self.terms, scored=outputs is not None),
+        )
+        return self._micro_batches(sampled, advantages.advantages, logprobs), record, metrics
+
+    def _reference_logprobs(self, sequences: Sequences) -> Tensor | None:
+        """float32 [C], the reference's log-probs of this process's completions; None where nothing reads them."""
+        if self.reference is None or not self.terms.reads_reference:
+            return None
+        with self.reference() as (model, head):
+            return self.scorer(model, sequences, head=head).logprobs_C
+
+    def _kl(self, rollouts: Rollouts, outputs: PolicyOutputs | None, ref_logprobs_C: Tensor | None) -> Tensor | None:
+        """[B] over all processes, the token mean of log pi - log pi_ref; None unless it belongs into the score."""
+        if self.terms.kl_in_score == 0.0 or ref_logprobs_C is None:
+            return None
+        assert outputs is not None
+        return self.processes.gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
+
+    def _hidden_states(self, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor | None:
+        """[B, d] over all processes, the hidden states that the weight policy asked for; None if it asked for none."""
+        if reads_reference(self.weights):
+            assert self.reference is not None
+            with self.reference() as (model, _):
+                return self.processes.gather(self.prompt_contexts(model, rollouts.prompts.token_ids))
+        if outputs is None or outputs.context_Bd is None:
+            return None
+        return self.processes.gather(outputs.context_Bd)
+
+    def _micro_batches(self, sampled: Sampled, advantages_B: Tensor, logprobs: TokenLogprobs) -> list[MicroBatch]:
+        """This process's micro-batches, in random order unless the training forward has already been made."""
+        plan, processes, sequences = self.plan, self.processes, sampled.sequences
+        own = slice(processes.rank * plan.responses, (processes.rank + 1) * plan.responses)
+        generator = torch.Generator().manual_seed(self.sampler.seed_of(sampled.number))
+        order = torch.randperm(plan.responses, generator=generator).tolist()
+        if self.scoring.source == "training":  # its forward took the responses in the order of sampling
+            order = list(range(plan.responses))
+        lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
+        local = lengths.view(plan.updates, -1).sum(1).to(processes.device)
+        tokens_per_update = processes.gather(local).view(-1, plan.updates).mean(0).tolist()
+        return split_micro_batches(
+            plan,
+            sequences,
+            advantages_B[own],
+            logprobs,
+            tokens_per_update,
+            self.terms.normalization,
+            order,
+            processes.device,
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples responses.
+
+    Attributes:
+        generator: does the sampling.
+        group_size: G, responses to each prompt.
+        seed: with the number of the batch and the rank it fixes all draws.
+    """
+
+    generator: Generator
+    group_size: int
+    seed: int
+    processes: Processes
+
+    def __call__(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
+        """One response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
+        unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
+
+    def seed_of(self, number: int) -> int:
+        """Differs between batches and processes, and depends on nothing that ran before: a resumed run repeats it."""
+        return ((self.seed * 1_000_003 + number) * 65_537 + self.processes.rank) % 2**63
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Runs a forward without a gradient, of the policy or the reference, over any number of responses.
+
+    Attributes:
+        head: the policy's language-model head.
+        layout: how the model's attention takes its rows.
+        micro_batch: responses of one forward.
+        temperature: divides the logits.
+    """
+
+    head: LanguageHead
+    layout: Layout
+    micro_batch: int
+    temperature: float
+
+    def __call__(
+        self,
+        model: nn.Module,
+        sequences: Sequences,
+        *,
+        head: LanguageHead | None = None,
+        temperature: float | None = None,
+        entropy: bool = False,
+        context: PoolMode | None = None,
+    ) -> PolicyOutputs:
+        """Log-probs of the completions; ``head`` and ``temperature`` replace the scorer's own.
+
+        Args:
+            entropy: whether entropies are wanted.
+            context: which hidden state of each response is wanted; None: none.
+        """
+        return score_forward(
+            model,
+            sequences,
+            head or self.head,
+            layout=self.layout,
+            micro_batch=self.micro_batch,
+            temperature=self.temperature if temperature is None else temperature,
+            entropy=entropy,
+            context=context,
+        )
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Everything that judges responses.
+
+    Attributes:
+        rewards: what the policy is trained on.
+        anchor: the utility that a weight policy learns from; None: there is none.
+        tokenizer, scorer, processes: for rewards that ask the policy for log-probs of texts.
+    """
+
+    rewards: RewardSet
+    anchor: RewardSet | None
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+    processes: Processes
+
+    def __call__(
+        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Judges the responses of this process.
+
+        Returns:
+            Rewards, float32 [B, K], NaN where a reward abstained; and utilities, float32 [B], NaN where none is known,
+            or None without an anchor. Both are on the CPU.
+        """
+        batch = self._reward_batch(model, rollouts, outputs, number)
+        return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
+
+    def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
+        """``RewardBatch.score_texts`` under ``model``, over all processes."""
+        forward = partial(self.scorer, model, temperature=1.0)
+        return text_scorer(self.tokenizer, forward, self.processes.gather, self.processes.device)
+
+    def _reward_batch(
+        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
+    ) -> RewardBatch:
+        entropies_B = logprobs_B = None
+        if self.rewards.needs_entropy:
+            assert outputs is not None and outputs.entropies_C is not None
+            entropies_B = response_means(outputs.entropies_C, rollouts).cpu()
+            logprobs_B = response_means(outputs.logprobs_C, rollouts).cpu()
+        needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
+        return RewardBatch(
+            rollouts.prompts.texts,
+            rollouts.completions,
+            rollouts.completion_ids,
+            rollouts.prompts.columns,
+            entropies_B,
+            self.text_scorer(model) if needs_policy else None,
+            self.processes.device,
+            logprobs_B,
+            number,
+        )
+
+
+def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes) -> dict[str, list[Any]]:
+    """The data set columns that a weight policy asked for, over all processes.
+
+    Raises:
+        ValueError: the data has no such column.
+    """
+    for name in weights.needs_columns:
+        if name not in prompts.columns:
+            raise ValueError(
+                f"weights: policy {weights.name!r} reads the column {name!r}, the data has "
+                f"{', '.join(sorted(prompts.columns)) or 'none beside the prompts'}"
+            )
+    return {name: processes.gather_objects(prompts.columns[name]) for name in weights.needs_columns}
+
+
+def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> Tensor | None:
+    """The sampler's log-probs, if the loss reads them or the training forward is the first to be compared with them.
+
+    Raises:
+        ValueError: the loss needs them, and the generator returned none.
+    """
+    if not terms.wants_sampling:
+        return None if scored else rollouts.sampling_logprobs_C
+    if terms.needs_sampling and rollouts.sampling_logprobs_C is None:
+        raise ValueError(
+            f"loss.sampler_correction: {terms.function.sampler_correction}, but the generator returns no log-probs"
+        )
+    return rollouts.sampling_logprobs_C
+
+
+def all_lengths(rollouts: Rollouts, processes: Processes) -> Tensor:
+    """int64 [B], tokens of the completions of all processes."""
+    return processes.gather(rollouts.completion_lengths_B.to(processes.device))
+
+
+def step_record(step: int, rollouts: Rollouts, outcome: Outcome, processes: Processes) -> StepRecord:
+    """What the observers and the log get of a batch, over all processes."""
+    context, weights, advantages = outcome.context, outcome.weights, outcome.advantages
+    return StepRecord(
+        step=step,
+        reward_names=context.reward_names,
+        families=processes.gather_objects(rollouts.prompts.families),
+        prompts=processes.gather_objects(rollouts.prompts.texts),
+        completions=processes.gather_objects(rollouts.completions),
+        rewards_BK=context.rewards_BK.cpu(),
+        weights_BK=weights.weights_BK.cpu(),
+        expected_weights_BK=weights.expected_BK.cpu(),
+        advantages_B=advantages.advantages.cpu(),
+        scores_B=advantages.scores.cpu(),
+        degenerate_B=advantages.degenerate.cpu(),
+        lengths_B=all_lengths(rollouts, processes).cpu(),
+        truncated_B=processes.gather(rollouts.truncated_B.to(processes.device)).cpu(),
+        utilities_B=None if context.utilities_B is None else context.utilities_B.cpu(),
+    )

@@ -1,0 +1,256 @@
+"""A run that was killed goes on bit by bit, from a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from maestro_fast.model.forward import Sequences
+from maestro_fast.reporting.recorded_run import recorded_train
+from maestro_fast.training import run_directory, train
+from maestro_fast.training.batches import MicroBatch, TokenLogprobs
+from maestro_fast.training.checkpoint import StepState, load_step_state, save_step_state
+from maestro_fast.training.metrics import MetricMeans
+from maestro_fast.training.run_directory import staged
+from tests.training.test_trainer import run
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may tidy up after it."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture
+def make_raw(raw_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """A run of five steps with all kinds of state, in a directory of its own."""
+
+    def make(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+        raw = copy.deepcopy(raw_config) | {"run_dir": f"{raw_config['run_dir']}-{name}"}
+        raw["weights"] |= {"period": 2}
+        raw["trainer"] |= {"max_steps": 5, "save_steps": 1}
+        for section, values in sections.items():
+            raw[section] = {**raw.get(section, {}), **values}
+        return raw
+
+    return make
+
+
+def killed_and_resumed(raw: dict[str, Any], step: int) -> None:
+    """Dies in ``step``, before its checkpoint is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "maestro_fast.reporting.recorded_run.train",
+            lambda *a, callbacks, **k: train(*a, callbacks=[*callbacks, KillAt(step)], **k),
+        )
+        with pytest.raises(Killed):
+            recorded_train(raw)
+    recorded_train(raw, resume=True)
+
+
+def assert_same_run(one: str, other: str) -> None:
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes(), name
+    files = sorted(path.name for path in (Path(one) / "final").glob("*.safetensors"))
+    assert "weight_policy.safetensors" in files and len(files) == 2
+    for name in files:
+        ours, theirs = (load_file(Path(run_dir) / "final" / name) for run_dir in (one, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"batch": {"updates_per_batch": 2}},
+        {"batch": {"micro_batch": 16}, "loss": {"kl_coef": 0.1}},
+        {"trainer": {"logging_steps": 4, "save_steps": 3}},
+        {"trainer": {"lr_scheduler_type": "linear"}, "model": {"lora": {"r": 2, "dropout": 0.2}}},
+    ],
+    ids=["plain", "unused responses", "judged in the training forward", "between log lines", "dropout"],
+)
+def test_a_killed_run_repeats_the_uninterrupted_one(
+    make_raw: Callable[..., dict[str, Any]], sections: dict[str, dict[str, Any]]
+) -> None:
+    whole, killed = make_raw("whole", **sections), make_raw("killed", **sections)
+    recorded_train(whole)
+    killed_and_resumed(killed, step=4)
+
+    assert_same_run(whole["run_dir"], killed["run_dir"])
+
+
+def test_a_run_killed_in_its_second_epoch_goes_on(make_raw: Callable[..., dict[str, Any]]) -> None:
+    epochs = {"max_steps": -1, "num_train_epochs": 2}
+    whole = make_raw("whole", trainer=epochs)
+    recorded_train(whole)
+    for step in (5, 6):  # the checkpoint is at the end of the first epoch, then inside the second
+        killed = make_raw(f"killed-{step}", trainer=epochs)
+        killed_and_resumed(killed, step=step)
+        assert_same_run(whole["run_dir"], killed["run_dir"])
+
+
+KILLED_IN_A_REWARD = """
+import os, signal
+calls = 0
+def mine(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 4 and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(text) % 3) for text in completions]
+"""
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from maestro_fast.cli import main
+from maestro_fast.training import run_directory
+publish, calls = run_directory._publish, 0
+def dying(folder, run_dir):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(folder, run_dir)
+run_directory._publish = dying
+main(["train", sys.argv[1]])
+"""
+
+
+def command(config: Path, *more: str, code: str | None = None) -> int:
+    program = ["-m", "maestro_fast", "train"] if code is None else ["-c", code]
+    return subprocess.run([sys.executable, *program, str(config), *more], capture_output=True, timeout=240).returncode
+
+
+@pytest.mark.parametrize("moment", ["in a reward", "while saving"])
+def test_kill_9(make_raw: Callable[..., dict[str, Any]], tmp_path: Path, moment: str) -> None:
+    source = KILLED_IN_A_REWARD.format(marker=str(tmp_path / "killed"))
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    for name in ("killed", "whole"):
+        raw = make_raw(name) | {"rewards": ["format", f"{tmp_path}/own.py:mine"]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    if moment == "while saving":
+        (tmp_path / "killed").touch()  # the reward lets it live
+    died = command(tmp_path / "killed.yaml", code=KILLED_WHILE_SAVING if moment == "while saving" else None)
+    left = {path.name for path in Path(make_raw("killed")["run_dir"]).iterdir()}
+
+    assert died == -signal.SIGKILL
+    assert {"checkpoint-2", "metrics.jsonl"} <= left and "final" not in left
+    assert (".saving" in left, "checkpoint-3" in left) == ((True, False) if moment == "while saving" else (False, True))
+    assert command(tmp_path / "killed.yaml", "--resume") == 0
+    assert command(tmp_path / "whole.yaml") == 0
+    assert_same_run(make_raw("whole")["run_dir"], make_raw("killed")["run_dir"])
+    assert not (Path(make_raw("killed")["run_dir"]) / ".saving").exists()
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_there(
+    make_raw: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_raw("run", trainer={"save_total_limit": 1, "max_steps": 3})
+    seen: list[list[str]] = []
+    publish = run_directory._publish
+
+    def spy(folder: Path, run_dir: Path) -> None:
+        seen.append(sorted(path.name for path in run_dir.glob("checkpoint-*")))
+        publish(folder, run_dir)
+
+    monkeypatch.setattr(run_directory, "_publish", spy)
+    run(raw)
+
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last publishes final/
+    assert [path.name for path in Path(raw["run_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_the_best_checkpoint_is_named_where_it_lies(make_raw: Callable[..., dict[str, Any]]) -> None:
+    raw = make_raw("run", trainer={"metric_for_best_model": "eval_rewards/brevity/mean", "save_total_limit": 1})
+    raw["evaluation"] = {"data": raw["data"]}
+    raw["trainer"] |= {"load_best_model_at_end": True, "greater_is_better": False, "learning_rate": 0.01}
+    trainer, _ = run(raw)
+    best, final = trainer.state.best_model_checkpoint, Path(raw["run_dir"]) / "final"
+
+    assert trainer.state.best_global_step < trainer.state.global_step, "the last is the best: this shows nothing"
+    for name in ("model.safetensors", "weight_policy.safetensors"):
+        ours, theirs = load_file(final / name), load_file(Path(str(best)) / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
+    assert best is not None and Path(best).parent == Path(raw["run_dir"]) and Path(best).is_dir()
+    saved = json.loads((Path(best) / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == best
+
+
+def test_a_staged_folder_replaces_its_like_and_leaves_none_behind(tmp_path: Path) -> None:
+    for value in "12":
+        with staged(tmp_path, Accelerator(cpu=True)) as folder:
+            (folder / "checkpoint-5").mkdir()
+            (folder / "checkpoint-5" / "value").write_text(value)
+    with pytest.raises(RuntimeError), staged(tmp_path, Accelerator(cpu=True)) as folder:
+        (folder / "checkpoint-5").mkdir()
+        raise RuntimeError
+
+    assert (tmp_path / "checkpoint-5" / "value").read_text() == "2"
+    assert (tmp_path / ".saving").exists()  # what failed half-way is looked at, or cleared by the next
+
+
+def micro_batch(seed: int) -> MicroBatch:
+    random = torch.Generator().manual_seed(seed)
+    return MicroBatch(
+        Sequences([[1, 2, 3], [4]], [[5], [6, 7]]),
+        torch.rand(2, generator=random),
+        torch.tensor([0, 1, 3]),
+        TokenLogprobs(torch.rand(3, generator=random), None, torch.rand(3, generator=random)),
+        0.1 + seed,
+        3.0,
+    )
+
+
+def test_the_step_in_progress_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    means = MetricMeans()
+    means.add({"kl": 0.1})
+    means.add({"kl": 0.2, "reward": 1 / 3})
+    state = StepState([micro_batch(0), micro_batch(1)], means, 0.30000001192092896, 7)
+    save_step_state(tmp_path, state, 0, 1)
+    back = load_step_state(tmp_path, 0, 1, torch.device("cpu"))
+
+    assert back is not None
+    assert (back.loss, back.logged_step, back.means.pop()) == (state.loss, 7, means.pop())
+    for ours, theirs in zip(back.micro_batches, state.micro_batches, strict=True):
+        assert ours.sequences == theirs.sequences
+        assert (ours.normalizer, ours.entropy_normalizer) == (theirs.normalizer, theirs.entropy_normalizer)
+        assert torch.equal(ours.advantages_B, theirs.advantages_B) and torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+        assert ours.logprobs.ref_C is None and ours.logprobs.old_C is not None and theirs.logprobs.old_C is not None
+        assert torch.equal(ours.logprobs.old_C, theirs.logprobs.old_C)
+
+
+def test_another_number_of_processes_may_resume_between_batches_only(tmp_path: Path) -> None:
+    for rank in range(2):
+        save_step_state(tmp_path, StepState(), rank, 2)
+    assert load_step_state(tmp_path, 0, 1, torch.device("cpu")) is None
+    save_step_state(tmp_path, StepState([micro_batch(0)]), 1, 2)
+    with pytest.raises(
+        ValueError, match="2 processes had still to train on, expected as many processes, this run has 1"
+    ):
+        load_step_state(tmp_path, 0, 1, torch.device("cpu"))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no step_state_0_of_1\.safetensors, it is incomplete"):
+        load_step_state(tmp_path, 0, 1, torch.device("cpu"))

@@ -1,0 +1,126 @@
+"""What a resumed run must not do: train too far, go on from half a checkpoint, or tear a batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from maestro_fast.reporting import read_jsonl
+from maestro_fast.training import run_directory
+from maestro_fast.training.run_directory import staged
+from tests.training.test_trainer import run
+
+
+@pytest.fixture
+def raw(raw_config: dict[str, Any]) -> dict[str, Any]:
+    """Of three steps, with a checkpoint after each."""
+    raw_config["trainer"] |= {"max_steps": 3, "save_steps": 1}
+    return raw_config
+
+
+def test_a_finished_run_makes_no_further_step(raw: dict[str, Any]) -> None:
+    run(raw)
+    shutil.rmtree(Path(raw["run_dir"]) / "final")
+    trainer, records = run(raw, resume=True)
+
+    assert (trainer.state.global_step, records) == (3, [])
+    assert (Path(raw["run_dir"]) / "final").is_dir()
+    assert not (Path(raw["run_dir"]) / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("pattern", ["optimizer*", "scheduler.pt"])
+def test_half_a_checkpoint_is_refused(raw: dict[str, Any], pattern: str) -> None:
+    run(raw)
+    for path in (Path(raw["run_dir"]) / "checkpoint-3").glob(pattern):
+        path.unlink()
+
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-3 holds no .*, it is incomplete"):
+        run(raw, resume=True, trainer__max_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"micro_batch": 2}, r"^batch\.micro_batch: 2, but .* made with 4, expected the same"),
+        ({"updates_per_batch": 1}, r"^batch\.updates_per_batch: 1, but .* made with 2, expected the same"),
+        ({"prompts_per_batch": 8}, r"^batch\.prompts_per_batch: 8, but .* made with 4, expected the same"),
+    ],
+)
+def test_responses_are_trained_on_as_they_were_divided(
+    raw: dict[str, Any], changes: dict[str, int], complaint: str
+) -> None:
+    raw["batch"] = {"prompts_per_batch": 4, "micro_batch": 4, "updates_per_batch": 2}
+    run(raw)  # ends after the first of the two updates of its second batch
+
+    with pytest.raises(ValueError, match=complaint):
+        run({**raw, "batch": raw["batch"] | changes}, resume=True, trainer__max_steps=6)
+
+
+def test_a_batch_is_not_begun_in_its_middle(raw: dict[str, Any]) -> None:
+    run(raw)
+    with pytest.raises(ValueError, match=r"^batch\.updates_per_batch: 2, but .*checkpoint-3 .*after step 3"):
+        run(raw, resume=True, trainer__max_steps=6, batch__updates_per_batch=2)
+
+
+def test_memory_may_be_saved_between_batches(raw: dict[str, Any]) -> None:
+    run(raw)
+    trainer, records = run(raw, resume=True, trainer__max_steps=5, batch__micro_batch=4)
+
+    assert ([record.step for record in records], trainer.state.global_step) == ([3, 4], 5)
+
+
+def test_a_second_training_starts_anew(raw: dict[str, Any]) -> None:
+    raw["batch"] = {"prompts_per_batch": 4, "micro_batch": 4, "updates_per_batch": 2}
+    trainer, records = run(raw | {"trainer": raw["trainer"] | {"save_strategy": "no", "logging_steps": 2}})
+    left = len(trainer._micro_batches)
+    trainer.train()
+
+    assert left == 2
+    assert [record.step for record in records] == [0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("dies_at", ["the new one", "nothing"])
+def test_a_replaced_folder_is_there_until_its_successor_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    def write(value: str) -> None:
+        with staged(tmp_path, Accelerator(cpu=True)) as folder:
+            (folder / "final").mkdir()
+            (folder / "final" / "value").write_text(value)
+
+    write("1")
+    rename: Callable[..., Path] = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if dies_at == "the new one" and self.parent.name == ".saving":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        if dies_at == "nothing":
+            write("2")
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                write("2")
+    run_directory.recover(tmp_path)
+
+    assert (tmp_path / "final" / "value").read_text() == ("2" if dies_at == "nothing" else "1")
+    assert not list(tmp_path.glob(".old-*"))
+
+
+def test_metrics_hold_each_step_once(raw: dict[str, Any]) -> None:
+    """Also where a finished run was resumed."""
+    from maestro_fast.reporting.recorded_run import recorded_train
+
+    recorded_train(raw)
+    before = (Path(raw["run_dir"]) / "metrics.jsonl").read_bytes()
+    recorded_train(raw, resume=True)
+
+    assert (Path(raw["run_dir"]) / "metrics.jsonl").read_bytes() == before
+    assert [line["step"] for line in read_jsonl(Path(raw["run_dir"]) / "metrics.jsonl")] == [1, 2, 3]

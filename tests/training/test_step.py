@@ -1,0 +1,117 @@
+"""A generation batch gives the same numbers wherever log-probs and hidden states come from."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maestro_fast.records import PolicyOutputs
+from maestro_fast.training import MaestroTrainer
+from maestro_fast.training.batches import Processes
+from maestro_fast.training.step import Step
+from tests.training.test_trainer import parameters, run
+
+CASES = {
+    "training": {"batch": {"micro_batch": 16}},
+    "an extra forward": {"batch": {"micro_batch": 8}},
+    "2 updates per batch": {"batch": {"micro_batch": 8, "updates_per_batch": 2}},
+}
+
+
+def case(raw: dict[str, Any], name: str, **sections: dict[str, Any]) -> tuple[MaestroTrainer, Any]:
+    raw = copy.deepcopy(raw) | {"run_dir": f"{raw['run_dir']}-{name}"}
+    for section, values in {**CASES[name], **sections}.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return run(raw)
+
+
+@pytest.fixture
+def steady(raw_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Rewards that are functions of the tokens: nothing amplifies the last bit in which two forwards differ."""
+    (tmp_path / "own.py").write_text(
+        "def mine(completion_ids, **columns):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n",
+        encoding="utf-8",
+    )
+    raw_config["rewards"] = [f"{tmp_path}/own.py:mine", {"name": "brevity", "kind": "length", "target": 2}]
+    raw_config["trainer"] |= {"optim": "sgd"}
+    return raw_config
+
+
+def test_the_three_cases_give_the_same_numbers(steady: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs, entropies, contexts, weights and advantages of the first batch, to 1e-5."""
+    seen: list[PolicyOutputs] = []
+    prepare = Step.prepare
+
+    def spy(step: Step, model: Any, sampled: Any, outputs: PolicyOutputs, learn: Any) -> Any:
+        seen.append(outputs)
+        return prepare(step, model, sampled, outputs, learn)
+
+    monkeypatch.setattr(Step, "prepare", spy)
+    results = []
+    for name in CASES:
+        seen.clear()
+        _, records = case(steady, name, trainer={"max_steps": 1})
+        results.append((seen[0], records[0]))
+    (outputs, record), *others = results
+
+    assert outputs.context_Bd is not None and outputs.context_Bd.std() > 0.1
+    for other, other_record in others:
+        for key in ("logprobs_C", "entropies_C", "context_Bd"):
+            torch.testing.assert_close(getattr(other, key), getattr(outputs, key), rtol=1e-5, atol=1e-5, msg=key)
+        for key in ("rewards_BK", "weights_BK", "advantages_B"):
+            ours, theirs = getattr(other_record, key), getattr(record, key)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_policy_and_conductor_learn_the_same_from_either_forward(steady: dict[str, Any]) -> None:
+    """Perplexity scores the reference in a forward of its own, between the training forward and its backward."""
+    steady["rewards"].append({"name": "perplexity", "require_format": False})
+    both = [case(steady, name)[0] for name in ("training", "an extra forward")]
+    one, other = (trainer.step.weights.state_dict() for trainer in both)
+
+    assert one["weight"].abs().max() > 1e-3
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-4, msg=key)
+    for (key, ours), theirs in zip(parameters(both[0]).items(), parameters(both[1]).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    from maestro_fast.model import forward
+    from maestro_fast.training import trainer
+
+    original = forward.last_hidden
+
+    def spy(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(forward, "last_hidden", spy)
+    monkeypatch.setattr(trainer, "last_hidden", spy)
+    case(raw_config, "training", trainer={"max_steps": 3})
+
+    assert len(calls) == 3 + 2  # two are the probe of the layout
+
+
+def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded models need the same number of forwards everywhere, from a process without a text to score as well."""
+    trainer, _ = case(raw_config, "an extra forward", trainer={"max_steps": 1})
+    texts = (["Name a colour.", "Sing."], ["it is", ""], [" red", "la la"])
+    alone = trainer.step.judges.text_scorer(trainer.model)(*texts)
+    calls: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(Processes, "gather", lambda processes, own: torch.cat([own, torch.tensor([17])]))
+    together = trainer.step.judges.text_scorer(trainer.model)(*texts)
+
+    assert len(calls) == 3  # 17 rows, 8 at a time
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert trainer.step.judges.text_scorer(trainer.model)([], [], []) == []
+    assert len(calls) == 6
