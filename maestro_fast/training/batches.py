@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from maestro_fast.model.forward import Sequences
 
@@ -64,6 +65,13 @@ class BatchPlan:
     def micro_batch(self) -> int:
         """Responses of a micro-batch."""
         return self.responses // self.micro_steps
+
+    def set_sizes(self, args: TrainingArguments) -> None:
+        """Has transformers' data loader deliver the prompts of one process, as plain rows, for every micro-step."""
+        args.per_device_train_batch_size = self.prompts
+        args.gradient_accumulation_steps = self.accumulation
+        args.remove_unused_columns = False
+        args.dataloader_pin_memory = False
 
     @staticmethod
     def of(config: BatchConfig, group_size: int, processes: int) -> BatchPlan:

@@ -42,7 +42,7 @@ from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
-from maestro_fast.training.batches import BatchPlan, GroupSampler, MicroBatch, Processes
+from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
 from maestro_fast.training.best_policy import BestPolicy, check_best
 from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_complete
 from maestro_fast.training.data import PromptDataset
@@ -50,14 +50,7 @@ from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, StageProgress
 from maestro_fast.training.overlap import Lessons, check_parts
-from maestro_fast.training.plan import (
-    LossTerms,
-    Method,
-    checked_plan,
-    choose_scoring,
-    context_mode,
-    reads_reference,
-)
+from maestro_fast.training.plan import LossTerms, Method, checked_plan, choose_scoring, context_mode, reads_reference
 from maestro_fast.training.run_directory import staged
 from maestro_fast.training.step import Judges, Sampled, Sampler, Scorer, Step
 from maestro_fast.training.weight_sync import check_engine, synced_generator
@@ -134,7 +127,7 @@ class MaestroTrainer(Trainer):
         self._profile = resolve_profile(self.method.profile)
         self._terms = LossTerms.of(self.method.loss, self._profile)
         self._plan = plan = checked_plan(self.method, model, dataset, args.world_size)
-        _set_sizes(args, plan)
+        plan.set_sizes(args)
         needs_reference = self._terms.reads_reference or reads_reference(weights)
         frozen = frozen_copy(model) if needs_reference else None
         self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
@@ -457,14 +450,6 @@ class MaestroTrainer(Trainer):
                     f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume."
                 )
             raise
-
-
-def _set_sizes(args: TrainingArguments, plan: BatchPlan) -> None:
-    """Has transformers' data loader deliver the prompts of one process, as plain rows, for every micro-step."""
-    args.per_device_train_batch_size = plan.prompts
-    args.gradient_accumulation_steps = plan.accumulation
-    args.remove_unused_columns = False
-    args.dataloader_pin_memory = False
 
 
 class StepEvents(TrainerCallback):
