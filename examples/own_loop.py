@@ -11,8 +11,17 @@ from maestro_fast.weighting import Outcome, WeightContext, build_weight_policy
 
 torch.manual_seed(0)
 G, N, P, C, d = 8, 4, 5, 12, 64  # responses per prompt, prompts, tokens of a prompt and of a completion, hidden size
-sizes = {"hidden_size": d, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-model = Qwen3ForCausalLM(Qwen3Config(vocab_size=100, num_key_value_heads=2, eos_token_id=None, **sizes))
+shape = Qwen3Config(
+    vocab_size=100,
+    hidden_size=d,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    eos_token_id=None,
+)
+model = Qwen3ForCausalLM(shape)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 names = ("even", "simple")
 conductor = build_weight_policy("conductor", names, d)

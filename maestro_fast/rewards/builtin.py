@@ -24,7 +24,7 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class LengthReward:
-    """0 up to a target length, and beyond it a straight line down to a floor.
+    """A penalty on length: 0 up to a target, and beyond it a straight line down to a floor.
 
         r(n) = 0 for n <= target,  max(floor, -(n - target) / scale) beyond
 

@@ -17,7 +17,7 @@ from maestro_fast.records import RewardBatch, plain_text
 
 @dataclass(frozen=True)
 class FormatReward:
-    """1 for a completion of the wanted form, else 0 or partial credit.
+    """Whether a completion has the wanted form: 1 if it has, else 0 or partial credit.
 
     A completion has the form if every tag of ``tags`` is opened once and closed once, in this order, with nothing but
     whitespace outside. With ``partial`` a completion that lacks the form gets 0.5 * w / T, where w of the T tags are

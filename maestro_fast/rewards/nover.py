@@ -26,7 +26,7 @@ from maestro_fast.rewards.perplexity import Formula, Judged, PerplexityReward
 
 @dataclass(frozen=True)
 class NoverReward:
-    """w_r R_r + w_e R_e of the module for the rows that have the format, and 0 for the others.
+    """NOVER's reward for reasoning: w_r R_r + w_e R_e where the completion has the format, and 0 elsewhere.
 
     NOVER's whole reward (arXiv 2505.16022) is w_f R_f + 1[R_f = 1] (w_r R_r + w_e R_e). To have it, set this reward
     beside a ``format`` reward and sum the two without normalising them first (profile ``dr_grpo``), as

@@ -30,7 +30,7 @@ from maestro_fast.weighting.policy import (
 
 @dataclass(frozen=True)
 class DvaoConfig:
-    """Options of ``dvao``.
+    """In each group, a reward counts by its standard deviation in that group (DVAO, arXiv 2605.25604).
 
     Attributes:
         priorities: A constant factor for each reward, by name. It is 1 for a reward that is left out.

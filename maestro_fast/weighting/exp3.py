@@ -30,7 +30,7 @@ from maestro_fast.weighting.policy import (
 
 @dataclass(frozen=True)
 class Exp3Config:
-    """Options of ``exp3``.
+    """A bandit without context draws one reward per batch to emphasise, and favours what made rewards rise.
 
     Attributes:
         gamma: The share of the draws that explores, in (0, 1]. It is the step size of the scores too.

@@ -25,7 +25,7 @@ from maestro_fast.weighting.policy import Stateless, WeightContext, Weights, in_
 
 @dataclass(frozen=True)
 class EqualConfig:
-    """``equal`` has no options."""
+    """Every reward gets the weight 1 / K, the baseline that adaptive weights have to beat; there are no options."""
 
     def build(self, reward_names: tuple[str, ...], context_size: int) -> Equal:
         """The policy for these rewards."""
@@ -46,7 +46,7 @@ class Equal(Stateless):
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """Options of ``static``.
+    """One weight per reward, the same for every response and step.
 
     Attributes:
         values: A weight for every reward, by name. Weights are used as they are, not rescaled, and may be negative.
@@ -75,7 +75,7 @@ class Static(Stateless):
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """Options of ``random``.
+    """Weights are drawn anew for every response, uniformly from the simplex: the paper's baseline without learning.
 
     Attributes:
         seed: The seed of the draws. Weights depend on it, on the step and on the response's place in the batch.
@@ -129,7 +129,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Options of ``schedule``.
+    """Weights change with the step alone, for curricula such as format first and content later.
 
     Attributes:
         points: Weights at some steps, in ascending order of the steps. The first one is at step 0.
@@ -179,7 +179,7 @@ class Schedule(Stateless):
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Options of ``router``.
+    """A column of the data chooses the weights, as an oracle that knows the kind of each prompt would.
 
     Attributes:
         column: The data set column that tells the kind of a prompt. Its values are compared as text.
@@ -232,7 +232,7 @@ class Router(Stateless):
 
 @dataclass(frozen=True)
 class CallableConfig:
-    """Options of ``callable``.
+    """A function of the user's own gives the weights.
 
     Attributes:
         function: The function, or its name as "package.module:function" or "file.py:function".

@@ -35,7 +35,7 @@ from maestro_fast.weighting.policy import (
 
 @dataclass(frozen=True)
 class SawConfig:
-    """Options of ``saw``.
+    """A reward counts by how much it still varies over the batch, relative to its mean (SAW, arXiv 2606.07705).
 
     Attributes:
         minima: The least value that a reward can take, by name. For a reward that is left out, it is the least value

@@ -29,7 +29,7 @@ from maestro_fast.weighting.policy import (
 
 @dataclass(frozen=True)
 class WeakestFirstConfig:
-    """Options of ``weakest_first``.
+    """The reward that the policy is furthest from earning in full counts most.
 
     Attributes:
         low: The least value of each reward, by name. For a reward that is left out, it is the least value seen so far.

@@ -37,7 +37,9 @@ CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others get
 
 @dataclass(frozen=True)
 class AnchoredConfig:
-    """Options of ``anchored``. The defaults are those of our trial on a small language model.
+    """A small network learns weights whose scores order the responses of a group as a known utility does.
+
+    The defaults are those of our trial on a small language model.
 
     Attributes:
         surrogate: What the weights climb: "correlation" is the correlation of the weighted score with the utility

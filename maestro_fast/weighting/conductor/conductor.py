@@ -39,7 +39,9 @@ WEAKNESS = (
 
 @dataclass(frozen=True)
 class ConductorConfig:
-    """Options of the Conductor. The defaults limit the harm that it can do; the README says what it can learn.
+    """A small network reads the policy's hidden state and draws one reward to emphasise, per response or prompt (MAESTRO).
+
+    The defaults limit the harm that a Conductor can do; the README says what it can learn.
 
     Attributes:
         alpha: how far a drawn action moves the weights from equal to one-hot, in (0, 1].
