@@ -44,7 +44,7 @@ class _TrainHelp(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from maestro_fast.training.config_reference import as_text
+        from maestro_fast.config_reference import as_text
 
         print(f"{parser.format_help()}\n{as_text()}")
         parser.exit()

@@ -24,7 +24,7 @@ LAYERS = [
     {"integrations"},
     {"reporting"},
     {"evals"},
-    {"info", "quickstart"},
+    {"info", "quickstart", "config_reference"},
     {"cli"},
     {"__main__"},
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
-from maestro_fast.specs import constant_in_graphs
+from maestro_fast.specs.text import constant_in_graphs
 
 if TYPE_CHECKING:
     from maestro_fast import _C

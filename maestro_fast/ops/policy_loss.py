@@ -14,11 +14,7 @@
     dapo            1 / normalizer                                tokens of the optimizer step    it must be given
     dr_grpo         1 / (max_completion_length * normalizer)      responses of the optimizer step B
 
-Sources: GRPO ar    wants_entropies,
-)
-
-
-def policy_lossiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
+Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
 values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.
 
 The formulas l_t stand in ``specs.OBJECTIVES``. Inside, a loss is computed from ``LossInputs``; a user's own loss is a

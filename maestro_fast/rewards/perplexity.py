@@ -47,7 +47,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class PerplexityReward:
-    """-log P, where P is the perplexity of the reference answer after the completion's reasoning, or its rank in the group.
+    """-log P, where P is the perplexity of the reference answer after the completion's reasoning, or its rank.
 
     The policy scores the reference in the place of its own answer: behind the prompt and its completion up to and
     including the opening tag of the answer and the whitespace that it wrote there. Spaces at the end of that text move

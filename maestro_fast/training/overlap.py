@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -62,12 +62,12 @@ def run_together(
     return [future.result for future in futures], executor.shutdown
 
 
-@dataclass
 class Lessons:
     """The outcome, one at most, from which the weight policy has still to learn."""
 
-    weights: WeightPolicy
-    _waiting: list[Outcome] = field(default_factory=list)
+    def __init__(self, weights: WeightPolicy) -> None:
+        self.weights = weights
+        self._waiting: list[Outcome] = []
 
     def add(self, outcome: Outcome, *, postpone: bool) -> None:
         """Lets the policy learn from ``outcome`` now, or, if ``postpone``, at the next ``learn``."""

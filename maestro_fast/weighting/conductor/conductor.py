@@ -39,7 +39,7 @@ WEAKNESS = (
 
 @dataclass(frozen=True)
 class ConductorConfig:
-    """A small network reads the policy's hidden state and draws one reward to emphasise, per response or prompt (MAESTRO).
+    """MAESTRO's network reads the policy's hidden state and draws one reward to emphasise, per response or prompt.
 
     The defaults limit the harm that a Conductor can do; the README says what it can learn.
 

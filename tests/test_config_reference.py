@@ -10,24 +10,24 @@ import pytest
 
 import maestro_fast.training
 from maestro_fast.cli import main
+from maestro_fast.config_reference import Section, as_markdown, sections
 from maestro_fast.generation.config import GENERATION
 from maestro_fast.rewards import REWARD_TYPES
 from maestro_fast.settings import settings_of
 from maestro_fast.training.config import LOSS, TrainConfig
-from maestro_fast.training.config_reference import Section, as_markdown, sections
 from maestro_fast.weighting import POLICIES
 
 FILE = Path(maestro_fast.training.__file__).parent / "CONFIG.md"
 
 
 def test_the_committed_file_is_what_is_generated() -> None:
-    command = "python -m maestro_fast.training.config_reference > maestro_fast/training/CONFIG.md"
+    command = "python -m maestro_fast.config_reference > maestro_fast/training/CONFIG.md"
     assert FILE.read_text(encoding="utf-8") == as_markdown(), f"run {command}"
 
 
 def test_the_module_writes_the_file() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "maestro_fast.training.config_reference"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "maestro_fast.config_reference"], capture_output=True, text=True, check=True
     )
     assert done.stdout == as_markdown()
 

@@ -1,8 +1,8 @@
 """Every setting of a training config with its type, its default and a sentence, read off the config dataclasses.
 
-``maestro-fast train --help`` prints it, and CONFIG.md beside this file holds it. To write that file again:
+``maestro-fast train --help`` prints it, and training/CONFIG.md holds it. To write that file again:
 
-    python -m maestro_fast.training.config_reference > maestro_fast/training/CONFIG.md
+    python -m maestro_fast.config_reference > maestro_fast/training/CONFIG.md
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def as_markdown() -> str:
     lines = [
         "# Settings of a training config",
         "",
-        "This file is made from the config dataclasses: `python -m maestro_fast.training.config_reference`.",
+        "This file is made from the config dataclasses: `python -m maestro_fast.config_reference`.",
         "",
         "A section that comes in several types has a key `type`, and the settings of that type beside it. A mere name",
         "stands for a type: `weights: conductor` is `weights: {type: conductor}`. A mere `file.py:name` stands for a",
