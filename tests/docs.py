@@ -11,7 +11,6 @@ from pathlib import Path
 
 from maestro_fast.integrations.trl.refuse import refusal_table
 from maestro_fast.ops import PROFILES
-from maestro_fast.rewards import KINDS
 from maestro_fast.weighting import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +37,7 @@ def policies() -> str:
 
 def rewards() -> str:
     return markdown(
-        ["type", "what it gives"], [[f"`{name}`", first_sentence(kind.__doc__)] for name, kind in KINDS.items()]
+        ["type", "what it gives"], [[f"`{name}`", first_sentence(kind.__doc__)] for name, kind in REWARD_TYPES.items()]
     )
 
 

@@ -53,7 +53,7 @@ def one_batch(trainer: Any, *, train: bool = True) -> Any:
 
 @pytest.mark.parametrize("by", ["config", "profile"])
 @pytest.mark.parametrize(
-    "weights", ["equal", {"policy": "static", "values": {"parity": 1, "brevity": 1, "abstaining": 1}}]
+    "weights", ["equal", {"type": "static", "values": {"parity": 1, "brevity": 1, "abstaining": 1}}]
 )
 @pytest.mark.parametrize("profile", TRL_OPTIONS)
 def test_equal_weights_are_trls_own(settings: Make, ingredients: Make, profile: str, weights: Any, by: str) -> None:
@@ -92,7 +92,7 @@ def test_a_group_of_equal_scores_gets_exactly_zero(settings: Make, ingredients: 
 def test_other_profiles_are_ours(settings: Make, ingredients: Make, profile: str) -> None:
     values = {"parity": 0.7, "brevity": 0.2}
     trainer = one_batch(
-        Maestro(args=settings(), weights={"policy": "static", "values": values}, profile=profile, **ingredients())
+        Maestro(args=settings(), weights={"type": "static", "values": values}, profile=profile, **ingredients())
     )
     lengths = trainer.output["completion_mask"].sum(1) if profile == "verl_gdpo" else None
     expected = group_advantages(
@@ -112,7 +112,7 @@ def test_reward_weights_of_the_config_multiply_the_policys(settings: Make, ingre
 
 
 def test_every_response_has_its_own_weights(settings: Make, ingredients: Make) -> None:
-    trainer = one_batch(Maestro(args=settings(), weights={"policy": "random", "seed": 5}, **ingredients()))
+    trainer = one_batch(Maestro(args=settings(), weights={"type": "random", "seed": 5}, **ingredients()))
     context = WeightContext(("parity", "brevity"), 4, 0, trainer.rewards_BK)
     weights = trainer.weight_policy.weights(context).weights_BK
     expected = group_advantages(trainer.rewards_BK, 2 * weights, 4, profile="grpo").advantages
@@ -121,7 +121,7 @@ def test_every_response_has_its_own_weights(settings: Make, ingredients: Make) -
 
 
 def test_an_evaluation_uses_expected_weights_and_teaches_nothing(settings: Make, ingredients: Make) -> None:
-    trainer = Maestro(args=settings(num_generations_eval=2), weights={"policy": "random"}, **ingredients())
+    trainer = Maestro(args=settings(num_generations_eval=2), weights={"type": "random"}, **ingredients())
     one_batch(trainer, train=False)
     expected = group_advantages(trainer.rewards_BK, None, 2, profile="grpo").advantages
 
@@ -132,7 +132,7 @@ def test_an_evaluation_uses_expected_weights_and_teaches_nothing(settings: Make,
 
 # --- weights and advantages in one op ---
 
-CONDUCTOR = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
+CONDUCTOR = {"type": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
 MIXED = AdvantageProfile(score_eps_in="variance", score_eps=1e-3)
 TOKENS = AdvantageProfile(score_center="tokens", score_scale="tokens")
 

@@ -380,7 +380,7 @@ def test_it_trains_ten_steps_from_hidden_states(settings: Make, ingredients: Mak
     trainer = MaestroGRPOTrainer(
         args=settings(max_steps=10, eval_strategy="steps", eval_steps=5, mask_truncated_completions=True),
         loss="maestro_fast",
-        weights={"policy": "conductor", "period": 1, "learning_rate": 0.1},
+        weights={"type": "conductor", "period": 1, "learning_rate": 0.1},
         eval_dataset=parts["train_dataset"].select(range(4)),
         **parts,
     )

@@ -30,8 +30,8 @@ from maestro_fast.integrations.trl import (
 from maestro_fast.ops import LossInputs
 
 Make = Callable[..., Any]
-STATIC = {"policy": "static", "values": {"parity": 1, "brevity": 2}}
-BASELINE = {"policy": "conductor", "estimator": "baseline"}
+STATIC = {"type": "static", "values": {"parity": 1, "brevity": 2}}
+BASELINE = {"type": "conductor", "estimator": "baseline"}
 
 
 def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +60,7 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         ({}, {"loss": "mine"}, "loss: 'mine', expected 'trl', 'maestro_fast' or a function"),
         ({}, {"profile": "mine"}, "profile: 'mine', expected one of"),
         ({}, {"weights": "mine"}, "weights.type: 'mine'"),
-        ({}, {"weights": {"policy": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
+        ({}, {"weights": {"type": "static", "values": {"parity": 1}}}, "weights.values.brevity: missing"),
     ],
 )
 def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, arguments: Any, said: str) -> None:

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from maestro_fast.integrations.trl import MaestroGRPOTrainer
 from tests.integrations.conftest import abstaining, checkpointing_field, parity
 
-CONDUCTOR = {"policy": "conductor", "period": 1, "learning_rate": 0.1}
+CONDUCTOR = {"type": "conductor", "period": 1, "learning_rate": 0.1}
 FREE = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 Make = Callable[..., Any]
 

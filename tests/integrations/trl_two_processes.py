@@ -78,7 +78,7 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     type(model).generate = generate
     policy: Any = build_weight_policy(
-        {"policy": "conductor", "period": 1, "learning_rate": 0.1}, ("parity", "brevity"), 32
+        {"type": "conductor", "period": 1, "learning_rate": 0.1}, ("parity", "brevity"), 32
     )
     torch.manual_seed(RANK)  # TRL seeds its processes like this, so the policies start out different.
     policy.weight.data.normal_(std=0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from maestro_fast.kernels import policy_loss as kernel
 from maestro_fast.ops import LossInputs, PolicyLossConfig
 from maestro_fast.ops.policy_loss import policy_gradient, policy_loss
 from maestro_fast.ops.policy_loss import policy_loss as reference
-from maestro_fast.specs import LOSS_METRICS, LossWithGradients
+from maestro_fast.specs import LOSS_METRICS, LossWithGradients, Objective
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
 
@@ -104,9 +104,13 @@ def test_normalizations(normalization: str, normalizer: Any, masked: bool) -> No
     compare(make(normalization, clip_high=0.28), given | {"normalizer": normalizer})
 
 
-@pytest.mark.parametrize(("ratio", "objective", "mode"), list(product(["token", "sequence"], ["clip", "cispo"], MODES)))
+@pytest.mark.parametrize(
+    ("ratio", "objective", "mode"), list(product(["token", "sequence"], get_args(Objective), MODES))
+)
 def test_ratios_objectives_and_sampler_corrections(ratio: str, objective: str, mode: str) -> None:
-    config = make("grpo", ratio=ratio, objective=objective, clip_max=1.3, sampler_correction=mode, sampler_cap=1.2)
+    narrow = 0.05 if ratio == "sequence" else 0.2  # the ratios of whole responses lie closer to 1
+    bounds = {"clip_low": narrow, "clip_high": narrow, "clip_max": 1 + 1.5 * narrow}
+    config = make("grpo", ratio=ratio, objective=objective, **bounds, sampler_correction=mode, sampler_cap=1.2)
     given = chosen("old_logprobs", "sampling_logprobs", "token_mask")
     given["sampling_logprobs"][::5] = float("nan")
     compare(config, given)

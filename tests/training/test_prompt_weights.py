@@ -36,7 +36,7 @@ def shown(raw: dict[str, Any], folder: Path, **options: Any) -> PromptWeights:
 
 def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path: Path) -> None:
     """The policy reads the reference, from which the trained model differs by now."""
-    trainer, run_dir = trained(raw_config, tmp_path, {"policy": "anchored", "steps": 2, "guard": {}})
+    trainer, run_dir = trained(raw_config, tmp_path, {"type": "anchored", "steps": 2, "guard": {}})
     step = trainer.step
     assert step.reference is not None
     ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in trainer.train_dataset.rows]
@@ -64,7 +64,7 @@ def responses(trainer: MaestroTrainer) -> Sequences:
 
 @pytest.mark.parametrize("context", ["response", "prompt_mean", "prompt_last"])
 def test_of_a_conductor_by_the_trainers_own_forward(raw_config: dict[str, Any], tmp_path: Path, context: str) -> None:
-    options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": context, "estimator": "all_actions"}
+    options = {"type": "conductor", "period": 1, "learning_rate": 0.1, "context": context, "estimator": "all_actions"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
     trainer.model.eval()  # type: ignore[union-attr]
     policy = trainer.step.weights
@@ -85,7 +85,7 @@ def test_of_a_conductor_by_the_trainers_own_forward(raw_config: dict[str, Any], 
 
 
 def test_a_folder_of_save_pretrained_needs_the_model(raw_config: dict[str, Any], tmp_path: Path) -> None:
-    options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_last"}
+    options = {"type": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_last"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
     save_pretrained(trainer.step.weights, tmp_path / "alone")
     with pytest.raises(ValueError, match=r"^--model: missing; .*alone does not tell where the policy, is"):
@@ -98,7 +98,7 @@ def test_adapters_come_with_the_policy(raw_config: dict[str, Any], tmp_path: Pat
     pytest.importorskip("peft")
     raw_config["model"] |= {"lora": {"r": 4}}
     raw_config["trainer"] |= {"learning_rate": 0.1}
-    options = {"policy": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_mean"}
+    options = {"type": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_mean"}
     trainer, run_dir = trained(raw_config, tmp_path, options)
     save_pretrained(trainer.step.weights, tmp_path / "alone")
     own = shown(raw_config, run_dir / "final").weights_NK
@@ -109,7 +109,7 @@ def test_adapters_come_with_the_policy(raw_config: dict[str, Any], tmp_path: Pat
 def test_what_cannot_be_shown_is_named(raw_config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^DIR: .*nowhere holds neither conductor\.json nor weight_policy"):
         load_conductor(tmp_path / "nowhere")
-    _, run_dir = trained(raw_config, tmp_path, {"policy": "equal"})
+    _, run_dir = trained(raw_config, tmp_path, {"type": "equal"})
     with pytest.raises(ValueError, match=r"^DIR: .*final holds weight policy 'equal', expected conductor or anchored"):
         load_conductor(run_dir)
     (run_dir / "config.yaml").unlink()
@@ -122,7 +122,7 @@ def test_another_model_is_refused_by_its_width(raw_config: dict[str, Any], tmp_p
 
     from tests.tiny import tiny_tokenizer
 
-    _, run_dir = trained(raw_config, tmp_path, {"policy": "conductor", "context": "prompt_mean"})
+    _, run_dir = trained(raw_config, tmp_path, {"type": "conductor", "context": "prompt_mean"})
     config = Qwen3Config(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")

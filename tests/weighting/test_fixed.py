@@ -19,7 +19,7 @@ PAIR = ("a", "b")
 
 def build(name: str, **options: Any) -> WeightPolicy:
     """A policy for the rewards ``PAIR``."""
-    return build_weight_policy({"policy": name, **options}, PAIR, 1)
+    return build_weight_policy({"type": name, **options}, PAIR, 1)
 
 
 def at(rows: list[list[float]], *, step: int = 0, group_size: int = 2, **more: Any) -> WeightContext:
@@ -41,7 +41,7 @@ def test_equal_ignores_abstentions() -> None:
 
 
 def test_static_goes_by_the_order_of_the_rewards() -> None:
-    policy = build_weight_policy({"policy": "static", "values": {"entropy": -0.5, "format": 2, "length": 0}}, NAMES, 1)
+    policy = build_weight_policy({"type": "static", "values": {"entropy": -0.5, "format": 2, "length": 0}}, NAMES, 1)
     weights = policy.weights(context(4))
     expected = torch.tensor([[2.0, 0.0, -0.5]] * 4)
     assert torch.equal(weights.weights_BK, expected) and torch.equal(weights.expected_BK, expected)
@@ -71,7 +71,7 @@ def test_static_ignores_abstentions() -> None:
 )
 def test_errors_of_static_name_the_reward(values: Any, words: str) -> None:
     with pytest.raises(SettingsError, match="^" + re.escape(words)):
-        build_weight_policy({"policy": "static", "values": values}, NAMES, 1)
+        build_weight_policy({"type": "static", "values": values}, NAMES, 1)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -178,17 +178,17 @@ def test_router() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"policy": "schedule", "points": []}, "weights.points: start at step None, expected 0"),
-        ({"policy": "schedule", "points": [POINTS[1]]}, "weights.points: start at step 4, expected 0"),
+        ({"type": "schedule", "points": []}, "weights.points: start at step None, expected 0"),
+        ({"type": "schedule", "points": [POINTS[1]]}, "weights.points: start at step 4, expected 0"),
         (
-            {"policy": "schedule", "points": [POINTS[0], POINTS[0]]},
+            {"type": "schedule", "points": [POINTS[0], POINTS[0]]},
             "weights.points: at steps [0, 0], expected ascending",
         ),
-        ({"policy": "schedule", "points": [{"step": 0, "values": {"a": 1}}]}, "weights.points[0].values.b: missing"),
-        ({"policy": "callable", "function": 3}, "weights.function: 3, expected a function or its name"),
-        ({"policy": "callable", "function": "json:nothing"}, "weights.function: json has no 'nothing'"),
-        ({"policy": "router", "column": "k", "routes": {"x": {"a": 1}}}, "weights.routes.x.b: missing"),
-        ({"policy": "router", "column": "k", "routes": {"x": {"c": 1}}}, "weights.routes.x.c: there is no such reward"),
+        ({"type": "schedule", "points": [{"step": 0, "values": {"a": 1}}]}, "weights.points[0].values.b: missing"),
+        ({"type": "callable", "function": 3}, "weights.function: 3, expected a function or its name"),
+        ({"type": "callable", "function": "json:nothing"}, "weights.function: json has no 'nothing'"),
+        ({"type": "router", "column": "k", "routes": {"x": {"a": 1}}}, "weights.routes.x.b: missing"),
+        ({"type": "router", "column": "k", "routes": {"x": {"c": 1}}}, "weights.routes.x.c: there is no such reward"),
     ],
 )
 def test_errors_of_schedule_callable_and_router_name_the_setting(entry: Any, words: str) -> None:

@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def build(name: str, **options: Any) -> WeightPolicy:
-    return build_weight_policy({"policy": name, **options}, NAMES, 1)
+    return build_weight_policy({"type": name, **options}, NAMES, 1)
 
 
 def at(rows: list[list[float]] | Tensor, *, step: int = 0, group_size: int = 2, **more: Any) -> WeightContext:
@@ -143,15 +143,15 @@ def test_a_resumed_policy_has_the_same_future(name: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"policy": "saw", "delta": 0}, "weights.delta: 0.0, expected a number above 0"),
-        ({"policy": "saw", "priorities": {"a": 0}}, "weights.priorities.a: 0.0, expected a number above 0"),
-        ({"policy": "saw", "minima": {"c": 0}}, "weights.minima.c: there is no such reward, expected one of a, b"),
-        ({"policy": "dvao", "priorities": {"a": -1}}, "weights.priorities.a: -1.0, expected a number above 0"),
-        ({"policy": "weakest_first", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
-        ({"policy": "weakest_first", "decay": 1}, "weights.decay: 1.0, expected 0 <= decay < 1"),
-        ({"policy": "weakest_first", "low": {"a": 1}, "high": {"a": 1}}, "weights.high.a: 1.0, expected more than low"),
-        ({"policy": "exp3", "gamma": 0}, "weights.gamma: 0.0, expected 0 < gamma <= 1"),
-        ({"policy": "exp3", "alpha": 2}, "weights.alpha: 2.0, expected 0 < alpha <= 1"),
+        ({"type": "saw", "delta": 0}, "weights.delta: 0.0, expected a number above 0"),
+        ({"type": "saw", "priorities": {"a": 0}}, "weights.priorities.a: 0.0, expected a number above 0"),
+        ({"type": "saw", "minima": {"c": 0}}, "weights.minima.c: there is no such reward, expected one of a, b"),
+        ({"type": "dvao", "priorities": {"a": -1}}, "weights.priorities.a: -1.0, expected a number above 0"),
+        ({"type": "weakest_first", "tau": 0}, "weights.tau: 0.0, expected a positive number"),
+        ({"type": "weakest_first", "decay": 1}, "weights.decay: 1.0, expected 0 <= decay < 1"),
+        ({"type": "weakest_first", "low": {"a": 1}, "high": {"a": 1}}, "weights.high.a: 1.0, expected more than low"),
+        ({"type": "exp3", "gamma": 0}, "weights.gamma: 0.0, expected 0 < gamma <= 1"),
+        ({"type": "exp3", "alpha": 2}, "weights.alpha: 2.0, expected 0 < alpha <= 1"),
     ],
 )
 def test_errors_name_the_setting(entry: Any, words: str) -> None:
