@@ -11,6 +11,7 @@ from pathlib import Path
 
 from maestro_fast.integrations.trl.refuse import refusal_table
 from maestro_fast.ops import PROFILES
+from maestro_fast.rewards import REWARD_TYPES
 from maestro_fast.weighting import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
