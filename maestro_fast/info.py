@@ -1,4 +1,4 @@
-"""What this installation can do, and why it cannot do the rest."""
+"""Tables that say what this installation can do, and why it cannot do the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is read off a policy network: hidden states, log-probs, its LM head, a reference policy. It needs no trainer.
+"""Reads hidden states and log-probs off a policy network, its LM head and its reference, without a trainer.
+
+Example:
 
 model = AutoModelForCausalLM.from_pretrained(path)
 layout, head = choose_layout(model), head_of(model)
