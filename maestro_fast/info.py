@@ -21,7 +21,6 @@ _OPTIONAL = {
     "flash-attn": "FlashAttention",
     "peft": "LoRA",
     "trl": "the TRL integration",
-    "verl": "the verl integration",
     "datasets": "data from datasets.load_dataset",
     "pyarrow": "Parquet data",
     "matplotlib": "reports",

@@ -53,7 +53,7 @@ class Checkpoints:
             sizes: the result of ``batch_sizes``.
             args: the arguments that say which process this is, and whether it writes.
         """
-        self.weights, self.best, self.sizes = weights, best, sizes
+        self._weights, self._best, self._sizes = weights, best, sizes
         self._reward_names, self._args = reward_names, args
         self._before: Snapshot | None = None
 
@@ -65,14 +65,14 @@ class Checkpoints:
             step: the step in progress.
             state: transformers' state. If this checkpoint is the best, it is named there as ``published``.
         """
-        save_step_state(folder, replace(step, sizes=self.sizes), self._args.process_index, self._args.world_size)
+        save_step_state(folder, replace(step, sizes=self._sizes), self._args.process_index, self._args.world_size)
         is_best = state.best_model_checkpoint == str(folder)
         if is_best:  # This is done on every process, because each loads the best checkpoint at the end.
             state.best_model_checkpoint = str(published)
         if self._args.should_save:
             self.save_weights(folder)
-            if self.best is not None:
-                self.best.save(folder)
+            if self._best is not None:
+                self._best.save(folder)
             if is_best:
                 state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
@@ -86,12 +86,12 @@ class Checkpoints:
             ValueError: a part is missing, or this run divides its batches in another way.
         """
         self.load_weights(folder)
-        if self.best is not None:
-            self.best.load(folder)
+        if self._best is not None:
+            self._best.load(folder)
         state = load_step_state(folder, self._args.process_index, self._args.world_size, self._args.device)
         if state is not None:
-            state.check_sizes(self.sizes)
-        updates = self.sizes["batch.updates_per_batch"]
+            state.check_sizes(self._sizes)
+        updates = self._sizes["batch.updates_per_batch"]
         if step % updates and (state is None or not state.micro_batches):
             raise ValueError(
                 f"batch.updates_per_batch: {updates}, but {folder} lies between two generation batches, after "
@@ -101,15 +101,15 @@ class Checkpoints:
 
     def save_weights(self, folder: Path) -> None:
         """Writes the state of the weight policy alone."""
-        save_weight_policy(folder, self.weights, self._reward_names)
+        save_weight_policy(folder, self._weights, self._reward_names)
 
     def load_weights(self, folder: Path) -> None:
         """Loads the state of the weight policy alone."""
-        load_weight_policy(folder, self.weights, self._reward_names)
+        load_weight_policy(folder, self._weights, self._reward_names)
 
     def remember(self, means: MetricMeans) -> None:
         """Keeps the state for ``roll_back``, before something that may fail."""
-        self._before = Snapshot.take(self.weights, means, self._args.device)
+        self._before = Snapshot.take(self._weights, means, self._args.device)
 
     @property
     def can_roll_back(self) -> bool:
@@ -118,7 +118,7 @@ class Checkpoints:
     def roll_back(self) -> MetricMeans:
         """Puts back the state that ``remember`` kept, and returns the figures that had not been logged then."""
         assert self._before is not None
-        return self._before.restore(self.weights, self._args.device)
+        return self._before.restore(self._weights, self._args.device)
 
 
 def batch_sizes(plan: BatchPlan, group_size: int, processes: int) -> dict[str, int]:

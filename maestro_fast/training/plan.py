@@ -196,5 +196,6 @@ def has_dropout(model: nn.Module) -> bool:
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    rate = getattr(module, "attention_dropout", None)  # Attention modules of transformers apply it themselves.
+    # Attention modules of transformers apply this rate themselves, without a Dropout module.
+    rate = getattr(module, "attention_dropout", None)
     return isinstance(rate, float) and rate > 0

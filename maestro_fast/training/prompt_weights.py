@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,9 +25,11 @@ from maestro_fast.model.forward import (
     terminal_states,
 )
 from maestro_fast.model.rows import Sequences
+from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
 from maestro_fast.training.data import PromptDataset
+from maestro_fast.training.plan import context_mode
 from maestro_fast.training.run import load_policy
 from maestro_fast.weighting import (
     Anchored,
@@ -182,7 +183,7 @@ def prompt_weights(
             states = _response_states(network, tokenizer, dataset, sampling, samples, seed)
         else:
             samples = 1
-            states = _prompt_states(network, tokenizer, dataset, inner.context_kind)
+            states = _prompt_states(network, tokenizer, dataset, context_mode(inner))
     source = [f"Contexts: {_NAMES[inner.config.context]} of {origin}."]
     if reads_responses:
         by = "as the run sampled" if saved.run is not None else "by the defaults of the section sampling"
@@ -218,16 +219,21 @@ def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
     return saved.policy.weights(context).expected_BK.view(-1, samples, len(names)).mean(1)
 
 
-def _prompt_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, kind: Any) -> Tensor:
-    """The hidden state of each prompt, [N, d]; each prompt is alone in its forward."""
+def _prompt_states(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, mode: PoolMode | None
+) -> Tensor:
+    """The hidden state of each prompt, [N, d], pooled by ``mode``; None: the mean that ``PromptContexts`` gives.
+
+    Each prompt is alone in its forward.
+    """
     layout = choose_layout(model)
     states = []
     for ids in tqdm(dataset.prompts(dataset.rows, tokenizer).token_ids, "Prompts", leave=False, delay=_DELAY):
-        if kind == "reference_prompt_mean":
+        if mode is None:
             states.append(prompt_mean(model, ids, layout))
         else:
             alone = Sequences([ids], [[]])
-            states.append(contexts(last_hidden(model, alone, layout), alone, kind)[0])
+            states.append(contexts(last_hidden(model, alone, layout), alone, mode)[0])
     return torch.stack(states)
 
 

@@ -5,7 +5,7 @@ are the order of a batch:
 
     start     The generator begins to sample G responses to each prompt.
     collect   The responses come in.
-    score     A forward of the policy gives log-probs, entropies and hidden states, if something reads them by then.
+    score     A forward of the policy gives log-probs, entropies and hidden states, in the runs that need it.
     prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
               scores are compared, which gives the advantages; the responses are cut into micro-batches.
 

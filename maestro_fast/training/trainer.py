@@ -134,7 +134,7 @@ class MaestroTrainer(Trainer):
         needs_reference = self._terms.reads_reference or reads_reference(weights)
         frozen = frozen_copy(model) if needs_reference else None
         self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
-        self._micro_batches: list[MicroBatch | Sampled] = []  # The rest of the generation batch is trained on next.
+        self._micro_batches: list[MicroBatch | Sampled] = []  # those of the generation batch that are left
         super().__init__(
             model=model,
             args=args,
@@ -158,7 +158,8 @@ class MaestroTrainer(Trainer):
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
         self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
-        self.checkpoints = Checkpoints(weights, rewards.names, self.best, self._batch_sizes, self.args)
+        sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
+        self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
         self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
         self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
 
@@ -194,10 +195,6 @@ class MaestroTrainer(Trainer):
             processes=processes,
             clock=self.clock,
         )
-
-    @property
-    def _batch_sizes(self) -> dict[str, int]:
-        return batch_sizes(self._plan, self.method.sampling.group_size, self.args.world_size)
 
     def _choose_generator(
         self, generator: Generator | None, engine: Engine | None, probe: ProbeConfig, scorer: Scorer
@@ -403,7 +400,7 @@ class MaestroTrainer(Trainer):
     def restore_step(self) -> None:
         """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters."""
         state, self._restored = self._restored, None
-        self._lessons.forget()  # They are left over if an earlier ``train`` failed.
+        self._lessons.forget()  # An earlier ``train`` that failed may have left one.
         if state is None:  # Nothing of an earlier ``train`` may reach this one.
             self._micro_batches, self._means = [], MetricMeans()
             return
@@ -417,7 +414,7 @@ class MaestroTrainer(Trainer):
         self._sampler.set_epoch(self.state.global_step // steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Runs no epoch after ``max_steps``. transformers checks after a step, so a resumed one makes one more."""
+        """Runs no epoch after ``max_steps``. transformers itself checks only after a step, so it would run one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

@@ -216,7 +216,7 @@ def dropping_the_bounds() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (dropping_the_bounds, "Qwen3Attention lost one"),
+        (dropping_the_bounds, "Qwen3Attention got sequence bounds without bounds_mask()"),
         (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), "asks for sliding_window, which"),
     ],
     ids=["own attention", "windows"],
@@ -253,8 +253,8 @@ def test_a_model_without_sdpa_is_not_given_varlen() -> None:
         ({"is_causal": False}, "asks for is_causal=False,"),
         ({"query": torch.zeros(2, 4, 6, 8)}, "asks for rows side by side,"),
         ({"value": torch.zeros(1, 2, 6, 4)}, "asks for values of another head size,"),
-        ({"attention_mask": None}, r"cu_seq_lens_q: Module got sequence bounds without bounds_mask\(\), or that mask"),
-        ({"cu_seq_lens_q": None}, r"cu_seq_lens_q: Module got sequence bounds without bounds_mask\(\), or that mask"),
+        ({"attention_mask": None}, r"cu_seq_lens_q: Linear got sequence bounds without bounds_mask\(\), or that mask"),
+        ({"cu_seq_lens_q": None}, r"cu_seq_lens_q: Linear got sequence bounds without bounds_mask\(\), or that mask"),
     ],
 )
 def test_what_the_kernel_does_not_do_is_refused(kernels: PlainKernels, change: dict[str, Any], complaint: str) -> None:
