@@ -162,7 +162,7 @@ def _show_conductor(arguments: argparse.Namespace) -> int:
     from maestro_fast.reporting.prompt_weights import show_conductor
     from maestro_fast.training import DataConfig
 
-    disable_progress_bar()  # Loading a model is quick; the slow parts show bars of their own.
+    disable_progress_bar()  # This hides the bars of loading; the slow parts show bars of their own.
     data = DataConfig(
         arguments.on,
         prompt_column=arguments.prompt_column,
