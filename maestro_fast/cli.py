@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _TrainHelp(argparse.Action):
-    """Prints the help of ``train`` and behind it every setting of a config, which takes the imports of a run."""
+    """Prints the help of ``train``, and then every setting of a config, for which it imports what a run imports."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_conductor(commands: Any) -> None:
     conductor = commands.add_parser("conductor", help="look into a saved Conductor", allow_abbrev=False)
     actions = conductor.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="the weights that it gives to each of some prompts", allow_abbrev=False)
+    show = actions.add_parser("show", help="the weights that it gives to each prompt of a data set", allow_abbrev=False)
     show.add_argument(
         "folder",
         type=Path,
@@ -108,11 +108,11 @@ def _add_conductor(commands: Any) -> None:
         "--samples",
         type=int,
         default=4,
-        help="the number of responses to a prompt, where it reads responses (%(default)s)",
+        help="the number of responses to a prompt, if the Conductor reads responses (%(default)s)",
     )
     show.add_argument("--seed", type=int, default=0, help="the seed of these responses (%(default)s)")
     show.add_argument("--prompt-column", default="prompt", help="the column of the prompts (%(default)s)")
-    show.add_argument("--family-column", help="the column of the task families (family, where there is one)")
+    show.add_argument("--family-column", help="the column of the task families (default: family, if there is one)")
 
 
 def _quickstart(out: Path | None, resume: bool) -> int:
@@ -162,7 +162,7 @@ def _show_conductor(arguments: argparse.Namespace) -> int:
     from maestro_fast.reporting.prompt_weights import show_conductor
     from maestro_fast.training import DataConfig
 
-    disable_progress_bar()  # of loading; what takes long has a bar of its own
+    disable_progress_bar()  # This hides the bars of loading; the slow parts show bars of their own.
     data = DataConfig(
         arguments.on,
         prompt_column=arguments.prompt_column,

@@ -1,6 +1,6 @@
-"""Every setting of a training config with its type, its default and a sentence, read off the config dataclasses.
+"""The reference of all settings of a training config: type, default and meaning, read off the config dataclasses.
 
-``maestro-fast train --help`` prints it, and training/CONFIG.md holds it. To write that file again:
+``maestro-fast train --help`` prints it, and training/CONFIG.md holds it. This command writes that file again:
 
     python -m maestro_fast.config_reference > maestro_fast/training/CONFIG.md
 """
@@ -24,7 +24,7 @@ _SCALARS = {str: "text", int: "integer", float: "number", bool: "true or false",
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its dotted name, its type, its default ("" if it has to be set), and its sentence."""
+    """One setting: its dotted name, its type in words, its default ("" if it has to be set), and its sentence."""
 
     name: str
     kind: str
@@ -105,7 +105,7 @@ def _cell(text: str) -> str:
 def _sections(
     cls: type[Any], name: str, variant: str = "", seen: dict[type[Any], str] | None = None
 ) -> Iterator[Section]:
-    """The section of ``cls``, and behind it those of the dataclasses in its fields that have not been ``seen`` yet."""
+    """Yields the section of ``cls``, then those of the dataclasses in its fields that have not been ``seen`` yet."""
     seen = {} if seen is None else seen
     seen.setdefault(cls, name)
     settings, about = settings_of(cls), sentences(cls)
@@ -128,7 +128,7 @@ def _sections(
 
 
 def _nested(setting: Setting, name: str, seen: dict[type[Any], str]) -> Iterator[Section]:
-    """The sections of the dataclasses that a field may hold, without those that were seen before."""
+    """Yields the sections of the dataclasses that a field may hold, without those that were seen before."""
     if setting.choice is not None:
         for variant, option in setting.choice.types.items():
             if option not in seen:
@@ -144,12 +144,12 @@ def _trainer() -> Section:
         Row(f"trainer.{name}", _SCALARS[type(value)], _shown(value), sentence)
         for name, (value, sentence) in TRAINER_DEFAULTS.items()
     )
-    about = "Any field of ``transformers.TrainingArguments``. These have other defaults here than there."
+    about = "Any field of ``transformers.TrainingArguments``. The fields listed here have defaults of our own."
     return Section("trainer", "", about, tuple(rows))
 
 
 def _dataclasses(hint: Any, listed: bool = False) -> Iterator[tuple[type[Any], bool]]:
-    """The config dataclasses in a type hint, and whether they stand in a list."""
+    """Yields the config dataclasses in a type hint, and for each whether it stands in a list."""
     if isinstance(hint, type) and is_dataclass(hint):
         yield hint, listed
     for inner in get_args(hint):
@@ -165,7 +165,7 @@ def _about(cls: type[Any]) -> str:
 
 
 def _kind(setting: Setting, seen: dict[type[Any], str]) -> str:
-    """The type of a setting in words, with the section that has the same settings where one came before."""
+    """The type of a setting in words. If an earlier section has the same settings, it is named."""
     before = next((seen[found] for found, _ in _dataclasses(setting.hint) if found in seen), None)
     if setting.choice is not None:
         return f"section of type {' or '.join(setting.choice.types)}"
@@ -208,7 +208,7 @@ def _default(setting: Setting) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default as YAML has it."""
+    """A default as one would write it in YAML."""
     if is_dataclass(value):
         choices = [setting.choice for setting in settings_of(type(value)).values() if setting.takes_rest]
         return next((choice.default for choice in choices if choice and choice.default), "{}")

@@ -1,4 +1,4 @@
-"""A user's own functions, by name: "package.module:attribute" or "path/to/file.py:attribute"."""
+"""Loads a user's own function by its name, "package.module:attribute" or "path/to/file.py:attribute"."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def load_function(target: str, *, field: str = "function", base_dir: str | Path 
     Args:
         target: "package.module:attribute" or "path/to/file.py:attribute". A file is run once in a process, under a
             module name of its own. Its folder is not put on the import path.
-        field: the setting that holds ``target``. Every error begins with it.
-        base_dir: where relative file paths start.
+        field: the name of the setting that holds ``target``. Every error begins with this name.
+        base_dir: the folder in which relative file paths start.
 
     Raises:
         ValueError: ``target`` has neither form, or there is no such file, module or attribute.
         TypeError: ``target`` is not a string, or the attribute is not callable.
-        Exception: the module raised it while it was run; a note names the field.
+        Exception: the module may raise anything while it is run; a note on the error names the field.
     """
     if not isinstance(target, str):
         raise TypeError(f"{field}: got {target!r}, expected 'package.module:attribute' or 'path/to/file.py:attribute'")
@@ -50,7 +50,7 @@ def _load_module(source: str, field: str) -> ModuleType:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise  # the module is there, and something that it imports is missing
+            raise  # The module is there, but something that it imports is missing.
         raise ValueError(f"{field}: there is no module {error.name!r}") from error
 
 
@@ -61,7 +61,7 @@ def _load_file(source: str, field: str, base_dir: str | Path) -> ModuleType:
     name = f"maestro_fast_user_{sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None  # a .py file always has a loader
+        assert spec is not None and spec.loader is not None  # A .py file always has a loader.
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What this installation can do, and why it cannot do the rest."""
+"""Tables that say what this installation can do, and why it cannot do the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ _OPTIONAL = {
     "flash-attn": "FlashAttention",
     "peft": "LoRA",
     "trl": "the TRL integration",
-    "verl": "the verl integration",
     "datasets": "data from datasets.load_dataset",
     "pyarrow": "Parquet data",
     "matplotlib": "reports",

@@ -1,4 +1,4 @@
-"""The named records between the stages of a step.
+"""The named records that the stages of a step hand to each other.
 
 Axis suffixes: B responses, K rewards, C completion tokens (of all responses, one after the other), d hidden size.
 """
@@ -36,7 +36,7 @@ class Prompts:
         return len(self.texts)
 
     def repeat(self, times: int) -> Prompts:
-        """Each prompt ``times`` times in a row, so that the entries of a group stand side by side."""
+        """Repeats each prompt ``times`` times in a row, so that the entries of a group stand side by side."""
 
         def each(values: list[Any]) -> list[Any]:
             return [value for value in values for _ in range(times)]
@@ -60,7 +60,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B sampled responses.
+    """B sampled responses, with the prompts that they answer.
 
     Attributes:
         prompts: B entries; a group's prompt stands once for each of its responses.
@@ -97,13 +97,8 @@ class Rollouts:
 
     @property
     def completion_lengths_B(self) -> Tensor:
-        """int64 [B] on the CPU, the tokens of each completion."""
+        """The number of tokens of each completion, int64 [B] on the CPU."""
         return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int64 [B + 1] on the CPU: where each response begins in every ``_C`` tensor, and where the last one ends."""
-        return cumulative(self.completion_lengths_B)
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class PolicyOutputs:
 
     Attributes:
         logprobs_C: float32 [C], log-probs of the completion tokens in nats.
-        entropies_C: float32 [C], entropies of the distributions behind them in nats, or None.
+        entropies_C: float32 [C], the entropy in nats of the distribution over each of these tokens, or None.
         context_Bd: [B, d], the hidden state of each response that a weight policy reads, or None.
     """
 
@@ -137,8 +132,9 @@ class RewardBatch:
             training.
         device: where this process trains its policy; None outside training.
         mean_logprobs_B: float32 [B] on the CPU, the mean log-prob in nats of each response's tokens under the policy,
-            at the sampling temperature; it is there where mean_entropies_B is.
-        step: number of the generation batch, from 0, negative in evaluations; None outside training.
+            at the sampling temperature; None where mean_entropies_B is None.
+        step: the number of the generation batch, which counts from 0 and is negative in evaluations; None outside
+            training.
     """
 
     prompts: list[Text]
@@ -152,7 +148,7 @@ class RewardBatch:
     step: int | None = None
 
     def select(self, rows: Sequence[int]) -> RewardBatch:
-        """The batch of the given rows, in their order."""
+        """Makes the batch that holds these rows, in this order."""
 
         def each(values: list[Any]) -> list[Any]:
             return [values[row] for row in rows]
@@ -179,14 +175,14 @@ class StepRecord:
     """Everything that one generation batch produced, over all processes. Observers get it; its tensors are on the CPU.
 
     Attributes:
-        step: optimiser steps done before it.
-        reward_names: K names.
+        step: the number of optimiser steps done before the batch.
+        reward_names: the names of the K rewards.
         families, prompts, completions: B entries each.
-        rewards_BK: NaN where a reward abstained.
+        rewards_BK: the rewards, NaN where one abstained.
         weights_BK: the weights that were used.
-        expected_weights_BK: what these are on average over the weight policy's own random draws.
+        expected_weights_BK: the mean of these weights over the weight policy's own random draws.
         advantages_B, scores_B, degenerate_B: as in ``ops.GroupAdvantages``.
-        lengths_B: tokens of each completion.
+        lengths_B: the number of tokens of each completion.
         truncated_B: True where the token limit ended the response.
         utilities_B: the known utilities, NaN where none is known; None without an anchor.
     """
@@ -208,18 +204,18 @@ class StepRecord:
 
 
 def cumulative(lengths_B: Tensor) -> Tensor:
-    """From lengths [B] to int64 [B + 1]: where each of them begins, and where the last one ends."""
+    """Turns lengths [B] of packed sequences into bounds, int64 [B + 1]: where each begins, and where the last ends."""
     bounds = torch.zeros(lengths_B.numel() + 1, dtype=torch.int64)
     torch.cumsum(lengths_B, 0, out=bounds[1:])
     return bounds
 
 
 def plain_text(text: Text) -> str:
-    """The words of a completion or prompt: a string as it is, or the contents of the messages, one a line."""
+    """Returns a string as it is, and of a list of messages their contents, each on a line of its own."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:
-    """From [C] to [B]: the mean over each response's tokens, 0 for a response without tokens."""
+    """Averages values [C] over the tokens of each response, to [B]; a response without tokens gets 0."""
     parts = values_C.split(rollouts.completion_lengths_B.tolist())
     return torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts])

@@ -1,4 +1,4 @@
-"""From plain mappings (YAML, the command line) to config dataclasses. Every error names the setting that it is about.
+"""Builds config dataclasses from plain mappings (YAML, the command line). Every error names the setting at fault.
 
 A section that comes in several types, such as a reward, has one dataclass for each, and ``type:`` says which:
 
@@ -24,8 +24,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 REST: Final = "the settings that no other field names"
-SHORTHANDS = ("weights", "generation", "loss", "anchor")  # sections that may be a mere name, see ``Choice``
-OLD_TYPE_KEYS = {"weights": "policy", "generation": "engine"}  # what their key `type` was called in release 0.1
+SHORTHANDS = ("weights", "generation", "loss", "anchor")  # These sections may be a mere name, see ``Choice``.
+OLD_TYPE_KEYS = {"weights": "policy", "generation": "engine"}  # In release 0.1 the key `type` had these names.
+_FOR_ONE_RELEASE = "The old one is read in this release and refused in the next."
+_said: set[str] = set()  # the keys of the warnings that ``say_once`` has logged
 
 
 class SettingsError(ValueError):
@@ -42,8 +44,8 @@ class Choice:
 
     Attributes:
         types: the dataclass of each type.
-        default: the type of an entry that names none. With None it has to name one.
-        what: what the types are types of, for messages.
+        default: the type of an entry that names none; None means that every entry has to name one.
+        what: the word for an entry in error messages, such as "reward".
         modernise: brings an entry of an older release up to date in place. It gets the entry and its dotted name.
     """
 
@@ -53,10 +55,10 @@ class Choice:
     modernise: Callable[[dict[str, Any], str], None] | None = None
 
     def entry(self, value: Any, path: str) -> dict[str, Any]:
-        """The mapping that ``value`` stands for, in today's keys.
+        """Returns the mapping that ``value`` stands for, with the keys of this release.
 
         Raises:
-            SettingsError: it is neither a mapping nor a name.
+            SettingsError: ``value`` is neither a mapping nor a name.
         """
         if not isinstance(value, str | Mapping):
             raise SettingsError(
@@ -68,10 +70,10 @@ class Choice:
         return options
 
     def build(self, value: Any, path: str) -> Any:
-        """The dataclass that an entry describes, or ``value`` where it is one already.
+        """Builds the dataclass that an entry describes; a ``value`` that is such a dataclass already is returned.
 
         Raises:
-            SettingsError: an unknown type, or what ``build`` raises for its dataclass.
+            SettingsError: the type is unknown, or ``build`` refuses the settings of its dataclass.
         """
         if isinstance(value, tuple(self.types.values())):
             return value
@@ -113,32 +115,34 @@ def settings_of(cls: Any) -> dict[str, Setting]:
 
 
 def sentences(cls: type[Any]) -> dict[str, str]:
-    """What each setting of a config dataclass means, from the ``Attributes`` of its docstring and of its bases'."""
+    """What each setting of a config dataclass means, read from ``Attributes`` in its docstring and its bases' ones."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         block = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
         for item in re.split(r"\n(?=    \S)", block):
             names, _, sentence = item.partition(": ")
             words = " ".join(sentence.split()).removesuffix(".")
-            if re.match(r"[a-z]+\b(?!_)", words):  # a word, and no name such as w_r
+            if re.match(r"[a-z]+\b(?!_)", words):  # The sentence begins with a word, not with a name such as w_r.
                 words = f"{words[0].upper()}{words[1:]}"
             found |= {name.strip(): f"{words}." for name in names.split(",") if words}
     return found
 
 
 def build(cls: type[T], values: Mapping[str, Any] | str, path: str = "") -> T:
-    """An instance of dataclass ``cls`` from a mapping.
+    """Builds an instance of dataclass ``cls`` from a mapping.
 
     Nested dataclasses, ``Choice``, lists, tuples, dictionaries with string keys, ``Literal`` and unions are understood.
-    An int serves as float, and so does a string such as "1e-5", which YAML 1.1 reads as text. A bool is no number.
+    An int serves as a float, and so does a string such as "1e-5", which YAML 1.1 reads as text. A bool does not serve
+    as a number.
 
     Args:
         cls: a dataclass.
-        values: field names to values. A mere name will do where ``cls`` has a ``Choice`` that takes the rest.
+        values: the value of each field by its name. A mere name will do where ``cls`` has a ``Choice`` that takes the
+            rest.
         path: the dotted name of ``values`` itself, for messages.
 
     Raises:
-        SettingsError: an unknown or missing field, a wrong type, or what the dataclass itself refuses.
+        SettingsError: a field is unknown or missing, a value has the wrong type, or the dataclass itself refuses one.
     """
     own = dict(settings_of(cls))
     rest = next((name for name, setting in own.items() if setting.takes_rest), None)
@@ -174,7 +178,7 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
     ``{type: conductor, alpha: ...}`` of ``weights: conductor``.
 
     Raises:
-        SettingsError: something on the way is a plain value or a list.
+        SettingsError: one of the sections that the name goes through is a plain value or a list.
     """
     *parents, last = dotted.split(".")
     at = values
@@ -193,10 +197,6 @@ def override(values: dict[str, Any], dotted: str, value: Any) -> None:
                 say_once(f"{dotted}: this key is now called `type`: write {path}.type. {_FOR_ONE_RELEASE}")
                 last = "type"
     at[last] = value
-
-
-_FOR_ONE_RELEASE = "The old one is read in this release and refused in the next."
-_said: set[str] = set()
 
 
 def rename_key(entry: dict[str, Any], old: str, new: str, path: str) -> None:
@@ -238,7 +238,7 @@ def _convert_setting(value: Any, setting: Setting, path: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
-    """``value`` as the type hint asks for it."""
+    """Converts ``value`` to what the type hint asks for."""
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -274,7 +274,7 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
             return _convert(value, option, path)
         except SettingsError as error:
             refusals.append(str(error))
-    # Where an option takes values of this kind, and only something inside is wrong, that is the error.
+    # If an option takes such a value as a whole, and refuses only something inside it, that refusal is reported.
     inside = [words for words in refusals if not words.startswith(f"{path}: ")]
     if inside or len(refusals) == 1:
         raise SettingsError((inside or refusals)[-1])

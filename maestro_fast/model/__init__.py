@@ -1,9 +1,11 @@
-"""What is read off a policy network: hidden states, log-probs, its LM head, a reference policy. It needs no trainer.
+"""Reads hidden states and log-probs off a policy network, its LM head and its reference, without a trainer.
 
-model = AutoModelForCausalLM.from_pretrained(path)
-layout, head = choose_layout(model), head_of(model)
-check_head(model, head)
-out = score(model, Sequences(prompt_ids, completion_ids), head, layout=layout, micro_batch=8, temperature=1.0)
+Example:
+
+    model = AutoModelForCausalLM.from_pretrained(path)
+    layout, head = choose_layout(model), head_of(model)
+    check_head(model, head)
+    out = score(model, Sequences(prompt_ids, completion_ids), head, layout=layout, micro_batch=8, temperature=1.0)
 """
 
 from maestro_fast.model.attention import (

@@ -2,7 +2,7 @@
 
 Four paths give the same log-probs. Two of them need a kernel that is told where each sequence begins, and take all
 tokens as one row without padding: ``flash`` (flash-attn, through transformers) and ``varlen``
-(``torch.nn.attention.varlen``, which this page makes known to transformers). The other two run on any device:
+(``torch.nn.attention.varlen``, which this file makes known to transformers). The other two run on any device:
 ``packed`` puts several sequences into a row and keeps them apart with a block mask, ``padded`` puts one sequence into a
 row. The implementation is fixed when the model is loaded; ``forward.choose_layout`` then tries the path on the model.
 """
@@ -236,7 +236,10 @@ def varlen_attention(
     """
     del cu_seq_lens_k, max_length_k
     if _is_bounds_mask(attention_mask) != (cu_seq_lens_q is not None and max_length_q is not None):
-        raise ValueError(f"cu_seq_lens_q: expected with bounds_mask only, and always: {type(module).__name__} lost one")
+        raise ValueError(
+            f"cu_seq_lens_q: {type(module).__name__} got sequence bounds without bounds_mask(), or that mask without "
+            "bounds, expected both or neither"
+        )
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options

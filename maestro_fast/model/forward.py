@@ -26,8 +26,6 @@ from maestro_fast.specs import EntropyMode
 
 logger = logging.getLogger(__name__)
 __all__ = [
-    "Layout",
-    "Sequences",
     "choose_layout",
     "completion_logprobs",
     "completion_states",
@@ -90,7 +88,7 @@ def completion_logprobs(
 
 
 def contexts(hidden: Tensor, sequences: Sequences, mode: PoolMode) -> Tensor:
-    """The vector [B, d] of each response that ``pool_hidden`` makes of packed states [T, d]."""
+    """Pools packed states [T, d] into one vector for each response, [B, d], by ``pool_hidden``."""
     bounds = cumulative(torch.tensor(sequences.lengths)).to(hidden.device)
     prompts = torch.tensor([len(ids) for ids in sequences.prompt_ids], device=hidden.device)
     return pool_hidden(hidden, cu_seqlens=bounds, mode=mode, prompt_lengths=prompts)
@@ -99,7 +97,7 @@ def contexts(hidden: Tensor, sequences: Sequences, mode: PoolMode) -> Tensor:
 def policy_outputs(
     hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
 ) -> PolicyOutputs:
-    """What a forward that is differentiated gives, detached from its graph, with contexts pooled from its states."""
+    """The outputs of a training forward, detached from its graph, with contexts pooled from its hidden states."""
     context = contexts(hidden.detach(), sequences, context_mode)
     return PolicyOutputs(logprobs.detach(), None if entropies is None else entropies.detach(), context)
 
@@ -124,8 +122,8 @@ def score(
     Args:
         micro_batch: responses per model call. The number of calls depends on B alone, since a sharded model needs the
             same number on every process.
-        entropy: whether to return entropies, too.
-        context: which hidden state of each response to return; None returns none.
+        entropy: whether to return entropies as well.
+        context: how each response's hidden states are pooled into its context; None returns no contexts.
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(sequences)
     entropies: list[Tensor] = [torch.empty(0)] * len(sequences)
@@ -224,7 +222,7 @@ def _implementation(model: nn.Module) -> str:
 
 
 def _difference(model: nn.Module, layout: Layout) -> float | str:
-    """The largest relative difference between a layout and ``padded``, or in words what is wrong with the layout."""
+    """Returns the largest relative difference between a layout and ``padded``, or what is wrong with the layout."""
     vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
     ids = [i % vocabulary for i in range(1, 17)]
     probe = Sequences([ids[:9], ids[9:12], ids[12:15]], [[ids[15]]] * 3)  # When packed, the two short ones share a row.
@@ -243,7 +241,7 @@ def _difference(model: nn.Module, layout: Layout) -> float | str:
 
 
 def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The last hidden states, float32 [T, d], and the gradient of a sum of them by the embedded tokens."""
+    """The last hidden states, float32 [T, d], and the gradient of a weighted sum of them by the embedded tokens."""
     embedded: list[Tensor] = []
 
     def as_leaf(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from maestro_fast.ops import token_logprobs
 
 
 class HeadNumbers(TypedDict):
-    """What the ops take of a head besides its weight, by the names of their parameters."""
+    """What the ops need to know of a head besides its weight, by the names of their parameters."""
 
     bias: Tensor | None
     logit_scale: float
@@ -98,7 +98,7 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
     """Compares log-probs that ``head`` gives with those of the model's own logits, on a few tokens.
 
     Raises:
-        ValueError: they differ, so the model does something to its logits that ``head`` does not know.
+        ValueError: they differ, so the model does something to its logits that ``head`` does not do.
     """
     language_model = causal_lm(model)
     device, vocabulary = head.weight.device, head.weight.shape[0]

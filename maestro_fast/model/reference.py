@@ -1,4 +1,4 @@
-"""The reference policy of the KL, and what the Conductor may read of it.
+"""The reference policy of the KL, and the hidden states of it that the Conductor may read.
 
 The reference is a frozen copy of the model as it was at the start. A model with adapters needs no copy: with its
 adapters off it is the reference. Since the reference never changes, its mean hidden state over a prompt never changes
@@ -20,12 +20,12 @@ from maestro_fast.model.attention import Layout
 from maestro_fast.model.forward import prompt_mean
 from maestro_fast.model.head import LanguageHead, head_of
 
-# A call opens the reference: ``with reference() as (model, head)``.
+# ``with reference() as (model, head):`` gives the reference model and its head.
 Reference = Callable[[], contextlib.AbstractContextManager[tuple[nn.Module, LanguageHead]]]
 
 
 def frozen_copy(model: Any) -> nn.Module | None:
-    """A frozen copy of the model as it is now, in evaluation mode; None if its adapters can be switched off instead."""
+    """Copies and freezes the model, in evaluation mode; returns None if its adapters can be switched off instead."""
     if hasattr(model, "disable_adapter"):
         return None
     frozen: nn.Module = copy.deepcopy(model).requires_grad_(False).eval()
@@ -33,7 +33,7 @@ def frozen_copy(model: Any) -> nn.Module | None:
 
 
 def reference_policy(model: Any, frozen: nn.Module | None, accelerator: Accelerator) -> Reference:
-    """The reference model and its head, behind a context manager.
+    """Makes the context manager that gives the reference model and its head.
 
     Args:
         model: the policy. If ``frozen`` is None, its adapters are off while the reference is open.

@@ -87,7 +87,7 @@ def rows_of(tokens: list[list[int]], layout: Layout) -> Rows:
 
 
 def _one_row(tokens: list[list[int]], mask: Tensor | None) -> Rows:
-    """All tokens in one row; the sequence bounds tell the sequences apart."""
+    """Puts all tokens into one row; the sequence bounds tell the sequences apart."""
     lengths = [len(sequence) for sequence in tokens]
     cu_seqlens = cumulative(torch.tensor(lengths)).to(torch.int32)
     return Rows(
@@ -105,7 +105,7 @@ def _one_row(tokens: list[list[int]], mask: Tensor | None) -> Rows:
 
 
 def _padded_rows(tokens: list[list[int]]) -> Rows:
-    """One sequence to a row, padded on the right to the longest."""
+    """Puts one sequence into each row and pads it on the right to the length of the longest."""
     width = max(map(len, tokens))
     ids, mask = (
         torch.zeros(len(tokens), width, dtype=torch.int64),
@@ -119,7 +119,7 @@ def _padded_rows(tokens: list[list[int]]) -> Rows:
 
 
 def _packed_rows(tokens: list[list[int]]) -> Rows:
-    """Several sequences to a row; transformers tells them apart by position ids that start again at 0."""
+    """Puts several sequences into a row; transformers tells them apart by position ids that start again at 0."""
     lengths = [len(sequence) for sequence in tokens]
     width = max(lengths)
     bins = pack_sequences(lengths, width)

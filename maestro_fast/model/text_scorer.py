@@ -1,6 +1,6 @@
 """Log-probs of any text under the policy, for rewards that ask how likely a text is (perplexity, preference).
 
-A reward has texts, the policy reads token ids: ``encode_prompt`` turns a prompt into ids as training does, and
+A reward has texts, but the policy reads token ids. ``encode_prompt`` turns a prompt into ids as training does, and
 ``text_scorer`` returns the function that rewards find as ``RewardBatch.score_texts``.
 """
 
@@ -36,11 +36,12 @@ def text_scorer(
         tokenizer: the policy's tokenizer.
         forward: gives the policy's log-probs of completions at temperature 1, for example by ``forward.score``.
         gather: joins a tensor on ``device`` over all processes. All processes call ``score_texts`` together, each with
-            its own texts, or none.
+            its own texts, of which it may have none.
+        device: the device of this process.
 
     Returns:
-        A function that returns for each text the log-probs of its tokens, float32 on the CPU in nats, where the text
-        continues the prompt and the ``prefix``, the beginning of the assistant's reply.
+        A function that returns for each text the log-probs of its tokens, float32 on the CPU in nats. The text
+        continues the prompt and then the ``prefix``, the beginning of the assistant's reply.
     """
 
     def encode(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The trainer and what it is made of."""
+"""The trainer, the config of a run, and the data that it trains on."""
 
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config

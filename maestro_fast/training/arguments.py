@@ -1,4 +1,4 @@
-"""The transformers.TrainingArguments of a run: our defaults, what other sections set, and what is refused."""
+"""Makes the transformers.TrainingArguments of a run, with our defaults, and refuses those that cannot be served."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.config import TrainConfig
 
-# The defaults of transformers suit supervised training. These suit policy gradients and a run directory of ours. Each
-# stands with the sentence that the reference of the config has for it.
+# The defaults of transformers suit supervised training. These suit policy gradients and our run directory. Beside
+# each default stands the sentence about it in the config reference.
 TRAINER_DEFAULTS: dict[str, tuple[Any, str]] = {
     "learning_rate": (1e-6, "The learning rate of the policy."),
     "lr_scheduler_type": ("constant", "The schedule of the learning rate."),
@@ -23,7 +23,7 @@ TRAINER_DEFAULTS: dict[str, tuple[Any, str]] = {
     "save_total_limit": (2, "The number of checkpoints that are kept."),
     "report_to": ("none", "The trackers that get the log too; the run directory always gets it."),
 }
-_DERIVED = {
+_DERIVED = {  # the settings from which these fields follow
     "output_dir": "run_dir",
     "per_device_train_batch_size": "batch.micro_batch and batch.prompts_per_batch",
     "gradient_accumulation_steps": "batch.micro_batch and batch.updates_per_batch",
@@ -38,10 +38,10 @@ _REFUSED = {
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The ``TrainingArguments`` of a config.
+    """Makes the ``TrainingArguments`` of a config.
 
     Raises:
-        SettingsError: a field is unknown, follows from another section, or cannot be served.
+        SettingsError: a field is unknown, is set by another section, or cannot be served.
     """
     known = {item.name: item.type for item in fields(TrainingArguments)}
     for name in config.trainer:
@@ -81,7 +81,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _number(value: Any, field_type: str) -> Any:
-    """``value`` as a float where the field is one. YAML 1.1 reads 1e-5 as text."""
+    """Turns text into a number if the field is a float, because YAML 1.1 reads 1e-5 as text."""
     if not isinstance(value, str) or "float" not in field_type:
         return value
     try:

@@ -1,6 +1,6 @@
-"""How a generation batch divides into processes, optimiser steps and micro-batches.
+"""Divides a generation batch into processes, optimiser steps and micro-batches.
 
-A generation batch is what is sampled before the policy changes. Its prompts are dealt to the processes whole, so a
+A generation batch is all that is sampled before the policy changes. Its prompts are dealt to the processes whole, so a
 group never spans two of them. Each process makes ``updates`` optimiser steps from its responses, and accumulates the
 gradient of each step over ``accumulation`` micro-batches.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class BatchConfig:
     """Sizes of a generation batch.
 
     Attributes:
-        prompts_per_batch: prompts of a generation batch, over all processes; each of them gets group_size responses.
-        micro_batch: responses of one training forward on one process; it bounds the memory.
-        updates_per_batch: optimiser steps made from one generation batch, each on its share of the responses.
+        prompts_per_batch: the number of prompts of a generation batch, over all processes; each gets group_size
+            responses.
+        micro_batch: the number of responses in one training forward of a process; it bounds the memory.
+        updates_per_batch: the number of optimiser steps from one generation batch, each on its share of the responses.
     """
 
     prompts_per_batch: int = 8
@@ -43,12 +44,12 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one process has of a generation batch.
+    """The share of a generation batch that one process has.
 
     Attributes:
-        prompts, responses: how many of each it has.
-        accumulation: micro-batches of an optimiser step.
-        updates: optimiser steps made from the generation batch.
+        prompts, responses: the numbers of prompts and of responses of the process.
+        accumulation: the number of micro-batches of an optimiser step.
+        updates: the number of optimiser steps from the generation batch.
     """
 
     prompts: int
@@ -58,12 +59,12 @@ class BatchPlan:
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches of the generation batch."""
+        """The number of micro-batches of the generation batch."""
         return self.accumulation * self.updates
 
     @property
     def micro_batch(self) -> int:
-        """Responses of a micro-batch."""
+        """The number of responses of a micro-batch."""
         return self.responses // self.micro_steps
 
     def set_sizes(self, args: TrainingArguments) -> None:
@@ -97,7 +98,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Processes:
-    """What the processes of a run tell each other, through accelerate."""
+    """Lets the processes of a run exchange tensors and objects, through accelerate."""
 
     accelerator: Accelerator
 
@@ -116,12 +117,12 @@ class Processes:
         return device
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenates the tensors of all processes, which lie on their devices and have one shape."""
+        """Concatenates the tensors of all processes; each lies on the device of its process, and all have one shape."""
         gathered: Tensor = self.accelerator.gather(tensor.contiguous())
         return gathered
 
     def gather_rows(self, own: Tensor, count: int) -> Tensor:
-        """The first ``count`` rows, on the CPU, of a tensor whose rows were dealt to the processes in turn."""
+        """Returns, on the CPU, the first ``count`` rows of a tensor whose rows were dealt to the processes in turn."""
         gathered = self.gather(own.to(self.device)).cpu()
         return gathered.view(self.count, *own.shape).transpose(0, 1).flatten(0, 1)[:count]
 
@@ -131,7 +132,7 @@ class Processes:
 
 
 class GroupSampler(Sampler[int]):
-    """Shuffled prompt indices in blocks: each block of ``block`` prompts comes ``repeat`` times in a row.
+    """Yields shuffled prompt indices in blocks; each block of ``block`` prompts comes ``repeat`` times in a row.
 
     A block is one generation batch over all processes. Each repetition is one micro-step of the trainer, which samples
     responses on the first and uses them again on the others. A last block that is not full is left out, as in TRL.
@@ -145,7 +146,7 @@ class GroupSampler(Sampler[int]):
 
     @property
     def blocks(self) -> int:
-        """Generation batches in an epoch."""
+        """The number of generation batches in an epoch."""
         return self.size // self.block
 
     def set_epoch(self, epoch: int) -> None:
@@ -164,9 +165,9 @@ class GroupSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs [C] with which the loss compares the policy's own.
+    """The log-probs [C] with which the loss compares the policy's own; a None means that it does not compare.
 
-    ``old_C`` are those of the policy before the updates, ``ref_C`` of the reference, ``sampling_C`` of the sampler.
+    ``old_C`` comes from the policy before the updates, ``ref_C`` from the reference, ``sampling_C`` from the sampler.
     """
 
     old_C: Tensor | None = None
@@ -181,7 +182,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Responses of one training forward, with everything that their loss needs.
+    """The responses of one training forward, with everything that their loss needs.
 
     ``_C`` tensors hold the completion tokens, response after response. ``advantages_B`` and ``cu_seqlens`` lie on the
     CPU, where the loss reads which rows have no gradient. ``normalizer`` and ``entropy_normalizer`` divide the sums of
@@ -209,13 +210,13 @@ def split_micro_batches(
     """Cuts the responses into micro-batches, in the order in which they are trained on.
 
     Args:
-        plan: how many micro-batches there are.
+        plan: says how many micro-batches there are.
         sequences, advantages_B, logprobs: the responses of this process.
-        tokens_per_update: completion tokens of each optimiser step, as a mean over the processes, because their
-            gradients are averaged too.
-        normalization: that of the loss.
+        tokens_per_update: the number of completion tokens of each optimiser step. It is a mean over the processes,
+            because their gradients are averaged, too.
+        normalization: the normalization of the loss, as in ``PolicyLossConfig``.
         order: the responses' indices; each micro-batch takes the next ones.
-        device: where the log-probs go.
+        device: the device on which the log-probs are put.
     """
     lengths = [len(c) for c in sequences.completion_ids]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -243,6 +244,6 @@ def _normalizer(plan: BatchPlan, normalization: str, tokens: int, update_tokens:
     """The divisor of a micro-batch's summed loss under which the micro-batches of an update add up."""
     if normalization == "dapo":
         return update_tokens
-    if normalization == "bnpo":  # the mean over each micro-batch's own tokens, as in TRL
+    if normalization == "bnpo":  # As in TRL, each micro-batch is a mean over its own tokens.
         return float(tokens * plan.accumulation)
     return float(plan.responses // plan.updates)

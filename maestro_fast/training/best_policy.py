@@ -25,7 +25,7 @@ from maestro_fast.records import StepRecord
 from maestro_fast.rewards import RewardSet
 
 logger = logging.getLogger(__name__)
-WINDOW, FIRST = 15, 20
+WINDOW, FIRST = 15, 20  # ``window`` and ``first`` in the formula above
 BEST_FILE = "best_policy.safetensors"
 ABOUT_FILE = "best.json"
 
@@ -48,10 +48,10 @@ class BestPolicy:
 
     Attributes:
         holds: whether this process holds the copy.
-        window, first: as in the formula above; batches count from 0.
+        window, first: the numbers in the formula at the top of this file; batches count from 0.
         recent: the last values of u, at most ``window`` of them.
         utility: the mean of u over the best window; None before there is one.
-        step: how many optimiser steps had made the policy that ended this window; None before there is one.
+        step: the number of optimiser steps behind the policy that ended this window; None before there is one.
         parameters: the parameters of that policy, by name.
     """
 
@@ -64,7 +64,7 @@ class BestPolicy:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, number: int, record: StepRecord, model: nn.Module) -> dict[str, float]:
-        """Takes in generation batch ``number``, which ``model`` has sampled and has not been trained on yet.
+        """Takes in generation batch ``number``, which ``model`` sampled and is not trained on yet.
 
         Returns:
             Figures for the log.
@@ -81,7 +81,7 @@ class BestPolicy:
         return {} if self.utility is None else {"best/utility": self.utility}
 
     def load_into(self, model: nn.Module | None, accelerator: Accelerator) -> None:
-        """Puts the best parameters into ``model``, on every process. Without any it warns and changes nothing."""
+        """Puts the best parameters into ``model``, on every process. If there are none, it only warns."""
         if self.step is None:
             logger.warning(
                 "final/ holds the last policy: the best one by utility is known from batch %d on, after %d batches "

@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: all that the next step depends on and that transformers does not save itself.
+"""Saves and loads our part of a checkpoint: all that the next step depends on and transformers does not save itself.
 
 transformers saves the model, the optimiser, the scheduler, the random state of every process and the position in the
 data. ``Checkpoints`` saves the weight policy, the best policy, and the step in progress: the responses that have not
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs
 from maestro_fast.training.best_policy import BestPolicy
 from maestro_fast.training.metrics import MetricMeans
@@ -48,12 +48,12 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-            weights, reward_names: the weight policy and the rewards that it weighs.
-            best: None where the run does not keep its best policy.
-            sizes: see ``batch_sizes``.
-            args: say which process this is, and whether it writes.
+            weights, reward_names: the weight policy, and the names of the rewards that it weighs.
+            best: the best policy so far; None where the run does not keep it.
+            sizes: the result of ``batch_sizes``.
+            args: the arguments that say which process this is, and whether it writes.
         """
-        self.weights, self.best, self.sizes = weights, best, sizes
+        self._weights, self._best, self._sizes = weights, best, sizes
         self._reward_names, self._args = reward_names, args
         self._before: Snapshot | None = None
 
@@ -61,18 +61,18 @@ class Checkpoints:
         """Writes our part into ``folder``, on every process.
 
         Args:
-            folder: where transformers has written its part; it will be renamed to ``published``.
+            folder: the folder in which transformers has written its part; it will be renamed to ``published``.
             step: the step in progress.
-            state: transformers' own; a best checkpoint is to be named there by the name that it will have.
+            state: transformers' state. If this checkpoint is the best, it is named there as ``published``.
         """
-        save_step_state(folder, replace(step, sizes=self.sizes), self._args.process_index, self._args.world_size)
+        save_step_state(folder, replace(step, sizes=self._sizes), self._args.process_index, self._args.world_size)
         is_best = state.best_model_checkpoint == str(folder)
-        if is_best:  # on every process, because each loads it at the end
+        if is_best:  # This is done on every process, because each loads the best checkpoint at the end.
             state.best_model_checkpoint = str(published)
         if self._args.should_save:
             self.save_weights(folder)
-            if self.best is not None:
-                self.best.save(folder)
+            if self._best is not None:
+                self._best.save(folder)
             if is_best:
                 state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
@@ -86,12 +86,12 @@ class Checkpoints:
             ValueError: a part is missing, or this run divides its batches in another way.
         """
         self.load_weights(folder)
-        if self.best is not None:
-            self.best.load(folder)
+        if self._best is not None:
+            self._best.load(folder)
         state = load_step_state(folder, self._args.process_index, self._args.world_size, self._args.device)
         if state is not None:
-            state.check_sizes(self.sizes)
-        updates = self.sizes["batch.updates_per_batch"]
+            state.check_sizes(self._sizes)
+        updates = self._sizes["batch.updates_per_batch"]
         if step % updates and (state is None or not state.micro_batches):
             raise ValueError(
                 f"batch.updates_per_batch: {updates}, but {folder} lies between two generation batches, after "
@@ -101,27 +101,28 @@ class Checkpoints:
 
     def save_weights(self, folder: Path) -> None:
         """Writes the state of the weight policy alone."""
-        save_weight_policy(folder, self.weights, self._reward_names)
+        save_weight_policy(folder, self._weights, self._reward_names)
 
     def load_weights(self, folder: Path) -> None:
-        load_weight_policy(folder, self.weights, self._reward_names)
+        """Loads the state of the weight policy alone."""
+        load_weight_policy(folder, self._weights, self._reward_names)
 
     def remember(self, means: MetricMeans) -> None:
-        """Keeps the state as it is before something that may fail, for ``roll_back``."""
-        self._before = Snapshot.take(self.weights, means, self._args.device)
+        """Keeps the state for ``roll_back``, before something that may fail."""
+        self._before = Snapshot.take(self._weights, means, self._args.device)
 
     @property
     def can_roll_back(self) -> bool:
         return self._before is not None
 
     def roll_back(self) -> MetricMeans:
-        """Puts back what ``remember`` kept, and returns the figures that had not been logged then."""
+        """Puts back the state that ``remember`` kept, and returns the figures that had not been logged then."""
         assert self._before is not None
-        return self._before.restore(self.weights, self._args.device)
+        return self._before.restore(self._weights, self._args.device)
 
 
 def batch_sizes(plan: BatchPlan, group_size: int, processes: int) -> dict[str, int]:
-    """What decides how a generation batch divides, by the names that a config gives it."""
+    """The sizes by which a generation batch is divided, by their names in a config."""
     return {
         "batch.prompts_per_batch": plan.prompts * processes,
         "sampling.group_size": group_size,
@@ -134,7 +135,7 @@ def check_complete(checkpoint: Path, *, deepspeed: bool) -> None:
     """Checks for the files without which transformers would silently go on with a new optimiser.
 
     Raises:
-        ValueError: one of them is missing. DeepSpeed has its own files, which are not checked.
+        ValueError: one of these files is missing. DeepSpeed has its own files, which are not checked.
     """
     for pattern in ("optimizer*", SCHEDULER_NAME):
         if not deepspeed and not any(checkpoint.glob(pattern)):
@@ -146,11 +147,11 @@ class StepState:
     """The step in progress.
 
     Attributes:
-        micro_batches: those of the current generation batch that the policy has not been updated with yet.
-        means: figures since the last log line.
-        loss: sum of the losses since the last log line.
+        micro_batches: the micro-batches of the current generation batch that are still to be trained on.
+        means: the figures since the last log line.
+        loss: the sum of the losses since the last log line.
         logged_step: the step of that line.
-        sizes: ``batch_sizes`` of the run that made ``micro_batches``.
+        sizes: the ``batch_sizes`` of the run that made ``micro_batches``.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
@@ -163,7 +164,7 @@ class StepState:
         """Checks that this run may train on ``micro_batches``.
 
         Raises:
-            ValueError: there are some, and they were divided by other sizes than ``expected``.
+            ValueError: there are micro-batches, and they were divided by other sizes than ``expected``.
         """
         for name, size in expected.items() if self.micro_batches else ():
             if self.sizes.get(name) != size:
@@ -174,7 +175,7 @@ class StepState:
 
 
 def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -> None:
-    """Writes this process's file."""
+    """Writes this process's file of the step in progress."""
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(state.micro_batches):
         tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in _tensors(batch).items()}
@@ -189,10 +190,10 @@ def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -
 
 
 def load_step_state(folder: Path, rank: int, processes: int, device: torch.device) -> StepState | None:
-    """Reads this process's file.
+    """Reads this process's file of the step in progress.
 
     Returns:
-        None if another number of processes has saved the checkpoint, and it lies between two generation batches.
+        The step, or None if another number of processes has saved the checkpoint between two generation batches.
 
     Raises:
         ValueError: there is no such file, or another number of processes has left responses to train on.
@@ -271,7 +272,7 @@ def _ragged(flat: Tensor, lengths: Tensor) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a generation batch changes beside the policy, as it was before the batch.
+    """The state that a generation batch changes apart from the policy itself, as it was before the batch.
 
     If something fails in the batch, the run is saved as it was then. The fields hold the state of the weight policy,
     the figures that had not been logged, and the state of this process's random generators.

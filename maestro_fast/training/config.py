@@ -1,4 +1,4 @@
-"""A training run as one YAML file, whose sections are the config dataclasses of the parts that they configure.
+"""The config of a training run: one YAML file, whose sections are the config dataclasses of the parts of a run.
 
 ``CONFIG.md`` beside this file lists every setting. It is made from these dataclasses by ``config_reference``.
 """
@@ -112,8 +112,8 @@ class TrainConfig:
             function of your own.
         trainer: fields of ``transformers.TrainingArguments``.
         final: the policy that ``final/`` holds: "last", "best" by the utility of its labelled responses, or "auto",
-            which is "best" where the weight policy is ``anchored`` and "last" elsewhere; the weight policy beside it is
-            that of the end.
+            which is "best" if the weight policy is ``anchored`` and "last" otherwise; the weight policy saved beside it
+            is always the last one.
         evaluation: the rewards on held-out prompts during training; null means none.
         seed: the seed of the data order, the sampling and the trainer.
     """
@@ -136,7 +136,7 @@ class TrainConfig:
 
     @property
     def method(self) -> Method:
-        """What is done in a step. A loss of the user's own is loaded here.
+        """Says what is done in a step. A loss of the user's own is loaded here.
 
         Raises:
             ValueError, TypeError: ``loss.function`` cannot be loaded, see ``load_function``.
@@ -150,7 +150,7 @@ class TrainConfig:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file, in which the ``--a.b value`` pairs of the command line are set.
+    """Reads the mapping of a YAML file, and sets the ``--a.b value`` pairs of the command line in it.
 
     Raises:
         SettingsError: there is no such file, it holds no mapping, or an override lacks its value.
@@ -178,5 +178,5 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def parse_config(values: dict[str, Any]) -> TrainConfig:
-    """A ``TrainConfig`` from a mapping. Errors are ``SettingsError`` and name the setting."""
+    """Builds a ``TrainConfig`` from a mapping. Errors are ``SettingsError`` and name the setting."""
     return build(TrainConfig, values)

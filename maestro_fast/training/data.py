@@ -1,4 +1,4 @@
-"""Prompts from JSONL, Parquet or what ``datasets.load_dataset`` reads; they are checked before a model is loaded."""
+"""Reads prompts from JSONL, Parquet or ``datasets.load_dataset``, and checks them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DataConfig:
 
 
 class PromptDataset(Dataset[Row]):
-    """Rows with a column of prompts; the rewards may read every other column."""
+    """A data set of rows with a column of prompts; the rewards may read every other column."""
 
     def __init__(self, rows: Sequence[Row], prompt_column: str = "prompt", family_column: str | None = None) -> None:
         """
@@ -75,7 +75,7 @@ class PromptDataset(Dataset[Row]):
         return self.rows[index]
 
     def prompts(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
-        """Tokenises the prompts of some rows. A column that a row leaves out is None there."""
+        """Tokenises the prompts of some rows. A row that lacks a column has None in it."""
         texts: list[Text] = [row[self.prompt_column] for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
         return Prompts(texts, [encode_prompt(tokenizer, text) for text in texts], columns, self._families(rows))
@@ -92,10 +92,10 @@ class PromptDataset(Dataset[Row]):
         """Checks that every prompt has tokens, and no more than ``limit`` of them.
 
         Returns:
-            The tokens of the longest prompt.
+            The number of tokens of the longest prompt.
 
         Raises:
-            ValueError: one has none, or too many.
+            ValueError: a prompt has no tokens, or too many.
         """
         longest = 0
         for i, row in enumerate(self.rows):
@@ -111,7 +111,7 @@ class PromptDataset(Dataset[Row]):
 
 
 def load_prompts(config: DataConfig) -> PromptDataset:
-    """Reads the prompts of a config.
+    """Reads the prompts that a config names.
 
     Raises:
         ValueError: the file is empty or broken (the line is named), or a column is missing.

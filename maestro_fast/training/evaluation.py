@@ -1,6 +1,6 @@
-"""Rewards, and utility where there is an anchor, on held-out prompts during training.
+"""Computes rewards, and utility where there is an anchor, on held-out prompts during training.
 
-An evaluation leaves everything alone that training draws or counts.
+An evaluation changes nothing that training draws or counts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.training.batches import Processes
 from maestro_fast.training.data import PromptDataset, Row
 from maestro_fast.training.step import Judges, Sampler
@@ -29,18 +29,19 @@ def evaluate_rewards(
 ) -> dict[str, float]:
     """Means over ``samples`` responses to each prompt of ``dataset``, sampled and judged as in training.
 
-    The random draws are the same at every call with as many processes, so two evaluations differ by the policy alone.
+    The random draws are the same at every call with the same number of processes, so two evaluations differ by the
+    policy alone.
     The names are the same at every call, too, see ``evaluation_names``: a mean is NaN where a reward abstained from
     everything.
 
     Args:
-        sampler, judges: what samples and judges in training.
+        sampler, judges: the sampler and the judges of training.
         model: the policy.
         dataset: the held-out prompts. All of them are labelled: an anchor's ``labels`` thin out training data alone.
-        samples: responses to each prompt.
+        samples: the number of responses to each prompt.
         prompts_at_once: how many prompts of a process are sampled for at a time.
-        prefix: stands in front of every name.
-        progress: show a bar.
+        prefix: the word in front of every name.
+        progress: whether to show a progress bar.
 
     Returns:
         With the prefix "eval": eval_rewards/<name>/mean, eval_rewards/<name>/abstained, eval_completions/mean_length,
@@ -53,7 +54,7 @@ def evaluate_rewards(
     rewards, utilities, lengths, truncated = [], [], [], []
     for i, rows in enumerate(tqdm(chunks, desc="Evaluation", leave=False, disable=not progress)):
         prompts = dataset.prompts(rows, judges.tokenizer).repeat(samples)
-        number = -1 - i  # training numbers its batches from 0, so these draws are others
+        number = -1 - i  # Training numbers its batches from 0, so it never makes the draws of a negative number.
         rollouts = sampler(model, prompts, number)
         outputs = None
         if judges.rewards.needs_entropy:
@@ -89,12 +90,12 @@ def _chunks(dataset: PromptDataset, processes: Processes, size: int) -> list[lis
 
 def _reward_metrics(rewards_NSK: Tensor, names: tuple[str, ...], families: list[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
+    rows_of_family = _rows_of_family(families)
     for k, name in enumerate(names):
         column = rewards_NSK[..., k]
         metrics[f"rewards/{name}/abstained"] = column.isnan().float().mean().item()
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
-        for family in sorted(set(families) - {""}):
-            rows = [i for i, own in enumerate(families) if own == family]
+        for family, rows in rows_of_family.items():
             metrics[f"families/{family}/rewards/{name}"] = column[rows].nanmean().item()
     return metrics
 
@@ -102,15 +103,19 @@ def _reward_metrics(rewards_NSK: Tensor, names: tuple[str, ...], families: list[
 def _utility_metrics(utilities_NS: Tensor, families: list[str]) -> dict[str, float]:
     known = utilities_NS.isfinite()
     metrics = {"utility": utilities_NS.nanmean().item(), "utility_count": float(known.sum())}
-    for family in sorted(set(families) - {""}):
-        rows = [i for i, own in enumerate(families) if own == family]
+    for family, rows in _rows_of_family(families).items():
         metrics[f"families/{family}/utility"] = utilities_NS[rows].nanmean().item()
     return metrics
 
 
+def _rows_of_family(families: list[str]) -> dict[str, list[int]]:
+    """The rows of each task family, by its name; rows of the family "" belong to none and are left out."""
+    return {name: [i for i, own in enumerate(families) if own == name] for name in sorted(set(families) - {""})}
+
+
 def evaluation_names(reward_names: tuple[str, ...], dataset: PromptDataset, anchored: bool = False) -> list[str]:
-    """The names of what ``evaluate_rewards`` returns, without the prefix. ``anchored``: whether there is an anchor."""
-    families = sorted(set(dataset.families) - {""})
+    """The names of what ``evaluate_rewards`` returns, without the prefix; ``anchored``: there is an anchor."""
+    families = list(_rows_of_family(dataset.families))
     names = ["completions/mean_length", "completions/clipped_ratio"]
     for name in reward_names:
         names += [f"rewards/{name}/abstained", f"rewards/{name}/mean"]
@@ -126,7 +131,7 @@ def check_best_metric(
     """Checks that an evaluation on ``dataset`` gives the ``metric`` by which the best checkpoint is to be chosen.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the evaluation gives no such metric.
     """
     if metric is None or dataset is None:
         return

@@ -1,4 +1,4 @@
-"""The policy loss of a micro-batch, from its hidden states or from log-probs that are there already."""
+"""Computes the policy loss of a micro-batch, from its hidden states or from log-probs that are known already."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from maestro_fast.training.batches import MicroBatch
 def loss_of_states(
     hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig | LossFunction
 ) -> LinearPolicyLoss:
-    """The loss from packed states [T, d]: head and loss in one sweep.
+    """Computes the loss from packed hidden states [T, d], with LM head and loss in one sweep.
 
-    Responses whose advantage is 0 are left out of the sweep where that changes no metric: on-policy, every ratio is 1.
-    A user's own loss may give them a gradient, so it keeps them.
+    Responses whose advantage is 0 are left out of the sweep if that changes neither gradient nor metrics. That is so
+    if there are no other log-probs to compare with, since every ratio is then 1. A user's own loss and an entropy bonus
+    may give such responses a gradient, so they are kept there.
     """
     weight, logprobs = head.weight, batch.logprobs
     states, targets = completion_states(hidden, batch.sequences, weight.dtype)
@@ -51,10 +52,13 @@ def loss_of_states(
 def loss_of_logprobs(
     current_C: Tensor, entropies_C: Tensor | None, batch: MicroBatch, config: PolicyLossConfig | LossFunction
 ) -> PolicyLoss:
-    """The loss from the policy's log-probs, for advantages that had to wait for them; it costs a matrix product more.
+    """Computes the loss from the policy's log-probs, on which the advantages themselves depend.
+
+    This way costs one more product with the LM head than ``loss_of_states``.
 
     Args:
-        entropies_C: of the same tokens, where ``ops.loss_function.wants_entropies(config)``.
+        current_C: the policy's log-probs, with their graph.
+        entropies_C: the entropies of the same tokens; needed if ``ops.loss_function.wants_entropies(config)``.
     """
     logprobs, device = batch.logprobs, current_C.device
     return policy_loss(

@@ -1,4 +1,4 @@
-"""What a generation batch leaves in the log: its figures, named as in TRL where it has them, and seconds by stage."""
+"""The figures of a generation batch for the log, with TRL's names where TRL has them, and the seconds of each stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
 from maestro_fast.weighting.families import family_metrics, spread_between_families
 
-LOSS_METRICS = {  # names in the log by the names of ``ops.policy_loss``
+LOSS_METRICS = {  # the name in the log for each metric of ``ops.policy_loss``
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
     "ratio": "ratio/mean",
@@ -27,7 +27,7 @@ LOSS_METRICS = {  # names in the log by the names of ``ops.policy_loss``
 
 
 def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
-    """The figures of a generation batch over all processes: means over its responses."""
+    """The figures of a generation batch over all processes, most of them means over its responses."""
     lengths = record.lengths_B.float()
     metrics = {
         "reward": record.scores_B.mean().item(),
@@ -60,7 +60,7 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
 
 
 def _family_spread(record: StepRecord) -> dict[str, float]:
-    """How far the families' mean expected weights lie apart, and the mean of the same over eight shuffles.
+    """How far the families' mean expected weights lie apart, and how far they do on average after eight shuffles.
 
     Only the first response of each group counts.
     """
@@ -76,7 +76,7 @@ def _family_spread(record: StepRecord) -> dict[str, float]:
 def policy_metrics(
     rollouts: Rollouts, outputs: PolicyOutputs | None, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """The mean entropy of the policy, and ``sampler_metrics``. Both are left out where no process has a token."""
+    """The mean entropy of the policy, and ``sampler_metrics``; nothing if no forward has scored the responses."""
     if outputs is None:
         return {}
     return sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, gather, outputs.entropies_C)
@@ -91,13 +91,15 @@ def sampler_metrics(
     """How far the policy's log-probs lie from the sampler's, over the tokens of all processes, in nats.
 
     These are the mean and the largest absolute difference, and k3: the mean of r - 1 - log r with r = policy / sampler,
-    an estimate of KL(sampler || policy) (J. Schulman, "Approximating KL divergence", 2020).
+    an estimate of KL(sampler || policy) (J. Schulman, "Approximating KL divergence", 2020). With entropies, their mean
+    is among the figures. If no process has a token, there are none.
 
     Args:
-        logprobs_C, sampling_logprobs_C, entropies_C: float32 [C]; None adds no figures.
-        gather: concatenates a tensor of every process.
+        logprobs_C, sampling_logprobs_C, entropies_C: float32 [C]; a None adds no figures.
+        gather: concatenates a tensor over all processes.
     """
-    sums = torch.zeros(1, 5, dtype=torch.float64)  # count of tokens, sums of entropy, gap and k3, and the widest gap
+    # The columns are the count of tokens, the sums of entropy, gap and k3, and the widest gap.
+    sums = torch.zeros(1, 5, dtype=torch.float64)
     sums[0, 0] = logprobs_C.numel()
     if logprobs_C.numel():
         if entropies_C is not None:
@@ -118,7 +120,7 @@ def sampler_metrics(
 
 
 class SamplerGaps:
-    """``sampler_metrics`` from the training forwards, for runs in which no earlier forward scores the responses."""
+    """Gives ``sampler_metrics`` from the training forwards, in runs where no earlier forward scores the responses."""
 
     def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
         self._gather = gather
@@ -154,14 +156,14 @@ class MetricMeans:
 
     @staticmethod
     def of(state: Mapping[str, Sequence[Any]]) -> MetricMeans:
-        """The means that had this ``state``."""
+        """Makes the means that had this ``state``."""
         means = MetricMeans()
         means._sums = {name: float(total) for name, (total, _) in state.items()}
         means._counts = {name: int(count) for name, (_, count) in state.items()}
         return means
 
     def join(self, others: Sequence[Mapping[str, Sequence[Any]]]) -> None:
-        """Adds the means that had these states, which other processes made of the same batches."""
+        """Adds the sums and counts of other processes, which are ``state()`` of their own means."""
         for state in others:
             for name, (total, count) in state.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(total)
@@ -213,7 +215,7 @@ class StageClock:
         self._last = now
 
     def lap(self) -> dict[str, float]:
-        """Seconds by stage since the last lap, with their ``total`` on the wall; starts the next lap."""
+        """Returns the seconds by stage since the last lap, and the ``total`` by the wall clock; starts the next lap."""
         now = time.perf_counter()
         seconds = {**self._seconds, "total": now - self._began}
         self._seconds.clear()

@@ -1,9 +1,8 @@
 """What the trainer does while a generator works elsewhere: behind a server, on devices of its own.
 
-A generator says by ``concurrent_parts`` into how many parts a batch may be asked for at once. All parts are sampled at
-the same time. Meanwhile the weight policy learns from the batch before (``Lessons``), because only the next weights
-wait for that, and the rewards judge the parts that have come in. A generator that works in this process has 0 parts;
-then nothing overlaps.
+A generator says by ``concurrent_parts`` into how many parts a batch is cut. All parts are sampled at the same time.
+Meanwhile the weight policy learns from the batch before (``Lessons``), because only the next weights need that, and the
+rewards judge the parts that have come in. A generator that works in this process has 0 parts; then nothing overlaps.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ class Started:
 
     Attributes:
         prompts: one entry for each response.
-        parts: each waits for the responses of one part, which holds whole groups.
-        wait: returns once no part is being sampled any more, whether or not one has failed.
-        number: number of the generation batch, from 0.
-        step: optimiser steps done before it.
+        parts: callables that each wait for the responses of one part, which holds whole groups.
+        wait: a callable that returns once no part is being sampled any more, whether or not one has failed.
+        number: the number of the generation batch, from 0.
+        step: the number of optimiser steps done before the batch.
     """
 
     prompts: Prompts
@@ -48,8 +47,8 @@ def run_together(
     """Starts each call in a thread of its own.
 
     Args:
-        calls: what to run.
-        device: becomes the current device of the threads, which would otherwise be the first one.
+        calls: the functions to run.
+        device: the device that the threads use by default; without this it would be the first one.
 
     Returns:
         Callables that wait for one result each, in the order of ``calls``, and one that waits until all calls have
@@ -63,7 +62,7 @@ def run_together(
 
 
 class Lessons:
-    """The outcome, one at most, from which the weight policy has still to learn."""
+    """Keeps the outcome, at most one, from which the weight policy has still to learn."""
 
     def __init__(self, weights: WeightPolicy) -> None:
         self.weights = weights
@@ -83,10 +82,14 @@ class Lessons:
         self._waiting.clear()
 
     def learn(self) -> dict[str, float]:
-        """Catches up, before the next weights and before anything is saved. Returns the figures that are new."""
-        known = self.weights.metrics()
+        """Lets the policy learn from the waiting outcome, if any. This comes before the next weights and before saving.
+
+        Returns:
+            The policy's metrics that it did not have before.
+        """
         if not self._waiting:
             return {}
+        known = self.weights.metrics()
         self.weights.observe(self._waiting.pop())
         return {name: value for name, value in self.weights.metrics().items() if name not in known}
 
@@ -96,8 +99,8 @@ def check_parts(parts: int, prompts: int, rewards: RewardSet, anchor: RewardSet 
 
     Args:
         parts: the generator's ``concurrent_parts``.
-        prompts: prompts that a process has in a batch.
-        rewards, anchor: what judges the responses.
+        prompts: the number of prompts that a process has in a batch.
+        rewards, anchor: the rewards and the utility that judge the responses.
 
     Raises:
         ValueError: the prompts do not divide into parts, or a reward needs the whole batch.

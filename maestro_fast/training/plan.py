@@ -1,4 +1,4 @@
-"""What a run does in every step, and what is decided and checked before the first: sizes, loss, which forward is read.
+"""Decides and checks, before the first step, what every step does: its sizes, its loss, and which forward it reads.
 
 Everything that the weight policy, the rewards and the loss read off the policy network (log-probs, entropies, hidden
 states) comes from one of three sources, see ``choose_scoring``:
@@ -38,11 +38,11 @@ class Method:
 
     Attributes:
         sampling: how responses are sampled.
-        batch: sizes of a generation batch.
-        loss: the policy loss, or a function of one's own, see ``LossTerms``.
+        batch: the sizes of a generation batch.
+        loss: the policy loss, or a function of the user's own, see ``LossTerms``.
         profile: how rewards become advantages.
-        seed: that of the order of the prompts and of the sampling.
-        evaluation_samples: responses to each prompt of an evaluation.
+        seed: the seed of the order of the prompts and of the sampling.
+        evaluation_samples: the number of responses to each prompt of an evaluation.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -81,11 +81,12 @@ class LossTerms:
     """What the trainer has to know of a loss, whether a ``PolicyLossConfig`` or a user's function computes it.
 
     Attributes:
-        function: what ``training.loss`` computes: the loss without a KL that the scores hold already.
-        kl_in_score: coefficient of the KL that the scores lose; 0 where the loss has the KL, or nothing has.
+        function: the loss that ``training.loss`` computes. It has no KL if the scores have one already.
+        kl_in_score: the coefficient of the KL that is subtracted from the scores; 0 if the loss has it or nothing has.
         needs_reference: whether ``function`` reads the reference's log-probs.
-        needs_sampling: whether it cannot do without the sampler's log-probs; wants_sampling: whether it reads them.
-        entropy: "grad" if it reads entropies, else "value", which the training forward gives to rewards and logs.
+        needs_sampling: whether ``function`` fails without the sampler's log-probs.
+        wants_sampling: whether ``function`` reads the sampler's log-probs where there are some.
+        entropy: "grad" if ``function`` reads entropies. Otherwise "value": only rewards and the log read them.
         normalization: as in ``PolicyLossConfig``; it decides by what a micro-batch's sum is divided.
     """
 
@@ -99,14 +100,14 @@ class LossTerms:
 
     @staticmethod
     def of(loss: PolicyLossConfig | LossFunction, profile: AdvantageProfile) -> LossTerms:
-        """The terms of ``loss`` where ``profile`` makes the advantages.
+        """The terms of ``loss`` if ``profile`` makes the advantages.
 
-        A function of a user's own has no KL that could enter the scores. It gets the reference's log-probs only if its
+        A user's own function has no KL that could enter the scores. It gets the reference's log-probs only if its
         attribute ``needs_reference`` is true (``specs.FunctionLoss`` has it), entropies if ``wants_entropies`` says so,
         and the sampler's log-probs where the generator returns them. Its normalizer counts the tokens of the update.
 
         Raises:
-            TypeError: ``loss`` is neither of the two.
+            TypeError: ``loss`` is neither a ``PolicyLossConfig`` nor a function.
         """
         if isinstance(loss, PolicyLossConfig):
             in_score = profile.kl_in == "score"
@@ -140,7 +141,7 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Where log-probs, entropies and hidden states come from, and the sentence that tells the user why."""
+    """The source of log-probs, entropies and hidden states, and the sentence that tells the user why it is this one."""
 
     source: Source
     reason: str
@@ -149,7 +150,7 @@ class Scoring:
 def choose_scoring(
     model: nn.Module, plan: BatchPlan, rewards: RewardSet, weights: WeightPolicy, terms: LossTerms
 ) -> Scoring:
-    """The cheapest source that serves everything that reads the policy network."""
+    """Chooses the cheapest source that serves everything that reads the policy network."""
     readers = [
         reader
         for reader, reads in (
@@ -195,5 +196,6 @@ def has_dropout(model: nn.Module) -> bool:
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    rate = getattr(module, "attention_dropout", None)  # attention modules of transformers apply this number inline
+    # Attention modules of transformers apply this rate themselves, without a Dropout module.
+    rate = getattr(module, "attention_dropout", None)
     return isinstance(rate, float) and rate > 0

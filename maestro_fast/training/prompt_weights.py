@@ -1,4 +1,7 @@
-"""A Conductor that was saved in a folder, the model whose states it reads, and the weights that it gives to prompts."""
+"""Loads a saved Conductor and the model whose states it reads, and computes the weights that it gives to prompts.
+
+``maestro-fast conductor show`` prints and plots these weights.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,17 +18,18 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
 from maestro_fast.model.forward import (
-    Layout,
-    Sequences,
     choose_layout,
     contexts,
     last_hidden,
     prompt_mean,
     terminal_states,
 )
+from maestro_fast.model.rows import Sequences
+from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
 from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
 from maestro_fast.training.data import PromptDataset
+from maestro_fast.training.plan import context_mode
 from maestro_fast.training.run import load_policy
 from maestro_fast.weighting import (
     Anchored,
@@ -39,8 +42,8 @@ from maestro_fast.weighting import (
 )
 from maestro_fast.weighting.saved import CONFIG_FILE, WEIGHTS_FILE, load_weight_policy
 
-CHUNK = 64  # responses at a time
-_DELAY = 5.0  # seconds before a progress bar shows
+CHUNK = 64  # the number of responses that are sampled or read at a time
+_DELAY = 5.0  # the seconds after which a progress bar shows
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class SavedConductor:
     """A Conductor that was saved in a folder.
 
     Attributes:
-        folder: where its files are.
+        folder: the folder that holds its files.
         policy: the weight policy as it was saved, with its guard.
         run: the config of the run that saved it; None for a folder of ``save_pretrained``.
     """
@@ -59,12 +62,13 @@ class SavedConductor:
 
     @property
     def inner(self) -> Conductor | Anchored:
+        """The weight policy without its guard."""
         inner = self.policy.policy if isinstance(self.policy, Guarded) else self.policy
         assert isinstance(inner, Conductor | Anchored)
         return inner
 
     def model(self, given: str | None) -> tuple[ModelConfig, str]:
-        """The model on whose states it was trained, and in words which one that is.
+        """Finds the model on whose states the Conductor was trained, and says in words which one that is.
 
         Args:
             given: path or name of that model; None looks for it in the folder and in the run's config.
@@ -91,7 +95,7 @@ def load_conductor(folder: Path) -> SavedConductor:
     """Loads a Conductor from a folder.
 
     Args:
-        folder: one of ``save_pretrained``, the ``final/`` or a checkpoint of a run, or a run directory.
+        folder: a folder that ``save_pretrained`` wrote, a run directory, or the ``final/`` or a checkpoint in one.
 
     Raises:
         ValueError: the folder is none of these, or the run had another weight policy.
@@ -133,13 +137,13 @@ class PromptWeights:
     """The weights that a Conductor gives to N prompts.
 
     Attributes:
-        policy: name of the weight policy.
-        reward_names: K names.
-        prompts: N texts.
+        policy: the name of the weight policy.
+        reward_names: the names of the K rewards.
+        prompts: the texts of the N prompts.
         families: their task families, "" where the data names none.
-        weights_NK: float32, expected over the policy's own random draws. Where the Conductor reads responses, a row is
-            the mean over the prompt's responses.
-        source: sentences that say what was read, and of which model.
+        weights_NK: float32, the mean over the policy's own random draws. If the Conductor reads responses, a row is
+            also the mean over the prompt's responses.
+        source: sentences that say which hidden states were read, and of which model.
     """
 
     policy: str
@@ -153,12 +157,12 @@ class PromptWeights:
 def prompt_weights(
     saved: SavedConductor, dataset: PromptDataset, *, model: str | None = None, samples: int = 4, seed: int = 0
 ) -> PromptWeights:
-    """Reads the context that the Conductor was trained with, and asks it for the weights.
+    """Reads hidden states of the kind that the Conductor was trained with, and asks it for the weights.
 
     Args:
         saved: what ``load_conductor`` returned.
         dataset: the prompts.
-        model: path or name of the model that it reads, see ``SavedConductor.model``.
+        model: the path or name of the model that the Conductor reads, see ``SavedConductor.model``.
         samples, seed: how many responses to each prompt are sampled, and with which seed, if it reads responses.
 
     Raises:
@@ -179,7 +183,7 @@ def prompt_weights(
             states = _response_states(network, tokenizer, dataset, sampling, samples, seed)
         else:
             samples = 1
-            states = _prompt_states(network, tokenizer, dataset, inner.context_kind)
+            states = _prompt_states(network, tokenizer, dataset, context_mode(inner))
     source = [f"Contexts: {_NAMES[inner.config.context]} of {origin}."]
     if reads_responses:
         by = "as the run sampled" if saved.run is not None else "by the defaults of the section sampling"
@@ -207,7 +211,7 @@ _NAMES = {
 
 
 def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
-    """[N, K], what the policy itself gives for these states where no rewards and no utilities are known."""
+    """The weights [N, K] that the policy gives for these states if no rewards and no utilities are known."""
     names, count = saved.inner.reward_names, len(states_Bd)
     context = WeightContext(
         names, samples, 0, torch.zeros(count, len(names)), states_Bd, torch.full((count,), float("nan"))
@@ -215,16 +219,21 @@ def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
     return saved.policy.weights(context).expected_BK.view(-1, samples, len(names)).mean(1)
 
 
-def _prompt_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, kind: Any) -> Tensor:
-    """[N, d], the state of each prompt, which is alone in its forward."""
+def _prompt_states(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, mode: PoolMode | None
+) -> Tensor:
+    """The hidden state of each prompt, [N, d], pooled by ``mode``; None: the mean that ``PromptContexts`` gives.
+
+    Each prompt is alone in its forward.
+    """
     layout = choose_layout(model)
     states = []
     for ids in tqdm(dataset.prompts(dataset.rows, tokenizer).token_ids, "Prompts", leave=False, delay=_DELAY):
-        if kind == "reference_prompt_mean":
+        if mode is None:
             states.append(prompt_mean(model, ids, layout))
         else:
             alone = Sequences([ids], [[]])
-            states.append(contexts(last_hidden(model, alone, layout), alone, kind)[0])
+            states.append(contexts(last_hidden(model, alone, layout), alone, mode)[0])
     return torch.stack(states)
 
 
@@ -236,8 +245,8 @@ def _response_states(
     samples: int,
     seed: int,
 ) -> Tensor:
-    """[N * samples, d], the terminal state of each response."""
-    layout: Layout = choose_layout(model)
+    """The terminal state of each response, [N * samples, d]."""
+    layout = choose_layout(model)
     states = []
     for rollouts in sample_responses(model, tokenizer, dataset, sampling, samples, seed):
         sequences = Sequences(rollouts.prompts.token_ids, rollouts.completion_ids)
@@ -253,7 +262,7 @@ def sample_responses(
     samples: int,
     seed: int,
 ) -> Sequence[Rollouts]:
-    """``samples`` responses to each prompt, side by side, in pieces of about ``CHUNK`` responses.
+    """Samples ``samples`` responses to each prompt, side by side, in pieces of about ``CHUNK`` responses.
 
     The same model and arguments give the same responses.
     """

@@ -1,4 +1,4 @@
-"""A run from its config: everything is checked, the cheapest first, then built, then trained."""
+"""Runs a training from its config: everything is checked, the cheapest first, then built, then trained."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def load_policy(config: ModelConfig, device: torch.device | None = None) -> tupl
     """Loads the model into host memory, adds adapters if they are configured, and loads its tokenizer.
 
     Args:
-        config: names the model.
-        device: where the model is going to run, which decides on its attention.
+        config: the section ``model`` of the run.
+        device: the device on which the model is going to run, which decides on its attention.
 
     Raises:
         SettingsError: ``model.attention`` cannot serve on the device, in this dtype, or this model.
     """
-    attention_choice(config.attention, device)  # raises before the weights are read
+    attention_choice(config.attention, device)  # This raises before the weights are read.
     tokenizer = AutoTokenizer.from_pretrained(config.path)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         config.path,
@@ -88,7 +88,7 @@ def _set_attention(model: Any, wanted: str, device: torch.device | None) -> None
     """Chooses the attention again, now that the dtype is known."""
     implementation, reason = attention_choice(wanted, device, model.dtype)
     loaded = model.config._attn_implementation
-    if implementation not in (loaded, "sdpa"):  # transformers loads a model without SDPA with eager attention
+    if implementation not in (loaded, "sdpa"):  # A model without SDPA keeps eager attention.
         try:
             use_attention(model, implementation)
         except (ValueError, ImportError) as error:
@@ -120,13 +120,13 @@ def train(
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
-    policy = build_weight_policy(config.weights, rewards.names, 1)  # unknown names are found before a model is loaded
+    policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
     keep_best = _keeps_best(config, args, policy.name)
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
     generation = generation_config(config.generation)
     check_generation(generation, args.device, args.world_size)
     with open_run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
-        set_seed(config.seed)  # fresh adapters are drawn here
+        set_seed(config.seed)  # New adapters are drawn at random.
         model, tokenizer = load_policy(config.model, args.device)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
@@ -166,7 +166,7 @@ def _engine(
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
 ) -> Iterator[Engine | None]:
-    """Opens to the engine that ``generation`` asks for, and closes it at the end; None where it asks for none."""
+    """Gives the engine that ``generation`` asks for, or None, and closes it at the end."""
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     engine = build_engine(
         generation,
@@ -194,7 +194,7 @@ def _check_lengths(
     dataset: PromptDataset,
     evaluation: PromptDataset | None,
 ) -> int:
-    """Checks that all prompts and responses fit into the model. Returns the tokens of the longest prompt."""
+    """Checks that all prompts and responses fit into the model. Returns the number of tokens of the longest prompt."""
     longest = dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
     if config.evaluation is not None and evaluation is not None:
         longest = max(longest, evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens))
@@ -209,7 +209,7 @@ def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingCon
     was trained on.
 
     Raises:
-        ValueError: they do not fit, and the model has no further positions.
+        ValueError: they do not fit, and the model has no rotary positions.
     """
     language_model = causal_lm(model)
     config = language_model.config.get_text_config()
@@ -220,7 +220,7 @@ def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingCon
         f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest prompt of {longest_prompt} tokens, "
         f"expected at most {positions} together, the positions of {type(language_model).__name__}"
     )
-    if getattr(config, "rope_parameters", None) is None:  # positions are learned, or a table of that length
+    if getattr(config, "rope_parameters", None) is None:  # The positions are a table of that length.
         raise ValueError(complaint)
     logger.warning(complaint)
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 STAGING = ".saving"
 _REPLACED = ".old-"
 _LOCK = ".lock"
-_PATIENCE = 5.0  # seconds, because a child of a killed process may outlive it for a moment
+_PATIENCE = 5.0  # seconds to wait for the lock, because a child of a killed process may hold it for a moment longer
 
 
 @contextlib.contextmanager
@@ -37,8 +37,8 @@ def open_run_directory(path: Path, args: TrainingArguments, *, resume: bool) -> 
     """Makes the run directory and proves that it can be written to. No other run may use it until the context closes.
 
     Raises:
-        SettingsError: it cannot be written to, another process uses it, or it holds another run (or, to resume, none).
-            Every process raises, whichever found the problem.
+        SettingsError: the directory cannot be written to, another process uses it, it holds another run, or there is no
+            run to resume. All processes raise if one has found the problem.
     """
     with contextlib.ExitStack() as stack:
         problem = None
@@ -49,7 +49,7 @@ def open_run_directory(path: Path, args: TrainingArguments, *, resume: bool) -> 
                 _prove_writable(path)
         except SettingsError as error:
             problem = str(error)
-        # All processes have passed this point before config.yaml is written.
+        # Here each process waits for the others, so that all have looked before config.yaml is written.
         found = gather_object([problem]) if args.world_size > 1 else [problem]
         for words in filter(None, found):
             raise SettingsError(words)
@@ -81,7 +81,7 @@ def _prove_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, setting: str) -> Iterator[int]:
-    """Keeps other processes out of ``folder`` until the context closes or the process dies in whatever way.
+    """Keeps other processes out of ``folder`` until the context closes or this process dies.
 
     Yields:
         The descriptor of the lock. A child process that inherits it holds the lock too.
@@ -116,7 +116,7 @@ def _lock(descriptor: int, folder: Path, setting: str) -> None:
 
 @contextlib.contextmanager
 def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """Opens to a folder in which all processes write.
+    """Gives a folder in which all processes write.
 
     When the context closes without an error, everything in that folder moves to ``run_dir`` and replaces what has the
     same name there.
@@ -147,7 +147,7 @@ def recover(run_dir: Path) -> None:
 def _once_per_disk(accelerator: Accelerator, action: Callable[[], None]) -> None:
     """Runs ``action`` on the main process, then on the main process of every other node, which may have its own disk.
 
-    Where the nodes share a disk it runs more than once, so it must not mind.
+    If the nodes share a disk, ``action`` runs there several times, so a repetition must do no harm.
     """
     if accelerator.is_main_process:
         action()

@@ -5,7 +5,7 @@ are the order of a batch:
 
     start     The generator begins to sample G responses to each prompt.
     collect   The responses come in.
-    score     One forward of the policy gives log-probs, entropies and hidden states, if they come from there.
+    score     A forward of the policy gives log-probs, entropies and hidden states, in the runs that need it.
     prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
               scores are compared, which gives the advantages; the responses are cut into micro-batches.
 
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
-from maestro_fast.model.forward import Layout, Sequences
+from maestro_fast.model.attention import Layout
 from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead
 from maestro_fast.model.reference import PromptContexts, Reference
+from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -47,8 +48,8 @@ class Sampled:
 
     Attributes:
         rollouts: the responses.
-        number: number of the generation batch, from 0.
-        step: optimiser steps done before it.
+        number: the number of the generation batch, from 0.
+        step: the number of optimiser steps done before the batch.
         rewards_BK, utilities_B: what the judges gave them while other parts were being sampled; None where nothing has
             judged them yet, and ``utilities_B`` also without an anchor.
     """
@@ -69,11 +70,12 @@ class Step:
     """The parts that every generation batch of a run shares, and the order in which they act.
 
     Attributes:
-        plan, terms, profile, scoring: what was decided before the first batch.
-        sampler, scorer, judges, weights: what samples, scores, judges and weighs.
-        reference: opens to the reference policy; None where nothing reads it.
-        prompt_contexts: the reference's vector of each prompt, computed once.
-        processes, clock: how the processes of the run talk, and where each stage reports its time.
+        plan, terms, profile, scoring: the decisions that were made before the first batch.
+        sampler, scorer, judges, weights: the parts that sample, score, judge and weigh.
+        reference: gives the reference policy, see ``model.reference``; None where nothing reads it.
+        prompt_contexts: gives the reference's mean hidden state over each prompt.
+        processes: lets the processes of the run exchange tensors.
+        clock: adds up the seconds of each stage.
     """
 
     plan: BatchPlan
@@ -107,7 +109,7 @@ class Step:
         return Started(prompts, *run_together(calls, self.processes.device), number, step)
 
     def collect(self, model: nn.Module, started: Started) -> Sampled:
-        """Waits for the responses. Of several parts, it judges one while the next are being sampled."""
+        """Waits for the responses. If they come in several parts, it judges each while the next are being sampled."""
         rollouts: list[Rollouts] = []
         rewards: list[Tensor] = []
         utilities: list[Tensor] = []
@@ -128,7 +130,7 @@ class Step:
         )
 
     def score(self, model: nn.Module, sampled: Sampled) -> PolicyOutputs | None:
-        """Runs the scoring forward; None if log-probs, entropies and hidden states come from elsewhere or nowhere."""
+        """Runs the scoring forward; returns None if the run needs none, see ``plan.choose_scoring``."""
         if self.scoring.source != "scoring":
             return None
         with self.clock.stage("score"):
@@ -147,7 +149,7 @@ class Step:
             model: the policy.
             sampled: this process's responses.
             outputs: what the policy's forward gave for them; None where nothing reads it.
-            learn: lets the weight policy learn from the outcome, now or later.
+            learn: called with the outcome, from which the weight policy learns now or later.
 
         Returns:
             This process's micro-batches, and the record and the figures of the batch over all processes.
@@ -195,21 +197,21 @@ class Step:
         return self._micro_batches(sampled, advantages.advantages, logprobs), record, metrics
 
     def _reference_logprobs(self, sequences: Sequences) -> Tensor | None:
-        """float32 [C], the reference's log-probs of this process's completions; None where nothing reads them."""
+        """The reference's log-probs of this process's completions, float32 [C]; None where nothing reads them."""
         if self.reference is None or not self.terms.reads_reference:
             return None
         with self.reference() as (model, head):
             return self.scorer(model, sequences, head=head).logprobs_C
 
     def _kl(self, rollouts: Rollouts, outputs: PolicyOutputs | None, ref_logprobs_C: Tensor | None) -> Tensor | None:
-        """[B] over all processes, the token mean of log pi - log pi_ref; None unless it belongs into the score."""
+        """The token mean of log pi - log pi_ref, [B] over all processes; None unless the KL is part of the score."""
         if self.terms.kl_in_score == 0.0 or ref_logprobs_C is None:
             return None
         assert outputs is not None
         return self.processes.gather(response_means(outputs.logprobs_C - ref_logprobs_C, rollouts))
 
     def _hidden_states(self, rollouts: Rollouts, outputs: PolicyOutputs | None) -> Tensor | None:
-        """[B, d] over all processes, the hidden states that the weight policy asked for; None if it asked for none."""
+        """The hidden states that the weight policy reads, [B, d] over all processes; None if it reads none."""
         if reads_reference(self.weights):
             assert self.reference is not None
             with self.reference() as (model, _):
@@ -224,7 +226,7 @@ class Step:
         own = slice(processes.rank * plan.responses, (processes.rank + 1) * plan.responses)
         generator = torch.Generator().manual_seed(self.sampler.seed_of(sampled.number))
         order = torch.randperm(plan.responses, generator=generator).tolist()
-        if self.scoring.source == "training":  # its forward took the responses in the order of sampling
+        if self.scoring.source == "training":  # The training forward took the responses in the order of sampling.
             order = list(range(plan.responses))
         lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
         local = lengths.view(plan.updates, -1).sum(1).to(processes.device)
@@ -246,9 +248,10 @@ class Sampler:
     """Samples responses.
 
     Attributes:
-        generator: does the sampling.
-        group_size: G, responses to each prompt.
-        seed: with the number of the batch and the rank it fixes all draws.
+        generator: generates the responses.
+        group_size: G, the number of responses to each prompt.
+        seed: the seed that, with the number of the batch and the rank of the process, fixes all random draws.
+        processes: gives the rank of this process.
     """
 
     generator: Generator
@@ -257,12 +260,12 @@ class Sampler:
     processes: Processes
 
     def __call__(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
-        """One response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
+        """Samples one response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
         unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
         return self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
 
     def seed_of(self, number: int) -> int:
-        """Differs between batches and processes, and depends on nothing that ran before: a resumed run repeats it."""
+        """A seed that differs between batches and processes, and that a resumed run computes again."""
         return ((self.seed * 1_000_003 + number) * 65_537 + self.processes.rank) % 2**63
 
 
@@ -271,10 +274,10 @@ class Scorer:
     """Runs a forward without a gradient, of the policy or the reference, over any number of responses.
 
     Attributes:
-        head: the policy's language-model head.
-        layout: how the model's attention takes its rows.
-        micro_batch: responses of one forward.
-        temperature: divides the logits.
+        head: the policy's LM head.
+        layout: how the sequences are laid out as rows of the model's input.
+        micro_batch: the number of responses in one forward.
+        temperature: the number that divides the logits.
     """
 
     head: LanguageHead
@@ -292,11 +295,12 @@ class Scorer:
         entropy: bool = False,
         context: PoolMode | None = None,
     ) -> PolicyOutputs:
-        """Log-probs of the completions; ``head`` and ``temperature`` replace the scorer's own.
+        """Computes the log-probs of the completions, as ``model.forward.score`` does.
 
         Args:
-            entropy: whether entropies are wanted.
-            context: which hidden state of each response is wanted; None: none.
+            head, temperature: take the place of the scorer's own; None keeps those.
+            entropy: whether to return entropies as well.
+            context: how each response's hidden states are pooled into its context; None returns no contexts.
         """
         return score_forward(
             model,
@@ -315,9 +319,9 @@ class Judges:
     """Everything that judges responses.
 
     Attributes:
-        rewards: what the policy is trained on.
-        anchor: the utility that a weight policy learns from; None: there is none.
-        tokenizer, scorer, processes: for rewards that ask the policy for log-probs of texts.
+        rewards: the rewards that the policy is trained on.
+        anchor: the utility that a weight policy learns from, or None.
+        tokenizer, scorer, processes: serve the rewards that ask the policy for log-probs of texts.
     """
 
     rewards: RewardSet
@@ -339,7 +343,7 @@ class Judges:
         return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
 
     def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
-        """``RewardBatch.score_texts`` under ``model``, over all processes."""
+        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together."""
         forward = partial(self.scorer, model, temperature=1.0)
         return text_scorer(self.tokenizer, forward, self.processes.gather, self.processes.device)
 
@@ -381,7 +385,10 @@ def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes
 
 
 def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> Tensor | None:
-    """The sampler's log-probs, if the loss reads them or the training forward is the first to be compared with them.
+    """The sampler's log-probs that a micro-batch carries; None if nothing reads them there.
+
+    The loss may read them. And if the responses were not ``scored`` before the training forward, that forward is
+    compared with them for the log.
 
     Raises:
         ValueError: the loss needs them, and the generator returned none.
@@ -395,12 +402,12 @@ def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> 
 
 
 def all_lengths(rollouts: Rollouts, processes: Processes) -> Tensor:
-    """int64 [B], tokens of the completions of all processes."""
+    """The number of tokens of each completion, int64 [B] over all processes."""
     return processes.gather(rollouts.completion_lengths_B.to(processes.device))
 
 
 def step_record(step: int, rollouts: Rollouts, outcome: Outcome, processes: Processes) -> StepRecord:
-    """What the observers and the log get of a batch, over all processes."""
+    """Makes the record of a batch, over all processes, for the observers and the log."""
     context, weights, advantages = outcome.context, outcome.weights, outcome.advantages
     return StepRecord(
         step=step,

@@ -1,10 +1,10 @@
 """The trainer: transformers.Trainer with generation batches in place of a labelled data set.
 
-What happens in a generation batch stands in ``training/step.py``. The trainer calls it at the first micro-batch of each
-batch, in one of two ways (``plan.choose_scoring`` decides):
+What happens in a generation batch stands in ``training/step.py``. The trainer makes a batch at the first micro-batch
+that is trained on, in one of two ways (``plan.choose_scoring`` decides):
 
-scored before             Rewards, weights and advantages are known before the training forward, after a scoring forward
-                          if anything reads one. Each training forward then gives its loss at once.
+scored before             Rewards, weights and advantages are known before the training forward. A scoring forward comes
+                          before them if anything reads it. Each training forward then gives its loss at once.
 judged in the training    One micro-batch holds the whole batch. Its training forward gives log-probs, entropies and
 forward                   hidden states; then the responses are judged, weighed and compared; then the loss follows.
 
@@ -70,21 +70,24 @@ class MaestroTrainer(Trainer):
             adapters, a frozen copy of it becomes the reference.
         tokenizer: the model's own; it needs a chat template if prompts are messages.
         dataset: the prompts.
-        rewards, weights: see their packages; a policy that reads hidden states was built for this model's width.
-        args: options of the Trainer; batch size and accumulation follow from ``method.batch`` and are set here.
-        method: sampling, batch, loss, profile.
-        anchor: the utility that a weight policy learns from, of ``build_anchor``.
-        evaluation: held-out prompts, for ``args.eval_strategy``.
-        keep_best: keep the best policy by labelled utility beside the one in training, see
-            ``training/best_policy.py``.
-        generator: samples the responses; None takes transformers' own, unless there is an ``engine``.
-        engine: samples in place of the model, and gets its weights whenever they have changed.
-        probe: how the engine is compared with the model after that, see ``ProbeConfig``.
-        observers: called with the record of every generation batch, on the main process.
-        timing_observers: called with seconds by stage after every generation batch, on the main process.
+        rewards: the rewards, for example from ``rewards.build_rewards``.
+        weights: the weight policy, for example from ``weighting.build_weight_policy``. One that reads hidden states has
+            to be built for this model's hidden size.
+        args: the options of ``transformers.Trainer``; batch size and accumulation follow from ``method.batch`` and are
+            set here.
+        method: what is done in a step; None takes the defaults of ``Method``.
+        anchor: the utility that a weight policy learns from, for example from ``rewards.build_anchor``.
+        evaluation: the held-out prompts, which ``args.eval_strategy`` needs.
+        keep_best: whether to keep a copy of the best policy by labelled utility, see ``training/best_policy.py``.
+        generator: samples the responses; None takes ``generate`` of transformers, unless there is an ``engine``.
+        engine: samples in place of the model, and gets the model's weights whenever they have changed.
+        probe: how the engine is compared with the model after each sync, see ``ProbeConfig``.
+        observers: functions that get the record of every generation batch, on the main process.
+        timing_observers: functions that get the seconds by stage after every generation batch, on the main process.
+        callbacks: the callbacks of ``transformers.Trainer``.
 
     Raises:
-        ValueError: numbers do not divide, or arguments or a model cannot be served. It is raised before training
+        ValueError: sizes do not divide, or the arguments or the model cannot be served. It is raised before training
             starts.
 
     Attributes:
@@ -92,11 +95,11 @@ class MaestroTrainer(Trainer):
         step: the parts of every generation batch, see ``training/step.py``.
         checkpoints: our part of every checkpoint.
         best: the best policy so far; None where the run does not keep it.
-        clock: seconds by stage.
+        clock: adds up the seconds of each stage.
     """
 
-    loss_is_scaled_for_ga = True  # the normalizer of the loss already spans the accumulated micro-batches
-    _restored: StepState | None = None  # from a checkpoint, until transformers has set its own counters
+    loss_is_scaled_for_ga = True  # Gradient accumulation is in the normalizer of the loss already.
+    _restored: StepState | None = None  # what a checkpoint held, until transformers has set its own counters
     _staging: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(
@@ -131,7 +134,7 @@ class MaestroTrainer(Trainer):
         needs_reference = self._terms.reads_reference or reads_reference(weights)
         frozen = frozen_copy(model) if needs_reference else None
         self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
-        self._micro_batches: list[MicroBatch | Sampled] = []  # of the generation batch, not trained on yet
+        self._micro_batches: list[MicroBatch | Sampled] = []  # those of the generation batch that are left
         super().__init__(
             model=model,
             args=args,
@@ -141,7 +144,7 @@ class MaestroTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        # transformers without loss_is_scaled_for_ga reads this attribute; compute_loss below never calls it
+        # A transformers that does not know loss_is_scaled_for_ga looks at this attribute instead, and never calls it.
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
         if keep_best:
@@ -155,7 +158,8 @@ class MaestroTrainer(Trainer):
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
         self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
-        self.checkpoints = Checkpoints(weights, rewards.names, self.best, self._batch_sizes, self.args)
+        sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
+        self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
         self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
         self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
 
@@ -168,7 +172,7 @@ class MaestroTrainer(Trainer):
         reference: Reference | None,
         generator: Callable[[Scorer], Generator],
     ) -> Step:
-        """The parts of every generation batch; ``generator`` makes what samples, once the policy can be scored."""
+        """Builds the parts of every generation batch. ``generator`` makes the generator from the policy's scorer."""
         head = head_of(model)
         check_head(model, head)
         check_profile(weights, self._profile)
@@ -192,14 +196,10 @@ class MaestroTrainer(Trainer):
             clock=self.clock,
         )
 
-    @property
-    def _batch_sizes(self) -> dict[str, int]:
-        return batch_sizes(self._plan, self.method.sampling.group_size, self.args.world_size)
-
     def _choose_generator(
         self, generator: Generator | None, engine: Engine | None, probe: ProbeConfig, scorer: Scorer
     ) -> Generator:
-        """``generator``, or ``engine``, probed on the first prompts of the data, or transformers' own generation."""
+        """Returns ``generator``, or one for ``engine`` that is probed on the first prompts, or transformers' own."""
         if generator is not None:
             return generator
         if engine is None:
@@ -230,7 +230,7 @@ class MaestroTrainer(Trainer):
         return inputs if isinstance(inputs, (MicroBatch, Sampled)) else super()._prepare_inputs(inputs)
 
     def _next_batch(self, model: nn.Module, rows: Any) -> list[MicroBatch | Sampled]:
-        """Samples a generation batch. What is scored before is judged here, too."""
+        """Samples a generation batch. Unless the training forward is to be read, it is judged here, too."""
         step, updates = self.state.global_step, self.step.plan.updates
         prompts = self._dataset.prompts(rows, self._tokenizer)
         started = self.step.start(model, prompts, step // updates, step)
@@ -242,7 +242,7 @@ class MaestroTrainer(Trainer):
                     return [sampled]
                 return [*self._prepared(model, sampled, self.step.score(model, sampled))]
         finally:
-            started.wait()  # if one part failed, no other may still use the engine when it is closed
+            started.wait()  # If one part failed, no other may still use the engine when it is closed.
 
     def _prepared(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
         """Judges, weighs and compares a batch, and tells the log and the observers about it."""
@@ -255,7 +255,7 @@ class MaestroTrainer(Trainer):
         if self.is_world_process_zero():
             for observer in self._observers:
                 observer(record)
-        if self.best is not None:  # comes last: if something above fails, the batch does not count
+        if self.best is not None:  # This comes last: if something above fails, the batch does not count.
             assert isinstance(self.model, nn.Module)
             self._means.add(self.best.see(sampled.number, record, self.model))
         return micro_batches
@@ -263,7 +263,7 @@ class MaestroTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The policy loss of a micro-batch, to be summed over the micro-batches of an optimiser step."""
+        """Computes the policy loss of a micro-batch; an optimiser step has the sum over its micro-batches."""
         hidden = last_hidden(model, inputs.sequences, self.step.scorer.layout)
         if isinstance(inputs, MicroBatch):
             loss, metrics = self._loss_scored_before(hidden, inputs)
@@ -273,7 +273,7 @@ class MaestroTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss from packed hidden states [T, d], where advantages are known: head and loss in one sweep."""
+        """Computes the loss from packed hidden states [T, d] and advantages that are known, in one sweep."""
         scorer = self.step.scorer
         found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
         if self.step.scoring.source == "none":
@@ -284,7 +284,7 @@ class MaestroTrainer(Trainer):
     def _loss_judged_in_forward(
         self, model: nn.Module, hidden: Tensor, sampled: Sampled
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss from packed hidden states [T, d] of responses that are judged by what this very forward gives."""
+        """Judges responses by what their training forward gives, and computes the loss from its states [T, d]."""
         scorer, terms = self.step.scorer, self.step.terms
         logprobs, entropies = completion_logprobs(
             hidden, sampled.sequences, scorer.head, scorer.temperature, terms.entropy
@@ -301,7 +301,7 @@ class MaestroTrainer(Trainer):
         if not self._lessons.waiting:
             return
         if self._saves_failures:
-            self.checkpoints.remember(self._means)  # without this lesson, in case it is the one that fails
+            self.checkpoints.remember(self._means)  # If learning fails, the run is saved as it was before.
         with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("conductor_update"):
             learnt = self._lessons.learn()
         self._watch.see(learnt)
@@ -310,7 +310,7 @@ class MaestroTrainer(Trainer):
     # ---- the log and evaluations --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a line of training the means of our figures since the last one, over all processes."""
+        """Logs a line. A line about training also gets the means of our figures since the last, over all processes."""
         means = MetricMeans()
         if "loss" in logs or "train_loss" in logs:
             means.join(self.step.processes.gather_objects([self._means.state()]))
@@ -318,7 +318,7 @@ class MaestroTrainer(Trainer):
         super().log({**logs, **means.pop()}, start_time)
 
     def emit_timings(self) -> None:
-        """Hands the seconds by stage of the generation batch that just ended to the observers."""
+        """Gives the timing observers the seconds by stage of the generation batch that has just ended."""
         timings = {"step": float(self.state.global_step), **self.clock.lap()}
         if self.is_world_process_zero():
             for observer in self._timing_observers:
@@ -334,10 +334,10 @@ class MaestroTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean rewards and utility on held-out prompts, see ``evaluation.evaluate_rewards``.
+        """Computes mean rewards and utility on held-out prompts, see ``evaluation.evaluate_rewards``.
 
         Raises:
-            ValueError: there are no such prompts.
+            ValueError: there are no held-out prompts.
         """
         del ignore_keys
         dataset = eval_dataset or self.eval_dataset
@@ -392,7 +392,7 @@ class MaestroTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Loads the weight policy of the best checkpoint, too, because the two were trained together."""
-        self.learn()  # before the policy that this lesson is about is replaced
+        self.learn()  # The weight policy that made the last outcome has to learn from it before it is replaced.
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self.checkpoints.load_weights(Path(self.state.best_model_checkpoint))
@@ -400,8 +400,8 @@ class MaestroTrainer(Trainer):
     def restore_step(self) -> None:
         """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters."""
         state, self._restored = self._restored, None
-        self._lessons.forget()  # those of an earlier ``train`` that failed
-        if state is None:  # nothing of an earlier ``train`` may reach this one
+        self._lessons.forget()  # An earlier ``train`` that failed may have left one.
+        if state is None:  # Nothing of an earlier ``train`` may reach this one.
             self._micro_batches, self._means = [], MetricMeans()
             return
         self._micro_batches, self._means = [*state.micro_batches], state.means
@@ -409,31 +409,31 @@ class MaestroTrainer(Trainer):
         self._globalstep_last_logged = state.logged_step
 
     def begin_epoch(self) -> None:
-        """Tells the sampler its epoch, because transformers cannot reach it when several processes resume."""
+        """Tells the sampler its epoch, because transformers does not do so when several processes resume."""
         steps = self._sampler.blocks * self.step.plan.updates
         self._sampler.set_epoch(self.state.global_step // steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Stops at ``max_steps``. transformers compares only after a step, so a finished run would make one more."""
+        """Runs no epoch after ``max_steps``. transformers itself checks only after a step, so it would run one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _remember(self) -> None:
-        """Keeps the state before something that may fail, for ``_saved_if_it_fails``."""
+        """Keeps the state for ``_saved_if_it_fails``, before something that may fail."""
         self.learn()
         if self._saves_failures:
             self.checkpoints.remember(self._means)
 
     @property
     def _saves_failures(self) -> bool:
-        """Whether a failure is saved. With several processes, the others are not there to take part in saving."""
+        """Whether the run is saved when something fails. Several processes cannot: the others do not take part then."""
         return self.is_in_train and self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO
 
     @contextlib.contextmanager
     def _saved_if_it_fails(self, model: nn.Module) -> Iterator[None]:
-        """Saves the run as it was at the last ``_remember`` if what follows fails.
+        """Saves the run as it was at the last ``_remember`` if the body of the ``with`` fails.
 
         So a faulty reward late in a run does not cost the steps since the last checkpoint.
         """
@@ -485,12 +485,12 @@ class StepEvents(TrainerCallback):
         self._stepped = True
         control.should_training_stop |= self._trainer.step.weights.should_stop
         if control.should_training_stop or state.global_step >= state.max_steps:
-            self._trainer.learn()  # no later batch would, and these figures belong into the last line
+            self._trainer.learn()  # No later batch would do it, and its figures belong into the last line of the log.
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.learn()  # in case a callback ended the run after its last step
+        self._trainer.learn()  # A callback may have ended the run after its last step.
         self._emit()
 
     def _emit(self) -> None:

@@ -1,7 +1,7 @@
-"""From the trained model to an inference engine: its weights under a checkpoint's names, and proof that they arrived.
+"""Sends the weights of the policy to an inference engine, and proves that they arrived.
 
-The engine gets what ``save_pretrained`` would write of the policy: sharded weights are gathered one at a time, adapters
-are merged into copies, tied weights go once.
+The engine gets, under the names of a checkpoint, what ``save_pretrained`` would write of the policy: sharded weights
+are gathered one at a time, adapters are merged into copies, and tied weights are sent once.
 
 A probe follows every sync: it compares the log-probs of a few tokens between engine and trainer. It catches weights
 that did not arrive (a skipped sync, a tied head that kept the old ones), and attention states in a prefix cache that
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, SamplingConfig
-from maestro_fast.model.forward import Sequences
 from maestro_fast.model.head import causal_lm, whole
+from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.metrics import StageClock
@@ -47,8 +47,8 @@ class SyncProbe:
     """The comparison of engine and trainer on a few sequences.
 
     Attributes:
-        sequences: their token ids, at least 2 each.
-        policy_logprobs: gives the trainer's log-probs in the form of ``Engine.prompt_logprobs``.
+        sequences: the token ids of each sequence, at least 2 of them.
+        policy_logprobs: computes the trainer's log-probs, in the form of ``Engine.prompt_logprobs``.
         threshold: the largest difference that is accepted, in nats.
     """
 
@@ -61,7 +61,7 @@ class SyncProbe:
         engine.prompt_logprobs(self.sequences)
 
     def check(self, engine: Engine, model: nn.Module) -> dict[str, float]:
-        """Compares after a sync. Returns the mean and the largest absolute difference over all tokens, for the log.
+        """Compares the two after a sync. Returns the mean and the largest absolute difference over all tokens.
 
         Raises:
             StaleWeightsError: a difference is above the threshold or not a number.
@@ -69,7 +69,7 @@ class SyncProbe:
         theirs = torch.cat(engine.prompt_logprobs(self.sequences))
         ours = torch.cat([logprobs.float().cpu() for logprobs in self.policy_logprobs(model, self.sequences)])
         gap = (theirs - ours).abs()
-        if not (gap <= self.threshold).all():  # NaN fails this, too
+        if not (gap <= self.threshold).all():  # NaN fails this comparison, too.
             self._fail(gap.nan_to_num(nan=torch.inf), theirs, ours)
         return {"sync/probe_mean": gap.mean().item(), "sync/probe_max": gap.max().item()}
 
@@ -91,19 +91,19 @@ class SyncProbe:
 def build_probe(
     config: ProbeConfig, engine: Engine, prompt_ids: list[list[int]], policy_logprobs: PolicyLogprobs
 ) -> SyncProbe:
-    """A probe of real prompts, each sequence long enough to fill a block of the engine's prefix cache.
+    """Makes a probe from real prompts. Each sequence is long enough to fill a block of the engine's prefix cache.
 
     Args:
-        config: number, length and threshold.
-        engine: what is probed.
+        config: the number and length of the sequences, and the threshold.
+        engine: the engine that is probed.
         prompt_ids: token ids of the first prompts of the data. Sequence k is made of them in turn, from the k-th on,
             repeated until it is long enough.
-        policy_logprobs: the trainer's side of the comparison.
+        policy_logprobs: computes the trainer's log-probs of the sequences.
     """
     block = engine.cache_block
     wanted = max(config.tokens, 2 * block + 8 if block else 0)
-    length = min(wanted, engine.max_tokens - 1)  # because the engine samples one token after them
-    if block and (length - 1) % block == 0:  # otherwise no log-prob would be computed from cached states
+    length = min(wanted, engine.max_tokens - 1)  # The engine samples one token after the sequence.
+    if block and (length - 1) % block == 0:  # Otherwise no log-prob would be computed from cached states.
         length -= 1
     sequences = []
     for k in range(config.sequences):
@@ -117,17 +117,17 @@ def build_probe(
 class SyncedGenerator:
     """A ``Generator`` that samples with an engine, whose weights it renews when those of the policy have changed.
 
-    Every call is probed, also one that renews nothing: so a change of the policy that went unnoticed is noticed here.
-    Of calls from several threads, the first renews and probes for all that come while it samples, because the policy
-    does not change meanwhile. Sharded weights are probed at every call, in which all processes take part.
+    Every call is probed, even one that renews nothing, so that a change of the policy that went unnoticed shows. If
+    several threads call, the first call renews and probes for all that come while it samples, because the policy does
+    not change meanwhile. Sharded weights are probed at every call, and all processes take part.
     """
 
     def __init__(self, engine: Engine, probe: SyncProbe, clock: StageClock) -> None:
         """
         Args:
-            engine: samples.
-            probe: compares it with the policy.
-            clock: gets the time of the syncs and their probes as the stage ``sync``. Where generation runs in a thread
+            engine: the engine that samples.
+            probe: compares the engine with the policy.
+            clock: counts the syncs and their probes as the stage ``sync``. Where generation runs in a thread
                 of its own, a sync counts as part of the generation.
         """
         self.engine = engine
@@ -147,8 +147,8 @@ class SyncedGenerator:
         """
         stage = contextlib.nullcontext() if self.concurrent_parts else self._clock.stage("sync")
         with self._lock, stage:
-            known = self._sampling > 0 and not any(map(_sharded, model.parameters()))
-            metrics = {} if known else self._sync(model)
+            up_to_date = self._sampling > 0 and not any(map(_sharded, model.parameters()))
+            metrics = {} if up_to_date else self._sync(model)
             self._sampling += 1
         try:
             rollouts = self.engine.sample(prompts, seed=seed)
@@ -180,14 +180,14 @@ def synced_generator(
     accelerator: Accelerator,
     clock: StageClock,
 ) -> SyncedGenerator:
-    """The generator that samples with ``engine`` in place of the policy.
+    """Makes the generator that samples with ``engine`` in place of the policy.
 
     Args:
-        engine, config: what samples, and how it is probed.
-        prompt_ids: token ids of the first prompts of the data, of which the probe is made.
-        scorer: gives the policy's log-probs.
+        engine, config: the engine that samples, and the settings of its probe.
+        prompt_ids: the token ids of the first prompts of the data, from which the probe is made.
+        scorer: computes the policy's log-probs.
         accelerator: says how the policy's weights are sharded.
-        clock: gets the time of the syncs.
+        clock: counts the seconds of the syncs.
 
     Raises:
         ValueError: the weights are sharded in a way from which they cannot be gathered.
@@ -253,9 +253,9 @@ def check_syncable(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> list[int]:
-    """Sums of the bits of every parameter, over all shards, in one pass over the weights.
+    """Sums the bits of every parameter, over all shards, in one pass over the weights.
 
-    ``Tensor._version`` would not do: a fused optimiser, and whoever writes through ``.data``, leave it as it is.
+    ``Tensor._version`` would not do, because a fused optimiser and writes through ``.data`` leave it unchanged.
     """
     sums, sharded = [], False
     for parameter in model.parameters():
@@ -271,15 +271,15 @@ def fingerprint(model: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as ``save_pretrained`` writes them, with adapters merged; the model is left as it is.
+    """Yields names and tensors as ``save_pretrained`` writes them, with adapters merged; the model is unchanged.
 
-    One tensor is gathered or merged at a time. Where transformers' names or shapes of a checkpoint differ from the
-    model's own, all of them are held at once.
+    One tensor is gathered or merged at a time. If the names or shapes of transformers' checkpoints differ from the
+    model's own, all tensors are held at once.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters, sharded by FSDP2 or not. With
             sharded weights all processes iterate together.
-        dtype: that of the floating-point tensors that come out; None keeps their own.
+        dtype: the dtype to which floating-point tensors are cast; None keeps their own.
     """
     language_model = causal_lm(model)
     weights = _named_weights(language_model, "", set())
@@ -288,12 +288,12 @@ def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> It
 
 
 def _named_weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers below ``module``; of tied ones only the first."""
+    """Yields parameters and persistent buffers below ``module``; of tied ones it yields only the first."""
     base, module = _without_adapter(module)
     tensors = dict(module._parameters)
     tensors |= {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
     for name, tensor in tensors.items():
-        identity = id(getattr(base, name))  # not the merged copy's, whose id is free again after this round
+        identity = id(getattr(base, name))  # The id of a merged copy is used again after this round.
         if tensor is not None and identity not in seen:
             seen.add(identity)
             yield prefix + name, whole(tensor.detach())

@@ -40,7 +40,7 @@ def test_recorded_logprobs_are_those_of_a_forward_of_each_response_alone(family:
     recorded = rollouts.sampling_logprobs_C
     assert recorded is not None
     assert recorded.dtype == torch.float32 and not recorded.requires_grad
-    assert recorded.shape == (rollouts.cu_seqlens[-1],)
+    assert recorded.shape == (rollouts.completion_lengths_B.sum(),)
     expected = recomputed(model, rollouts, **sampling)
     assert expected.isfinite().all() and expected.std() > 0.3
     torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)

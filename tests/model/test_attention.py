@@ -28,15 +28,16 @@ from transformers import (
 
 from maestro_fast.model.attention import (
     VARLEN,
+    Layout,
     attention_choice,
     bounds_mask,
     register_varlen,
     use_attention,
     varlen_attention,
 )
-from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, score
 from maestro_fast.model.head import head_of
-from maestro_fast.model.rows import rows_of
+from maestro_fast.model.rows import Sequences, rows_of
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
 from tests.model.plain_kernels import PlainKernels
@@ -215,7 +216,7 @@ def dropping_the_bounds() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (dropping_the_bounds, "Qwen3Attention lost one"),
+        (dropping_the_bounds, "Qwen3Attention got sequence bounds without bounds_mask()"),
         (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), "asks for sliding_window, which"),
     ],
     ids=["own attention", "windows"],
@@ -252,8 +253,8 @@ def test_a_model_without_sdpa_is_not_given_varlen() -> None:
         ({"is_causal": False}, "asks for is_causal=False,"),
         ({"query": torch.zeros(2, 4, 6, 8)}, "asks for rows side by side,"),
         ({"value": torch.zeros(1, 2, 6, 4)}, "asks for values of another head size,"),
-        ({"attention_mask": None}, "cu_seq_lens_q: expected with bounds_mask only, and always"),
-        ({"cu_seq_lens_q": None}, "cu_seq_lens_q: expected with bounds_mask only, and always"),
+        ({"attention_mask": None}, r"cu_seq_lens_q: Linear got sequence bounds without bounds_mask\(\), or that mask"),
+        ({"cu_seq_lens_q": None}, r"cu_seq_lens_q: Linear got sequence bounds without bounds_mask\(\), or that mask"),
     ],
 )
 def test_what_the_kernel_does_not_do_is_refused(kernels: PlainKernels, change: dict[str, Any], complaint: str) -> None:

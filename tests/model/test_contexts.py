@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.model.forward import Sequences, last_hidden
+from maestro_fast.model.forward import last_hidden
+from maestro_fast.model.rows import Sequences
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import parse_config, train
 from maestro_fast.weighting import Conductor, Outcome, WeightContext

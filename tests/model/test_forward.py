@@ -14,8 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from maestro_fast.model.forward import Layout, Sequences, choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.attention import Layout
+from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, score
 from maestro_fast.model.head import LanguageHead, check_head, head_of
+from maestro_fast.model.rows import Sequences
 from tests.tiny import tiny_model
 
 SEQUENCES = Sequences(

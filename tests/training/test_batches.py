@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import PolicyLossConfig, policy_loss
 from maestro_fast.records import cumulative
 from maestro_fast.training.batches import BatchConfig, BatchPlan, GroupSampler, TokenLogprobs, split_micro_batches

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.training import run_directory, train
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maestro_fast.model.forward import Sequences, completion_logprobs
+from maestro_fast.model.forward import completion_logprobs
 from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import LossInputs, PolicyLossConfig, loss_function
 from maestro_fast.ops.head import Chunk
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs

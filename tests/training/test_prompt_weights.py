@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.training import MaestroTrainer, load_prompts, parse_config, train
 from maestro_fast.training.plan import context_mode
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights, sample_responses

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from maestro_fast.model.forward import Sequences
+from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import StepRecord
 from maestro_fast.settings import SettingsError, override

@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from maestro_fast.generation import ProbeConfig
-from maestro_fast.model.forward import Sequences, score
+from maestro_fast.model.forward import score
 from maestro_fast.model.head import head_of
+from maestro_fast.model.rows import Sequences
 from maestro_fast.training.weight_sync import (
     StaleWeightsError,
     SyncedGenerator,

@@ -1,4 +1,4 @@
-"""Which advantages TRL trains with: its own four profiles, and any other of ours.
+"""Makes TRL train with the advantages of a profile: one of TRL's own four, or any other of ours.
 
 TRL's ``multi_objective_aggregation`` and ``scale_rewards`` name four advantage profiles, which TRL goes on to compute
 itself. Every other profile is computed by ``ops`` and replaces TRL's advantages.
@@ -40,7 +40,7 @@ def configured_profile(aggregation: str, scale_rewards: str) -> str:
     """The name of the profile that a ``GRPOConfig`` asks for.
 
     Raises:
-        ValueError: TRL does not know these options either.
+        ValueError: these are not options of TRL.
     """
     for name, (known, scale) in TRL_OPTIONS.items():
         if aggregation == known and (scale_rewards == scale or known == "normalize_then_sum"):
@@ -49,7 +49,7 @@ def configured_profile(aggregation: str, scale_rewards: str) -> str:
 
 
 def apply_profile(trainer: Any, profile: str | AdvantageProfile | None) -> tuple[AdvantageProfile, bool]:
-    """The profile to train with, and whether TRL's own aggregation computes it.
+    """Returns the profile to train with, and whether TRL's own aggregation computes it.
 
     A profile of TRL's is set on the trainer even if the config says otherwise, so that TRL computes and logs it.
     """
@@ -77,7 +77,8 @@ def weigh_scaled(
     """The policy's weights, as from ``weigh``, but with the advantages under ``factor`` times these weights.
 
     Args:
-        profile: a profile that ``scales``. Its advantages may need no lengths, since ``weigh`` gets none here.
+        profile: a profile for which ``scales`` is true. ``weigh`` gets no lengths here, so it leaves the advantages of
+            a profile that needs them to a later op.
     """
     weights, found = weigh(policy, context, Comparison(_with_smaller_epsilon(profile, factor)))
     if found is None:

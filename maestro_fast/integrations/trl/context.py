@@ -25,8 +25,10 @@ class Weighed(NamedTuple):
     """What the weight policy was asked, what it answered, and what follows from that, over all processes.
 
     Attributes:
+        context: what the policy was asked.
+        weights: what the policy answered.
         row_weights_BK: the weights [B, K] that TRL multiplies the rewards by.
-        factor_K: what the policy's weights were multiplied by for that, [K].
+        factor_K: the factors [K] by which the policy's weights were multiplied to give these.
         advantages: the advantages, if one op gave them together with the weights.
     """
 

@@ -1,4 +1,4 @@
-"""``ops.policy_loss`` in the place of TRL's loss, with TRL's names, values and normalisation.
+"""Puts ``ops.policy_loss`` in the place of TRL's loss, with TRL's names, values and normalisation.
 
 Where both losses have an objective, ours gives the same value and the same gradient as TRL's. The normalisation of dapo
 and cispo is that of the newest TRL, on any version: by the tokens of one accumulation window.
@@ -36,7 +36,7 @@ _Loss = PolicyLossConfig | LossFunction
 
 
 def loss_config(trainer: Any) -> PolicyLossConfig:
-    """The options of ``ops.policy_loss`` that mean what the trainer's options mean."""
+    """Translates the trainer's options into those of ``ops.policy_loss``."""
     cispo = trainer.loss_type == "cispo"
     normalization: _Normalization = "dapo" if cispo else trainer.loss_type
     corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
@@ -109,7 +109,7 @@ def _unreadable_head(model: nn.Module) -> str | None:
 
 
 def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The scalar loss of a micro-batch, from the log-probs of TRL's forward; its metrics go to TRL's log."""
+    """Computes the loss of a micro-batch from the log-probs of TRL's forward; its metrics go to TRL's log."""
     completion_ids = inputs["completion_ids"]
     input_ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
     attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -134,9 +134,9 @@ def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[
 
 
 def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The same loss from the hidden states, head and loss in one sweep.
+    """Computes the same loss from the hidden states, with head and loss in one sweep.
 
-    What the host must know of the batch is copied to it before the forward, so that it need not wait for the forward.
+    The values that the CPU needs of the batch are copied to it before the forward, so that it need not wait for that.
     """
     counted = _counted(inputs)
     lengths = counted.sum(1)
@@ -173,7 +173,7 @@ def head_dtype(trainer: Any, weight: Tensor) -> torch.dtype:
 
 
 def _completion_hidden(trainer: Any, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The states [B, C, d] that predict the completion tokens, padding among them; one logit row is formed for each B.
+    """The states [B, C, d] that predict the completion tokens and their padding. The model forms B rows of logits only.
 
     ``model`` is the wrapped model that TRL hands to the loss; the hook is on the backbone inside it.
     """

@@ -1,7 +1,7 @@
-"""What cannot be served inside TRL, and why. It is said when the trainer is made, not after a day of training.
+"""Refuses what cannot be served inside TRL, and says why, when the trainer is made and not after a day of training.
 
 ``refusals()`` is the table of settings that are refused, and ``refusal_table()`` prints it for the documentation.
-``check_version`` speaks about the version of TRL itself.
+``check_version`` checks the version of TRL itself.
 """
 
 from __future__ import annotations

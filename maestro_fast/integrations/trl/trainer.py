@@ -62,7 +62,7 @@ class RowWeights:
 
 
 class MaestroGRPOMixin(_Base):  # type: ignore[misc]
-    """Adaptive weights for a ``GRPOTrainer`` or a subclass of it; the mixin comes first among the bases.
+    """Gives a ``GRPOTrainer`` or a subclass of it adaptive weights; the mixin comes first among the bases.
 
     It takes every argument of ``GRPOTrainer``, and these:
 
@@ -299,7 +299,7 @@ class MaestroGRPOTrainer(MaestroGRPOMixin, GRPOTrainer):
 
 
 def weight_metrics(outcome: Outcome, families: Sequence[str], lengths_B: Tensor) -> dict[str, float]:
-    """What is added to TRL's log about a generation batch: figures over all processes, none under a name of TRL's.
+    """The figures over all processes that are added to TRL's log of a generation batch; TRL has none of these names.
 
     Args:
         families: the task family of each of the B responses, "" where the data names none.
@@ -318,7 +318,7 @@ def weight_metrics(outcome: Outcome, families: Sequence[str], lengths_B: Tensor)
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:
-    """The names, where a name that came before gets a number: two lambdas are two rewards."""
+    """Numbers the names that occur several times, because two lambdas are two rewards."""
     unique: list[str] = []
     for name in names:
         number, candidate = 1, name
