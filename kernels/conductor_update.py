@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights
-from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import (
     Rows,
     Source,
@@ -39,7 +39,6 @@ from maestro_fast.kernels.conductor_weights import (
     hidden_tile,
     logits_tile,
     network_parts,
-    padded,
     standardised_tile,
 )
 from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig, ContextSource
@@ -72,7 +71,7 @@ class Responses(NamedTuple):
     number: tl.tensor
 
 
-class Pull(NamedTuple):
+class LogitGradients(NamedTuple):
     """Of R responses: -dJ/dz [R, KP] and J [R], both times the number of live rows, and 1 for live rows, else 0."""
 
     d_logits_RK: tl.tensor
@@ -155,7 +154,7 @@ def _live_rows(responses, n_R):
 
 @triton.jit
 def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
-    """The ``Pull`` of the responses n."""
+    """The ``LogitGradients`` of the responses n."""
     k = tl.arange(0, KP)
     inside_R = n_R < responses.number
     live_R = _live_rows(responses, n_R)
@@ -189,7 +188,7 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
     centred_RK = slope_RK - tl.sum(slope_RK * q_RK, 1)[:, None]
     out_RK = -(objective.span / objective.tau) * q_RK * centred_RK
     gain_R -= objective.entropy_coef * tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
-    return Pull(
+    return LogitGradients(
         d_logits_RK=tl.where(live_R[:, None] > 0, out_RK, 0.0),
         gain_R=tl.where(live_R > 0, gain_R, 0.0),
         live_R=live_R,
@@ -268,13 +267,13 @@ def _linear(
     # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        pull = _d_logits(responses, objective, n_R, K, KP)
-        rows = Rows(row_R=n_R, there_R=pull.live_R > 0, length_R=n_R)
+        gradients = _d_logits(responses, objective, n_R, K, KP)
+        rows = Rows(row_R=n_R, there_R=gradients.live_R > 0, length_R=n_R)
         x_RD = standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, "context", 1)
-        d_weight_KD = tl.dot(tl.trans(pull.d_logits_RK), x_RD, d_weight_KD, input_precision="tf32x3")
-        d_bias_K += tl.sum(pull.d_logits_RK, 0)
-        gain_R += pull.gain_R
-        count_R += pull.live_R
+        d_weight_KD = tl.dot(tl.trans(gradients.d_logits_RK), x_RD, d_weight_KD, input_precision="tf32x3")
+        d_bias_K += tl.sum(gradients.d_logits_RK, 0)
+        gain_R += gradients.gain_R
+        count_R += gradients.live_R
     # Sums become means over the live rows.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
@@ -358,21 +357,21 @@ def _units(
     # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        pull = _d_logits(responses, objective, n_R, K, KP)
-        mask_RH = (pull.live_R > 0)[:, None] & (unit_H < H)[None, :]
+        gradients = _d_logits(responses, objective, n_R, K, KP)
+        mask_RH = (gradients.live_R > 0)[:, None] & (unit_H < H)[None, :]
         place_RH = n_R[:, None] * H + unit_H[None, :]
         # GELU(u) = u * below, and its derivative is below + u * density, of the normal distribution.
         u_RH = tl.load(u_ptr + place_RH, mask=mask_RH, other=0.0)
         below_RH = 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
         density_RH = 0.3989422804014327 * tl.exp(-0.5 * u_RH * u_RH)
-        d_a_RH = tl.dot(pull.d_logits_RK, weight_KH, input_precision="tf32x3")
+        d_a_RH = tl.dot(gradients.d_logits_RK, weight_KH, input_precision="tf32x3")
         d_u_RH = d_a_RH * (below_RH + u_RH * density_RH)
-        d_weight_KH = tl.dot(tl.trans(pull.d_logits_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
+        d_weight_KH = tl.dot(tl.trans(gradients.d_logits_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
         tl.store(d_u_ptr + place_RH, d_u_RH, mask=mask_RH)
         d_hidden_bias_H += tl.sum(d_u_RH, 0)
-        d_bias_K += tl.sum(pull.d_logits_RK, 0)
-        gain_R += pull.gain_R
-        count_R += pull.live_R
+        d_bias_K += tl.sum(gradients.d_logits_RK, 0)
+        gain_R += gradients.gain_R
+        count_R += gradients.live_R
     # Sums become means over the live rows. Without one the masks are empty, as in ``_linear``.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
@@ -516,7 +515,7 @@ def activations(h: Tensor, params: ConductorParams) -> Activations:
 
 @lru_cache(maxsize=64)
 def _logits_launch(rewards: int, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
-    constants = {"K": rewards, "KP": padded(rewards), "MLP": mlp, "R": rows, "HT": units, "SPLITS": splits}
+    constants = {"K": rewards, "KP": power_of_2(rewards), "MLP": mlp, "R": rows, "HT": units, "SPLITS": splits}
     return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(mlp))
 
 
@@ -563,7 +562,7 @@ def conductor_update(
         **Objective.of(config, rewards)._asdict(),
         **AdamW.of(config, state.step)._asdict(),
         "K": rewards,
-        "KP": max(_PRODUCT_COLUMNS, padded(rewards)),
+        "KP": max(_PRODUCT_COLUMNS, power_of_2(rewards)),
     }
     if made.u is None:
         return Update(objective, _update_linear(state.params, batch.h, shared))

@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.pool_hidden import first_slot, segment
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, ContextSource, SourceKind
 
@@ -428,7 +428,7 @@ class _LinearTile(NamedTuple):
     def of(rewards: int, split: int, splits: int) -> _LinearTile:
         """The tile for ``split`` elements of d. More than eight rewards leave room for fewer responses, then for fewer
         columns. All sizes are powers of 2."""
-        columns = padded(rewards)
+        columns = power_of_2(rewards)
         rows = max(1, min(_LINEAR_ROWS, _ACCUMULATORS // (columns * _LINEAR_INNER)))
         inner = max(16, min(_LINEAR_INNER, _ACCUMULATORS // (columns * rows)))
         steps = max(1, blocks(split, inner))
@@ -449,7 +449,7 @@ class _HiddenTile(NamedTuple):
 def _linear_launch(kind: SourceKind, has_limit: bool, chunk: int, rewards: int, tile: _LinearTile) -> BoundLaunch:
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOURCE": kind,
         "HAS_LIMIT": has_limit,
         "CHUNK": chunk,
@@ -555,7 +555,7 @@ def weights_of(parts: Tensor, params: ConductorParams, choice: ConductorChoice) 
 def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOFT": soft,
         "MLP": mlp,
         "R": rows,
@@ -573,8 +573,3 @@ def sample_pointers(out: ConductorSample) -> dict[str, Tensor]:
 def tail_warps(mlp: bool) -> int:
     """Warps of a program that adds parts up. One warp needs no barriers, but a hidden layer is too much for it."""
     return 4 if mlp else 1
-
-
-def padded(rewards: int) -> int:
-    """The width of a tile of rewards, a power of 2."""
-    return 1 << (rewards - 1).bit_length()

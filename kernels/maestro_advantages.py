@@ -28,8 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels import conductor_weights as weighing
-from maestro_fast.kernels import pool_hidden as pooling
+from maestro_fast.kernels import pool_hidden
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import (
     Draw,
@@ -37,8 +36,8 @@ from maestro_fast.kernels.conductor_weights import (
     decide,
     logits_tile,
     network_parts,
-    padded,
     sample_pointers,
+    tail_warps,
     weights_of,
 )
 from maestro_fast.kernels.group_advantages import (
@@ -201,8 +200,8 @@ def maestro_advantages(
         return ConductorSample.empty(0, params.weight), GroupAdvantages.empty(rewards_BK)
     chunk = 1
     if contexts.kind == "mean":
-        chunk = pooling._CHUNK
-        contexts = contexts._replace(x=pooling.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
+        chunk = pool_hidden.CHUNK_TOKENS
+        contexts = contexts._replace(x=pool_hidden.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
     parts = network_parts(contexts, params, batch, chunk)
     if params.hidden_weight is None and index_NG.shape[1] <= _LARGEST and not is_wide(profile):
         return _fused(rewards_BK, parts, params, choice, index_NG, scores, profile)
@@ -256,10 +255,10 @@ def _fused(
 def _groups_launch(
     profile: AdvantageProfile, rewards: int, soft: bool, groups: int, width: int, splits: int
 ) -> BoundLaunch:
-    warps = weighing.tail_warps(False)
+    warps = tail_warps(False)
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOFT": soft,
         "KB": rewards_at_once(rewards, groups * width, warps),
         **switches(profile, False),

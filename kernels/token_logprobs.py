@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from maestro_fast.kernels.bound_launch import blocks, power_of_2
 from maestro_fast.kernels.head_rows import LOG2E, LOWEST, HeadValues, Sums, cap_logits, head_arguments
 from maestro_fast.specs import HeadSpec, RowStatistics
 
@@ -317,7 +318,7 @@ def token_logprobs(
     if not tokens:
         return statistics
     by = by or tiles(hidden, weight, torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (8, 0))
-    parts = triton.cdiv(vocabulary, _PART)
+    parts = blocks(vocabulary, _PART)
     partial = hidden.new_empty((3 if wants_entropy else 2, parts, tokens), dtype=torch.float32)
     common = {
         "largest_ptr": partial[0],
@@ -334,7 +335,7 @@ def token_logprobs(
         "PARTS": parts,
         "enable_fp_fusion": False,
     }
-    _scores[(triton.cdiv(tokens, by.rows) * parts,)](
+    _scores[(blocks(tokens, by.rows) * parts,)](
         h=_descriptor(hidden, by.rows, by.depth) if by.descriptors else hidden,
         w=_descriptor(weight, by.columns, by.depth) if by.descriptors else weight,
         DESCRIPTORS=by.descriptors,
@@ -357,8 +358,8 @@ def token_logprobs(
         out_totals_ptr=totals,
         entropies_ptr=entropies if wants_entropy else None,
         ignore_index=spec.ignore_index,
-        BP=triton.next_power_of_2(parts),
-        BD=min(1024, triton.next_power_of_2(size)),
+        BP=power_of_2(parts),
+        BD=min(1024, power_of_2(size)),
         num_warps=4,
         **common,
     )

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_weights import check_params, kernel_rows
+from maestro_fast.ops.conductor_weights import check_params
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import is_integer, readable, without_autocast
+from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, without_autocast
 from maestro_fast.specs import (
     ConductorBatch,
     ConductorParams,
@@ -262,7 +262,7 @@ def _by_triton(
     others = (batch.meta, batch.actions, batch.drawn_probs, batch.live)
     meta, actions, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
     assert meta is not None
-    contiguous = ConductorBatch(kernel_rows(h), meta, actions, drawn_probs, live)
+    contiguous = ConductorBatch(contiguous_columns(h), meta, actions, drawn_probs, live)
     made = kernel.activations(contiguous.h, state.params)
     update = kernel.conductor_update(state, contiguous, config, made)
     return update.objective, update.grad_norm

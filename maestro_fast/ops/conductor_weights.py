@@ -19,7 +19,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.ops.tensors import floats
+from maestro_fast.ops.tensors import contiguous_columns, floats
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, WeightMode
 
 __all__ = ["ConductorSample", "WeightMode", "conductor_weights"]
@@ -189,7 +189,7 @@ def _by_cpp(
     h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor, bias: Tensor, choice: ConductorChoice
 ) -> ConductorSample:
     """The choice by a linear layer; without mean and rstd, h is not standardised."""
-    h = h.contiguous() if h.dtype is torch.bfloat16 else floats(h)
+    h = cpp.floats_or_bfloat16(h)
     mean, rstd = (None if x is None else floats(x) for x in (mean, rstd))
     weight, bias = floats(weight), floats(bias)
     out = ConductorSample.empty(h.shape[0], weight)
@@ -230,9 +230,4 @@ def _by_cpp(
 def _by_triton(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
     from maestro_fast.kernels import conductor_weights as kernel
 
-    return kernel.conductor_weights(kernel_rows(h), params.contiguous_floats, choice)
-
-
-def kernel_rows(x: Tensor) -> Tensor:
-    """The rows with contiguous columns, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return kernel.conductor_weights(contiguous_columns(h), params.contiguous_floats, choice)

@@ -23,7 +23,6 @@ from maestro_fast.ops.group_advantages import (
     check_inputs,
     cpp_flat,
     cpp_profile,
-    cpp_rewards,
     cpp_whole,
     kernel_matrices,
     live_weights,
@@ -163,7 +162,7 @@ def _by_cpp(
     groups: CppGroups,
     profile: AdvantageProfile,
 ) -> Tensor:
-    rewards, action_weights = cpp_rewards(rewards), floats(action_weights)
+    rewards, action_weights = cpp.floats_or_bfloat16(rewards), floats(action_weights)
     weights = None if weights is None else floats(weights)
     kl = None if kl is None else floats(kl)
     out = _shapes(rewards, weights, action_weights)

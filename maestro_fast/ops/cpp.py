@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator, floats
 from maestro_fast.specs.text import constant_in_graphs
 
 if TYPE_CHECKING:
     from maestro_fast import _C
 
-__all__ = ["_C", "address", "check_build", "obstacle", "operator", "why_missing", "why_not_built"]
+__all__ = ["_C", "address", "check_build", "floats_or_bfloat16", "obstacle", "operator", "why_missing", "why_not_built"]
 
 _NEEDED = (
     "AdvantageProfile",
@@ -135,5 +135,11 @@ def operator(
     return decorate
 
 
+def floats_or_bfloat16(x: Tensor) -> Tensor:
+    """The tensor in contiguous bfloat16 or float32, as the C++ kernels read rewards and contexts."""
+    return x.contiguous() if x.dtype is torch.bfloat16 else floats(x)
+
+
 def address(x: Tensor | None) -> int:
+    """Where the tensor's data begins; 0 stands for None."""
     return 0 if x is None else x.data_ptr()

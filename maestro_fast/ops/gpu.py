@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maestro_fast.ops import tensors as operators
-from maestro_fast.ops.tensors import PLAIN, P, R, as_operator, library
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
 
-__all__ = ["define", "library", "obstacle", "on_its_device", "operator"]
+__all__ = ["obstacle", "on_its_device", "operator"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -98,15 +97,3 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
         return launch(*arguments)  # type: ignore[call-arg]
 
     return run  # type: ignore[return-value]
-
-
-def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Registers an operator of ours that compilation does not look into.
-
-    Args:
-        signature: the operator's signature as ``torch.library`` takes it, without the namespace.
-        launch: does the operator's work, on the device of its first argument, a tensor, or in Triton's interpreter.
-        shapes: makes empty outputs from the same arguments.
-    """
-    devices = {"CUDA": on_its_device(launch), "CPU": launch}
-    operators.define(signature, lambda function, *arguments: function(*arguments), shapes, devices=devices)

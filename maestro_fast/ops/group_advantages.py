@@ -401,7 +401,7 @@ def _by_cpp(
     groups: CppGroups,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
-    rewards = cpp_rewards(rewards)
+    rewards = cpp.floats_or_bfloat16(rewards)
     weights = None if weights is None else floats(weights)
     kl = None if kl is None else floats(kl)
     lengths = None if lengths is None else floats(lengths)
@@ -426,11 +426,6 @@ def _by_cpp(
         torch.get_num_threads(),
     )
     return out
-
-
-def cpp_rewards(rewards: Tensor) -> Tensor:
-    """The rewards in contiguous bfloat16 or float32."""
-    return rewards.contiguous() if rewards.dtype is torch.bfloat16 else floats(rewards)
 
 
 _SCOPES = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order

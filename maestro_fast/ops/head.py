@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from maestro_fast.ops import head_rows
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import wide, without_autocast
+from maestro_fast.ops.tensors import no_outputs, wide, without_autocast
 from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
@@ -137,16 +137,12 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
         torch.addmm(total, a, b, alpha=alpha, out_dtype=torch.float32, out=total)
 
 
-def _nothing(*_: Tensor | float) -> None:
-    """The operators write into their first argument and return nothing."""
-
-
-@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", _nothing)
+@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", no_outputs)
 def _product_operator(out: Tensor, a: Tensor, b: Tensor) -> None:
     _product_into(out, a, b)
 
 
-@operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", _nothing)
+@operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", no_outputs)
 def _add_product_operator(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     _add_product_(total, a, b, alpha)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.tensors import no_outputs
 from maestro_fast.specs import HeadSpec, RowStatistics, as_text, from_text
 
 # --- PyTorch, the reference ---
@@ -160,14 +161,10 @@ def _whole(*arguments: Any) -> tuple[Any, ...]:
     return *tensors, stats, dlogprobs, dentropies, from_text(HeadSpec, spec)
 
 
-def _nothing(*_: Any) -> None:
-    """The operators write into their first argument and return nothing."""
-
-
 # torch.compile needs two operators: one that writes to its first argument may not read the same memory as its second.
 
 
-@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_in_place(
     x: Tensor,
     targets: Tensor,
@@ -182,7 +179,7 @@ def _dlogits_in_place(
     kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, x)
 
 
-@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_into(
     out: Tensor,
     x: Tensor,

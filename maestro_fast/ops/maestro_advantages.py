@@ -13,13 +13,13 @@ from maestro_fast.ops.conductor_weights import (
     checked_choice,
     conductor_weights,
     flat_choice,
-    kernel_rows,
     whole_choice,
 )
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.group_advantages import check_inputs, check_lengths, group_advantages
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
+from maestro_fast.ops.tensors import contiguous_columns
 from maestro_fast.specs import (
     AdvantageProfile,
     ConductorChoice,
@@ -188,7 +188,7 @@ def _by_triton(
         params.contiguous_floats,
         choice,
         index_NG,
-        contexts._replace(x=kernel_rows(contexts.x)),
+        contexts._replace(x=contiguous_columns(contexts.x)),
         ScoreInputs(kl, scores.beta, lengths),
         profile,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import on_its_device, operator
-from maestro_fast.ops.tensors import is_integer, readable, wide
+from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, wide
 
 PoolMode = Literal["last", "mean", "prompt_last", "prompt_mean"]
 
@@ -236,8 +236,8 @@ def layout(
         assert prompt_lengths is not None
         limit_B = prompt_lengths.to(hidden.device).contiguous()
     if cu_seqlens is not None:
-        return Layout(_rows(hidden), cu_seqlens.to(hidden.device).contiguous(), limit_B, None)
-    flat, width = _rows(hidden.flatten(0, 1)), hidden.shape[1]
+        return Layout(contiguous_columns(hidden), cu_seqlens.to(hidden.device).contiguous(), limit_B, None)
+    flat, width = contiguous_columns(hidden.flatten(0, 1)), hidden.shape[1]
     if mask is not None:
         return Layout(flat, *_mask_segments(mask.to(hidden.device), limit_B), width)
     assert lengths is not None
@@ -257,11 +257,6 @@ def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tenso
     length_B = live.sum(1)
     start_B = bounds[:-1] + _first_live(live)
     return torch.cat([start_B, bounds[-1:]]), length_B if prompt_B is None else torch.minimum(length_B, prompt_B)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The rows [*, d] with contiguous columns, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _shapes(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None, *rest: object) -> Tensor:

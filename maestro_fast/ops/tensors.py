@@ -29,6 +29,11 @@ def floats(x: Tensor) -> Tensor:
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
+def contiguous_columns(x: Tensor) -> Tensor:
+    """The tensor with contiguous columns, as the Triton kernels read rows. The rows may have any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def readable(x: Tensor) -> bool:
     """Whether the host may look at the values: the tensor is on the CPU, and neither traced nor fake (a subclass)."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
@@ -44,6 +49,10 @@ def is_integer(x: Tensor) -> bool:
 
 
 # --- operators ---
+
+
+def no_outputs(*_: Any) -> None:
+    """The ``shapes`` of an operator that writes into its first argument and returns nothing."""
 
 
 def define(signature: str, run: Callable[..., Any], shapes: Callable[..., Any], *, devices: dict[str, Any]) -> Any:

@@ -17,33 +17,10 @@ from torch import Tensor
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
-from maestro_fast.ops.head_rows import capped_logits
-from maestro_fast.ops.tensors import library, readable, without_autocast
+from maestro_fast.ops.tensors import contiguous_columns, library, readable
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
-
-
-def reference_token_logprobs(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-) -> TokenLogprobs:
-    """The plain formula, which holds all logits and is differentiated by autograd. For tests and small inputs."""
-    live = targets != ignore_index
-    with without_autocast(hidden):
-        x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
-    y = capped_logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
-    logp_TV = (y / temperature).log_softmax(-1)
-    logprobs = logp_TV.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    entropies = -(logp_TV.exp() * logp_TV).sum(-1)
-    return TokenLogprobs(torch.where(live, logprobs, 0.0), torch.where(live, entropies, 0.0))
 
 
 def token_logprobs(
@@ -154,7 +131,7 @@ def _forward(
     strategy: Strategy,
 ) -> RowStatistics:
     if backend == "triton":
-        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+        hidden, weight, targets = contiguous_columns(hidden), contiguous_columns(weight), targets.contiguous()
     if strategy == "chunked":
         return head_forward(Head.of(weight, bias, spec, backend), hidden, targets)
     from maestro_fast.kernels import token_logprobs as kernel
@@ -177,7 +154,7 @@ def _backward(
     """
     hidden, weight, bias, targets = inputs
     if backend == "triton":
-        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+        hidden, weight, targets = contiguous_columns(hidden), contiguous_columns(weight), targets.contiguous()
     found = head_backward(
         Head.of(weight, bias, spec, backend),
         hidden,
@@ -188,10 +165,6 @@ def _backward(
         wanted,
     )
     return found if found.bias is None or bias is None else found._replace(bias=found.bias.to(bias.dtype))
-
-
-def _columns_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _TokenLogprobs(torch.autograd.Function):
