@@ -3,9 +3,9 @@
     s_j(a)   = sum_k w_k(a) r'_jk - beta * KL_j                      score of response j under the weights of action a
     cf[j, a] = (s_j(a) - mean) / (std + eps)                         over the group with s_j replaced by s_j(a)
 
-r' are the rewards normalised as in ``group_advantages``, which weights do not touch. The other responses keep their
-scores, but response j moves the mean and the deviation that it is compared with, so each of the B * A entries has
-moments of its own. That makes cf[j, a] the advantage of j had its action been a, and not a first-order guess at it.
+r' are the normalised rewards of ``group_advantages``, which do not depend on weights. The other responses keep their
+scores, but response j moves the mean and the deviation that it is compared with, so each of the B * A entries has its
+own mean and deviation. That makes cf[j, a] exactly the advantage of j had its action been a, not an approximation.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def counterfactual_advantages(
         weights: [B, K], [K], or None for weights of 1. The other responses of a group keep them. Differentiable.
         action_weights: [A, K], the weights of each action. Differentiable.
         groups, kl, beta: as in ``group_advantages``.
-        profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
-            scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
+        profile: a name of ``PROFILES`` or an ``AdvantageProfile`` that compares scores within groups. With the scopes
+            ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
         backend: "cpp", "triton" or "torch". None takes C++ on the CPU and Triton on a CUDA device, unless there is
             float64 or a gradient to compute. Triton serves groups of at most 1,024.
 
     Returns:
         [B, A], float32 (float64 for float64 rewards). Up to rounding, entry [j, a] is advantage j of
-        ``group_advantages`` with row j of the weights replaced by ``action_weights[a]``. So it is 0 where that
-        replacement leaves the group degenerate or the response without a live weight, whatever they are without it.
-        Singletons and abstained rewards follow the profile: ``renormalize`` rescales the weights of each action, too.
+        ``group_advantages`` with row j of the weights replaced by ``action_weights[a]``. So it is 0 where, after this
+        replacement, the group is degenerate or the response does not count. Singletons and abstained rewards follow the
+        profile: ``renormalize`` rescales the weights of each action, too.
 
     The PyTorch reference forms [N, G, G, A] scores for N groups of at most G responses; C++ takes O(B * A * K).
 
@@ -89,7 +89,7 @@ def counterfactual_advantages(
 
 
 def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
-    """Raises an error that names the argument, beyond those of ``check_inputs``."""
+    """Checks what ``check_inputs`` does not check, and raises an error that names the argument."""
     K = rewards.shape[1] if rewards.ndim == 2 else 1
     if not action_weights.is_floating_point():
         raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")
@@ -133,7 +133,10 @@ def _reference(
 
 
 def _replaced(x_NGA: Tensor) -> Tensor:
-    """[N, G, A + 1] -> [N, G, G, A]. Column j holds the group as it is, the last action, but for j under action a."""
+    """[N, G, A + 1] -> [N, G, G, A]. Entry [n, i, j, a] is the value of response i if j alone takes action a.
+
+    The last of the A + 1 actions is the one that each response really took.
+    """
     own_GG = torch.eye(x_NGA.shape[1], dtype=torch.bool, device=x_NGA.device)
     return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
 
