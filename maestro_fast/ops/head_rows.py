@@ -6,7 +6,7 @@
     log p_y = z_y - logsumexp(z)       H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-No row depends on the others of its chunk. The reference in PyTorch comes first, then the launches of
+No row depends on other rows of its chunk. The reference in PyTorch comes first. Then come the launches of
 ``kernels/head_rows.py``, which compute the same.
 """
 
@@ -29,12 +29,13 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
 
     Args:
         x: [C, V], float32 or float64; it is not changed.
-        targets: int64 [C], in [0, V) or ``spec.ignore_index``.
+        targets: int64 [C], token ids in [0, V) or ``spec.ignore_index``.
         bias: [V] in the dtype of ``x``, or None.
+        spec: scale, soft cap, temperature, and whether entropies are wanted.
     """
     live = targets != spec.ignore_index
     y = capped_logits(x, bias, spec)
-    # log_softmax would add up in sequence on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
+    # log_softmax would add up one after the other on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
     peaks = y.amax(-1)
     shifted = _gaps(y, peaks, spec)
     exp = shifted.exp()
@@ -57,14 +58,14 @@ def dlogits_(
     spec: HeadSpec,
     out: Tensor | None = None,
 ) -> None:
-    """Writes dL/du of a chunk, the gradient by scale * x + bias. Summed over the rows it is the gradient of the bias.
+    """Writes dL/du of a chunk, the gradient by scale * x + bias. Its sum over the rows is the gradient by the bias.
 
     A row that is ignored, or whose two gradients are 0, becomes exactly 0, whatever ``x`` holds there.
 
     Args:
         x, targets, bias: as in ``row_statistics``.
         stats: the statistics of the same chunk. Their log-probs are not read, their entropies only with ``dentropies``.
-        dlogprobs, dentropies: dL/dlog p_y and dL/dH, [C] in the dtype of ``x``. None means that dL/dH is 0.
+        dlogprobs, dentropies: dL/dlog p_y and dL/dH, both [C] in the dtype of ``x``. None means that dL/dH is 0.
         out: [C, V] of any floating dtype, where the gradient is written; None writes it over ``x``.
     """
     live = targets != spec.ignore_index

@@ -28,8 +28,9 @@ def pack_sequences(
     """Splits sequences into bins of at most ``max_tokens`` tokens each.
 
     First-fit decreasing takes the sequences from the longest to the shortest, equal lengths by lower index, and puts
-    each into the first bin with room for it. That takes O(n log n) time, and at most 11/9 OPT + 6/9 bins where OPT would be
-    enough (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) + 6/9", ESCAPE 2007).
+    each into the first bin with room for it. That takes O(n log n) time, and at most 11/9 OPT + 6/9 bins where OPT bins
+    would be enough (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) +
+    6/9", ESCAPE 2007).
 
     Args:
         lengths: tokens per sequence, n integers or an integer CPU tensor [n]; 0 is allowed.
@@ -152,12 +153,12 @@ def _check_parts(lengths: list[int], parts: int, equal_size: bool) -> None:
             raise ValueError("lengths: their sum is beyond int64")
 
 
-# A set of sequences is a tuple of minus its tokens, minus its number of sequences, its first index, and all its indices.
-# Sets are sorted as these tuples, so the set with the most tokens comes first. Between sets of equal tokens the number
+# A set of sequences is a tuple: minus its tokens, minus its number of sequences, its first index, all its indices. Sets
+# are sorted as these tuples, so the set with the most tokens comes first. Between sets of equal tokens the number
 # of sequences decides: a set of sequences without tokens comes before an empty set, so that the empty set gets filled.
 # The first index decides last, so that the order is strict and the result depends on the lengths alone.
 _Set = tuple[int, int, int, list[int]]
-# A split deals some of the sequences into as many sets as there are parts. The sets are sorted; empty ones are left out.
+# A split deals some of the sequences into as many sets as there are parts. Sets are sorted; empty ones are left out.
 _Split = list[_Set]
 
 

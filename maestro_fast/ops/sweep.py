@@ -229,7 +229,7 @@ class Sweep:
             self.sums.add(chunk, rows, x, stats, found.logprobs[rows], dentropies)
 
     def _gradients(self) -> LogprobGradients:
-        """The gradients by the log-probs known so far. With the scope "batch" these are all, so the loss is called once."""
+        """The gradients by the log-probs so far. With the scope "batch" these are all, so the loss is called once."""
         if self.scope != "batch":
             return policy_gradient(self.inputs, self.loss, self._backend)
         if self._of_batch is None:

@@ -4,7 +4,7 @@
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-The way of all rows through a head stands in ``ops.head``, the maths of a row in ``ops.head_rows``.
+``ops.head`` has the matrix products and takes all rows through a head, ``ops.head_rows`` has the maths of one row.
 """
 
 from __future__ import annotations
@@ -44,27 +44,26 @@ def token_logprobs(
         lm_head: [V, d], the head's weight, in the dtype of ``hidden``.
         targets: int64 [T], token ids in [0, V) or ``ignore_index``.
         bias: [V] or None.
-        logit_scale: multiplies the logits before the bias (Granite and Cohere scale theirs).
-        softcap: bound of a tanh soft cap on the logits, or None (Gemma caps its logits).
-        temperature: divides the logits last; in GRPO it is the sampling temperature.
+        logit_scale: the factor of the logits before the bias, which Granite and Cohere have.
+        softcap: the bound of a tanh soft cap on the logits, which Gemma has, or None.
+        temperature: the divisor of the logits, which comes last. In GRPO it is the sampling temperature.
         entropy: "none", "value" (without a gradient) or "grad".
-        ignore_index: rows with this target return 0 and get no gradient.
-        strategy: how the forward works. With "chunked" the logits of one chunk of rows exist at a time. With "fused",
-            which only Triton serves, no logits exist; it saves memory, and is faster for a small d. Two "fused" calls
-            are bitwise equal, but "fused" and "chunked" are not. The backward pass is the same, and works by chunks.
+        ignore_index: the target of rows that return 0 and get no gradient.
+        strategy: how the forward pass works. With "chunked" the logits of one chunk of rows exist at a time. With
+            "fused", which only Triton serves, no logits are written to memory, and less memory is needed. Two "fused"
+            calls are bitwise equal, but "fused" and "chunked" are not. The backward pass works by chunks with both.
         backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64.
 
     Returns:
-        ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
-        precision, under autocast too. On a CUDA device the gradient of each logit of a 16-bit head is rounded to 16
-        bits before the products add it up in float32, as autograd of such a head does. For float16 it is scaled by a
-        power of two meanwhile, because float16 would round a token's share of the loss to 0.
+        A ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
+        precision, under autocast too. On a CUDA device the gradient by each logit of a 16-bit head is rounded to 16
+        bits before the products add it up in float32, as autograd of such a head does. For float16 this gradient is
+        scaled by a power of two, because float16 would round a token's share of the loss to 0.
 
     Raises:
-        ValueError: a wrong shape, a temperature or softcap that is not positive, a target out of range (on a CUDA
-            device it is not looked at, and gives NaN), a ``backend`` that does not serve these tensors or this
-            strategy.
-        TypeError: a wrong dtype.
+        ValueError: a shape is wrong, the temperature or the softcap is not positive, a target is out of range (not
+            checked on a CUDA device, where it gives NaN), or ``backend`` does not serve these tensors or this strategy.
+        TypeError: a dtype is wrong.
     """
     spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
@@ -148,9 +147,9 @@ def _backward(
     strategy: Strategy,
     wanted: tuple[bool, bool, bool],
 ) -> HeadGradients:
-    """The gradients of ``inputs``, which are hidden, weight, bias and targets, from those of log-probs and entropies.
+    """The gradients by ``inputs`` (hidden, weight, bias, targets) from the ``gradients`` by log-probs and entropies.
 
-    The logits of the fused forward are not bitwise those of the chunks here, whose statistics are computed again.
+    The fused forward pass has not the same bits as the chunks here, so their statistics are computed again after it.
     """
     hidden, weight, bias, targets = inputs
     if backend == "triton":
@@ -168,7 +167,7 @@ def _backward(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Both backends in eager calls, and PyTorch's in a compiled graph."""
+    """Autograd of both backends in eager calls, and of PyTorch's in a compiled graph."""
 
     @staticmethod
     def forward(
@@ -198,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-# --- Triton in a compiled graph: one operator, and one for its backward ---
+# --- Triton in a compiled graph: one operator for the forward pass, one for the backward pass ---
 
 
 def _empty_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -223,7 +222,7 @@ def _statistics_by_triton(
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """They are contiguous, whatever the strides of the inputs are."""
+    """Empty outputs of the operator below. They are contiguous, whatever the strides of the inputs are."""
     return tuple(
         x.new_empty(x.shape) if x is not None and want else hidden.new_empty(0, dtype=torch.float32)
         for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
@@ -237,7 +236,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest:
     _empty_gradients,
 )
 def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
-    """The signature above names the arguments. A gradient that is not wanted has no elements."""
+    """The backward pass; the signature above names the arguments. A gradient that is not wanted has no elements."""
     *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
     stats = RowStatistics(peaks, peaks, totals, entropies)
     spec = from_text(HeadSpec, spec)
