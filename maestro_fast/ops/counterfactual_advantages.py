@@ -48,7 +48,7 @@ def counterfactual_advantages(
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Advantages of B responses, each under A alternative weight vectors, all else unchanged.
+    """Advantages of B responses, each under A alternative weight vectors, while all other responses are unchanged.
 
     Args:
         rewards: [B, K] or [B]; NaN where a reward abstained.
@@ -120,7 +120,7 @@ def _reference(
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
     normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
-    # One more action is added, the last: the weights as they are.
+    # The weights that each response really has are added as one more action, the last.
     weights_BAK = torch.cat([action_weights_AK.expand(B, -1, -1), weights_BK[:, None]], 1)
     weights_BAK, live_BA = live_weights(weights_BAK, live_BK[:, None].expand_as(weights_BAK), profile)
     raw_BA = torch.where(live_BA, sum_over_rewards(weights_BAK * normalized_BK[:, None]), 0.0)

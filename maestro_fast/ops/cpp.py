@@ -42,7 +42,7 @@ class _Missing:
         self.reason = reason
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # Python itself asks any object for names like these
+        if name.startswith("__"):  # Python itself looks such names up on any object
             raise AttributeError(name)
         raise ImportError(self.reason)
 

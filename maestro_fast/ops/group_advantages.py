@@ -159,13 +159,13 @@ class Members:
     lengths_NG: Tensor | None = None
 
     def centred(self, x_NG: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-        """x minus its scope's mean, and that mean, both [N, G_max, ...]."""
+        """x minus the mean of its scope, and that mean, both [N, G_max, ...]."""
         if scope == "none":
             return x_NG, torch.zeros_like(x_NG)
         shifted, top = self._shifted(x_NG, scope)
         total, count = self._sum(shifted, scope), self._count(scope)
         if scope == "leave_one_out":
-            mean = (total - shifted) / (count - self.live_NG.long()).clamp(min=1)  # the others that are live
+            mean = (total - shifted) / (count - self.live_NG.long()).clamp(min=1)  # over the other live elements
         else:
             mean = (total / count.clamp(min=1)).expand_as(x_NG)
         if self.singleton == "raw" and scope in ("group", "leave_one_out"):
@@ -259,7 +259,7 @@ def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profi
         scope = profile.reward_scale
         out_NGK = over(out_NGK, members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
     if profile.singleton == "zero" or scope == "batch":
-        alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # one value has no place among others
+        alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # a single value has nothing to be compared with
         out_NGK = torch.where(alone, 0.0, out_NGK)
     return torch.where(live_BK, groups.scatter(out_NGK), 0.0)
 
@@ -312,10 +312,10 @@ def _reference(
     lengths: Tensor | None,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
-    """The formula of the module in PyTorch, differentiable. It is the truth that other backends are compared with."""
+    """The formula of the module in PyTorch, differentiable. Other backends are compared with it."""
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
-    if rewards_BK.shape[0] == 0:  # there is no maximum over nothing
+    if rewards_BK.shape[0] == 0:  # an empty tensor has no maximum
         empty_B = rewards_BK.sum(-1)
         return GroupAdvantages(empty_B, empty_B, rewards_BK, empty_B, empty_B, empty_B.bool())
     normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)

@@ -94,8 +94,8 @@ class Groups:
                 if where == device:
                     return known
             return _computed(self.size, self.batch, device) if self.size else host._carried(device)
-        # A stream may not read what another has only been told to write, so each stream has a copy of its own, which
-        # lives as long as this object: a CUDA graph that was captured with it reads it at every replay.
+        # A stream may not read a copy that another stream may not have finished, so each stream has a copy of its own.
+        # It lives as long as this object, because a CUDA graph that was captured with it reads it at every replay.
         stream = 0 if kind in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
         found = host._on_device.get((device, stream))
         if found is None:

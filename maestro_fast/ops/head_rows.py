@@ -162,7 +162,8 @@ def _whole(*arguments: Any) -> tuple[Any, ...]:
     return *tensors, stats, dlogprobs, dentropies, from_text(HeadSpec, spec)
 
 
-# torch.compile needs two operators: one that writes to its first argument may not read the same memory as its second.
+# torch.compile needs two operators, because an operator that writes to its first argument may not read the same memory
+# through its second.
 
 
 @operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)

@@ -215,11 +215,11 @@ def _uploaded_inputs(
         ValueError: an input is neither on the CPU nor on the device; or see ``upload``.
     """
     moved = {}
-    for name in ("advantages", "cu_seqlens", "token_mask"):  # the host may read them on the CPU
+    for name in ("advantages", "cu_seqlens", "token_mask"):  # these may be on the CPU, where the host reads them
         x = getattr(inputs, name)
         if x is not None:
             moved[name] = _from_the_host(name, x, device)
-    for name in ("normalizer", "entropy_normalizer"):  # once, and not with the loss of every chunk
+    for name in ("normalizer", "entropy_normalizer"):  # uploaded here once, not again with every chunk
         x = getattr(inputs, name)
         if isinstance(x, Tensor):
             moved[name] = upload(name, x, device)

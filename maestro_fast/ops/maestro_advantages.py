@@ -60,7 +60,7 @@ def maestro_advantages(
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> tuple[ConductorSample, GroupAdvantages]:
-    """Weights from the Conductor, and the advantages under them (MAESTRO, arXiv 2601.07208).
+    """The Conductor's weights and the advantages under these weights, in one call (MAESTRO, arXiv 2601.07208).
 
     Args:
         rewards: [B, K], NaN where a reward abstained.

@@ -433,7 +433,7 @@ def _remember(ctx: Any, logprobs: Tensor, entropies: Tensor | None, output: Loss
 
 
 def _scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of log-probs and entropies, in one launch where both are float32."""
+    """The gradients by log-probs and entropies times ``d_loss``, in one launch where both are float32."""
     (gradients,), (first, second) = ctx.saved_tensors, ctx.dtypes
     if d_loss is None:
         return None, None

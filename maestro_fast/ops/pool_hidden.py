@@ -53,7 +53,7 @@ def pool_hidden(
         return _by_triton(rows.flat, rows.bounds, rows.limit_B, rows.width, mode.endswith("mean"))
     where = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     flat, length_B = where.flat, where.length_B
-    if flat.shape[0] == 0:  # all sequences are empty, and need a row to point at
+    if flat.shape[0] == 0:  # all sequences are empty, and row_B needs a row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
         row_B = (where.start_B + length_B - 1).clamp(0, flat.shape[0] - 1)

@@ -47,7 +47,7 @@ def scope_of(loss: PolicyLossConfig | LossFunction, inputs: LossInputs, dtype: t
 
 
 def keeps_every_gradient(loss: PolicyLossConfig | LossFunction) -> bool:
-    """Whether a response whose advantage is 0 may have a gradient all the same."""
+    """Whether a response may have a gradient although its advantage is 0."""
     return not isinstance(loss, PolicyLossConfig) or loss.kl_coef > 0 or loss.entropy_coef > 0
 
 
@@ -146,7 +146,7 @@ def _steps(rows: Tensor, chunk: int, *, gradient: bool) -> Iterator[Step]:
 
 
 def _range_or_indices(rows: Tensor) -> Rows:
-    """Adjacent rows as a range, which is a view where indices copy."""
+    """Adjacent rows as a range, which makes a view where indices would make a copy."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()) else rows
 

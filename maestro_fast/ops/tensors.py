@@ -35,7 +35,7 @@ def contiguous_columns(x: Tensor) -> Tensor:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may look at the values: the tensor is on the CPU, and neither traced nor fake (a subclass)."""
+    """Whether the host can read the values: the tensor is on the CPU, and neither traced nor fake (a subclass)."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 

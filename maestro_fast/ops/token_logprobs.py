@@ -1,4 +1,4 @@
-"""Log-probs and entropies of target tokens from hidden states; the logits of the whole batch never exist.
+"""Log-probs and entropies of target tokens from hidden states. The logits of the whole batch never exist at once.
 
     z_v = softcap(scale * h . W_v + b_v) / T          softcap(x) = cap * tanh(x / cap)
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v

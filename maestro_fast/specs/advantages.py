@@ -93,7 +93,7 @@ def _verl(rewards: Scale, score_center: ScoreCenter, score_scale: ScoreScale, **
 # grpo, dr_grpo and grpo_batch are TRL's scale_rewards "group", "none" and "batch". gdpo is TRL's normalize_then_sum.
 # rloo is RLOO (arXiv 2402.14740), whose baseline is the mean of the other responses.
 # verl_grpo and verl_dr_grpo are verl's estimator "grpo" with norm_adv_by_std_in_grpo and without it. verl_gdpo is its
-# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
+# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton its raw score.
 PROFILES: dict[str, AdvantageProfile] = {
     "maestro": AdvantageProfile(),
     "grpo": _trl("group"),
