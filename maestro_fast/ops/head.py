@@ -57,7 +57,7 @@ _ALIGNED = 16  # rows begin at a multiple of 16 columns, 64 bytes of float32, so
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """The rows of a chunk. They follow from vocabulary and kind of device, so that results never depend on the batch."""
+    """The rows of a chunk. They follow from vocabulary and kind of device, so results never depend on the batch."""
     if device.type == "cpu":
         return min(max(_CHUNK_ELEMENTS["cpu"] // vocabulary // 16 * 16, 64), 4096)
     return min(max(_CHUNK_ELEMENTS["cuda"] // vocabulary // 1024 * 1024, 1024), 4096)
