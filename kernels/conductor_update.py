@@ -155,7 +155,7 @@ class AdamW(NamedTuple):
 
 @triton.jit
 def _live_rows(responses, n_R):
-    """1 for the rows that count, 0 for the others and for those beyond N."""
+    """[R], 1 for live rows, and 0 for other rows and beyond N."""
     inside_R = n_R < responses.number
     live_R = tl.where(inside_R, 1.0, 0.0)
     if responses.live_ptr is not None:
@@ -169,7 +169,7 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
     k = tl.arange(0, KP)
     inside_R = n_R < responses.number
     live_R = _live_rows(responses, n_R)
-    # p and q from the logits. Columns beyond K have a logit of -inf, rows that are not live one of 0 for every reward.
+    # p and q follow from the logits. Columns beyond K have a logit of -inf; rows that are not live have logits of 0.
     mask_RK = (live_R > 0)[:, None] & (k < K)[None, :]
     place_RK = n_R[:, None] * K + k[None, :]
     z_RK = tl.load(responses.logits_ptr + place_RK, mask=mask_RK, other=0.0)
@@ -177,7 +177,7 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
     q_RK = tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK))
     p_RK = tl.where((k < K)[None, :], objective.span * q_RK + objective.floor, 0.0)
-    # Without a floor p may be 0, where nothing has a finite derivative: p counts as 1 there, and its slope as 0.
+    # Without a floor p may be 0, where log p has no finite derivative. There p counts as 1, and its slope as 0.
     possible_RK = p_RK > 0
     p_RK = tl.where(possible_RK, p_RK, 1.0)
     log_RK = tl.log(p_RK)

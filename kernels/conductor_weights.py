@@ -324,7 +324,7 @@ def _linear(
 ):
     """One part of the logits of R responses, from STEPS * UNROLLED * BD elements of d. The parts are [splits, B, K]."""
     source = Source(x_ptr=x_ptr, stride=stride_xb, bounds_ptr=bounds_ptr, limit_ptr=limit_ptr)
-    # Neighbouring programs take the parts of d of the same responses.
+    # Neighbouring programs take different parts of d of the same responses.
     b_R = (tl.program_id(0) // SPLITS).to(tl.int64) * R + tl.arange(0, R)
     inside_R = b_R < B
     s = tl.program_id(0) % SPLITS

@@ -128,7 +128,7 @@ def normalized(reward, live, k, moments_ptr, rules):
             std = deviation(reward, live, counted, rules.REWARD_SCALE, rules.DDOF, rules.RAW)
             out = over(out, std + rules.reward_eps)
         SCOPE: tl.constexpr = rules.REWARD_CENTER if rules.REWARD_SCALE == "none" else rules.REWARD_SCALE
-        # One value has no place among others, unless the profile keeps the raw value of a group of one.
+        # A single value has nothing to be compared with, and becomes 0 unless the profile keeps it raw.
         if SCOPE == "split":
             out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)  # ... and live elements
         elif SCOPE == "batch" or not rules.RAW:
@@ -183,7 +183,7 @@ def live_factors(rows_NG, inside_NG, inputs, K: tl.constexpr, KB: tl.constexpr, 
 def raw_scores(
     rows_NG, inside_NG, live_NG, factor_NG, inputs, rules, normalized_ptr, K: tl.constexpr, KB: tl.constexpr
 ):
-    """Scores [BN, BG] before the KL, 0 where not live. The normalised rewards are stored on the way."""
+    """Scores [BN, BG] before the KL, 0 where not live. The normalised rewards are stored, too."""
     raw_NG = tl.zeros(rows_NG.shape, tl.float32)
     for block in tl.static_range(0, K, KB):  # KB rewards at a time; ``live_factors`` has brought them into the L1 cache
         k = block + tl.arange(0, KB)[None, None, :]
@@ -242,7 +242,7 @@ def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.cons
         out_NG, mean_NG = centred(score_NG, live_NG, members_NG, rules.SCORE_CENTER, rules.RAW)
         tl.store(out.mean + rows_NG, mean_NG, mask=inside_NG)
     if rules.SCORE_SCALE != "split":
-        # Scores that are not scaled still have their group's standard deviation reported.
+        # Where scores are not scaled, the standard deviation of their group is still reported.
         SPREAD: tl.constexpr = "group" if rules.SCORE_SCALE == "none" else rules.SCORE_SCALE
         members_NG = tokens_NG if rules.SCORE_SCALE == "tokens" else counted_NG
         std_NG = deviation(score_NG, live_NG, members_NG, SPREAD, rules.DDOF, rules.RAW)

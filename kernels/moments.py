@@ -4,8 +4,8 @@
 
 A tile is [BN, BG], or [BN, BG, KB] for KB rewards at once, whose chains of dependent instructions then overlap. Results
 keep that rank, with 1 for an axis that was reduced. The maximum is subtracted first, so that identical values give
-exactly 0. ``SCOPE`` is "group" (axis 1 of the tile), or "batch" or "tokens" (axes 0 and 1: the tile then has to hold
-the whole batch). Divisions and roots are rounded to nearest, as on the host, because a GPU's default ones are not.
+exactly 0. With the ``SCOPE`` "group" or "leave_one_out", axis 1 of the tile is reduced. With "batch" or "tokens" axes 0
+and 1 are, and the tile has to hold the whole batch. Divisions and roots are rounded to nearest, as on the host, because a GPU's default ones are not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
         total, count = scope_sum(shifted_NG * counted_NG, SCOPE), scope_sum(counted_NG, SCOPE)
         zero_NG = tl.zeros_like(x_NG)  # adding it broadcasts a reduced value to the tile
         if SCOPE == "leave_one_out":
-            # The mean of the other live elements of the group.
+            # This is the mean of the other live elements of the group.
             mean_NG = tl.div_rn(total - shifted_NG, tl.maximum(count - counted_NG, 1.0))
         else:
             mean_NG = tl.div_rn(total, tl.maximum(count, 1.0)) + zero_NG

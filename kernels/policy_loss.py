@@ -89,7 +89,7 @@ class TokenLosses(NamedTuple):
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - 1 - gap. Near 0 that difference would cancel, so a Taylor series replaces it, off by < 2e-9."""
+    """exp(gap) - 1 - gap. Near 0 that would cancel, so a Taylor series with an error below 2e-9 replaces it."""
     series = 1.0 + gap / 9.0
     series = 1.0 + gap / 8.0 * series
     series = 1.0 + gap / 7.0 * series

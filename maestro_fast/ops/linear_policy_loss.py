@@ -98,7 +98,7 @@ def linear_policy_loss(
     """
     reads_entropies = wants_entropies(config)
     entropy: EntropyMode = "grad" if reads_entropies else "value" if mean_entropy else "none"
-    resolve("linear_policy_loss", backend, hidden, lm_head, bias)
+    resolve("linear_policy_loss", backend, hidden, lm_head, bias)  # raises if the backend cannot serve these
     spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
     given = LossInputs(
