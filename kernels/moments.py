@@ -5,7 +5,7 @@
 A tile is [BN, BG], or [BN, BG, KB] for KB rewards at once, whose chains of dependent instructions then overlap. Results
 keep that rank, with 1 for an axis that was reduced. The maximum is subtracted first, so that identical values give
 exactly 0. With the ``SCOPE`` "group" or "leave_one_out", axis 1 of the tile is reduced. With "batch" or "tokens" axes 0
-and 1 are, and the tile has to hold the whole batch. Divisions and roots are rounded to nearest, as on the host, because a GPU's default ones are not.
+and 1 are, and the tile has to hold the whole batch. Divisions and roots round to nearest, as on the host.
 """
 
 from __future__ import annotations
