@@ -33,20 +33,20 @@ void check(const std::int64_t* lengths, std::size_t count, std::int64_t parts, b
   }
 }
 
-// A set of sequences is a chain of indices, whose links are in `Chains`.
+// A set of sequences is a chain of indices. Balance::next_ has the links.
 struct Set {
   std::int64_t total = 0, size = 0, first = kNone, last = kNone;
 };
 
 bool more(const Set& a, const Set& b) {
-  // Equal totals are ordered by size, so that an empty set comes after a set of sequences without tokens, and gets
-  // filled. Equal sizes are ordered by index. So the order is strict, and the result depends on the lengths alone.
+  // Equal totals are ordered by size: an empty set comes after a set of sequences without tokens, so that the empty set
+  // gets filled. Equal sizes are ordered by index, so the order is strict, and the result depends on the lengths alone.
   if (a.total != b.total) return a.total > b.total;
   if (a.size != b.size) return a.size > b.size;
   return a.first < b.first;
 }
 
-// A split is some of the sequences in as many sets as there are parts, the largest first.
+// A split deals some of the sequences into as many sets as there are parts. The largest set comes first.
 struct Split {
   std::vector<Set> sets;
   std::int64_t age;

@@ -1,4 +1,4 @@
-// Splitting sequences into a given number of parts of nearly equal length: the largest differencing method.
+// Splits sequences into a given number of parts with nearly equal tokens, by the largest differencing method.
 #pragma once
 
 #include <cstddef>

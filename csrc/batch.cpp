@@ -30,7 +30,7 @@ Batch::Batch(const AdvantageInputs& in, const Partition& groups, const Advantage
   if (profile.rewards_over(Scope::batch)) measure_columns();
 }
 
-// A workspace has room to gather rewards, weights and normalized [rows, K], then kl, lengths and four outputs [rows].
+// `gathered` has room for rewards, weights and normalized [rows, K], and for kl, lengths and four outputs [rows].
 Batch::Workspace::Workspace(const Batch& b)
     : begin(b.per_chunk + 1),
       columns(b.profile.rewards_as_they_are() ? 0 : 2 * b.per_chunk * padded(b.K)),
@@ -103,8 +103,8 @@ const float* Batch::rows_of(const float* values, std::int64_t width, std::int64_
   return to;
 }
 
-// Moments of whole columns, in the order of the groups. This is not made fast, as no named profile scales a reward over
-// the batch.
+// Computes the moments of whole columns, in the order of the groups. It is not optimised, because no named profile
+// normalises a reward over the batch.
 void Batch::measure_columns() {
   for (std::int64_t k = 0; k < K; ++k) {
     Moments all;

@@ -1,4 +1,5 @@
-// The whole batch, cut into chunks. The rows of a chunk are gathered where they do not lie in the order of the groups.
+// The whole batch, divided into chunks of whole groups. Where responses are not in the order of their groups, the rows
+// of a chunk are gathered into memory of its own.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 namespace maestro_fast {
 
-// Memory that is written before it is read. Unlike that of a std::vector it is not zeroed.
+// Uninitialised memory, which has to be written before it is read. A std::vector would fill it with zeros.
 template <class T>
 class Scratch {
  public:
@@ -22,7 +23,7 @@ class Scratch {
   std::unique_ptr<T[]> values_;
 };
 
-// The stages' results about rows and groups, either of one chunk or of the whole batch.
+// Intermediate results for rows and groups, either of one chunk or of the whole batch. Chunk explains them.
 struct State {
   State(std::int64_t rows, std::int64_t groups) : raw(rows), scores(rows), live(rows), count(groups), flat(groups) {}
   Scratch<double> raw, scores, live, count;
@@ -31,7 +32,8 @@ struct State {
 
 class Batch {
  public:
-  // With `keep`, the results about rows outlive their chunk. Outputs that are null are written to memory of the thread.
+  // With `keep`, the intermediate results of all chunks are kept for a second stage. Without outputs (null pointers)
+  // the results go to memory of the thread.
   Batch(const AdvantageInputs& in, const Partition& groups, const AdvantageProfile& profile,
         const AdvantageOutputs& out, bool keep);
 
@@ -45,7 +47,7 @@ class Batch {
     State state;
   };
 
-  // Runs stage(first row, chunk) for every chunk, on up to `threads` threads.
+  // Runs stage(number of the chunk, chunk) for every chunk, on up to `threads` threads.
   template <class Stage>
   void each_chunk(int threads, bool with_inputs, const Stage& stage) const {
     const int useful = useful_threads(threads, groups.batch * K, kElementsPerThread);
@@ -66,7 +68,7 @@ class Batch {
   const AdvantageProfile& profile;
   const AdvantageOutputs& out;
   const std::int64_t K;
-  std::int64_t per_chunk, chunks, rows = 0;  // groups of a chunk, chunks, rows of the largest chunk
+  std::int64_t per_chunk, chunks, rows = 0;  // groups per chunk, number of chunks, rows of the largest chunk
   BatchColumns columns;
 
  private:

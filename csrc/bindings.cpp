@@ -1,6 +1,6 @@
-// The Python module maestro_fast._C. Arrays come as addresses and sizes, and an array that is not there has address 0.
-// The caller keeps the memory alive and has checked type, layout and device. Errors of the library
-// (std::invalid_argument) reach Python as ValueError.
+// The Python module maestro_fast._C. Arrays come as addresses and sizes; address 0 stands for a missing array. The
+// caller keeps the memory alive, and has checked type, layout and device. std::invalid_argument reaches Python as
+// ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

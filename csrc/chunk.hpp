@@ -1,5 +1,5 @@
-// A run of whole groups is the unit of work. It is small enough for the first cache, and cut without regard to the
-// number of threads, so that every sum over the batch has one order.
+// The unit of work is a chunk of whole groups. It is small enough for the first-level cache. Its size does not depend
+// on the number of threads, so that every sum over the batch has one order.
 #pragma once
 
 #include <cstdint>
@@ -11,22 +11,22 @@ namespace maestro_fast {
 
 constexpr std::int64_t kRowsPerChunk = 256;
 
-// Rows padded to a multiple of four, the width of a vector.
+// The count rounded up to a multiple of four, the width of a vector.
 inline std::int64_t padded(std::int64_t count) { return (count + 3) / 4 * 4; }
 
-// A sample's moments. The sums are of x - shift, for a shift out of the sample. Identical values then have a spread of
-// exactly 0, and since no value is further than sqrt(n) standard deviations from the mean (Samuelson), the sum of
-// squares loses at most log2(n) of its 53 bits.
+// The moments of a sample. Their sums are taken of x - shift, where shift is a value of the sample. So identical values
+// have a spread of exactly 0. No value is further than sqrt(n) standard deviations from the mean (Samuelson), so the
+// sum of squares loses at most log2(n) of its 53 bits.
 struct Moments {
-  double weight = 0, mean = 0, squares = 0;  // squares: sum of (x - mean)^2
-  double top = 0;                            // the largest live value, 0 without one
-  bool any = false;
+  double weight = 0, mean = 0, squares = 0;  // the number of values (or tokens), their mean, the sum of (x - mean)^2
+  double top = 0;                            // the largest live value, or 0 if there is none
+  bool any = false;                          // whether there is a live value
 
-  void add(const Moments& more);  // Chan, Golub, LeVeque 1979
+  void add(const Moments& more);  // by the formula of Chan, Golub and LeVeque, 1979
 };
 
-// The mean and standard deviation that a scope uses. The lengths may sum to less than one token. Then both moments are
-// taken about the largest value, as the reference does.
+// The mean and standard deviation of a scope. Where the lengths of its responses sum to less than one token, the
+// divisors are 1, and both moments are taken about the largest value, as in the reference.
 struct Center {
   double mean = 0, std = 0;
 
@@ -34,28 +34,28 @@ struct Center {
   Center(const Moments& moments, int ddof);
 };
 
-// The mean and the factor of each reward whose scope is the whole batch, [K padded].
+// The mean, the factor 1 / (std + eps) and the live values of each reward over the whole batch, [K padded].
 struct BatchColumns {
   std::vector<double> mean, factor, count;
 };
 
-// Contiguous rows in the order of the groups, and room for what is found out about them.
+// Contiguous rows in the order of the groups, and memory for the results about them.
 struct Chunk {
   std::int64_t groups, rows, K;
-  const std::int64_t* begin;  // [groups + 1], from 0
+  const std::int64_t* begin;  // [groups + 1], the first row of each group, counted from 0
   const float* rewards;       // [rows, K]
   const float* weights;       // [rows, K], or [K] with a stride of 0
   std::int64_t weight_stride;
-  const double* shared_weights;  // [K padded] with zeros, where the stride is 0
+  const double* shared_weights;  // [K padded], the weights of all rows where the stride is 0, followed by zeros
   const float *kl, *lengths;  // [rows] or null
   double beta;
 
-  double *raw, *scores;       // [rows]; the score before and after the KL (one array without a KL)
-  double* live;               // [rows] 1 or 0, written if some response abstained
-  double *center, *factor;    // [groups, K padded]
-  bool* flat;                 // [groups], whether a group has no spread
-  double* count;              // [groups], live responses
-  bool* abstained;            // whether some reward abstained
+  double *raw, *scores;       // [rows], the scores before and after the KL; one array without a KL
+  double* live;               // [rows], 1 or 0, written only if some reward abstained
+  double *center, *factor;    // [groups, K padded], the normalised reward is (reward - center) * factor
+  bool* flat;                 // [groups], whether all live scores of a group are the same
+  double* count;              // [groups], the number of live responses
+  bool* abstained;            // whether some reward of the chunk abstained
 
   AdvantageOutputs out;
 };

@@ -29,14 +29,14 @@ MAESTRO_INLINE float uniform(std::uint64_t seed, std::uint32_t step, std::uint64
 constexpr std::int64_t kProductsPerThread = 1 << 21;
 constexpr std::int64_t kLanes = 8;  // lanes of a Float8
 constexpr std::int64_t kWide = 4;   // actions whose logits are formed together
-constexpr std::int64_t kSlice = 512, kBlock = 16;  // channels and rows
+constexpr std::int64_t kSlice = 512, kBlock = 16;  // channels of a slice, rows of a block
 
 std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
 
-// weight * rstd as [slices, K rounded up, kSlice], with zeros in the padding. Numbers that are read together lie
-// together, and not a power of two apart, where they would compete for the same lines of the cache. The mean is not
-// folded into the bias: float32 would cancel where a channel's mean is far larger than its spread, as in the massive
-// channels of language models.
+// weight * rstd as [slices, K rounded up, kSlice], with zeros in the padding. Numbers that are read together are stored
+// together; a power of two apart they would compete for the same lines of the cache. The mean is not folded into the
+// bias, because float32 would cancel where a channel's mean is far larger than its spread, as in the massive channels
+// of language models.
 std::vector<float> folded(const ConductorHead& head) {
   const std::int64_t width = rounded_up(head.actions, kWide);
   std::vector<float> weight(static_cast<std::size_t>(width * rounded_up(head.size, kSlice)), 0.0f);
@@ -55,7 +55,7 @@ struct Problem {
   const void* h;
   bool bfloat16;
   const ConductorHead& head;
-  const float* weight;  // folded
+  const float* weight;  // as folded() makes it
 };
 
 // Loads eight channels of h from element `at` on, widened. A bfloat16 is the upper half of a float32.
@@ -67,7 +67,7 @@ MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at) {
   return (Float8)(__builtin_convertvector(half, Word8) << 16);
 }
 
-// Does the same where fewer than eight are left, with zeros behind them.
+// Does the same where fewer than eight channels are left, and fills up with zeros.
 template <bool kHalf>
 MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at, std::int64_t count) {
   Float8 x{};
@@ -84,13 +84,14 @@ MAESTRO_INLINE Float8 widened8(const void* h, std::int64_t at, std::int64_t coun
   return x;
 }
 
-// A slice of kRows rows, of the channels from `first` to before first + count. The next slice begins at `ahead` in h.
+// The channels first to first + count - 1 of the rows from `row` on. The next slice begins at element `ahead` of h.
 struct Slice {
   std::int64_t row, first, count, ahead;
 };
 
-// Adds a slice to the products with four actions, whose rows of `weight` are kSlice apart; `total` [kRows, width]. With
-// kFirst it reads h, a slice ahead of what it works on, and leaves the centred channels in `x` for further actions.
+// Adds a slice of kRows rows to the products `total` [kRows, width] with four actions, whose rows of `weight` are
+// kSlice apart. With kFirst it reads h, prefetches the next slice, and leaves the centred channels in `x` for further
+// actions.
 template <int kRows, bool kHalf, bool kFirst>
 MAESTRO_INLINE void add_products(const Problem& p, const Slice& slice, float* x, const float* weight, float* total,
                                  std::int64_t width) {
@@ -146,8 +147,8 @@ struct Workspace {
   std::vector<double> probs, logs;  // [kBlock, width]; probs holds the logits at first
 };
 
-// Goes slice by slice, so that the weights of a slice stay in the first cache for all rows of the block. Every logit
-// has the same order of additions, whatever rows it shares a block with.
+// Computes the logits of a block, slice by slice, so that the weights of a slice stay in the first-level cache for all
+// its rows. Every logit has the same order of additions, whatever other rows are in the block.
 template <bool kHalf>
 MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int64_t rows, std::int64_t width,
                                     Workspace& work) {
@@ -172,8 +173,8 @@ MAESTRO_INLINE void logits_of_block(const Problem& p, std::int64_t row, std::int
   }
 }
 
-// Computes p = (1 - K m) softmax(z / tau) + m in place and its logarithm, with 0 and -inf in the padding. It sweeps
-// over the block, because one row after the other would wait for the exponential of each before its logarithm.
+// Computes p = (1 - K m) softmax(z / tau) + m in place and its logarithm, with 0 and -inf in the padding. Each step
+// goes over the whole block, because row by row each logarithm would wait for an exponential.
 MAESTRO_INLINE void probabilities(const ConductorHead& head, const ConductorChoice& choice, std::int64_t rows,
                                   std::int64_t width, Workspace& work) {
   const std::int64_t K = head.actions;
@@ -199,7 +200,8 @@ MAESTRO_INLINE void probabilities(const ConductorHead& head, const ConductorChoi
   for (std::int64_t i = 0; i < rows * width; i += 4) store4(logs + i, log4(load4(p + i)));
 }
 
-// Adds up in float32 from the left, as every backend does. So an action follows from the probabilities as returned.
+// Adds up in float32 in the order of the actions, as every backend does. So an action follows from the probabilities
+// that are returned.
 MAESTRO_INLINE std::int64_t drawn(const float* probs, std::int64_t K, float u) {
   float total = 0;
   std::int64_t action = 0;

@@ -1,4 +1,4 @@
-// The Conductor's forward with a linear head; formula and meaning: maestro_fast/ops.
+// The Conductor's forward with a linear network. maestro_fast/ops/conductor_weights.py has the formula.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace maestro_fast {
 
 struct ConductorHead {
-  const float *mean, *rstd;    // [d], or null: h is standardised as it is
+  const float *mean, *rstd;    // [d]; null where h is not to be standardised
   const float *weight, *bias;  // [K, d], [K]
   std::int64_t size, actions;  // d, K
 };
@@ -25,7 +25,8 @@ struct ConductorOutputs {
   float *log_probs, *entropy, *probs;  // [B], [B], [B, K]
 };
 
-// h [B, d] float32, or bfloat16. What a response gets depends on its own row and index, not on the rest of the batch.
+// h is [B, d], float32 or bfloat16. The results of a response depend on its own row and index, not on the rest of the
+// batch.
 void conductor_weights(const void* h, bool bfloat16, std::int64_t batch, const ConductorHead& head,
                        const ConductorChoice& choice, const ConductorOutputs& out, int threads);
 

@@ -1,5 +1,6 @@
-// The moments of "the group without j" come from those of the responses before j and behind it. Taking j out of the
-// sums of the whole group would be as quick, but would cancel where j is an outlier. Adding up two parts never cancels.
+// The moments of the group without j are joined from those of the responses before j and after it. Subtracting j from
+// the sums of the whole group would be as quick, but would cancel where j is an outlier. Joining two parts never
+// cancels.
 #include "counterfactual_advantages.hpp"
 
 #include <cmath>
@@ -11,7 +12,8 @@
 namespace maestro_fast {
 namespace {
 
-// What is known of a part of a group: its live responses, their scores, and the range of their scores before the KL.
+// A part of a group: the number of its live responses, the moments of their scores, and the range of their scores
+// before the KL.
 struct Part {
   double count = 0, mean = 0, squares = 0;
   double low = std::numeric_limits<double>::infinity(), top = -std::numeric_limits<double>::infinity();
@@ -30,7 +32,7 @@ MAESTRO_INLINE Part single(const Chunk& chunk, std::int64_t r) {
   return {1, chunk.scores[r], 0, chunk.raw[r], chunk.raw[r]};
 }
 
-// The actions' weights [K, A padded] as doubles, so that four actions stand side by side.
+// The weights of the actions [K, A padded] as doubles, so that the weights of four actions are adjacent.
 struct Actions {
   const double* weights;
   std::int64_t count;
@@ -47,7 +49,7 @@ MAESTRO_INLINE Scores4 scores_under(const Chunk& chunk, const AdvantageProfile& 
   const std::int64_t K = chunk.K, width = padded(actions.count);
   const float* x = chunk.rewards + row * K;
   const Double4 zero = splat(0.0), one = splat(1.0);
-  // The order is that of sum() for a row in score_rows.cpp, so that the same weights give the same score to the bit.
+  // The order of additions is that of sum() for a row in score_rows.cpp, so equal weights give bitwise equal scores.
   Double4 score[4] = {zero, zero, zero, zero}, whole[4] = {zero, zero, zero, zero}, rest[4] = {zero, zero, zero, zero};
   std::int64_t known = 0;
   for (std::int64_t k = 0; k < K; ++k) {
@@ -74,7 +76,7 @@ MAESTRO_INLINE Scores4 scores_under(const Chunk& chunk, const AdvantageProfile& 
   return result;
 }
 
-// The advantages of a response that has these scores, among the others of its group.
+// The advantages of a response with the scores `own`, compared with the others of its group.
 MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own, double penalty,
                                          const AdvantageProfile& p) {
   const Double4 zero = splat(0.0), score = own.raw - penalty, apart = score - others.mean;
@@ -89,7 +91,7 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
     const Double4 spread = p.eps_in_variance ? sqrt4(variance + p.score_eps) : sqrt4(variance) + p.score_eps;
     centred = spread == 0.0 ? zero : centred / spread;
   }
-  const Mask4 unknown = apart != apart;  // a NaN among the scores is spread
+  const Mask4 unknown = apart != apart;  // a NaN among the scores counts as spread
   const Mask4 spread_out =
       (own.raw > others.low) | (own.raw < others.top) | (splat(others.top) > others.low) | unknown;
   const Mask4 counts = raw ? own.live : own.live & (alone ? Mask4{} : spread_out);
@@ -97,15 +99,15 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
 }
 
 MAESTRO_CLONES
-void counterfactual_chunk(const Chunk& chunk, const AdvantageProfile& p, const Actions& actions, Part* behind,
+void counterfactual_chunk(const Chunk& chunk, const AdvantageProfile& p, const Actions& actions, Part* after,
                           float* const* rows_out) {
   for (std::int64_t g = 0; g < chunk.groups; ++g) {
     const std::int64_t first = chunk.begin[g], last = chunk.begin[g + 1];
-    behind[last - first] = {};
-    for (std::int64_t r = last; r-- > first;) behind[r - first] = joined(single(chunk, r), behind[r - first + 1]);
+    after[last - first] = {};
+    for (std::int64_t r = last; r-- > first;) after[r - first] = joined(single(chunk, r), after[r - first + 1]);
     Part before;
     for (std::int64_t r = first; r < last; ++r) {
-      const Part others = joined(before, behind[r - first + 1]);
+      const Part others = joined(before, after[r - first + 1]);
       const double penalty = chunk.kl == nullptr ? 0.0 : chunk.beta * static_cast<double>(chunk.kl[r]);
       for (std::int64_t a = 0; a < actions.count; a += 4) {
         const Scores4 own = scores_under(chunk, p, actions, g, r, a);
@@ -130,12 +132,12 @@ void counterfactual_advantages(const AdvantageInputs& in, const float* action_we
   const Batch batch(in, groups, profile, in_scratch, false);
   batch.each_chunk(threads, true, [&](std::int64_t c, const Chunk& chunk) {
     score_rows(chunk, profile, batch.columns);
-    std::vector<Part> behind(static_cast<std::size_t>(chunk.rows + 1));
+    std::vector<Part> after(static_cast<std::size_t>(chunk.rows + 1));
     std::vector<float*> rows_out(static_cast<std::size_t>(chunk.rows));
     for (std::int64_t r = 0; r < chunk.rows; ++r) {
       rows_out[static_cast<std::size_t>(r)] = out + batch.source(batch.first_row(c) + r) * actions;
     }
-    counterfactual_chunk(chunk, profile, {transposed.data(), actions}, behind.data(), rows_out.data());
+    counterfactual_chunk(chunk, profile, {transposed.data(), actions}, after.data(), rows_out.data());
   });
 }
 

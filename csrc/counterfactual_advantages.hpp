@@ -1,5 +1,5 @@
-// A response's advantage as it would have been under other weights. The formula is in
-// maestro_fast/ops/counterfactual_advantages.py.
+// The advantages that responses would have under other weights. maestro_fast/ops/counterfactual_advantages.py has the
+// formula.
 #pragma once
 
 #include "group_advantages.hpp"

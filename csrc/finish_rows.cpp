@@ -8,7 +8,7 @@
 namespace maestro_fast {
 namespace {
 
-constexpr std::int64_t kAtOnce = 16;  // groups of a sweep; one alone would wait for each division and root
+constexpr std::int64_t kAtOnce = 16;  // groups that are computed together, so that their divisions and roots overlap
 
 // The sums of d = score - shift and of its square over the live scores of a group.
 struct GroupSums {
@@ -46,7 +46,7 @@ MAESTRO_INLINE GroupSums sums_of_group(const Chunk& chunk, bool abstained, std::
   return {chunk.count[group], shift, sum(total), sum(squares)};
 }
 
-// A = (s - center) * factor in the rows of one group, which all get the same mean and std.
+// A = (s - center) * factor for the rows of one group, and the mean and std that all of them report.
 struct Affine {
   double center, factor, mean, std;
 };
@@ -97,7 +97,7 @@ MAESTRO_INLINE void write_group(const Chunk& chunk, bool abstained, std::int64_t
   std::fill_n(chunk.out.degenerate + first, n, chunk.flat[group]);
 }
 
-// The mean of the other live responses.
+// Writes for each response the mean of the other live responses of its group.
 MAESTRO_INLINE void write_means_of_others(const Chunk& chunk, bool abstained, std::int64_t group,
                                           const GroupSums& own) {
   for (std::int64_t r = chunk.begin[group]; r < chunk.begin[group + 1]; ++r) {
@@ -109,7 +109,7 @@ MAESTRO_INLINE void write_means_of_others(const Chunk& chunk, bool abstained, st
 
 MAESTRO_CLONES
 void finish_chunk(const Chunk& given, const AdvantageProfile& profile, const Center& batch, const Center& tokens) {
-  const Chunk chunk = given;  // a copy, which the compiler knows that no store changes
+  const Chunk chunk = given;  // a copy, so that the compiler knows that no store changes it
   const AdvantageProfile p = profile;
   const bool abstained = *chunk.abstained;
   GroupSums own[kAtOnce];
@@ -133,7 +133,7 @@ Moments moments_of_chunk(const Chunk& chunk, bool per_token) {
   Moments all;
   const bool abstained = *chunk.abstained;
   double shift = 0;
-  bool weighty = false;  // the shift is a value of positive weight, if there is one
+  bool weighty = false;  // whether the shift has a positive weight; it has one if any value has
   for (std::int64_t r = 0; r < chunk.rows && !weighty; ++r) {
     if (abstained && chunk.live[r] == 0) continue;
     weighty = !per_token || chunk.lengths[r] > 0;

@@ -7,7 +7,7 @@
 namespace maestro_fast {
 namespace {
 
-// Copies outputs from the chunk's memory to the places of the responses, where these are not the same.
+// These two copy outputs from the chunk's memory to the places of the responses, if these are not the same.
 void put_normalized(const Batch& batch, std::int64_t row, const Chunk& chunk) {
   if (batch.in_order()) return;
   for (std::int64_t r = 0; r < chunk.rows; ++r) {

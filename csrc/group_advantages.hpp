@@ -11,17 +11,17 @@ struct AdvantageProfile {
   Scope reward_center, reward_scale, score_center, score_scale;
   double reward_eps, score_eps;
   int ddof;
-  bool raw_singleton;    // a group of one keeps its raw value
-  bool renormalize;      // live weights are scaled up to the row's sum
-  bool eps_in_variance;  // score / sqrt(std^2 + eps)
+  bool raw_singleton;    // a group with one live response keeps the raw value
+  bool renormalize;      // the weights of live rewards are scaled up to the sum of all weights of the row
+  bool eps_in_variance;  // the score is divided by sqrt(std^2 + eps)
 
   bool rewards_as_they_are() const { return reward_center == Scope::none && reward_scale == Scope::none; }
   bool rewards_over(Scope scope) const { return reward_center == scope || reward_scale == scope; }
   bool scores_over(Scope scope) const { return score_center == scope || score_scale == scope; }
 };
 
-// N groups of B responses. They are consecutive and of `size` responses each. With size 0, group g holds the responses
-// order[offsets[g]] to order[offsets[g + 1] - 1].
+// B responses in N groups, which are consecutive and have `size` responses each. If size is 0, group g has the
+// responses order[offsets[g]] to order[offsets[g + 1] - 1].
 struct Partition {
   std::int64_t groups, batch, size;
   const std::int64_t* offsets;
@@ -38,7 +38,7 @@ struct AdvantageInputs {
   bool weights_per_row;
   const float* kl;  // [B] or null
   double beta;
-  const float* lengths;  // [B], for the scope tokens
+  const float* lengths;  // [B], or null without the scope tokens
 };
 
 struct AdvantageOutputs {

@@ -21,7 +21,7 @@ void check(const std::int64_t* lengths, std::size_t count, std::int64_t max_toke
 }
 
 // The free room of every bin, in a complete binary tree whose inner nodes hold the maximum of their children.
-// A bin that nobody has used yet has all its room, so the leftmost bin that fits opens bins in order.
+// Unused bins have all their room. Taking the leftmost bin that fits therefore opens the bins in order.
 class FreeRoom {
  public:
   FreeRoom(std::size_t bins, std::int64_t capacity) {

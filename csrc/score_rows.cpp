@@ -9,12 +9,12 @@ namespace {
 
 MAESTRO_INLINE Double4 one_over(Double4 x) { return x > 0.0 ? 1.0 / x : splat(0.0); }
 
-// The mean and the factor of four columns of a group.
+// The moments of four columns of a group.
 struct Columns {
   Double4 count, mean, std;
 };
 
-// Takes kBlocks times four columns at once, because four alone would wait for each of their additions.
+// Takes kBlocks times four columns at once, because with four alone each addition would wait for the one before.
 template <bool kMasked, int kBlocks>
 MAESTRO_INLINE void moments_of_columns(const float* x, std::int64_t n, std::int64_t K, std::int64_t width, int ddof,
                                        Columns* out) {
@@ -68,7 +68,7 @@ MAESTRO_INLINE void place_columns(const Chunk& chunk, const AdvantageProfile& p,
     if (p.reward_center != Scope::batch) center = own.count == 1.0 ? zero : center;
     if (p.reward_scale == Scope::group) factor = own.count == 1.0 ? one / (one + p.reward_eps) : factor;
   }
-  if (decisive == Scope::batch) {  // one value has no place among others
+  if (decisive == Scope::batch) {  // a value that is the only one has nothing to be compared with
     factor = load4(batch.count.data() + k) < 2.0 ? zero : factor;
   } else if (!p.raw_singleton) {
     factor = own.count < 2.0 ? zero : factor;
@@ -100,12 +100,13 @@ MAESTRO_INLINE void columns_of_group(const Chunk& chunk, const AdvantageProfile&
   }
 }
 
-// The weighted sum of a row before its lanes are added up, and with abstentions the weights that they took away.
+// The sums of a row before its lanes are added up. With abstentions: the sum of all weights, the sum of the weights of
+// live rewards, and the number of live rewards.
 struct Row {
   Double4 score, whole, rest, live;
 };
 
-// The weights of a row, or of all rows, widened once, with zeros behind them.
+// Loads the weights of one row, or those that all rows share, which have been widened before and end with zeros.
 MAESTRO_INLINE Double4 weights4(const float* w, std::int64_t width) { return load4(w, width); }
 MAESTRO_INLINE Double4 weights4(const double* w, std::int64_t) { return load4(w); }
 
@@ -148,18 +149,18 @@ MAESTRO_INLINE Row sum_of_row(const Chunk& chunk, const Weight* weights, std::in
 
 // The score of a row with abstentions, and whether the row counts.
 MAESTRO_INLINE double masked_score(const Row& row, std::int64_t K, bool renormalize, double& live) {
-  const double known = sum(row.live) - static_cast<double>(padded(K) - K);  // the padding is not NaN
+  const double known = sum(row.live) - static_cast<double>(padded(K) - K);  // the padding was counted as live
   live = known > 0 ? 1 : 0;
   double factor = 1;
   if (renormalize && known < static_cast<double>(K)) {
     const double rest = sum(row.rest);
-    if (rest == 0) live = 0;  // all its weight is on abstained rewards, and cannot be scaled up
+    if (rest == 0) live = 0;  // all its weight is on abstained rewards, so there is none to scale up
     if (live != 0) factor = sum(row.whole) / rest;
   }
   return live != 0 ? sum(row.score) * factor : 0.0;
 }
 
-// Whether some score is NaN, which it is after an abstention that was not masked.
+// Computes the scores of a group. Returns whether some score is NaN, which means an abstention unless kMasked.
 template <bool kMasked, bool kAffine, class Weight>
 MAESTRO_INLINE bool scores_of_group(const Chunk& chunk, const Weight* weights, const AdvantageProfile& p,
                                     std::int64_t group) {
@@ -233,7 +234,7 @@ MAESTRO_INLINE void spread_of_group(const Chunk& chunk, bool abstained, std::int
 
 MAESTRO_CLONES
 void score_chunk(const Chunk& given, const AdvantageProfile& profile, const BatchColumns& batch) {
-  const Chunk chunk = given;  // a copy, which the compiler knows that no store changes
+  const Chunk chunk = given;  // a copy, so that the compiler knows that no store changes it
   const AdvantageProfile p = profile;
   bool abstained;
   if (chunk.weight_stride == 0) {

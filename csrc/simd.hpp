@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-// A function that is compiled for several instruction sets; the machine's is picked when the module is loaded. The
-// functions that it calls must be MAESTRO_INLINE, or they would be compiled for the lowest of them.
+// Marks a function that is compiled for several instruction sets. The best one for the machine is chosen when the
+// module is loaded. Functions that it calls must be MAESTRO_INLINE, or they would be compiled for the lowest
+// instruction set.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MAESTRO_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -30,7 +31,7 @@ MAESTRO_INLINE Double4 load4(const float* from) {
   return Double4{from[0], from[1], from[2], from[3]};  // one instruction; __builtin_convertvector takes four
 }
 
-// Loads the first `count` of four numbers, with 0 behind them.
+// Loads the first `count` of four numbers, followed by zeros.
 MAESTRO_INLINE Double4 load4(const float* from, std::int64_t count) {
   if (count >= 4) return load4(from);
   return Double4{from[0], count > 1 ? from[1] : 0.0, count > 2 ? from[2] : 0.0, 0.0};
@@ -84,7 +85,7 @@ MAESTRO_INLINE double sum(Float8 x) {
   return sum(Double4{x[0], x[1], x[2], x[3]}) + sum(Double4{x[4], x[5], x[6], x[7]});
 }
 
-// e^x for x <= 0, to 1e-12 of its value, and 0 below -700. The C library's result differs from machine to machine.
+// e^x for x <= 0 with a relative error of 1e-12, and 0 below -700. The C library's result differs between machines.
 MAESTRO_INLINE Double4 exp4(Double4 x) {
   const Double4 whole = splat(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, in the low bits
   const Mask4 gone = x < -700.0;
@@ -100,10 +101,11 @@ MAESTRO_INLINE Double4 exp4(Double4 x) {
   return gone ? splat(0.0) : (Double4)scaled;
 }
 
-// ln x for normal positive x, to 1e-12, and -inf for 0.
+// ln x for normal positive x with an error of 1e-12, and -inf for 0.
 MAESTRO_INLINE Double4 log4(Double4 x) {
   const Mask4 bits = (Mask4)x;
-  // x = m 2^e with m in [sqrt(1/2), sqrt(2)): adding what separates sqrt(1/2) from 1 carries into the exponent.
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)). Adding the difference of the bits of 1 and sqrt(1/2) carries into the
+  // exponent where the mantissa belongs to the next power of two.
   const Mask4 e = ((bits + (0x3FF0000000000000 - 0x3FE6A09E667F3BCD)) >> 52) - 1023;
   const Double4 exponent = (Double4)(e + 0x4338000000000000) - 6755399441055744.0;  // as in exp4, the other way round
   const Double4 m = (Double4)(bits - (e << 52)), s = (m - 1.0) / (m + 1.0), q = s * s;

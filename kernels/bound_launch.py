@@ -1,13 +1,14 @@
-"""Launches that remember what Triton compiled for them.
+"""Launches that remember the kernels that Triton compiled for them.
 
 ``kernel[grid](...)`` binds, specialises and looks up its arguments anew at every call, which costs the host more than
 the small kernels of this package cost the device. A ``BoundLaunch`` fixes the compile-time arguments once, and keeps
 the compiled kernel of each specialisation that it has met. The next launch of the same specialisation goes straight to
 the driver.
 
-The key under which a kernel is kept holds at least what Triton specialises on: the device, the dtype of every tensor
-and which are None, the values of the integers that Triton specialises, and how wide the others are. A launch with a
-tensor whose address 16 bytes do not divide goes the long way. Tests compare this with Triton's own specialisation.
+The key of a remembered kernel holds everything that Triton specialises on, and possibly more: the device, the dtype of
+every tensor, which tensors are None, the values of the integers that Triton specialises on, and whether the other
+integers fit into 32 bits. A launch with a tensor whose address is no multiple of 16 bytes is not remembered and goes
+through Triton. Tests compare the key with Triton's own specialisation.
 """
 
 from __future__ import annotations
@@ -25,33 +26,34 @@ from triton.runtime.jit import JITFunction
 Argument = Tensor | int | float | None
 Constants = Mapping[str, tl.constexpr]  # values of the ``tl.constexpr`` arguments of a kernel: numbers, strings, None
 
-_MOST_REMEMBERED = 4096  # remembered launches of one kernel with one set of constants; beyond, all are forgotten
+_MOST_REMEMBERED = 4096  # kernels that one ``BoundLaunch`` remembers; when there would be more, it forgets all
 
 
 def blocks(total: int, size: int) -> int:
-    """How many blocks of a size cover the total. Triton's own ``cdiv`` costs the host several microseconds."""
+    """The number of blocks of a size that cover the total. Triton's own ``cdiv`` costs the host several us."""
     return -(-total // size)
 
 
 def power_of_2(number: int) -> int:
-    """The least power of 2 that is not below a positive number. Triton's own function is as slow as its ``cdiv``."""
+    """The smallest power of 2 that is at least the positive number. Triton's function is as slow as its ``cdiv``."""
     return 1 << (number - 1).bit_length()
 
 
 class BoundLaunch:
-    """A kernel with its compile-time arguments and compiler options. It is called with a grid and all other arguments.
+    """A kernel with its compile-time arguments and compiler options. A call takes a grid and all other arguments.
 
     The arguments whose names end in ``_ptr`` are tensors or None, all others are numbers, as in every kernel of this
     package.
     """
 
     def __init__(self, kernel: JITFunction, constants: Constants, **options: bool | int) -> None:
-        """
+        """Fixes the compile-time arguments and the options; nothing is compiled before the first call.
+
         Args:
             kernel: a ``triton.jit`` function.
             constants: every ``tl.constexpr`` argument, by name.
-            options: the compiler's options ``num_warps``, ``num_stages`` and ``maxnreg``. Unless ``enable_fp_fusion``
-                is given, a product and a sum stay two operations, which round as on the host.
+            options: the compiler's options ``num_warps``, ``num_stages``, ``maxnreg`` and ``enable_fp_fusion``. The
+                last is False by default: a product and a sum then stay two operations, which round as on the host.
         """
         self.kernel = kernel
         self.constants = constants
@@ -92,7 +94,7 @@ class BoundLaunch:
         return self.kernel[grid](**arguments, **self.constants, **self.options)
 
     def _key(self, arguments: Mapping[str, Argument]) -> tuple[object, ...] | None:
-        """What the compiled kernel depends on, the device first; None where it is not worth remembering."""
+        """The key of the compiled kernel, which begins with the device. None if the launch is not to be remembered."""
         tensors: Mapping[str, Tensor | None] = arguments  # type: ignore[assignment]  # those under ``_pointers``
         integers: Mapping[str, int] = arguments  # type: ignore[assignment]  # those under ``_widths``
         low_bits = 0
@@ -108,6 +110,6 @@ class BoundLaunch:
             return None
         # Triton does not specialise on floats.
         values = [x if x.__class__ is int else None for x in map(arguments.__getitem__, self._values)]
-        # This is 0 for a number that fits into 32 bits with its sign: so does -2^31, whose own bit_length is 32.
+        # A width is 0 for a number that fits into 32 bits with its sign. ~x is for -2^31, whose bit_length is 32.
         widths = [(x if x >= 0 else ~x).bit_length() >> 5 for x in map(integers.__getitem__, self._widths)]
         return driver.active.get_current_device(), *kinds, *values, *widths

@@ -1,21 +1,26 @@
 """One step of the Conductor: the meta-gradient in closed form, and AdamW.
 
-    J       = mean_i [ r_i A_i log p_i(a_i) + entropy_coef H(p_i) ],      p = (1 - K m) q + m,   q = softmax(z / tau)
-    dJ/dp_k = 1[k = a] r A / p_k - entropy_coef (log p_k + 1)                     r = min(p(a) / drawn, max_ratio) or 1
-    J       = mean_i [ sum_a p_i(a) A_i(a) + entropy_coef H(p_i) ]                              all actions, A [N, K]
-    dJ/dp_k = A_k - entropy_coef (log p_k + 1)
+    p = (1 - K m) q + m,   q = softmax(z / tau)
+
+    one drawn action per response, whose importance ratio r is min(p(a) / drawn, max_ratio) (1 without ``drawn_probs``):
+        J       = mean_i [ r_i mu_i log p_i(a_i) + entropy_coef H(p_i) ]
+        dJ/dp_k = 1[k = a] r mu / p_k - entropy_coef (log p_k + 1)
+    all actions, mu [N, K]:
+        J       = mean_i [ sum_a p_i(a) mu_i(a) + entropy_coef H(p_i) ]
+        dJ/dp_k = mu_k - entropy_coef (log p_k + 1)
+
     dJ/dz   = (1 - K m) / tau * q * (dJ/dp - sum_k q_k dJ/dp_k)
 
     linear  dW = dz^T x,   db = sum dz                                          x = (h - mean) * rstd
     MLP     da = dz W2,  du = da GELU'(u),  dW2 = dz^T GELU(u),  dW1 = du^T x,  db1 = sum du
 
-A linear head takes one launch: each program owns some columns of W, and forms dz of all rows for itself, which costs
-less than a launch that would form it once. An MLP takes two: programs of the first own hidden units (W2, both biases,
-du), programs of the second own tiles of W1. ``activations`` makes z and u beforehand, in one launch for a linear head
-and two for an MLP.
+A linear network takes one launch. Each program owns some columns of W, and computes dz of all rows itself, which costs
+less than another launch that would compute it once. An MLP takes two launches. The programs of the first own hidden
+units (W2, both biases, du), those of the second own tiles of W1. ``activations`` computes z and u beforehand, by the
+first launch of ``conductor_weights`` and one of its own.
 
-Rows are added in their order, so two runs give the same bits. Parameters and moments change in place. AdamW (arXiv
-1711.05101) computes what ``torch.optim.AdamW`` computes, with weight decay on the weights alone.
+Rows are added in their order, so two runs give the same bits. Parameters and moments change in place. The step of AdamW
+(arXiv 1711.05101) is that of ``torch.optim.AdamW``, with weight decay on the weights alone.
 
 Axis suffixes: R of the N responses, K rewards (KP with padding), H hidden units, D elements of d.
 """
@@ -31,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels import conductor_weights
-from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import (
     Rows,
     Source,
@@ -39,14 +44,13 @@ from maestro_fast.kernels.conductor_weights import (
     hidden_tile,
     logits_tile,
     network_parts,
-    padded,
     standardised_tile,
 )
 from maestro_fast.specs import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig, ContextSource
 
-_ROWS = 32  # responses per step
-_UNIT_ROWS = 16  # the same in ``_units``, which would spill a few registers with more
-_COLUMNS = 32  # elements of d, or hidden units, of one program: d = 4096 then gives 128 programs
+_ROWS = 32  # responses per step of ``_linear`` and ``_first_layer``
+_UNIT_ROWS = 16  # responses per step of ``_units``, which would spill a few registers with more
+_COLUMNS = 32  # elements of d, or hidden units, of one program: for d = 4096 there are 128 programs
 _PRODUCT_COLUMNS = 16  # tl.dot takes no narrower tile, so a tile of rewards is padded to this
 
 
@@ -54,13 +58,13 @@ _PRODUCT_COLUMNS = 16  # tl.dot takes no narrower tile, so a tile of rewards is 
 
 
 class Responses(NamedTuple):
-    """What is known of the N responses: see ``specs.ConductorBatch``.
+    """The N responses of a ``specs.ConductorBatch``, without their contexts.
 
     Attributes:
-        logits_ptr: [N, K], as ``activations`` makes them.
-        actions_ptr: int [N]; None if the meta-rewards are [N, K], those of all actions.
-        meta_ptr: [N] or [N, K].
-        drawn_ptr, live_ptr: [N], or None.
+        logits_ptr: [N, K], the logits that ``activations`` computes.
+        actions_ptr: int [N]; None if there are meta-rewards of all actions.
+        meta_ptr: the meta-rewards, [N], or [N, K] of all actions.
+        drawn_ptr, live_ptr: ``drawn_probs`` and ``live`` [N], or None.
         number: N.
     """
 
@@ -72,8 +76,14 @@ class Responses(NamedTuple):
     number: tl.tensor
 
 
-class Pull(NamedTuple):
-    """Of R responses: -dJ/dz [R, KP] and J [R], both times the number of live rows, and 1 for live rows, else 0."""
+class LogitGradients(NamedTuple):
+    """The gradients of R responses, which are not yet divided by the number of live rows.
+
+    Attributes:
+        d_logits_RK: -dJ/dz [R, KP].
+        gain_R: each row's term of J.
+        live_R: 1 for live rows, else 0.
+    """
 
     d_logits_RK: tl.tensor
     gain_R: tl.tensor
@@ -89,7 +99,7 @@ class Learned(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The numbers of J, rounded once, on the host: span is 1 - K floor."""
+    """The numbers in the formula of J, rounded once, on the host. The floor is min_prob, and span is 1 - K floor."""
 
     tau: float
     span: float
@@ -116,7 +126,7 @@ class AdamW(NamedTuple):
         lerp1, beta2, lerp2: 1 - beta1, beta2 and 1 - beta2.
         step_size: learning rate / (1 - beta1^t), where t counts the steps from 1.
         root: sqrt(1 - beta2^t).
-        eps: added to the root of the second moment.
+        eps: is added to the root of the second moment.
     """
 
     keep: float
@@ -145,7 +155,7 @@ class AdamW(NamedTuple):
 
 @triton.jit
 def _live_rows(responses, n_R):
-    """1 for the rows that count, 0 for the others and for those beyond N."""
+    """[R], 1 for live rows, and 0 for other rows and beyond N."""
     inside_R = n_R < responses.number
     live_R = tl.where(inside_R, 1.0, 0.0)
     if responses.live_ptr is not None:
@@ -155,11 +165,11 @@ def _live_rows(responses, n_R):
 
 @triton.jit
 def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
-    """The ``Pull`` of the responses n."""
+    """The ``LogitGradients`` of the responses with the indices n."""
     k = tl.arange(0, KP)
     inside_R = n_R < responses.number
     live_R = _live_rows(responses, n_R)
-    # p and q from the logits. Columns beyond K have a logit of -inf, rows that are not live one of 0 for every reward.
+    # p and q follow from the logits. Columns beyond K have a logit of -inf; rows that are not live have logits of 0.
     mask_RK = (live_R > 0)[:, None] & (k < K)[None, :]
     place_RK = n_R[:, None] * K + k[None, :]
     z_RK = tl.load(responses.logits_ptr + place_RK, mask=mask_RK, other=0.0)
@@ -167,11 +177,11 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
     q_RK = tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK))
     p_RK = tl.where((k < K)[None, :], objective.span * q_RK + objective.floor, 0.0)
-    # Without a floor p may be 0, where nothing has a finite derivative: p counts as 1 there, and its slope as 0.
+    # Without a floor p may be 0, where log p has no finite derivative. There p counts as 1, and its slope as 0.
     possible_RK = p_RK > 0
     p_RK = tl.where(possible_RK, p_RK, 1.0)
     log_RK = tl.log(p_RK)
-    # The first term of J and of dJ/dp.
+    # The first term of J, and of dJ/dp, is that of the meta-rewards.
     if responses.actions_ptr is None:
         slope_RK = tl.load(responses.meta_ptr + place_RK, mask=mask_RK, other=0.0).to(tl.float32)
         gain_R = tl.sum(tl.where(possible_RK, p_RK, 0.0) * slope_RK, 1)
@@ -184,12 +194,12 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
             meta_R = meta_R * tl.minimum(tl.div_rn(now_R, drawn_R), objective.max_ratio)
         slope_RK = tl.where(chosen_RK, tl.div_rn(meta_R[:, None] + tl.zeros_like(p_RK), p_RK), 0.0)
         gain_R = meta_R * tl.sum(tl.where(chosen_RK, log_RK, 0.0), 1)
-    # The entropy's term, and from p to z.
+    # The second term is that of the entropy. Then follows the step from dJ/dp to dJ/dz.
     slope_RK = tl.where(possible_RK, slope_RK - objective.entropy_coef * (log_RK + 1.0), 0.0)
     centred_RK = slope_RK - tl.sum(slope_RK * q_RK, 1)[:, None]
     out_RK = -(objective.span / objective.tau) * q_RK * centred_RK
     gain_R -= objective.entropy_coef * tl.sum(tl.where(possible_RK, p_RK * log_RK, 0.0), 1)
-    return Pull(
+    return LogitGradients(
         d_logits_RK=tl.where(live_R[:, None] > 0, out_RK, 0.0),
         gain_R=tl.where(live_R > 0, gain_R, 0.0),
         live_R=live_R,
@@ -198,7 +208,7 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def _adamw(learned, place, mask, gradient, keep, adamw):
-    """Moves the elements at ``place`` by one step. ``keep`` is 1 for what does not decay, else that of ``adamw``."""
+    """Moves the elements at ``place`` by one step. ``keep`` is 1 for parameters without decay, else ``adamw.keep``."""
     parameter = tl.load(learned.parameter_ptr + place, mask=mask, other=0.0) * keep
     first = tl.load(learned.first_ptr + place, mask=mask, other=0.0)
     second = tl.load(learned.second_ptr + place, mask=mask, other=0.0)
@@ -210,7 +220,7 @@ def _adamw(learned, place, mask, gradient, keep, adamw):
     tl.store(learned.second_ptr + place, second, mask=mask)
 
 
-# --- a linear head ---
+# --- a linear network ---
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -251,7 +261,7 @@ def _linear(
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """BD columns of W. The first program moves the bias too, and stores J."""
+    """The step of BD columns of W. The first program moves the bias too, and stores J."""
     source = Source(x_ptr=h_ptr, stride=stride_hb, bounds_ptr=None, limit_ptr=None)
     responses = Responses(logits_ptr, actions_ptr, meta_ptr, drawn_ptr, live_ptr, N)
     objective = Objective(tau, span, floor, entropy_coef, max_ratio)
@@ -260,7 +270,7 @@ def _linear(
     bias = Learned(bias_ptr, bias_first_ptr, bias_second_ptr)
     column_D = tl.program_id(0) * BD + tl.arange(0, BD)
     k = tl.arange(0, KP)
-    # In registers: the gradients of this program, and per row of a step what is added up at the end.
+    # Registers hold the gradients of this program, and for each row of a step the sums of J and of live rows.
     d_weight_KD = tl.zeros([KP, BD], tl.float32)
     d_bias_K = tl.zeros([KP], tl.float32)
     gain_R = tl.zeros([R], tl.float32)
@@ -268,19 +278,19 @@ def _linear(
     # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        pull = _d_logits(responses, objective, n_R, K, KP)
-        rows = Rows(row_R=n_R, there_R=pull.live_R > 0, length_R=n_R)
+        gradients = _d_logits(responses, objective, n_R, K, KP)
+        rows = Rows(row_R=n_R, there_R=gradients.live_R > 0, length_R=n_R)
         x_RD = standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, "context", 1)
-        d_weight_KD = tl.dot(tl.trans(pull.d_logits_RK), x_RD, d_weight_KD, input_precision="tf32x3")
-        d_bias_K += tl.sum(pull.d_logits_RK, 0)
-        gain_R += pull.gain_R
-        count_R += pull.live_R
+        d_weight_KD = tl.dot(tl.trans(gradients.d_logits_RK), x_RD, d_weight_KD, input_precision="tf32x3")
+        d_bias_K += tl.sum(gradients.d_logits_RK, 0)
+        gain_R += gradients.gain_R
+        count_R += gradients.live_R
     # Sums become means over the live rows.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
     d_weight_KD = d_weight_KD * share
     d_bias_K = d_bias_K * share
-    # Without a live row nothing has been learnt, and no moment may decay either: the masks are empty then.
+    # Without a live row nothing may change, not even by the decay of moments. So the masks are empty then.
     limit = tl.where(count > 0, K, 0)
     place_KD = k[:, None] * d + column_D[None, :]
     mask_KD = (k < limit)[:, None] & (column_D < d)[None, :]
@@ -336,9 +346,11 @@ def _units(
     R: tl.constexpr,
     HT: tl.constexpr,
 ):
-    """HT hidden units of an MLP: du [N, H] of live rows, not yet divided by their number, and the step of their columns
-    of W2 and of their biases. The first program moves the last layer's bias too, and stores J and the number of live
-    rows."""
+    """The step of HT hidden units of an MLP: of their columns of W2 and of their biases.
+
+    It also stores du [N, H] of live rows, not yet divided by their number. The first program moves the last layer's
+    bias too, and stores J and the number of live rows.
+    """
     responses = Responses(logits_ptr, actions_ptr, meta_ptr, drawn_ptr, live_ptr, N)
     objective = Objective(tau, span, floor, entropy_coef, max_ratio)
     adamw = AdamW(keep, lerp1, beta2, lerp2, step_size, root, eps)
@@ -347,7 +359,7 @@ def _units(
     hidden_bias = Learned(hidden_bias_ptr, hidden_bias_first_ptr, hidden_bias_second_ptr)
     unit_H = tl.program_id(0) * HT + tl.arange(0, HT)
     k = tl.arange(0, KP)
-    # In registers: these columns of W2 as they were before the step, and the gradients of this program.
+    # Registers hold these columns of W2 as they are before the step, and the gradients of this program.
     place_KH = k[:, None] * H + unit_H[None, :]
     weight_KH = tl.load(weight_ptr + place_KH, mask=(k < K)[:, None] & (unit_H < H)[None, :], other=0.0)
     d_weight_KH = tl.zeros([KP, HT], tl.float32)
@@ -358,21 +370,21 @@ def _units(
     # The loop walks over all N responses, R at a time.
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
-        pull = _d_logits(responses, objective, n_R, K, KP)
-        mask_RH = (pull.live_R > 0)[:, None] & (unit_H < H)[None, :]
+        gradients = _d_logits(responses, objective, n_R, K, KP)
+        mask_RH = (gradients.live_R > 0)[:, None] & (unit_H < H)[None, :]
         place_RH = n_R[:, None] * H + unit_H[None, :]
-        # GELU(u) = u * below, and its derivative is below + u * density, of the normal distribution.
+        # GELU(u) = u * below, and its derivative is below + u * density. Both are of the normal distribution.
         u_RH = tl.load(u_ptr + place_RH, mask=mask_RH, other=0.0)
         below_RH = 0.5 * (1.0 + tl.erf(u_RH * 0.7071067811865476))
         density_RH = 0.3989422804014327 * tl.exp(-0.5 * u_RH * u_RH)
-        d_a_RH = tl.dot(pull.d_logits_RK, weight_KH, input_precision="tf32x3")
+        d_a_RH = tl.dot(gradients.d_logits_RK, weight_KH, input_precision="tf32x3")
         d_u_RH = d_a_RH * (below_RH + u_RH * density_RH)
-        d_weight_KH = tl.dot(tl.trans(pull.d_logits_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
+        d_weight_KH = tl.dot(tl.trans(gradients.d_logits_RK), u_RH * below_RH, d_weight_KH, input_precision="tf32x3")
         tl.store(d_u_ptr + place_RH, d_u_RH, mask=mask_RH)
         d_hidden_bias_H += tl.sum(d_u_RH, 0)
-        d_bias_K += tl.sum(pull.d_logits_RK, 0)
-        gain_R += pull.gain_R
-        count_R += pull.live_R
+        d_bias_K += tl.sum(gradients.d_logits_RK, 0)
+        gain_R += gradients.gain_R
+        count_R += gradients.live_R
     # Sums become means over the live rows. Without one the masks are empty, as in ``_linear``.
     count = tl.sum(count_R, 0)
     share = tl.div_rn(1.0, tl.maximum(count, 1.0))
@@ -421,14 +433,14 @@ def _first_layer(
     HT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A tile [HT, BD] of W1."""
+    """The step of a tile [HT, BD] of W1."""
     source = Source(x_ptr=h_ptr, stride=stride_hb, bounds_ptr=None, limit_ptr=None)
     responses = Responses(None, None, None, None, live_ptr, N)
     adamw = AdamW(keep, lerp1, beta2, lerp2, step_size, root, eps)
     weight = Learned(weight_ptr, first_ptr, second_ptr)
     unit_H = tl.program_id(0) * HT + tl.arange(0, HT)
     column_D = tl.program_id(1) * BD + tl.arange(0, BD)
-    # In registers: the gradient, [32, 32] by 128 threads. The loop walks over all N responses, R at a time.
+    # Registers hold the gradient [32, 32], 8 values a thread. The loop walks over all N responses, R at a time.
     d_weight_HD = tl.zeros([HT, BD], tl.float32)
     for n0 in range(0, N, R):
         n_R = (n0 + tl.arange(0, R)).to(tl.int64)
@@ -468,13 +480,13 @@ def _logits(
     HT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """z [N, K], and of an MLP u [N, H], from the parts of the first launch of ``conductor_weights``."""
+    """z [N, K], and for an MLP u [N, H], from the parts that the first launch of ``conductor_weights`` made."""
     tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=hidden_bias_ptr, weight_ptr=weight_ptr, batch=N, units=H)
     n_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = n_R < N
     k = tl.arange(0, KP)
     if MLP:
-        # u is stored on its way. ``logits_tile`` forms it once more, from parts that are in the cache by then.
+        # u is stored here. ``logits_tile`` computes it once more, from parts that are in the cache by then.
         for unit in range(0, H, HT):
             unit_H = unit + tl.arange(0, HT)
             mask_RH = inside_R[:, None] & (unit_H < H)[None, :]
@@ -486,14 +498,14 @@ def _logits(
 
 
 class Activations(NamedTuple):
-    """What an update reads of the network's forward, float32: the logits [N, K], and u [N, H] before an MLP's GELU."""
+    """What an update reads of the network's forward, float32: logits [N, K], and u [N, H] before an MLP's GELU."""
 
     logits: Tensor
     u: Tensor | None
 
 
 def activations(h: Tensor, params: ConductorParams) -> Activations:
-    """The activations of contexts [N, d]; N is at least 1."""
+    """Computes the activations of contexts [N, d]. N is at least 1."""
     number, rewards = h.shape[0], params.num_rewards
     mlp = params.hidden_weight is not None
     parts = network_parts(ContextSource(h), params, number)
@@ -516,7 +528,7 @@ def activations(h: Tensor, params: ConductorParams) -> Activations:
 
 @lru_cache(maxsize=64)
 def _logits_launch(rewards: int, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
-    constants = {"K": rewards, "KP": padded(rewards), "MLP": mlp, "R": rows, "HT": units, "SPLITS": splits}
+    constants = {"K": rewards, "KP": power_of_2(rewards), "MLP": mlp, "R": rows, "HT": units, "SPLITS": splits}
     return BoundLaunch(_logits, constants, num_warps=conductor_weights.tail_warps(mlp))
 
 
@@ -524,14 +536,14 @@ def _logits_launch(rewards: int, mlp: bool, rows: int, units: int, splits: int) 
 
 
 class Update(NamedTuple):
-    """J before the step, 0-dim, and the squares of the gradient in parts; float32."""
+    """J before the step as a scalar tensor, and parts of the sum of the gradient's squares; float32."""
 
     objective: Tensor
     squares: Tensor
 
     @property
     def grad_norm(self) -> Tensor:
-        """The norm of J's gradient over all parameters, 0-dim. It costs two launches, so only who asks for it pays."""
+        """The norm of J's gradient over all parameters, as a scalar tensor. It costs two launches when it is read."""
         return self.squares.sum().sqrt()
 
 
@@ -544,8 +556,9 @@ def conductor_update(
 
     Args:
         state: contiguous float32 tensors; its ``step`` counts this update.
-        batch: h [N, d] with contiguous columns, any floating dtype but float64, N at least 1; the others contiguous.
-        config: options.
+        batch: at least one row. ``h`` has contiguous columns and any floating dtype but float64; the others are
+            contiguous.
+        config: the options of the update.
         made: the ``activations`` of the batch's contexts under these parameters.
     """
     rewards = state.params.num_rewards
@@ -563,7 +576,7 @@ def conductor_update(
         **Objective.of(config, rewards)._asdict(),
         **AdamW.of(config, state.step)._asdict(),
         "K": rewards,
-        "KP": max(_PRODUCT_COLUMNS, padded(rewards)),
+        "KP": max(_PRODUCT_COLUMNS, power_of_2(rewards)),
     }
     if made.u is None:
         return Update(objective, _update_linear(state.params, batch.h, shared))
@@ -571,7 +584,7 @@ def conductor_update(
 
 
 def _learned_pointers(state: ConductorState, name: str) -> dict[str, Tensor]:
-    """A parameter and its moments by the names of the kernels' arguments."""
+    """A parameter and its moments, by the names that the kernels' arguments have."""
     return {
         f"{name}_ptr": state.params.learned[name],
         f"{name}_first_ptr": state.first[name],
@@ -580,7 +593,7 @@ def _learned_pointers(state: ConductorState, name: str) -> dict[str, Tensor]:
 
 
 def _update_linear(params: ConductorParams, h: Tensor, shared: dict[str, Tensor | float | None]) -> Tensor:
-    """Launches the update of a linear head; gives the squares of its gradient, one number per program."""
+    """Launches the update of a linear network. Returns the sum of the gradient's squares of each program."""
     tiles = blocks(h.shape[1], _COLUMNS)
     squares = torch.empty(tiles, device=h.device, dtype=torch.float32)
     _linear[(tiles,)](
@@ -606,7 +619,7 @@ def _update_mlp(
     adamw: AdamW,
     shared: dict[str, Tensor | float | None],
 ) -> Tensor:
-    """Launches the update of an MLP; gives the squares of its gradient, one number per program of either launch."""
+    """Launches the update of an MLP. Returns the sum of the gradient's squares of each program of both launches."""
     h, units = batch.h, u.shape[1]
     rows, tiles = blocks(units, _COLUMNS), blocks(h.shape[1], _COLUMNS)
     squares = torch.empty(rows + rows * tiles, device=h.device, dtype=torch.float32)

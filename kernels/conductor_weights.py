@@ -3,29 +3,30 @@
     z = network((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
-There are two launches. The first one forms parts of the layer that is as long as a context: a program takes some
-elements of d only, so that a small batch fills the GPU too. The parts are [splits, B, K] for a linear head and
-[splits, B, H] for the first layer of an MLP. The second launch adds the parts in their order and does the rest.
-Neither the number of parts nor the tiles depend on B, so the result of a response does not depend on B either.
+There are two launches. The first one computes parts of the layer that reads the context: each program takes only some
+of the d elements, so that a small batch fills the GPU, too. The parts are [splits, B, K] for a linear network and
+[splits, B, H] for the first layer of an MLP. The second launch adds the parts up in their order, and makes weights from
+them. Neither the number of parts nor the tiles depend on B, so the result of a response does not depend on B either.
 
 Times of the launches for B = 512, d = 4096, K = 8 in bfloat16, from a CUDA graph (``bench/results/gpu_tiles.md``):
 
-    first, linear      3 us were predicted: 4 MB of contexts at 3 TB/s take 1.4 us, and 2,900 instructions a scheduler
+    first, linear      3 us were predicted: 4 MB of contexts at 3 TB/s take 1.4 us, and 2,900 instructions per scheduler
                        take 1.7 us. 6.0 us were measured on an H100. The prediction left out that 1,024 programs of 4
-                       responses read 24 MB of weights and moments, mostly from L2. Programs of 16 responses read a
-                       fourth of that, but they move each tile through shared memory behind barriers, and took 7 to
-                       12 us.
-    first, MLP 256     11 us were predicted: 1.6 G multiply-adds of TF32 at 1,024 a cycle and processor take 7 us, and
-                       latencies come on top. 27.7 us were measured on an H200: both operands are split into two halves
-                       in registers, and the weights pass through shared memory a second time. Six products of bfloat16
-                       with weights that were split beforehand took 17.0 us, but every update would have to split them.
-    second             3 us were predicted, three waits for memory. On an H200 3.0 us were measured for a linear head
-                       and 9.5 us for an MLP, both with a loop over the parts. The loop has been unrolled since, so that
-                       all parts load at once: 2.5 us and 4 us are expected, not measured.
+                       responses read 24 MB of weights and moments, mostly from the L2 cache. Programs of 16 responses
+                       read a fourth of that, but they move each tile through shared memory, with barriers, and took 7
+                       to 12 us.
+    first, MLP 256     11 us were predicted: 1.6 G multiply-adds of TF32 at 1,024 per cycle and processor take 7 us, and
+                       latencies come on top. 27.7 us were measured on an H200. There both operands are split into two
+                       halves in registers, and the weights pass through shared memory a second time. Six products of
+                       bfloat16 with weights that were split beforehand took 17.0 us, but every update would have to
+                       split them.
+    second             3 us were predicted, for three waits for memory. On an H200 3.0 us were measured for a linear
+                       network and 9.5 us for an MLP, both with a loop over the parts. Since then the loop is unrolled,
+                       so that all parts load at once: 2.5 us and 4 us are expected, not measured.
 
-A linear head, and the last layer of an MLP, are plain multiply-adds in float32: the tiles of the tensor cores are at
-least 16 wide, so most of their work would be for rewards that do not exist. The first layer of an MLP goes through the
-tensor cores as three products of TF32, whose relative error is about 1e-6 of the sum of the terms' sizes, as for
+A linear network, and the last layer of an MLP, are computed by plain multiply-adds in float32. The tiles of the tensor
+cores are at least 16 wide, so most of their work would be for rewards that do not exist. The first layer of an MLP goes
+through the tensor cores as three products of TF32. Their error is about 1e-6 of the sum of the terms' sizes, as with
 float32. There is no backward kernel: ``kernels/conductor_update.py`` has the meta-gradient in closed form, and autograd
 goes through the reference of ``ops/conductor_weights.py``.
 
@@ -42,27 +43,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
+from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.pool_hidden import first_slot, segment
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, ContextSource, SourceKind
 
 # Sizes of tiles. The tests make some of them smaller.
 ROWS = 16  # responses of one program of the second launch
 UNITS = 64  # hidden units that the second launch holds in registers at a time
-_LINEAR_ROWS = 4  # responses of one program of a linear head, which is one warp
-_LINEAR_INNER = 64  # elements of d that it takes per step
-_LINEAR_UNROLLED = 4  # steps whose loads are under way together
-_LINEAR_SPLIT = 512  # elements of d of one part of a linear head
-_ACCUMULATORS = 2048  # of one program of a linear head: 64 registers of a thread
-_HIDDEN_ROWS = 64  # responses of one program of an MLP's first layer
-_HIDDEN = 64  # hidden units of one program of that layer
-_HIDDEN_INNER = 32  # elements of d that it takes per step
-_HIDDEN_SPLIT = 512  # elements of d of one part of that layer
+_LINEAR_ROWS = 4  # responses of one program of ``_linear``, which is one warp
+_LINEAR_INNER = 64  # elements of d that ``_linear`` takes per step
+_LINEAR_UNROLLED = 4  # steps of ``_linear`` whose loads are under way together
+_LINEAR_SPLIT = 512  # elements of d of one part of a linear network
+_ACCUMULATORS = 2048  # partial sums of one program of ``_linear``, which take 64 registers of each thread
+_HIDDEN_ROWS = 64  # responses of one program of ``_hidden``
+_HIDDEN = 64  # hidden units of one program of ``_hidden``
+_HIDDEN_INNER = 32  # elements of d that ``_hidden`` takes per step
+_HIDDEN_SPLIT = 512  # elements of d of one part of an MLP's first layer
 
 
 @triton.jit
 def uniform(seed, step, index_R):
-    """The numbers of ``ops/philox.py`` for the global response indices (int64): [0, 1) in multiples of 2^-24."""
+    """The random numbers of ``ops/philox.py`` for global response indices (int64), multiples of 2^-24 in [0, 1)."""
     # The counter is (low word of the index, high word of the index, step, 0), the key is the seed.
     low_R = index_R.to(tl.uint32)
     high_R = (index_R >> 32).to(tl.uint32)
@@ -74,17 +75,18 @@ def uniform(seed, step, index_R):
 
 # --- records of jitted functions: arguments that travel together ---
 #
-# They hold what is known at run time. What is known when a kernel is compiled is passed beside them, in capitals, since
-# Triton turns the compile-time fields of a record into tensors where the record is assigned to a variable.
+# Records hold values that are known at run time. Compile-time constants, in capitals, are separate arguments, because
+# Triton would turn those fields of a record into tensors where the record is assigned to a variable.
 
 
 class Source(NamedTuple):
     """Where the contexts are, see ``specs.ContextSource``.
 
     Attributes:
-        x_ptr, stride: the rows and the distance between them. For means x holds the sums of chunks [slots, d] that
+        x_ptr, stride: the rows and the distance between them. For means the rows are the sums of chunks [slots, d] that
             ``kernels/pool_hidden.py`` made of the hidden states.
-        bounds_ptr, limit_ptr: where each response begins and ends, and how many of its hidden states count.
+        bounds_ptr: where each response begins and ends; None for contexts.
+        limit_ptr: how many hidden states of each response count; None for all.
     """
 
     x_ptr: tl.tensor
@@ -94,7 +96,13 @@ class Source(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """R responses: their first row of x, whether they have a context (one without tokens has none), their tokens."""
+    """R responses.
+
+    Attributes:
+        row_R: the first row of x of each response.
+        there_R: whether the response has a context. One without tokens has none.
+        length_R: the number of its tokens.
+    """
 
     row_R: tl.tensor
     there_R: tl.tensor
@@ -102,12 +110,12 @@ class Rows(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What turns the parts of the first launch into logits.
+    """The inputs of the step from the parts of the first launch to logits.
 
     Attributes:
-        parts_ptr: [splits, B, K] of a linear head, [splits, B, H] of an MLP.
-        hidden_bias_ptr, weight_ptr: of an MLP; a linear head needs neither.
-        batch, units: B and H.
+        parts_ptr: [splits, B, K] for a linear network, [splits, B, H] for an MLP.
+        hidden_bias_ptr, weight_ptr: the hidden bias and the last layer's weight of an MLP; not read for a linear one.
+        batch, units: B, and H or K.
     """
 
     parts_ptr: tl.tensor
@@ -118,13 +126,13 @@ class Tail(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A ``specs.ConductorChoice`` as the kernels take it, rounded once, on the host.
+    """A ``specs.ConductorChoice`` as the kernels take it. Its numbers are rounded once, on the host.
 
     Attributes:
         tau, floor, alpha: tau, min_prob and alpha of the choice.
         span: 1 - K floor.
         equal: (1 - alpha) / K.
-        seed, step, offset: key of the draws.
+        seed, step, offset: the key of the draws.
     """
 
     tau: float
@@ -138,6 +146,7 @@ class Draw(NamedTuple):
 
     @staticmethod
     def of(choice: ConductorChoice, rewards: int) -> Draw:
+        """The numbers for K = ``rewards``."""
         return Draw(
             tau=float(choice.tau),
             span=1.0 - rewards * choice.min_prob,
@@ -155,7 +164,7 @@ class Draw(NamedTuple):
 
 @triton.jit
 def context_rows(source, b_R, inside_R, SOURCE: tl.constexpr, HAS_LIMIT: tl.constexpr, CHUNK: tl.constexpr):
-    """The ``Rows`` of responses b (int64), of which those ``inside`` exist. SOURCE is a ``specs.SourceKind``."""
+    """The ``Rows`` of the responses b (int64); ``inside`` says which of them exist. SOURCE is a ``SourceKind``."""
     if SOURCE == "context":
         return Rows(row_R=b_R, there_R=inside_R, length_R=b_R)
     else:
@@ -169,7 +178,7 @@ def context_rows(source, b_R, inside_R, SOURCE: tl.constexpr, HAS_LIMIT: tl.cons
 
 @triton.jit
 def context_tile(source, rows, column_D, d, SOURCE: tl.constexpr, CHUNK: tl.constexpr):
-    """The contexts [R, BD] in float32, 0 where there is none."""
+    """Some columns of the contexts, float32 [R, BD]. They are 0 for a response without a context."""
     mask_RD = rows.there_R[:, None] & (column_D < d)[None, :]
     if SOURCE == "mean":
         h_RD = tl.zeros(mask_RD.shape, tl.float32)
@@ -187,7 +196,7 @@ def context_tile(source, rows, column_D, d, SOURCE: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit
 def standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, SOURCE: tl.constexpr, CHUNK: tl.constexpr):
-    """x = (h - mean) * rstd, [R, BD] in float32; -mean * rstd for a response without a context."""
+    """x = (h - mean) * rstd, float32 [R, BD]. It is -mean * rstd for a response without a context, whose h is 0."""
     h_RD = context_tile(source, rows, column_D, d, SOURCE, CHUNK)
     mean_D = tl.load(mean_ptr + column_D, mask=column_D < d, other=0.0)
     rstd_D = tl.load(rstd_ptr + column_D, mask=column_D < d, other=0.0)
@@ -196,7 +205,7 @@ def standardised_tile(source, rows, mean_ptr, rstd_ptr, column_D, d, SOURCE: tl.
 
 @triton.jit
 def hidden_tile(tail, b_R, inside_R, unit_H, SPLITS: tl.constexpr):
-    """The hidden layer before its GELU, u [R, HT]: the parts of the first launch in their order, then the bias.
+    """The hidden layer before its GELU, u [R, HT]: the parts of the first launch, added in their order, and the bias.
 
     The loop over the parts is unrolled, so that the loads of all of them are under way at once.
     """
@@ -217,8 +226,8 @@ def logits_tile(
     R: tl.constexpr = b_R.shape[0]
     k = tl.arange(0, KP)
     if MLP:
-        # Products stay apart by unit until the end, so that one reduction over units is enough. The tile
-        # [16, 8, 64] takes 64 registers of a thread with four warps.
+        # Products are kept apart by hidden unit until the end, so that one reduction over units is enough. The tile
+        # [16, 8, 64] takes 64 registers of each thread of four warps.
         sum_RKH = tl.zeros([R, KP, HT], tl.float32)
         for unit in range(0, tail.units, HT):
             unit_H = unit + tl.arange(0, HT)
@@ -230,7 +239,7 @@ def logits_tile(
             sum_RKH += a_RH[:, None, :] * weight_KH[None, :, :]
         return tl.sum(sum_RKH, 2)
     else:
-        # The parts of a linear head are logits already. Unrolled as in ``hidden_tile``.
+        # The parts of a linear network are parts of the logits. The loop is unrolled as in ``hidden_tile``.
         mask_RK = inside_R[:, None] & (k < K)[None, :]
         z_RK = tl.zeros([R, KP], tl.float32)
         for s in tl.static_range(SPLITS):
@@ -241,7 +250,7 @@ def logits_tile(
 
 @triton.jit
 def over_rewards(x_RK, K: tl.constexpr):
-    """The sum [R] of x [R, KP] over the K rewards in their order: the layout of the tile cannot change its bits."""
+    """The sum [R] of x [R, KP] over the K rewards in their order, so that the tile's layout cannot change its bits."""
     k = tl.arange(0, x_RK.shape[1])
     total_R = tl.sum(tl.where((k == 0)[None, :], x_RK, 0.0), 1)
     for i in tl.static_range(1, K):
@@ -251,7 +260,10 @@ def over_rewards(x_RK, K: tl.constexpr):
 
 @triton.jit
 def decide(z_RK, b_R, inside_R, bias_ptr, out, draw, K: tl.constexpr, SOFT: tl.constexpr):
-    """Stores what follows from the logits z [R, KP]: ``out`` is a ``ConductorSample`` of pointers."""
+    """Stores weights, actions, log-probs, entropy and probabilities that follow from the logits z [R, KP].
+
+    ``out`` is a ``ConductorSample`` of pointers.
+    """
     k = tl.arange(0, z_RK.shape[1])
     z_RK = z_RK + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     # p = span * softmax(z / tau) + floor; columns beyond K have a logit of -inf and a probability of 0.
@@ -262,8 +274,8 @@ def decide(z_RK, b_R, inside_R, bias_ptr, out, draw, K: tl.constexpr, SOFT: tl.c
     if SOFT:
         a_R = tl.argmax(tl.where((k < K)[None, :], p_RK, -1.0), 1)
     else:
-        # The action is the first one whose cumulated probability exceeds u. The sum runs over the rewards one after
-        # the other, as on every backend, so that all of them draw the same action.
+        # The action is the first one whose cumulative probability exceeds u. The probabilities are added one after the
+        # other, as on every backend, so that all backends draw the same action.
         u_R = uniform(draw.seed, draw.step, b_R + draw.offset)
         total_R = tl.zeros_like(u_R)
         a_R = tl.zeros(u_R.shape, tl.int32)
@@ -271,7 +283,7 @@ def decide(z_RK, b_R, inside_R, bias_ptr, out, draw, K: tl.constexpr, SOFT: tl.c
             total_R += tl.sum(tl.where(k[None, :] == i, p_RK, 0.0), 1)
             a_R += (u_R >= total_R).to(tl.int32)
     chosen_RK = k[None, :] == a_R[:, None]
-    # Without a floor a probability may be 0: its logarithm is -inf if it was chosen, and counts as 0 in the entropy.
+    # Without a floor a probability may be 0. Its logarithm is -inf if it was chosen, and counts as 0 in the entropy.
     log_RK = tl.log(tl.where(p_RK > 0, p_RK, 1.0))
     log_R = tl.sum(tl.where(chosen_RK, tl.where(p_RK > 0, log_RK, float("-inf")), 0.0), 1)
     w_RK = p_RK if SOFT else draw.equal + tl.where(chosen_RK, draw.alpha, 0.0)
@@ -310,16 +322,16 @@ def _linear(
     UNROLLED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One part of the logits of R responses: parts [splits, B, K], from STEPS * UNROLLED * BD elements of d."""
+    """One part of the logits of R responses, from STEPS * UNROLLED * BD elements of d. The parts are [splits, B, K]."""
     source = Source(x_ptr=x_ptr, stride=stride_xb, bounds_ptr=bounds_ptr, limit_ptr=limit_ptr)
-    # Neighbouring programs take the parts of d of the same responses.
+    # Neighbouring programs take different parts of d of the same responses.
     b_R = (tl.program_id(0) // SPLITS).to(tl.int64) * R + tl.arange(0, R)
     inside_R = b_R < B
     s = tl.program_id(0) % SPLITS
     rows = context_rows(source, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     k = tl.arange(0, KP)
-    # Products stay apart by column until the end: then one reduction for each response and reward is enough, where
-    # every step would need one. [4, 8, 64] is 64 registers of a thread of the only warp.
+    # Products are kept apart by column until the end, so that one reduction for each response and reward is enough,
+    # instead of one per step. The tile [4, 8, 64] takes 64 registers of each thread of the only warp.
     sum_RKD = tl.zeros([R, KP, BD], tl.float32)
     # The loops walk over this part of d. The inner one is unrolled, so that loads of later steps are under way while
     # earlier ones are multiplied.
@@ -355,7 +367,7 @@ def _hidden(
     HT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One part of HT hidden units of R responses: parts [splits, B, H], from SPLIT elements of d."""
+    """One part of HT hidden units of R responses, from SPLIT elements of d. The parts are [splits, B, H]."""
     source = Source(x_ptr=x_ptr, stride=stride_xb, bounds_ptr=bounds_ptr, limit_ptr=limit_ptr)
     b_R = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside_R = b_R < B
@@ -363,7 +375,7 @@ def _hidden(
     s = tl.program_id(2)
     rows = context_rows(source, b_R, inside_R, SOURCE, HAS_LIMIT, CHUNK)
     end = tl.minimum((s + 1) * SPLIT, d)
-    # [64, 64] accumulators are 32 registers of a thread with four warps.
+    # The accumulators [64, 64] take 32 registers of each thread of four warps.
     part_RH = tl.zeros([R, HT], tl.float32)
     # The loop walks over this part of d. tf32x3 splits both operands into two halves in registers; the halves of the
     # weights then go back to shared memory, where the tensor cores read them.
@@ -378,13 +390,13 @@ def _hidden(
 
 
 def network_parts(contexts: ContextSource, params: ConductorParams, batch: int, chunk: int = 1) -> Tensor:
-    """The first launch: parts [splits, B, K] of a linear head, or [splits, B, H] of an MLP's first layer, without bias.
+    """The first launch: parts of a linear network [splits, B, K], or of an MLP's first layer [splits, B, H]; no bias.
 
     Args:
-        contexts: the kind "mean" wants the sums of chunks in ``x``, as ``pool_hidden.chunk_sums`` makes them.
+        contexts: contexts or hidden states. With the kind "mean", ``x`` has to be ``pool_hidden.chunk_sums`` of them.
         params: contiguous float32.
         batch: B, at least 1.
-        chunk: tokens of a chunk with the kind "mean".
+        chunk: the tokens of a chunk with the kind "mean".
     """
     mlp = params.hidden_weight is not None
     weight = params.weight if params.hidden_weight is None else params.hidden_weight
@@ -416,7 +428,7 @@ def network_parts(contexts: ContextSource, params: ConductorParams, batch: int, 
 
 
 class _LinearTile(NamedTuple):
-    """How the work of ``_linear`` is cut: R, BD, STEPS, UNROLLED and SPLITS."""
+    """How the work of ``_linear`` is divided. The fields are its constants R, BD, STEPS, UNROLLED and SPLITS."""
 
     rows: int
     inner: int
@@ -426,9 +438,11 @@ class _LinearTile(NamedTuple):
 
     @staticmethod
     def of(rewards: int, split: int, splits: int) -> _LinearTile:
-        """The tile for ``split`` elements of d. More than eight rewards leave room for fewer responses, then for fewer
-        columns. All sizes are powers of 2."""
-        columns = padded(rewards)
+        """The tile for ``split`` elements of d, with powers of 2 as sizes.
+
+        With more than eight rewards there is room for fewer responses, and with still more for fewer columns.
+        """
+        columns = power_of_2(rewards)
         rows = max(1, min(_LINEAR_ROWS, _ACCUMULATORS // (columns * _LINEAR_INNER)))
         inner = max(16, min(_LINEAR_INNER, _ACCUMULATORS // (columns * rows)))
         steps = max(1, blocks(split, inner))
@@ -437,7 +451,7 @@ class _LinearTile(NamedTuple):
 
 
 class _HiddenTile(NamedTuple):
-    """How the work of ``_hidden`` is cut: SPLIT, R, HT and BD."""
+    """How the work of ``_hidden`` is divided. The fields are its constants SPLIT, R, HT and BD."""
 
     split: int
     rows: int
@@ -449,7 +463,7 @@ class _HiddenTile(NamedTuple):
 def _linear_launch(kind: SourceKind, has_limit: bool, chunk: int, rewards: int, tile: _LinearTile) -> BoundLaunch:
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOURCE": kind,
         "HAS_LIMIT": has_limit,
         "CHUNK": chunk,
@@ -459,7 +473,7 @@ def _linear_launch(kind: SourceKind, has_limit: bool, chunk: int, rewards: int, 
         "UNROLLED": tile.unrolled,
         "SPLITS": tile.splits,
     }
-    # Left to itself the compiler gives a program of one warp 168 registers at times, and spills.
+    # Without maxnreg the compiler sometimes gives a program of one warp only 168 registers, and spills.
     return BoundLaunch(_linear, constants, num_warps=1, maxnreg=248, enable_fp_fusion=True)
 
 
@@ -509,7 +523,7 @@ def _weights(
     HT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The choice of R responses from the parts of the first launch."""
+    """Weights and actions of R responses, from the parts of the first launch."""
     tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=hidden_bias_ptr, weight_ptr=weight_ptr, batch=B, units=H)
     out = ConductorSample(weights_ptr, actions_ptr, log_probs_ptr, entropy_ptr, probs_ptr)
     draw = Draw(tau, span, floor, equal, alpha, seed, step, offset)
@@ -520,12 +534,12 @@ def _weights(
 
 
 def conductor_weights(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
-    """Launches what ``ops.conductor_weights`` has checked.
+    """Launches the kernels on arguments that ``ops.conductor_weights`` has checked.
 
     Args:
         h: [B, d], float32, float16 or bfloat16; columns are contiguous.
         params: contiguous float32.
-        choice: its ``offset`` + B is below 2^63.
+        choice: how weights are chosen; ``offset`` + B is below 2^63.
     """
     if h.shape[0] == 0:
         return ConductorSample.empty(0, params.weight)
@@ -533,7 +547,7 @@ def conductor_weights(h: Tensor, params: ConductorParams, choice: ConductorChoic
 
 
 def weights_of(parts: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
-    """The second launch, from the ``network_parts`` of at least one response."""
+    """The second launch, which takes the ``network_parts`` of at least one response."""
     splits, batch, units = parts.shape
     rewards = params.num_rewards
     out = ConductorSample.empty(batch, params.weight)
@@ -555,7 +569,7 @@ def weights_of(parts: Tensor, params: ConductorParams, choice: ConductorChoice) 
 def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int, splits: int) -> BoundLaunch:
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOFT": soft,
         "MLP": mlp,
         "R": rows,
@@ -566,15 +580,10 @@ def _weights_launch(rewards: int, soft: bool, mlp: bool, rows: int, units: int, 
 
 
 def sample_pointers(out: ConductorSample) -> dict[str, Tensor]:
-    """The outputs by the names of the kernels' arguments."""
+    """The outputs, by the names that the kernels' arguments have."""
     return {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
 
 
 def tail_warps(mlp: bool) -> int:
-    """Warps of a program that adds parts up. One warp needs no barriers, but a hidden layer is too much for it."""
+    """The warps of a program that adds parts up. One warp needs no barriers, but is too small for a hidden layer."""
     return 4 if mlp else 1
-
-
-def padded(rewards: int) -> int:
-    """The width of a tile of rewards, a power of 2."""
-    return 1 << (rewards - 1).bit_length()

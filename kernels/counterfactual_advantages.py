@@ -3,16 +3,16 @@
     s_j(a)   = sum_k w_k(a) r'_jk - beta * KL_j              score of response j under the weights of action a
     cf[j, a] = (s_j(a) - mean) / (std + eps)                 over the group with s_j replaced by s_j(a)
 
-With n' others, their maximum t, mean t + m and squares M around it, and D = (s_j(a) - t) - m:
+Let t be the maximum of the n' others, t + m their mean, M the sum of squares around it, and D = (s_j(a) - t) - m. Then
 
     s_j(a) - mean = D n' / (n' + 1)          leave_one_out: D
     std^2         = (M + D^2 n' / (n' + 1)) / (n' + 1 - ddof)
 
-so one [G, G] tile of the others' scores serves all actions. M is summed around its own mean and D subtracts t first,
+So one [G, G] tile of the others' scores serves all actions. M is summed around its own mean, and D subtracts t first,
 so that nothing cancels, and D and M are exactly 0 where all scores are the same.
 
-A program takes ``_ROWS`` responses j of one group and all actions. Its tiles are [1, BG] for the group as it is, which
-every program of the group computes anew, [BJ, BG] for the others of each j, and [BJ, BA] for the actions.
+A program takes ``_ROWS`` responses j of one group, and all actions. Its tiles are [1, BG] for the group as it is (every
+program of the group computes it again), [BJ, BG] for the others of each j, and [BJ, BA] for the actions.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from maestro_fast.kernels.moments import over
 from maestro_fast.specs import AdvantageProfile
 
 _ROWS = 16  # responses j of one program
-_LARGEST = 1024  # responses of a group
+_LARGEST = 1024  # responses of the largest group
 
 
 class Own(NamedTuple):
-    """Of the BJ responses of a program: their rows in the batch, which of them exist, and their places in the group."""
+    """The BJ responses of a program: their rows in the batch, whether they exist, and their places in the group."""
 
     rows_J: tl.tensor
     inside_J: tl.tensor
@@ -51,7 +51,7 @@ class Own(NamedTuple):
 
 
 class Actions(NamedTuple):
-    """float32 [A, K] in device memory, contiguous; ``a`` [BA] counts the actions."""
+    """The weights of A actions, contiguous float32 [A, K] in device memory, and their indices ``a`` [BA]."""
 
     weights_ptr: tl.tensor
     a: tl.tensor
@@ -85,10 +85,10 @@ def _own_factors(own, actions, inputs, zero_JA, K: tl.constexpr, RENORMALIZE: tl
 
 @triton.jit
 def _raw_scores(rows_1G, inside_1G, factor_1G, own_JG, own_factor_JA, actions, inputs, rules, K: tl.constexpr):
-    """Scores before the KL: of the group as it is [1, BG], and of its responses j under each action [BJ, BA]."""
+    """Scores before the KL: of the group as it is [1, BG], and of the responses j under each action [BJ, BA]."""
     raw_1G = tl.zeros(rows_1G.shape, tl.float32)
     own_raw_JA = tl.zeros(own_factor_JA.shape, tl.float32)
-    for k in tl.static_range(K):  # one reward at a time, since [BJ, BG] and [BJ, BA] fill the registers
+    for k in tl.static_range(K):  # one reward at a time, because [BJ, BG] and [BJ, BA] fill the registers
         reward_ptr = inputs.rewards_ptr + rows_1G * inputs.stride_rb + k * inputs.stride_rk
         reward_1G = tl.load(reward_ptr, mask=inside_1G, other=float("nan"))
         weight_ptr = inputs.weights_ptr + rows_1G * inputs.stride_wb + k * inputs.stride_wk
@@ -106,8 +106,8 @@ def _raw_scores(rows_1G, inside_1G, factor_1G, own_JG, own_factor_JA, actions, i
 
 @triton.jit
 def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rules):
-    """The advantages [BJ, BA] of responses j with the scores own [BJ, BA], among the scores of the others."""
-    # Count, maximum t, mean m and squares M of the others of each j.
+    """The advantages [BJ, BA] of the responses j, whose scores are own [BJ, BA], compared with the other responses."""
+    # First count, maximum t, mean m and squares M of the others of each j.
     count_J = tl.sum(others_JG.to(tl.float32), 1)
     top_J = tl.max(tl.where(others_JG, score_1G, float("-inf")), 1)
     top_J = tl.where(top_J == float("-inf"), 0.0, top_J)  # there are no others
@@ -115,11 +115,11 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
     mean_J = tl.div_rn(tl.sum(shifted_JG, 1), tl.maximum(count_J, 1.0))
     off_JG = tl.where(others_JG, shifted_JG - mean_J[:, None], 0.0)
     squares_J = tl.sum(off_JG * off_JG, 1)
-    # Spread is judged before the KL.
+    # Whether there is any spread is decided before the KL.
     high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
     low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
     flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
-    # Maxima leave NaN out, sums do not.
+    # A NaN counts as spread. Maxima pass over NaN, sums do not.
     flat_JA = flat_JA & (squares_J == squares_J)[:, None] & (own_raw_JA == own_raw_JA)
 
     delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]  # D
@@ -148,7 +148,7 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
 def _counterfactual_tile(
     rows_1G, inside_1G, g, own, actions, inputs, rules, K: tl.constexpr, BJ: tl.constexpr, BA: tl.constexpr
 ):
-    """cf [BJ, BA] of the responses ``own`` of the group in ``rows_1G``, whose slots are ``g``."""
+    """cf [BJ, BA] of the responses ``own``. Their group has the responses ``rows_1G`` in its slots ``g``."""
     live_1G, factor_1G = live_factors(rows_1G, inside_1G, inputs, K, 1, rules.RENORMALIZE)
     zero_JA = tl.zeros([BJ, BA], tl.float32)
     own_live_JA, own_factor_JA = _own_factors(own, actions, inputs, zero_JA, K, rules.RENORMALIZE)
@@ -198,7 +198,7 @@ def _counterfactuals(
     BG: tl.constexpr,
     BA: tl.constexpr,
 ):
-    """One program: all actions of BJ responses of a group."""
+    """One program computes all actions of BJ responses of a group."""
     inputs = Inputs(
         rewards_ptr=rewards_ptr,
         weights_ptr=weights_ptr,
@@ -259,17 +259,18 @@ def counterfactual_advantages(
 ) -> Tensor:
     """Launches the kernel on arguments that ``ops.counterfactual_advantages`` has checked.
 
-    One launch does; rewards over the batch cost a second one.
+    There is one launch, and one before it for rewards that are normalised over the batch.
 
     Args:
         rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
         action_weights_AK: float32 [A, K], contiguous.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        profile: one that compares scores within groups.
-        kl: [B], contiguous.
+        profile: a profile that compares scores within groups.
+        kl: [B], contiguous, or None.
+        beta: the coefficient of the KL.
 
     Raises:
-        ValueError: a group of more than 1,024.
+        ValueError: a group has more than 1,024 responses.
     """
     (batch, rewards), actions = rewards_BK.shape, action_weights_AK.shape[0]
     number, size = index_NG.shape

@@ -4,18 +4,18 @@
     s    = sum_k w_k r'_k  -  beta * KL        the score of a response
     A    = (s - mean) / (std + eps)            over the profile's scopes
 
-One launch does where every scope is a group, or where one program holds the batch (``_WHOLE`` elements). A larger
-batch under a profile with a batch or token scope takes a second launch for the scores and, before both, one for rewards
-that are themselves normalised over the batch. No program waits for another, so there are no counters and no atomics,
-and every sum has one order. The programs of the second launch all repeat the same reduction over the B scores, which
-are in L2.
+One launch is enough where every scope is a group, or where one program holds the whole batch (up to ``_WHOLE`` slots of
+groups). A larger batch under a profile with a batch or token scope takes a second launch, which finishes the scores. If
+the rewards themselves are normalised over the batch, one more launch comes before both. No program waits for another,
+so there are no counters and no atomics, and every sum has one order. All programs of the second launch repeat the same
+reduction over the B scores, which are in the L2 cache.
 
-For B = 4,096, K = 8, G = 16 in a CUDA graph on an H200: 3.1 us with the profile grpo (2.7 in another run), 4.4 (3.8)
-with maestro, where a copy of as many bytes takes 3.5 to 3.8. One reward after the other took 3.4 and 6.0 us on an H100:
-what counts is the chain of dependent instructions, so a tile holds as many rewards as fit into its registers.
+For B = 4,096, K = 8, G = 16 in a CUDA graph on an H200, the profile grpo took 3.1 us (2.7 in another run) and maestro
+4.4 (3.8), where a copy of as many bytes takes 3.5 to 3.8. With one reward after the other they took 3.4 and 6.0 us on
+an H100. The chain of dependent instructions decides, so a tile holds as many rewards as fit into its registers.
 
-Rewards are added in the order of K, like everywhere in this package, and nothing is contracted into an FMA, so that
-equal rows get equal scores. There is no backward kernel: autograd goes through the reference of
+Rewards are added in the order of K, like everywhere in this package, and no product and sum are fused into an FMA, so
+that equal rows get equal scores. There is no backward kernel: autograd goes through the reference of
 ``ops/group_advantages.py``.
 """
 
@@ -33,15 +33,16 @@ from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
 from maestro_fast.specs import AdvantageProfile, GroupAdvantages
 
-TILE = 16  # responses of one program: one warp reduces them without a barrier
+TILE = 16  # responses of one program, which one warp reduces without a barrier
 _PER_THREAD = 8  # rewards that a thread holds at a time
-_WHOLE = 2048  # the largest batch that one program holds in registers
-_MOST = 8192  # the largest group
+_WHOLE = 2048  # slots of the largest batch that one program holds in registers
+_MOST = 8192  # responses of the largest group
 _SCAN = 1024  # responses per step of the reductions over a batch
-_LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)  # bits between the launches: live; the advantage is 0
+# Bits of the state of a response that the first launch hands to the second: it is live; its advantage is 0.
+_LIVE, _ZERO = tl.constexpr(1), tl.constexpr(2)
 
 
-# --- what device functions pass on together ---
+# --- records of device functions: arguments that travel together ---
 
 
 class Inputs(NamedTuple):
@@ -50,9 +51,9 @@ class Inputs(NamedTuple):
     Attributes:
         rewards_ptr, weights_ptr: float32 [B, K] at the strides below; a NaN reward abstained.
         kl_ptr: [B], or None for scores without a KL.
-        lengths_ptr: [B], the tokens of each completion, for the scope "tokens".
-        moments_ptr: float32 [K, 4] of ``_reward_moments``, for rewards whose scope is "split".
-        beta: the KL's coefficient.
+        lengths_ptr: [B], the tokens of each completion; None without the scope "tokens".
+        moments_ptr: float32 [K, 4] of ``_reward_moments``; None unless the scope of rewards is "split".
+        beta: the coefficient of the KL.
     """
 
     rewards_ptr: tl.tensor
@@ -68,11 +69,11 @@ class Inputs(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """An ``AdvantageProfile`` as the compiler takes it: all but the epsilons are compile-time constants.
+    """An ``AdvantageProfile`` as kernels take it. All but the epsilons are compile-time constants.
 
-    Triton keeps these constants only where a ``Rules`` is made in the call that takes it, not where it is assigned.
-    A scope is what the profile says, where "batch" and "tokens" mean that a tile holds the batch; or it is "split",
-    because the batch is larger than a tile.
+    Triton keeps these constants only if the ``Rules`` is made in the call that takes it; assigned to a variable, they
+    would become tensors. A scope is the profile's own scope if a tile holds all elements of the scope. Otherwise, that
+    is for a batch that is larger than a tile, it is "split".
     """
 
     reward_eps: tl.tensor
@@ -88,10 +89,10 @@ class Rules(NamedTuple):
 
 
 class Series(NamedTuple):
-    """B numbers in device memory, of which mean and deviation are wanted.
+    """B numbers in device memory, whose mean and deviation are computed.
 
-    The KIND of the series, a constant, says which count: of "reward" those that are not NaN; of "score" those that
-    ``state_ptr`` marks as live; of "tokens" the same, each as often as ``lengths_ptr`` says.
+    The constant KIND says which numbers count. In a "reward" series, those that are not NaN count. In a "score" series,
+    those that ``state_ptr`` marks as live. In a "tokens" series the same, each as often as ``lengths_ptr`` says.
     """
 
     values_ptr: tl.tensor
@@ -106,7 +107,7 @@ class Series(NamedTuple):
 
 @triton.jit
 def normalized(reward, live, k, moments_ptr, rules):
-    """Rewards over the profile's scopes; 0 where not live, and where no other is live in their scope.
+    """Rewards normalised over the profile's scopes; 0 where not live, or where no other is live in their scope.
 
     The tile is [BN, BG] of one reward k, or [BN, BG, KB] of the rewards k [1, 1, KB].
     """
@@ -116,7 +117,7 @@ def normalized(reward, live, k, moments_ptr, rules):
         counted = live.to(tl.float32)
         zero = tl.zeros_like(reward)
         if rules.REWARD_CENTER == "split":
-            # The scope is larger than the tile, and its moments were computed before: maximum, mean below it, ...
+            # The scope is larger than the tile. A launch before has stored maximum, mean minus maximum, ...
             top, mean = tl.load(moments_ptr + 4 * k), tl.load(moments_ptr + 4 * k + 1)
             out = tl.where(live, reward - top, 0.0) - mean
         else:
@@ -127,7 +128,7 @@ def normalized(reward, live, k, moments_ptr, rules):
             std = deviation(reward, live, counted, rules.REWARD_SCALE, rules.DDOF, rules.RAW)
             out = over(out, std + rules.reward_eps)
         SCOPE: tl.constexpr = rules.REWARD_CENTER if rules.REWARD_SCALE == "none" else rules.REWARD_SCALE
-        # One value has no place among others, unless the profile keeps the raw value of a group of one.
+        # A single value has nothing to be compared with, and becomes 0 unless the profile keeps it raw.
         if SCOPE == "split":
             out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)  # ... and live elements
         elif SCOPE == "batch" or not rules.RAW:
@@ -137,8 +138,10 @@ def normalized(reward, live, k, moments_ptr, rules):
 
 @triton.jit
 def add_in_order(total_NG, x_NGK, KB: tl.constexpr):
-    """total [BN, BG] plus the elements of the last axis, one after the other: neither the layout of the tile nor the
-    number of rewards that it holds can change the bits of a sum over all rewards."""
+    """Adds the elements of the last axis to total [BN, BG], one after the other.
+
+    So neither the layout of the tile nor the number of rewards that it holds changes the bits of a sum over rewards.
+    """
     if KB == 1:
         return total_NG + tl.sum(x_NGK, 2)
     else:
@@ -150,7 +153,7 @@ def add_in_order(total_NG, x_NGK, KB: tl.constexpr):
 
 @triton.jit
 def live_factors(rows_NG, inside_NG, inputs, K: tl.constexpr, KB: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """Which responses count, and the factor by which the weights of their live rewards are scaled up."""
+    """Which responses count, and the factor that scales the weights of their live rewards up, both [BN, BG]."""
     whole_NG = tl.zeros(rows_NG.shape, tl.float32)  # the sum of a row's weights
     rest_NG = tl.zeros(rows_NG.shape, tl.float32)  # the part of it that lies on live rewards
     present_NG = tl.zeros(rows_NG.shape, tl.int32)  # how many of its rewards are live
@@ -169,7 +172,7 @@ def live_factors(rows_NG, inside_NG, inputs, K: tl.constexpr, KB: tl.constexpr, 
     factor_NG = tl.full(rows_NG.shape, 1.0, tl.float32)
     if RENORMALIZE:
         partial_NG = present_NG < K
-        # A response with all its weight on abstained rewards has nothing to scale up.
+        # A response whose weight lies on abstained rewards alone has no weight to scale up.
         live_NG = live_NG & ~(partial_NG & (rest_NG == 0.0))
         ratio_NG = tl.div_rn(whole_NG, tl.where(rest_NG == 0.0, 1.0, rest_NG))
         factor_NG = tl.where(partial_NG & live_NG, ratio_NG, 1.0)
@@ -180,9 +183,9 @@ def live_factors(rows_NG, inside_NG, inputs, K: tl.constexpr, KB: tl.constexpr, 
 def raw_scores(
     rows_NG, inside_NG, live_NG, factor_NG, inputs, rules, normalized_ptr, K: tl.constexpr, KB: tl.constexpr
 ):
-    """Scores [BN, BG] before the KL, 0 where not live. The normalised rewards are stored on the way."""
+    """Scores [BN, BG] before the KL, 0 where not live. The normalised rewards are stored, too."""
     raw_NG = tl.zeros(rows_NG.shape, tl.float32)
-    for block in tl.static_range(0, K, KB):  # KB rewards at a time, each loaded again, from the L1
+    for block in tl.static_range(0, K, KB):  # KB rewards at a time; ``live_factors`` has brought them into the L1 cache
         k = block + tl.arange(0, KB)[None, None, :]
         mask_NGK = inside_NG[:, :, None] & (k < K)
         reward_ptr = inputs.rewards_ptr + rows_NG[:, :, None] * inputs.stride_rb + k * inputs.stride_rk
@@ -191,7 +194,7 @@ def raw_scores(
         weight_NGK = tl.load(weight_ptr, mask=mask_NGK, other=0.0)
         present_NGK = reward_NGK == reward_NGK
         reward_NGK = tl.where(present_NGK, reward_NGK, 0.0)
-        # The last block of KB may reach beyond K, where the moments of a reward that is not there must not be read.
+        # The last block of KB may reach beyond K, where there are no moments to read.
         out_NGK = normalized(reward_NGK, present_NGK, tl.minimum(k, K - 1), inputs.moments_ptr, rules)
         tl.store(normalized_ptr + rows_NG[:, :, None] * K + k, out_NGK, mask=mask_NGK)
         raw_NG = add_in_order(raw_NG, tl.where(present_NGK, weight_NGK, 0.0) * factor_NG[:, :, None] * out_NGK, KB)
@@ -206,17 +209,17 @@ def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.cons
     ``_finish``, which reads ``state_ptr``.
 
     Args:
-        rows_NG, inside_NG: [BN, BG], the responses of the groups, and which of them exist.
-        inputs, rules: ``Inputs`` and ``Rules``.
-        out: ``GroupAdvantages`` of pointers.
-        state_ptr: int8 [B], or None without a "split" scope.
-        KB: rewards that are in registers at a time.
+        rows_NG, inside_NG: [BN, BG], the responses of the groups, and whether a slot holds one.
+        inputs, rules: an ``Inputs`` and a ``Rules``.
+        out: a ``GroupAdvantages`` of pointers.
+        state_ptr: int8 [B], the state of each response for ``_finish``; None without a "split" scope.
+        K, KB: the number of rewards, and how many of them are in registers at a time.
     """
     live_NG, factor_NG = live_factors(rows_NG, inside_NG, inputs, K, KB, rules.RENORMALIZE)
     normalized_ptr = out.normalized_rewards
     raw_NG = raw_scores(rows_NG, inside_NG, live_NG, factor_NG, inputs, rules, normalized_ptr, K, KB)
 
-    # Spread is judged before the KL, which would tell apart even responses of equal rewards.
+    # Whether a group has spread is decided before the KL, which would differ even where all rewards are equal.
     flat_NG = tl.where(spread(raw_NG, live_NG), 0, 1) + tl.zeros(rows_NG.shape, tl.int32)
     zero_NG = flat_NG
     if rules.RAW:
@@ -239,7 +242,7 @@ def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.cons
         out_NG, mean_NG = centred(score_NG, live_NG, members_NG, rules.SCORE_CENTER, rules.RAW)
         tl.store(out.mean + rows_NG, mean_NG, mask=inside_NG)
     if rules.SCORE_SCALE != "split":
-        # Scores that are not scaled still have their group's standard deviation reported.
+        # Where scores are not scaled, the standard deviation of their group is still reported.
         SPREAD: tl.constexpr = "group" if rules.SCORE_SCALE == "none" else rules.SCORE_SCALE
         members_NG = tokens_NG if rules.SCORE_SCALE == "tokens" else counted_NG
         std_NG = deviation(score_NG, live_NG, members_NG, SPREAD, rules.DDOF, rules.RAW)
@@ -251,12 +254,13 @@ def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.cons
         if rules.SCORE_SCALE != "none":
             out_NG = over(out_NG, divisor(std_NG, rules.score_eps, rules.IN_VARIANCE))
         out_NG = tl.where(live_NG & (zero_NG == 0), out_NG, 0.0)
-    tl.store(out.advantages + rows_NG, out_NG, mask=inside_NG)  # split: the centred score, if it is known here
+    # With a "split" scope this is not the advantage yet, but the score, which is centred if its centre is not split.
+    tl.store(out.advantages + rows_NG, out_NG, mask=inside_NG)
 
 
 @triton.jit
 def divisor(std, eps, IN_VARIANCE: tl.constexpr):
-    """What the centred score is divided by."""
+    """The divisor of the centred score."""
     if IN_VARIANCE:
         return tl.sqrt_rn(std * std + eps)
     else:
@@ -265,8 +269,10 @@ def divisor(std, eps, IN_VARIANCE: tl.constexpr):
 
 @triton.jit
 def tile_rows(index_ptr, N, G, B, BN: tl.constexpr, BG: tl.constexpr):
-    """The responses [BN, BG] of this program's groups, int64, and which of them exist. index [N, G] is padded with
-    B."""
+    """The responses of this program's groups, int64 [BN, BG], and whether a slot holds one.
+
+    The index [N, G] is padded with B.
+    """
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     g = tl.arange(0, BG)
     rows_NG = tl.load(index_ptr + n[:, None] * G + g[None, :], mask=(n < N)[:, None] & (g < G)[None, :], other=B)
@@ -311,7 +317,7 @@ def _groups(
     BN: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """One program: BN whole groups, and of a small batch all of them."""
+    """One program computes BN whole groups. A small batch with a batch or token scope has one program."""
     inputs = Inputs(
         rewards_ptr=rewards_ptr,
         weights_ptr=weights_ptr,
@@ -361,7 +367,7 @@ def _groups(
 
 @triton.jit
 def _element(b, series, KIND: tl.constexpr):
-    """The elements b of a ``Series``: their values, whether they are live, and how often they count."""
+    """Loads the elements b of a ``Series``: their values, whether they are live, and how often they count."""
     inside = b < series.B
     if KIND == "reward":
         value = tl.load(series.values_ptr + b.to(tl.int64) * series.stride, mask=inside, other=float("nan"))
@@ -377,10 +383,10 @@ def _element(b, series, KIND: tl.constexpr):
 
 @triton.jit
 def _batch_moments(series, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum, mean of what it leaves, standard deviation and count of a ``Series``, in one fixed order.
+    """Maximum, mean minus maximum, standard deviation and count of a ``Series``, summed in one fixed order.
 
-    Each lane of [BLOCK] sums up every BLOCK-th element; the lanes are added up at the end. The three passes over the
-    numbers, which are in L2, are those of ``moments``: maximum, mean, squares around the mean.
+    Each lane of [BLOCK] sums up every BLOCK-th element, and the lanes are added up at the end. There are three passes
+    over the numbers, which are in the L2 cache, as in ``moments``: maximum, mean, squares around the mean.
     """
     lane = tl.arange(0, BLOCK)
     top_L = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -408,7 +414,7 @@ def _batch_moments(series, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.con
 
 @triton.jit(do_not_specialize=["B"])
 def _reward_moments(rewards_ptr, moments_ptr, B, stride_rb, stride_rk, DDOF: tl.constexpr, BLOCK: tl.constexpr):
-    """moments [K, 4] of each reward over the batch: maximum, mean below it, standard deviation, live elements.
+    """The moments [K, 4] of each reward over the batch: maximum, mean minus maximum, deviation, live elements.
 
     One program takes one reward.
     """
@@ -438,7 +444,7 @@ def _finish(
     IN_VARIANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compares the scores of the first launch over the batch or its tokens.
+    """Centres and scales the scores of the first launch over the batch or over its tokens.
 
     Every program reduces the whole batch, and finishes BLOCK responses.
     """
@@ -455,7 +461,7 @@ def _finish(
     else:
         out = tl.load(advantages_ptr + b, mask=inside, other=0.0)  # the first launch has centred it in its group
     if SCALE == "batch" or SCALE == "tokens":
-        if SCALE != CENTER:  # else the deviation came with the mean
+        if SCALE != CENTER:  # otherwise the deviation was computed with the mean
             OTHER: tl.constexpr = "tokens" if SCALE == "tokens" else "score"
             _, _, std, _ = _batch_moments(series, OTHER, DDOF, BLOCK)
         std_L = tl.zeros([BLOCK], tl.float32) + std
@@ -471,12 +477,12 @@ def _finish(
 
 
 class Tiles(NamedTuple):
-    """How groups are dealt to programs.
+    """How the groups are distributed over programs.
 
     Attributes:
-        groups, width: BN and BG, the groups of a program and the slots of a group, powers of 2.
-        programs: how many programs the launch has.
-        whole: whether one program holds the batch.
+        groups, width: BN and BG, the groups of a program and the slots of a group, both powers of 2.
+        programs: the number of programs.
+        whole: whether one program holds the whole batch.
     """
 
     groups: int
@@ -488,7 +494,10 @@ class Tiles(NamedTuple):
     def of(number: int, size: int, wide: bool) -> Tiles:
         """The tiles for ``number`` groups of at most ``size`` responses.
 
-        ``wide``: whether some scope crosses groups. One program for all of a small batch then saves a launch.
+        ``wide`` says that some scope of the profile crosses groups. Then one program for a small batch saves a launch.
+
+        Raises:
+            ValueError: a group has more than 8,192 responses.
         """
         width = power_of_2(size)
         if width > _MOST:
@@ -503,7 +512,7 @@ class Tiles(NamedTuple):
 
 
 def rewards_at_once(rewards: int, slots: int, warps: int) -> int:
-    """KB for a tile of so many slots, a power of 2: all rewards, if they fit into registers."""
+    """KB for a tile of so many slots, a power of 2. It covers all rewards if they fit into the registers."""
     room = max(1, _PER_THREAD * 32 * warps // slots)
     return min(power_of_2(rewards), 1 << (room.bit_length() - 1))
 
@@ -515,7 +524,7 @@ def is_wide(profile: AdvantageProfile) -> bool:
 
 
 def switches(profile: AdvantageProfile, whole: bool) -> dict[str, str | int]:
-    """The compile-time constants of ``Rules``. ``whole``: whether one program holds the batch."""
+    """The compile-time constants of ``Rules``. ``whole`` says whether one program holds the batch."""
 
     def scope(name: str) -> str:
         return "split" if not whole and name in ("batch", "tokens") else name
@@ -533,7 +542,7 @@ def switches(profile: AdvantageProfile, whole: bool) -> dict[str, str | int]:
 
 
 def reward_moments(rewards_BK: Tensor, profile: AdvantageProfile, whole: bool) -> Tensor | None:
-    """The moments [K, 4] of ``Inputs`` where the scope of rewards is a batch larger than a tile, else None."""
+    """The moments [K, 4] of ``Inputs`` if rewards are normalised over a batch that is larger than a tile, else None."""
     if whole or "batch" not in (profile.reward_center, profile.reward_scale):
         return None
     moments_K4 = torch.empty(rewards_BK.shape[1], 4, device=rewards_BK.device, dtype=torch.float32)
@@ -554,7 +563,7 @@ def _reward_moments_launch(ddof: int, block: int) -> BoundLaunch:
 
 
 def scratch(out: GroupAdvantages, profile: AdvantageProfile, whole: bool) -> Tensor | None:
-    """Room [B] for what the first launch tells ``finish``, or None where there is nothing to finish."""
+    """Memory [B] for the states that the first launch hands to ``finish``, or None where no second launch follows."""
     if whole or not is_wide(profile):
         return None
     return torch.empty_like(out.degenerate, dtype=torch.int8)
@@ -563,7 +572,7 @@ def scratch(out: GroupAdvantages, profile: AdvantageProfile, whole: bool) -> Ten
 def finish(
     out: GroupAdvantages, state_B: Tensor | None, lengths: Tensor | None, profile: AdvantageProfile, whole: bool
 ) -> None:
-    """Compares scores over the batch or its tokens, in a launch of its own, where one tile did not hold the batch."""
+    """The second launch, for scores that are compared over the batch or its tokens where no tile holds the batch."""
     if whole or {"batch", "tokens"}.isdisjoint((profile.score_center, profile.score_scale)):
         return
     batch = out.advantages.shape[0]
@@ -607,8 +616,13 @@ def group_advantages(
     Args:
         rewards_BK, weights_BK: float32 [B, K], any strides; NaN where a reward abstained.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        profile: a scope of it that crosses groups costs a second launch for more than 2,048 slots.
-        kl, lengths: [B], contiguous, any dtype that converts to float32.
+        profile: the scopes, and how abstained rewards and singletons are treated. A scope that crosses groups costs a
+            second launch if the batch has more than 2,048 slots.
+        kl, lengths: [B], contiguous, any dtype that converts to float32; or None.
+        beta: the coefficient of the KL.
+
+    Raises:
+        ValueError: a group has more than 8,192 responses.
     """
     out = GroupAdvantages.empty(rewards_BK)
     batch, rewards = rewards_BK.shape

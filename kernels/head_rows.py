@@ -5,15 +5,14 @@
     log p_t = gap_t - log total       H = log total - sum_v p_v gap_v
     dL/du_v = (dlp 1[v = t] - p_v (dlp + dH (log p_v + H))) / T * (1 - tanh(u_v / cap)^2)
 
-x [C, V] float32 is what a matrix product of hidden states and head wrote. One program has one row, so that nothing of
-a row depends on the others. Sums are kept relative to the largest y so far: an offset that all logits share costs no
+x [C, V] is the float32 output of a matrix product of hidden states and head. One program has one row, so that no row
+depends on other rows. Sums are kept relative to the largest y so far, so that an offset that all logits share costs no
 precision.
 
-dL/du is written in the dtype that the next matrix product reads: float32 over x, or 16-bit into a buffer of its own,
-whose rows that product reads without gaps.
+dL/du is written in the dtype that the next matrix product reads: float32 over x, or 16-bit into a buffer of its own.
 
-Bytes moved: 4 V C for the statistics, 8 V C or 6 V C for the gradient. A row that is ignored is not read; neither is a
-row without a gradient, which is only set to zero.
+Bytes moved: 4 V C for the statistics, and for the gradient 8 V C in float32 or 6 V C in 16 bits. Ignored rows are not
+read. Rows without a gradient are not read in the backward pass either; their gradient is only set to zero.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from torch import Tensor
 
 from maestro_fast.specs import HeadSpec, RowStatistics
 
-# One step of a program covers 4 folds of 1,024 columns, 16 values for each of its 256 threads: enough loads are on
-# their way to keep the memory busy, and the sums of the statistics (3 x 1,024 lanes, 12 registers a thread) stay in
-# registers beside them. A warp reads 512 bytes in a row.
+# One step of a program covers 4 folds of 1,024 columns, 16 values for each of its 256 threads. So enough loads
+# are under way to keep the memory busy, and the sums of the statistics (3 x 1,024 lanes, 12 registers a thread) fit
+# into registers beside them. A warp reads 512 adjacent bytes.
 _LANES = 1024  # columns whose sums are kept apart, so that no step adds across threads
-_FOLDS = 4  # of _LANES columns in one step
+_FOLDS = 4  # how many times _LANES columns one step covers
 _WARPS = 8
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # finite, because the difference of two infinities would be NaN
 
 
 class HeadValues(NamedTuple):
-    """What is done to a logit before the temperature: a pointer and two numbers.
+    """The steps from the product's output to y: a pointer to the bias, the scale, and the bound of the soft cap.
 
-    None stands for what is not done. A field that is None is known when a kernel is compiled; a flag would not be,
-    because Triton turns the flags in a tuple into run-time values.
+    None leaves a step out. Triton knows a None in a tuple when it compiles a kernel. A flag would not do, because
+    Triton turns the flags in a tuple into run-time values.
     """
 
     bias: tl.tensor
@@ -49,9 +48,12 @@ class HeadValues(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of the columns that were read so far, for every lane or row: the largest y, the sum of p, the sum of p gap.
+    """Sums over the columns that were read so far, for every lane or row, with gap = y - largest and p = exp(gap / T).
 
-    gap = y - largest and p = exp(gap / T).
+    Attributes:
+        largest: the largest y.
+        total: the sum of p.
+        moment: the sum of p * gap.
     """
 
     largest: tl.tensor
@@ -60,9 +62,9 @@ class Sums(NamedTuple):
 
 
 class RowGradient(NamedTuple):
-    """What the gradient of one row is made of: its target and statistics, dL/dlog p, dL/dH, the temperature.
+    """The numbers that the gradient of one row is computed from: its target, its statistics, dL/dlog p and dL/dH.
 
-    The last two are None where dL/dH is 0 and where the temperature is 1.
+    ``dentropy`` and ``entropy`` are None where dL/dH is 0, ``temperature`` is None where it is 1.
     """
 
     target: tl.tensor
@@ -76,7 +78,7 @@ class RowGradient(NamedTuple):
 
 @triton.jit
 def _tanh(u):
-    """tanh(u), off by at most 1.5e-7 of it, which 1 - 2 / (exp(2 u) + 1) is not near 0.
+    """tanh(u) with a relative error of at most 1.5e-7, which 1 - 2 / (exp(2 u) + 1) would not reach near 0.
 
     The polynomial fits tanh(u) / u up to 0.55 by weighted least squares; in float64 it is off by 1e-9. An infinite u
     gives NaN.
@@ -94,9 +96,9 @@ def _tanh(u):
 
 @triton.jit
 def cap_logits(x, head, column, inside, MASKED: tl.constexpr):
-    """y before the temperature, and tanh(u / cap), which is y without a softcap.
+    """y, and tanh(u / cap) for the derivative of the soft cap. Without a soft cap y is returned twice.
 
-    ``MASKED`` says that some columns are not ``inside`` the vocabulary.
+    ``MASKED`` says that some columns may not be ``inside`` the vocabulary.
     """
     if head.scale is not None:
         x = x * head.scale
@@ -116,7 +118,7 @@ def cap_logits(x, head, column, inside, MASKED: tl.constexpr):
 def _fold(y, sums, per_nat, ENTROPY: tl.constexpr):
     """Adds y [F, L] to the sums of the L lanes. exp(gap / T) is computed as exp2(gap * per_nat)."""
     most = tl.maximum(sums.largest, tl.max(y, 0))
-    # The sums so far were relative to a smaller y.
+    # The sums so far are relative to a smaller y, and are brought to the new one.
     shrunk = tl.exp2((sums.largest - most) * per_nat)
     gap = y - most[None, :]
     p = tl.exp2(gap * per_nat)
@@ -161,7 +163,7 @@ def _statistics(
         fold = tl.arange(0, F)[:, None] * L + tl.arange(0, L)[None, :]
         per_nat = LOG2E / temperature
         sums = Sums(tl.full([L], LOWEST, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32))
-        # Whole steps over the columns need no mask; one more step has the rest.
+        # Whole steps over the columns need no mask. One more step takes the remaining columns.
         whole = V // (F * L) * (F * L)
         for v in range(0, whole, F * L):
             y, _ = cap_logits(tl.load(row_ptr + v + fold), head, v + fold, None, False)
@@ -184,7 +186,7 @@ def _statistics(
         tl.store(peaks_ptr + row, most)
         tl.store(totals_ptr + row, whole_total)
         if ENTROPY:
-            # A lane without columns has a share of 0, and a gap that may overflow.
+            # A lane without columns has a share of 0, but its gap may overflow.
             moved = (sums.moment + sums.total * (sums.largest - most)) * share
             gaps = tl.sum(tl.where(share > 0, moved, 0.0), 0)
             tl.store(entropies_ptr + row, log_total - tl.div_rn(tl.div_rn(gaps, whole_total), temperature))
@@ -192,7 +194,7 @@ def _statistics(
 
 @triton.jit
 def _slope(x, head, row, column, inside, MASKED: tl.constexpr):
-    """dL/du of some columns of a row."""
+    """dL/du of the given columns of a row."""
     y, bent = cap_logits(x, head, column, inside, MASKED)
     gap = y - row.peak
     if row.temperature is not None:
@@ -232,7 +234,7 @@ def _dlogits(
     temperature,
     BV: tl.constexpr,
 ):
-    """The gradient of one row, into ``out``, which is x or lies apart from it.
+    """Writes the gradient of one row into ``out``, which is x itself or does not overlap it.
 
     ``dentropies_ptr`` and ``temperature`` may be None, see ``RowGradient``.
     """
@@ -262,7 +264,7 @@ def _dlogits(
     row_ptr = x_ptr + program * stride_x
     to_ptr = out_ptr + program * stride_out
     lane = tl.arange(0, BV)
-    # Whole steps over the columns need no mask; one more step has the rest.
+    # Whole steps over the columns need no mask. One more step takes the remaining columns.
     whole = V // BV * BV
     if live:
         for v in range(0, whole, BV):
@@ -285,7 +287,7 @@ def _dlogits(
 
 
 class HeadArguments(TypedDict):
-    """What every kernel of a head takes by these names, see ``HeadValues``."""
+    """The arguments that every kernel of a head takes, see ``HeadValues``."""
 
     bias_ptr: Tensor | None
     scale: float | None
@@ -293,6 +295,7 @@ class HeadArguments(TypedDict):
 
 
 def head_arguments(spec: HeadSpec, bias: Tensor | None) -> HeadArguments:
+    """The arguments for these options. A scale of 1 becomes None, so that it is not compiled into the kernel."""
     return {
         "bias_ptr": bias,
         "scale": None if spec.scale == 1.0 else float(spec.scale),
@@ -301,12 +304,13 @@ def head_arguments(spec: HeadSpec, bias: Tensor | None) -> HeadArguments:
 
 
 def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
-    """The statistics of C rows, float32.
+    """Launches the statistics of C rows, in float32.
 
     Args:
         x: float32 [C, V], columns contiguous, any stride of rows.
         targets: int64 [C], in [0, V) or ``spec.ignore_index``; the log-prob of any other is NaN.
         bias: [V], contiguous, or None.
+        spec: scale, soft cap, temperature, and whether entropies are wanted.
     """
     rows = x.shape[0]
     wants_entropy = spec.entropy != "none"
@@ -344,13 +348,13 @@ def dlogits(
     spec: HeadSpec,
     out: Tensor,
 ) -> None:
-    """dL/du of C rows. A row that is ignored, or whose gradients are 0, becomes exactly 0, whatever ``x`` holds there.
+    """Launches dL/du of C rows. It is exactly 0 in ignored rows and where both gradients are 0, whatever ``x`` holds.
 
     Args:
-        x, targets, bias, spec: as for ``row_statistics``.
-        stats: its result.
-        dlogprobs, dentropies: [C], contiguous; None means 0.
-        out: [C, V], float32 or 16-bit, columns contiguous: ``x`` itself, or apart from it.
+        x, targets, bias, spec: the arguments of ``row_statistics``.
+        stats: the result of ``row_statistics``.
+        dlogprobs, dentropies: dL/dlog p and dL/dH [C], contiguous; None means that dL/dH is 0.
+        out: [C, V], float32 or 16-bit, columns contiguous. It is ``x`` itself, or does not overlap it.
     """
     if not x.shape[0]:
         return

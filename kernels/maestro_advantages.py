@@ -1,23 +1,25 @@
 """The adaptive step: contexts -> weights -> advantages.
 
-    a linear head, contexts or last tokens     the first launch of ``conductor_weights.py``, ``_groups``     2 launches
-    an MLP, groups of more than ``_LARGEST``,  both launches of ``conductor_weights.py``, then that of
-    or a profile with a batch or token scope   ``group_advantages.py``                                       3
-    means                                      the chunks' sums before either                                1 more
+A linear network takes two launches: the first launch of ``conductor_weights.py``, then ``_groups``. Three launches are
+needed for an MLP, for groups of more than ``_LARGEST`` responses, and for a profile with a batch or token scope, which
+may take a launch or two more: both of ``conductor_weights.py``, then that of ``group_advantages.py``. If contexts are
+means of hidden states, one launch comes before, which sums up chunks of hidden states.
 
-The first launch forms the parts of a linear head's logits. A program of ``_groups`` takes whole groups: it adds their
-parts up, makes their weights, and then their advantages, which read the weights where they were just stored. Both
-halves are the very code of ``conductor_weights.py`` and ``group_advantages.py``, on tiles of the same shape and as many
-warps, so the numbers are the same bit by bit. That is why an MLP is not fused: its second layer needs four warps, and
-four warps add up a group in another order than one does.
+The first launch forms parts of the logits. A program of ``_groups`` takes whole groups. It adds the parts of their
+logits up, makes their weights, and then their advantages, for which it loads the weights that it has just stored. Both
+halves are the functions of ``conductor_weights.py`` and ``group_advantages.py``, with tiles of the same shape and the
+same number of warps, so the results have the same bits. That is why an MLP is not fused: its second layer needs four
+warps, and four warps add up a group in another order than one warp.
 
-A single launch would have to hold all of d in one program. For B = 512, d = 4096, K = 8 that is 32 programs on 132
-processors, each scheduler of which would issue 7,600 instructions: 4.5 us at 1.7 GHz, and twice as many for d = 8192.
+A single launch would have to hold all of d in one program. For B = 512, d = 4096, K = 8 it would have 32 programs for
+132 processors, and each scheduler would issue 7,600 instructions. That takes 4.5 us at 1.7 GHz, and twice as long for
+d = 8192.
 
-For these sizes, bfloat16 contexts and G = 16, 14.2 us were measured from a CUDA graph on an H200. The first launch took
-8.4 of them with other tiles than now, and ``_groups`` 5.8 with a loop over the parts. With the tiles that took 6.0 us
-on an H100 and with the loop unrolled, 6 + 4 us are expected, not measured. With an MLP 41.4 us were measured;
-27.7 + 4 + 3.8 us are expected now. In a training step of 64 responses (d = 1024, K = 4) it took 16 us of 3.16 s.
+For these sizes, bfloat16 contexts and G = 16, 14.2 us were measured from a CUDA graph on an H200. Of these the first
+launch took 8.4 with other tiles than now, and ``_groups`` took 5.8 with a loop over the parts. Since then the tiles are
+those that took 6.0 us on an H100, and the loop is unrolled: 6 + 4 us are expected, not measured. With an MLP 41.4 us
+were measured, and 27.7 + 4 + 3.8 us are expected now. In a training step of 64 responses (d = 1024, K = 4) the op took
+16 us of 3.16 s.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_fast.kernels import conductor_weights as weighing
-from maestro_fast.kernels import pool_hidden as pooling
+from maestro_fast.kernels import pool_hidden
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
 from maestro_fast.kernels.conductor_weights import (
     Draw,
@@ -37,8 +38,8 @@ from maestro_fast.kernels.conductor_weights import (
     decide,
     logits_tile,
     network_parts,
-    padded,
     sample_pointers,
+    tail_warps,
     weights_of,
 )
 from maestro_fast.kernels.group_advantages import (
@@ -62,7 +63,7 @@ from maestro_fast.specs import (
     ScoreInputs,
 )
 
-_LARGEST = 32  # responses of a group in the fused launch: a warp, which needs no barriers
+_LARGEST = 32  # responses of the largest group of the fused launch: one warp holds it and needs no barriers
 
 
 @triton.jit(do_not_specialize=["N", "B", "seed", "step", "offset"])
@@ -115,11 +116,11 @@ def _groups(
     BG: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Weights and advantages of BN groups of at most BG responses, R = BN * BG of them."""
+    """Weights and advantages of BN groups of at most BG responses; the tile has R = BN * BG slots."""
     tail = Tail(parts_ptr=parts_ptr, hidden_bias_ptr=None, weight_ptr=None, batch=B, units=K)
     sample = ConductorSample(weights_ptr, actions_ptr, log_probs_ptr, entropy_ptr, probs_ptr)
     draw = Draw(tau, span, floor, equal, alpha, seed, step, offset)
-    # The weights: one row of the tile for each slot of the groups. Slots without a response hold B.
+    # First the weights. The tile has one row for each slot of the groups; slots without a response hold B.
     R: tl.constexpr = BN * BG
     r = tl.arange(0, R)
     n_R = (tl.program_id(0) * BN + r // BG).to(tl.int64)
@@ -128,7 +129,7 @@ def _groups(
     inside_R = b_R < B
     z_RK = logits_tile(tail, b_R, inside_R, K, KP, False, 1, SPLITS)
     decide(z_RK, b_R, inside_R, bias_ptr, sample, draw, K, SOFT)
-    # The advantages: other threads of this program load the weights that these have stored, hence the barrier.
+    # Then the advantages. Threads load weights that other threads of this program have stored, hence the barrier.
     tl.debug_barrier()
     rows_NG, inside_NG = tile_rows(index_ptr, N, G, B, BN, BG)
     inputs = Inputs(
@@ -183,15 +184,15 @@ def maestro_advantages(
     scores: ScoreInputs,
     profile: AdvantageProfile,
 ) -> tuple[ConductorSample, GroupAdvantages]:
-    """Launches what ``ops.maestro_advantages`` has checked.
+    """Launches the kernels on arguments that ``ops.maestro_advantages`` has checked.
 
     Args:
         rewards_BK: float32 [B, K], any strides; NaN where a reward abstained.
         params: contiguous float32.
-        choice: see ``conductor_weights``.
+        choice: how weights are chosen, see ``conductor_weights``.
         index_NG: int64 [N, G_max] of ``ops.Groups``.
-        contexts: any floating dtype but float64.
-        scores, profile: see ``group_advantages``.
+        contexts: contexts or hidden states, in any floating dtype but float64.
+        scores, profile: the other inputs of ``group_advantages``.
 
     Raises:
         ValueError: a group has more than 8,192 responses, see ``group_advantages``.
@@ -201,8 +202,8 @@ def maestro_advantages(
         return ConductorSample.empty(0, params.weight), GroupAdvantages.empty(rewards_BK)
     chunk = 1
     if contexts.kind == "mean":
-        chunk = pooling._CHUNK
-        contexts = contexts._replace(x=pooling.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
+        chunk = pool_hidden.CHUNK_TOKENS
+        contexts = contexts._replace(x=pool_hidden.chunk_sums(contexts.x, contexts.bounds, contexts.limit_B))
     parts = network_parts(contexts, params, batch, chunk)
     if params.hidden_weight is None and index_NG.shape[1] <= _LARGEST and not is_wide(profile):
         return _fused(rewards_BK, parts, params, choice, index_NG, scores, profile)
@@ -220,7 +221,7 @@ def _fused(
     scores: ScoreInputs,
     profile: AdvantageProfile,
 ) -> tuple[ConductorSample, GroupAdvantages]:
-    """The launch of ``_groups``, from the parts of a linear head."""
+    """The launch of ``_groups``, from the parts of a linear network's logits."""
     (number, size), (batch, rewards) = index_NG.shape, rewards_BK.shape
     sample, out = ConductorSample.empty(batch, params.weight), GroupAdvantages.empty(rewards_BK)
     width = power_of_2(size)
@@ -256,10 +257,10 @@ def _fused(
 def _groups_launch(
     profile: AdvantageProfile, rewards: int, soft: bool, groups: int, width: int, splits: int
 ) -> BoundLaunch:
-    warps = weighing.tail_warps(False)
+    warps = tail_warps(False)
     constants = {
         "K": rewards,
-        "KP": padded(rewards),
+        "KP": power_of_2(rewards),
         "SOFT": soft,
         "KB": rewards_at_once(rewards, groups * width, warps),
         **switches(profile, False),

@@ -4,8 +4,8 @@
 
 A tile is [BN, BG], or [BN, BG, KB] for KB rewards at once, whose chains of dependent instructions then overlap. Results
 keep that rank, with 1 for an axis that was reduced. The maximum is subtracted first, so that identical values give
-exactly 0. ``SCOPE`` is "group" (axis 1 of the tile), or "batch" or "tokens" (axes 0 and 1: the tile then has to hold
-the whole batch). Divisions and roots are rounded to nearest, as on the host, because a GPU's default ones are not.
+exactly 0. With the ``SCOPE`` "group" or "leave_one_out", axis 1 of the tile is reduced. With "batch" or "tokens" axes 0
+and 1 are, and the tile has to hold the whole batch. Divisions and roots round to nearest, as on the host.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
 def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
     """x minus its scope's mean, and that mean, both of the tile's shape.
 
-    counted: how often each element counts: 0 where not live, else 1, or in the scope "tokens" its response's tokens.
-    RAW: the mean of a group with one live element is taken to be 0.
+    ``counted`` says how often each element counts: 0 times where it is not live, otherwise once, or once per token of
+    its response in the scope "tokens". With RAW the mean of a group with one live element is taken to be 0.
     """
     if SCOPE == "none":
         return x_NG, x_NG * 0.0
@@ -54,7 +54,7 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
         total, count = scope_sum(shifted_NG * counted_NG, SCOPE), scope_sum(counted_NG, SCOPE)
         zero_NG = tl.zeros_like(x_NG)  # adding it broadcasts a reduced value to the tile
         if SCOPE == "leave_one_out":
-            # The mean of the other live elements of the group.
+            # This is the mean of the other live elements of the group.
             mean_NG = tl.div_rn(total - shifted_NG, tl.maximum(count - counted_NG, 1.0))
         else:
             mean_NG = tl.div_rn(total, tl.maximum(count, 1.0)) + zero_NG
@@ -69,12 +69,12 @@ def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
 def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr, RAW: tl.constexpr):
     """The standard deviation over the scope, of the tile's shape. It is 0 for fewer than two live elements.
 
-    RAW: the deviation of a group with one live element is taken to be 1.
+    With RAW the deviation of a group with one live element is taken to be 1.
     """
     shifted_NG, _ = scope_shifted(x_NG, live_NG, SCOPE)
     count = scope_sum(counted_NG, SCOPE)
     mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))
-    # A second pass over the registers: squares around the mean do not cancel, as E[x^2] - E[x]^2 does.
+    # A second pass over the registers adds up squares around the mean, because E[x^2] - E[x]^2 would cancel.
     off_NG = shifted_NG - mean
     squares = scope_sum(tl.where(live_NG, off_NG * off_NG, 0.0) * counted_NG, SCOPE)
     zero_NG = tl.zeros_like(x_NG)
@@ -86,8 +86,10 @@ def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr
 
 @triton.jit
 def spread(x_NG, live_NG):
-    """int1 [BN, 1]: whether the live elements of a group differ. One live element or none do not; with a NaN among them
-    they do, which has to be asked for, because the maximum and the minimum of a GPU pass over NaN."""
+    """int1 [BN, 1], whether the live elements of a group differ. With a NaN among them they do.
+
+    NaN needs a test of its own, because the maximum and the minimum of a GPU pass over it.
+    """
     top_N = tl.max(tl.where(live_NG, x_NG, float("-inf")), 1)
     low_N = tl.min(tl.where(live_NG, x_NG, float("inf")), 1)
     unknown_N = tl.max(tl.where(live_NG & (x_NG != x_NG), 1, 0), 1)
@@ -96,5 +98,5 @@ def spread(x_NG, live_NG):
 
 @triton.jit
 def over(x, divisor):
-    """x / divisor rounded to nearest, and 0 where the divisor is 0: what has no spread is 0 without an epsilon, too."""
+    """x / divisor rounded to nearest, and 0 where the divisor is 0, so no spread gives 0 even without an epsilon."""
     return tl.where(divisor == 0.0, 0.0, tl.div_rn(x, tl.where(divisor == 0.0, 1.0, divisor)))

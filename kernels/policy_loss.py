@@ -1,22 +1,21 @@
 """The policy-gradient loss over packed completion tokens: loss, gradients and metrics in two launches.
 
-    loss = sum_t c_t (w_t l_t + kl_coef k3_t) - entropy_coef * mean_t H_t         see ``ops/policy_loss.py`` for the
-    terms
+    loss = sum_t c_t (w_t l_t + kl_coef k3_t) - entropy_coef * mean_t H_t
 
-    d l_t / d log pi_t = -rho A     where the smaller of the capped and the clipped term is not constant    (token,
-    clip)
-                       = -rho A mean_s(w_s) / w_t, with the same condition                             (sequence, clip)
-                       = -min(rho, clip_max) A                                                                 (cispo)
-    d k3_t / d log pi_t = 1 - exp(log pi_ref - log pi)
+    objective "clip":        d l_t / d log pi_t = -rho A, or 0 where the smaller term is constant: capped or clipped
+    with ratio "sequence":   d l_t / d log pi_t = -rho A mean_s(w_s) / w_t, or 0 likewise
+    objective "cispo":       d l_t / d log pi_t = -min(rho, clip_max) A
+    k3:                      d k3_t / d log pi_t = 1 - exp(log pi_ref - log pi)
 
-``_sequences`` has one program per response, which writes the gradients and eight sums. ``_reduce`` adds up the sums in
-the order of the responses. Where a divisor is the number of live tokens in the batch, which a mask hides from the host,
-the second launch divides the gradients by it. There is no autograd graph, and no intermediate of size T is stored.
+``ops/policy_loss.py`` explains the terms. ``_sequences`` has one program per response, which writes the gradients and
+eight sums. ``_reduce`` adds up the sums in the order of the responses. Under a mask the host does not know the number
+of live tokens in the batch. Where that number is a divisor, the second launch divides the gradients by it. There is no
+graph of autograd, and no intermediate of size T is stored.
 
-The gradients and the sums share one allocation. Loss and metrics have allocations of their own: a metric that is kept
-must not keep the gradients alive, and writing into it must not count as a change of the loss.
+The gradients and the sums share one allocation. Loss and metrics have allocations of their own, because a metric that
+is kept must not keep the gradients alive, and writing into a metric must not count as a change of the loss.
 
-Bytes moved: 4 T each for log-probs and gradient, and for every other input of a token what its dtype has.
+Bytes moved: 4 T for the gradient, and T times the size of its dtype for every input [T].
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from torch import Tensor
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 from maestro_fast.specs import LossInputs, LossWithGradients, PolicyLossConfig
 
-# Tokens of one step. A program has 128 threads, so that a thread has 8 values of each vector in registers. Responses
-# have about a thousand tokens: most take one or two steps, and 512 programs are enough to fill a GPU.
+# Tokens of one step. A program has 128 threads, so a thread holds 8 values of each vector in registers. Responses have
+# about a thousand tokens, so most take one or two steps, and a batch of 512 responses fills a GPU.
 _TOKENS = 1024
-# The sums of a response: those of LOSS_METRICS in their order, the loss, the entropy, the live tokens.
+# The sums of a response: LOSS_METRICS in their order, then the loss, the entropy, and the number of live tokens.
 _PARTS = tl.constexpr(8)
 _LOSS = tl.constexpr(5)
 _ENTROPY = tl.constexpr(6)
@@ -43,7 +42,7 @@ _LIVE = tl.constexpr(7)
 
 
 class Sources(NamedTuple):
-    """Pointers to what is read of every token; None where it was not given."""
+    """Pointers to inputs [T]; None for inputs that are missing."""
 
     logprobs: tl.tensor
     old: tl.tensor
@@ -54,8 +53,13 @@ class Sources(NamedTuple):
 class Tokens(NamedTuple):
     """BT tokens of a response.
 
-    ``index`` is their place in the batch, ``inside`` says whether the response goes that far, ``live`` whether they
-    count; then log pi, log pi - log pi_old, and log pi_old - log pi_sampler.
+    Attributes:
+        index: the places of the tokens in the batch.
+        inside: whether the response is long enough to have a token.
+        live: whether a token counts.
+        logprob: log pi.
+        log_ratio: log pi - log pi_old.
+        sampler_gap: log pi_old - log pi_sampler.
     """
 
     index: tl.tensor
@@ -67,7 +71,7 @@ class Tokens(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """The bounds of the ratio; ``largest`` is 0 where there is none."""
+    """clip_low, clip_high and clip_max of the config. ``largest``, which is clip_max, is 0 where it is None."""
 
     low: tl.tensor
     high: tl.tensor
@@ -85,7 +89,7 @@ class TokenLosses(NamedTuple):
 
 @triton.jit
 def _k3(gap):
-    """exp(gap) - 1 - gap. Near 0 that difference would cancel, so a Taylor series replaces it, off by < 2e-9."""
+    """exp(gap) - 1 - gap. Near 0 that would cancel, so a Taylor series with an error below 2e-9 replaces it."""
     series = 1.0 + gap / 9.0
     series = 1.0 + gap / 8.0 * series
     series = 1.0 + gap / 7.0 * series
@@ -119,12 +123,13 @@ def _objective(
         low = tl.zeros_like(ratio)
         high = tl.where((ratio > clip.largest) & (advantage > 0), 1.0, 0.0)
     else:
+        tl.static_assert(OBJECTIVE == "clip", "an objective of specs.OBJECTIVES that this kernel does not know")
         clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip.low), 1.0 + clip.high)
         low = tl.where((ratio < 1.0 - clip.low) & (advantage < 0), 1.0, 0.0)
         high = tl.where((ratio > 1.0 + clip.high) & (advantage > 0), 1.0, 0.0)
         one, other = capped * advantage, clipped * advantage
         loss = -tl.minimum(one, other) * weight
-        # A term has a derivative as long as it is the ratio itself. Where the terms are equal, both have one, or none.
+        # A term has a derivative where it is the ratio itself. Where the two terms are equal, both have one or neither.
         moves = tl.where(one <= other, tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0))
         # The ratio of a sequence depends on all of its tokens, each of which gets the mean of their weights.
         slope = -moves * advantage * ratio * (mean_weight if SEQUENCE else weight)
@@ -172,7 +177,8 @@ def _divisor(tensor_ptr, value):
 
 @triton.jit
 def _divided(work_ptr, T, HAS_ENTROPY: tl.constexpr):
-    """Where the gradient of the log-probs [T], that of the entropies [T] if any, and the sums [B, _PARTS] begin."""
+    """Pointers to the parts of ``work``: gradient by log-probs [T], gradient by entropies [T] or nothing, and sums
+    [B, _PARTS]."""
     end_ptr = work_ptr + T.to(tl.int64)
     return work_ptr, end_ptr, end_ptr + T if HAS_ENTROPY else end_ptr
 
@@ -210,8 +216,8 @@ def _sequences(
 ):
     """The gradients and the sums of one response.
 
-    A divisor is ``normalizer`` or what ``normalizer_ptr`` points to, times ``per_length``, the constant of dr_grpo. It
-    is 1 where only the second launch knows it.
+    The divisor of the loss is ``normalizer``, or the number that ``normalizer_ptr`` points to, times ``per_length``,
+    the constant of dr_grpo. Where only the second launch knows the divisor, it is 1 here.
     """
     HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
     BY_SEQUENCE: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
@@ -223,8 +229,8 @@ def _sequences(
     n = (tl.load(cu_ptr + b + 1).to(tl.int64) - first).to(tl.int32)
     advantage = tl.load(advantages_ptr + b).to(tl.float32)
 
-    # What tokens need of their whole response takes a first loop over its tokens: live tokens, mean log-ratio, mean
-    # sampler weight. Each lane adds up its own tokens; lanes are added at the end.
+    # A first loop over the tokens computes what every token needs of its whole response: the number of live tokens, the
+    # mean log-ratio, and the mean sampler weight. Each lane adds up its own tokens; lanes are added at the end.
     length = n.to(tl.float32)
     mean_ratio = 1.0
     sequence_sampler = 1.0
@@ -328,11 +334,12 @@ def _reduce(
 ):
     """The loss, and values [8]: the means of ``LOSS_METRICS`` over the live tokens, then the loss and two sums.
 
-    The first program does that. With ``DIVIDE``, the loss and the gradient of the log-probs are divided by the live
-    tokens, with ``DIVIDE_ENTROPY`` the entropies and theirs: then a program has BT tokens of the gradients.
+    The first program computes them. With ``DIVIDE``, the loss and the gradient by log-probs are divided by the number
+    of live tokens. With ``DIVIDE_ENTROPY``, so are the entropies and the gradient by them. Then each program divides
+    the gradients of BT tokens.
     """
     d_logprobs_ptr, d_entropies_ptr, parts_ptr = _divided(work_ptr, T, HAS_ENTROPY)
-    # BB responses at a time, in the order of the batch: every program finds the same number of live tokens.
+    # The loop takes BB responses at a time, in the order of the batch, so every program finds the same sums.
     part = tl.arange(0, _PARTS)
     sum_BP = tl.zeros([BB, _PARTS], tl.float32)
     for b0 in range(0, B, BB):
@@ -365,7 +372,7 @@ def _reduce(
 
 @lru_cache(maxsize=64)
 def _numbers(config: PolicyLossConfig) -> dict[str, float]:
-    """The numbers of the options, as the first launch takes them."""
+    """The numbers among the options, as the first launch takes them."""
     return {
         "per_length": float(config.max_completion_length or 1) if config.normalization == "dr_grpo" else 1.0,
         "clip_low": float(config.clip_low),
@@ -404,8 +411,10 @@ def _reduce_launch(with_entropy: bool, divide: bool, divide_entropy: bool, token
 
 
 class _Divisor(NamedTuple):
-    """A divisor as a kernel takes it: a tensor on the device, or else a number. ``known`` is False where only the
-    device can count, and the number is 1."""
+    """A divisor as a kernel takes it: a tensor on the device, or else a number.
+
+    ``known`` is False where only the device can count the live tokens. The number is then 1.
+    """
 
     tensor: Tensor | None
     number: float
@@ -419,7 +428,7 @@ class _Divisor(NamedTuple):
 
 
 def _divisors(inputs: LossInputs, config: PolicyLossConfig) -> tuple[_Divisor, _Divisor]:
-    """Those of the loss and of the entropies, by default their numbers of responses or live tokens."""
+    """The divisors of the loss and of the entropies. The default is the number of responses or of live tokens."""
     tokens, masked = inputs.logprobs.shape[0], inputs.token_mask is not None
     normalizer, entropy_normalizer = inputs.normalizer, inputs.entropy_normalizer
     if normalizer is None:
@@ -433,11 +442,12 @@ def _divisors(inputs: LossInputs, config: PolicyLossConfig) -> tuple[_Divisor, _
 
 
 def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> LossWithGradients:
-    """Launches what ``ops.policy_loss`` has checked.
+    """Launches the kernels on inputs that ``ops.policy_loss`` has checked.
 
     Args:
-        inputs: contiguous, on one device. Their divisors are numbers, or scalar tensors on the device, which the host
-            does not read. Entropies are read with an entropy bonus alone.
+        inputs: contiguous tensors on one device. Divisors are numbers, or scalar tensors on the device, which the host
+            does not read. Entropies are read only with an entropy bonus.
+        config: the variant of the loss and its coefficients.
     """
     tokens, batch, device = inputs.logprobs.shape[0], inputs.advantages.shape[0], inputs.logprobs.device
     with_entropy = config.entropy_coef > 0

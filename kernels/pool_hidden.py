@@ -5,24 +5,25 @@
 
 In a packed batch sequence b begins at row ``bounds[b]`` of x and ends where the next one begins, or after ``limit[b]``
 tokens if only its prompt counts. In a padded batch there are no bounds: sequence b begins at row b * width and has
-``limit[b]`` tokens. Every kernel reads these itself, so nothing is computed from them in launches of its own. A mask
-takes one launch (``mask_segments``), which writes bounds and limit.
+``limit[b]`` tokens. Every kernel reads bounds and limits itself, so no extra launch computes anything from them. A mask
+takes one launch more (``mask_segments``), which writes bounds and limits.
 
-A mean runs in chunks of ``_CHUNK`` tokens of a sequence. A second launch adds up their sums in their order, so the
-result of a sequence does not depend on what else is in the batch. Where no sequence can be longer than a chunk, one
-launch does.
+A mean takes two launches. The first sums up each sequence in chunks of ``CHUNK_TOKENS`` tokens, the second adds up the
+sums of the chunks in their order. So the result of a sequence does not depend on what else is in the batch. One launch
+is enough where no sequence can be longer than a chunk.
 
-Chunk c of sequence b has slot ``start_b // _CHUNK + b + c`` of the scratch. No two chunks share a slot, because a
-sequence has at most one chunk more than the multiples of ``_CHUNK`` that it covers. So T // _CHUNK + B slots suffice,
-and nobody has to know the lengths on the host. The program of a slot finds its sequence by a search of ``_PIVOTS``
-ways, which is one load deep up to 128 sequences and two up to 16,384.
+Chunk c of sequence b writes its sum into row ``start_b // CHUNK_TOKENS + b + c`` of a scratch buffer. We call that row
+its slot. No two chunks share a slot, because a sequence has at most one chunk more than the multiples of
+``CHUNK_TOKENS`` that it covers. So T // CHUNK_TOKENS + B slots are enough, and the host does not have to know the
+lengths. The program of a slot finds its sequence by comparing ``_PIVOTS`` sequences at a time, which takes one step for
+up to 128 sequences and two for up to 16,384.
 
 Bytes moved: the T d elements of the input, once, and 8 d per slot for the partial sums, which mostly stay in the L2.
 For T = 65,536, d = 4,096 in bfloat16 and B = 64 that is 537 MB + 10 MB, 0.127 ms at the 4.3 TB/s of an H200 and
-0.182 ms at the 3.0 TB/s of an H100. Two things come on top: the end, where the processors run dry for half a program's
-time (128 registers let 4 programs run on each of 132 processors, which hold 35 MB of the 547, 3 %), and the second
-launch, 2 us. So 0.133 ms were predicted for an H200. With B = 128, 0.140 ms were measured there, which is 0.88 of the
-bandwidth of a copy of as many bytes.
+0.182 ms at the 3.0 TB/s of an H100. Two things come on top. At the end, the processors run dry for half a program's
+time, which costs 3 %: 128 registers let 4 programs run on each of 132 processors, and these hold 35 MB of the 547. The
+second launch takes 2 us. So 0.133 ms were predicted for an H200. With B = 128, 0.140 ms were measured there, which is
+0.88 of the bandwidth of a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
 
-_CHUNK = 256  # tokens of a program: 64 KB of bfloat16 with _COLUMNS, so 8,192 programs of full chunks in the case above
-_TOKENS = 64  # tokens of a step: 16 KB of bfloat16, which are eight loads of 16 bytes per thread
-_COLUMNS = 128  # columns of a program, 256 bytes of a bf16 row; the programs that run at once read whole rows
-_STAGES = 3  # two steps are on their way, 32 KB per program; 26 KB per processor would cover 0.8 us of latency
-_PIVOTS = 128  # sequences that a step of the search compares, one per thread
-_LAST_COLUMNS, _COMBINED_COLUMNS = 1024, 256  # columns of a program in the other launches
+# Tokens of one chunk. With _COLUMNS they are 64 KB of bfloat16, so the case above has 8,192 programs of full chunks.
+CHUNK_TOKENS = 256
+_TOKENS = 64  # tokens of one step: 16 KB of bfloat16, which are eight loads of 16 bytes per thread
+_COLUMNS = 128  # columns of one program, 256 bytes of a bfloat16 row; programs that run at once read whole rows
+_STAGES = 3  # two steps are being loaded, 32 KB per program; 26 KB per processor would cover 0.8 us of latency
+_PIVOTS = 128  # sequences that one step of the search compares, one per thread
+_LAST_COLUMNS, _COMBINED_COLUMNS = 1024, 256  # columns of one program in ``_last`` and ``_combine``
 _AHEAD = 8  # chunks whose sums the second launch loads before it adds them
 
 
@@ -121,7 +123,7 @@ def first_slot(start, b, CHUNK: tl.constexpr):
 
 @triton.jit
 def _owner(bounds_ptr, width, slot, B, PACKED: tl.constexpr, CHUNK: tl.constexpr, BB: tl.constexpr):
-    """The last sequence whose first slot is not behind this one, or -1 if there is none.
+    """The last sequence whose first slot is not after this one, or -1 if there is none.
 
     Each step compares BB sequences at equal distances and goes on between two of them, because first slots ascend.
     """
@@ -136,7 +138,7 @@ def _owner(bounds_ptr, width, slot, B, PACKED: tl.constexpr, CHUNK: tl.constexpr
         found = tl.sum((inside & (first <= slot)).to(tl.int32), 0)
         end = lowest + span
         lowest += tl.maximum(found - 1, 0) * step
-        # One sequence is left after a step of 1, and none if even the first begins behind the slot.
+        # One sequence is left after a step of 1, and none if even the first begins after the slot.
         span = tl.where((step > 1) & (found > 0), tl.minimum(step, end - lowest), 0)
     return tl.where(found > 0, lowest, -1)
 
@@ -162,11 +164,11 @@ def _sums(
 ):
     """One program sums BD columns of one chunk into out [slots, d]; a slot without a chunk is not written.
 
-    SINGLE: every sequence is one chunk, its slot is its number, and out [B, d] gets the mean.
+    With SINGLE every sequence is one chunk, its slot is its number, and out [B, d] gets the mean.
     """
-    blocks = tl.cdiv(d, BD)
-    slot = tl.program_id(0) // blocks  # programs of one chunk follow each other, and so read whole rows at once
-    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    programs = tl.cdiv(d, BD)  # of one chunk; they follow each other, and so read whole rows at once
+    slot = tl.program_id(0) // programs
+    column = (tl.program_id(0) % programs) * BD + tl.arange(0, BD)
     b = slot if SINGLE else _owner(bounds_ptr, width, slot, B, PACKED, CHUNK, BB)
     if b >= 0:
         start, length = _segment(bounds_ptr, limit_ptr, width, b, PACKED, HAS_LIMIT)
@@ -222,9 +224,9 @@ def _mask_segments(
     HAS_PROMPT: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """One program finds the first token and the number of tokens of one row of the mask, or of its prompt."""
+    """One program finds where one row of the mask has its first token, and how many tokens it (or its prompt) has."""
     b = tl.program_id(0).to(tl.int64)
-    # Every lane keeps the first token and the number of tokens that it has met, over blocks of BW tokens.
+    # Every lane keeps the first token and the number of tokens that it has met in blocks of BW tokens.
     first_W = tl.zeros([BW], tl.int32) + width
     count_W = tl.zeros([BW], tl.int32)
     for t in range(0, width, BW):
@@ -276,9 +278,9 @@ def _launch_sums(
     out: Tensor,
     single: bool,
 ) -> None:
-    """Sums of chunks into out [slots, d], or with ``single`` means of sequences into out [B, d]."""
+    """Writes sums of chunks into out [slots, d], or with ``single`` means of sequences into out [B, d]."""
     size = flat.shape[1]
-    tiles = _CHUNK, _TOKENS, _COLUMNS, _PIVOTS, _STAGES
+    tiles = CHUNK_TOKENS, _TOKENS, _COLUMNS, _PIVOTS, _STAGES
     _sums_launch(single, bounds is not None, limit_B is not None, *tiles)(
         (out.shape[0] * blocks(size, _COLUMNS),),
         x_ptr=flat,
@@ -312,7 +314,7 @@ def _sums_launch(
 def chunk_sums(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None = None, width: int | None = None) -> Tensor:
     """The sums [slots, d] of all chunks. A slot without a chunk is not written. The arguments are ``pool_hidden``'s."""
     batch = _batch(bounds, limit_B)
-    sums = torch.empty(flat.shape[0] // _CHUNK + batch, flat.shape[1], device=flat.device, dtype=torch.float32)
+    sums = torch.empty(flat.shape[0] // CHUNK_TOKENS + batch, flat.shape[1], device=flat.device, dtype=torch.float32)
     _launch_sums(flat, bounds, limit_B, width, batch, sums, False)
     return sums
 
@@ -327,15 +329,15 @@ def _batch(bounds: Tensor | None, limit_B: Tensor | None) -> int:
 def pool_hidden(
     flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None = None, *, mean: bool, width: int | None = None
 ) -> Tensor:
-    """Pools to float32 [B, d] the hidden states that ``ops.pool_hidden`` has checked and laid out.
+    """Pools hidden states, which ``ops.pool_hidden`` has checked and laid out, to float32 [B, d].
 
     Args:
         flat: [T, d] hidden states, packed, or padded and flattened, with contiguous columns and any stride of rows.
         bounds: int [B + 1], the ascending first rows of the sequences and the end of the last one. With None the
             sequences are rows of ``width`` tokens, of which ``limit_B`` count.
-        limit_B: int [B], tokens that no sequence exceeds.
+        limit_B: int [B], the most tokens that count of each sequence, or None for all of a packed sequence.
         mean: whether the mean over the sequence is wanted, and not its last token.
-        width: the padded width, or None. No sequence exceeds it, which may save the second launch.
+        width: the padded width, or None for packed sequences. No sequence exceeds it, which may save the second launch.
     """
     batch, size = _batch(bounds, limit_B), flat.shape[1]
     out = torch.empty(batch, size, device=flat.device, dtype=torch.float32)
@@ -346,12 +348,12 @@ def pool_hidden(
     if not mean:
         grid = (batch, blocks(size, _LAST_COLUMNS))
         _last_launch(packed, has_limit)(grid, x_ptr=flat, stride_xt=flat.stride(0), **where)
-    elif min(flat.shape[0], flat.shape[0] if width is None else width) <= _CHUNK:
+    elif min(flat.shape[0], flat.shape[0] if width is None else width) <= CHUNK_TOKENS:
         _launch_sums(flat, bounds, limit_B, width, batch, out, True)
     else:
         sums = chunk_sums(flat, bounds, limit_B, width)
         grid = (batch, blocks(size, _COMBINED_COLUMNS))
-        _combine_launch(packed, has_limit, _CHUNK)(grid, sums_ptr=sums, **where)
+        _combine_launch(packed, has_limit, CHUNK_TOKENS)(grid, sums_ptr=sums, **where)
     return out
 
 

@@ -1,17 +1,19 @@
 """Log-probs and entropies straight from hidden states and head: no logit is written to memory.
 
-    y_v = softcap(scale h . W_v + b_v)        the rest as in ``kernels/head_rows.py``
+    y_v = softcap(scale h . W_v + b_v)
 
-``_scores`` has one program per tile of rows and part of the vocabulary. It multiplies tile after tile of the head into
-an accumulator, and keeps the largest y of each row, the sum of p, and for the entropy the sum of p gap, where
-gap = y - largest and p = exp(gap / T). ``_combine`` has one program per row: it adds up the parts in their order, and
-computes the logit of the target. To pick that logit out of the tiles would spill registers.
+``kernels/head_rows.py`` has the formulas from y on. ``_scores`` has one program for each tile of rows and each part of
+the vocabulary. It multiplies one tile of the head after the other into an accumulator, and keeps for each row the
+largest y, the sum of p, and for the entropy the sum of p gap, where gap = y - largest and p = exp(gap / T).
+``_combine`` has one program per row. It adds up the parts in their order, and computes the logit of the target; picking
+this logit out of the tiles would spill registers.
 
-The parts and the tiles follow from the vocabulary, the dtype and the architecture alone, so a row's results do not
-depend on what else is in the batch. They are not bitwise those of the chunked pass, which adds up in another order.
+The parts and the tiles follow from the vocabulary, the dtype, the alignment and the architecture, so a row's results do
+not depend on what else is in the batch. The chunked pass adds up in another order, so its bits are different.
 
-Flops: 2 T V d. Bytes moved: T d and V d elements, each once per tile of the other unless it is in the L2 cache, and
-12 T per part, which is also the memory needed beyond inputs and outputs.
+Flops: 2 T V d. Elements moved: T d of the states, once for each tile of the head, and V d of the head, once for each
+tile of rows, unless they are in the L2 cache. The sums take 12 T bytes per part, which is all memory that is needed
+beyond inputs and outputs.
 """
 
 from __future__ import annotations
@@ -25,20 +27,24 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from maestro_fast.kernels.bound_launch import blocks, power_of_2
 from maestro_fast.kernels.head_rows import LOG2E, LOWEST, HeadValues, Sums, cap_logits, head_arguments
 from maestro_fast.specs import HeadSpec, RowStatistics
 
-# Columns of the vocabulary for one program. 151,936 columns make 19 parts: with 1,024 rows and more there are programs
-# for every processor, and the partial sums of a row, which ``_combine`` reads, stay few.
+# Columns of the vocabulary for one program. 151,936 columns make 19 parts. With 1,024 rows and more there are programs
+# for every processor, and ``_combine`` reads few partial sums per row.
 _PART = 8192
 _GROUP = 16  # tiles of rows that go through the vocabulary together, see ``_place``
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program works on at a time: rows, columns, and elements of the sum over d.
+    """The tile of one step of a program, and the options that it is compiled with.
 
-    ``descriptors`` says that it reads by the tensor memory accelerator of sm_90 and later.
+    Attributes:
+        rows, columns, depth: how many tokens, words of the vocabulary and elements of d a step covers.
+        warps, stages: the warps of a program, and the steps whose loads are under way.
+        descriptors: whether it reads by the tensor memory accelerator of sm_90 and later.
     """
 
     rows: int
@@ -49,13 +55,13 @@ class Tiles:
     descriptors: bool = False
 
 
-# sm_90 and sm_100: the accumulator takes 128 registers of each of the 256 threads, four stages of operands take 192 KiB
-# of shared memory.
+# These are for sm_90 and sm_100. The accumulator takes 128 registers of each of the 256 threads, and four stages of
+# operands take 192 KiB of shared memory.
 _HOPPER = Tiles(128, 256, 64, warps=8, stages=4, descriptors=True)
-# sm_80, and operands that descriptors cannot read: an accumulator of half the size, because addresses take registers,
-# too.
+# These are for sm_80, and for operands that descriptors cannot read. The accumulator has half the size, because
+# addresses take registers, too.
 _AMPERE = Tiles(128, 128, 32, warps=8, stages=4)
-# float32, which is multiplied without tensor cores and takes twice the shared memory.
+# These are for float32, which is multiplied without tensor cores and takes twice the shared memory.
 _SINGLE = Tiles(64, 64, 32, warps=8, stages=3)
 
 
@@ -72,7 +78,7 @@ class Operands(NamedTuple):
 
 
 def tiles(hidden: Tensor, weight: Tensor, capability: tuple[int, int]) -> Tiles:
-    """The tiles for these operands. The table is fixed, because other tiles would add up in another order."""
+    """The tiles for these operands. Nothing is tuned at run time, because other tiles would add up in another order."""
     if hidden.dtype is torch.float32:
         return _SINGLE
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
@@ -91,10 +97,10 @@ def _product(
     WHOLE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h . W of BM rows from ``row`` on and BN columns from ``column`` on. What lies beyond T and V is meaningless.
+    """h . W for BM rows from ``row`` on and BN columns from ``column`` on. Results beyond T and V are meaningless.
 
-    The accumulator [BM, BN] stays in registers; the operands of the next ``STAGES`` steps are on their way into shared
-    memory.
+    The accumulator [BM, BN] stays in registers, while the operands of the next ``STAGES`` steps are being loaded into
+    shared memory.
     """
     acc = tl.zeros([BM, BN], tl.float32)
     k_K = tl.arange(0, BK)
@@ -104,7 +110,7 @@ def _product(
         # A row beyond the last one reads another row, which costs less than a mask.
         h_ptr = x.h + ((row + tl.arange(0, BM)) % x.T)[:, None].to(tl.int64) * x.stride_h + k_K[None, :]
         w_ptr = x.w + ((column + tl.arange(0, BN)) % x.V)[None, :].to(tl.int64) * x.stride_w + k_K[:, None]
-    # Over d, BK elements at a time.
+    # The loop walks over d, BK elements at a time.
     for k in tl.range(0, x.d, BK, num_stages=STAGES):
         if DESCRIPTORS:
             acc = tl.dot(x.h.load([row, k]), x.w.load([column, k]).T, acc, input_precision="ieee")
@@ -133,13 +139,13 @@ def _fold(x_MN, sums, head, column_N, end, per_nat, ENTROPY: tl.constexpr):
     y_MN, _ = cap_logits(x_MN, head, column_N[None, :], inside, True)
     y_MN = tl.where(inside, y_MN, LOWEST)
     most_M = tl.maximum(sums.largest, tl.max(y_MN, 1))
-    # The sums so far were relative to a smaller y.
+    # The sums so far are relative to a smaller y, and are brought to the new one.
     shrunk_M = tl.exp2((sums.largest - most_M) * per_nat)
     gap_MN = y_MN - most_M[:, None]
     p_MN = tl.exp2(gap_MN * per_nat)
     moment_M = sums.moment
     if ENTROPY:
-        # One reduction for both sums exchanges values between threads once.
+        # One reduction for both sums exchanges values between threads only once.
         sum_M, gaps_M = tl.reduce((p_MN, tl.where(p_MN > 0, p_MN * gap_MN, 0.0)), 1, _add_pairs)
         moment_M = (moment_M + sums.total * (sums.largest - most_M)) * shrunk_M + gaps_M
     else:
@@ -204,7 +210,7 @@ def _scores(
     end = tl.minimum(begin + PART, V)
     per_nat = LOG2E / temperature
     sums = Sums(tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32))
-    # Over the columns of the part, BN at a time; the product goes over d for each of them.
+    # The loop walks over the columns of the part, BN at a time. Each product walks over all of d.
     for column in range(begin, end, BN):
         x_MN = _product(operands, row, column, BM, BN, BK, DESCRIPTORS, WHOLE_K, STAGES)
         # y and p of a whole tile do not fit into the registers beside x. So the tile is folded in halves, and with a
@@ -269,7 +275,7 @@ def _combine(
     else:
         # A target out of range gives NaN, and no access out of bounds.
         known = (target >= 0) & (target < V)
-        # Over d, BD elements at a time: the logit of the target, whose sum is added up lane by lane.
+        # The logit of the target is summed lane by lane, BD elements of d at a time.
         product_D = tl.zeros([BD], tl.float32)
         for k in range(0, d, BD):
             k_D = k + tl.arange(0, BD)
@@ -287,7 +293,7 @@ def _combine(
         total = tl.sum(total_P * share_P, 0)
         log_total = tl.log(total)
         logprob = tl.div_rn(y - most, temperature) - log_total
-        # y is the result of another sum than the largest y, and may be above it by a rounding.
+        # y and the largest y are sums in different orders, so y may be larger by a rounding error.
         tl.store(logprobs_ptr + row, tl.where(logprob > 0, 0.0, logprob))
         tl.store(out_peaks_ptr + row, most)
         tl.store(out_totals_ptr + row, total)
@@ -301,13 +307,14 @@ def _combine(
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec, by: Tiles | None = None
 ) -> RowStatistics:
-    """The statistics of T rows, float32.
+    """Launches the statistics of T rows, in float32.
 
     Args:
         hidden, weight: [T, d] and [V, d] of one dtype, float32, float16 or bfloat16; columns contiguous.
         targets: int64 [T], in [0, V) or ``spec.ignore_index``; the log-prob of any other is NaN.
         bias: [V], contiguous, or None.
-        by: tiles that replace those of the table.
+        spec: scale, soft cap, temperature, and whether entropies are wanted.
+        by: tiles that replace those that ``tiles`` gives.
     """
     tokens, size, vocabulary = *hidden.shape, weight.shape[0]
     wants_entropy = spec.entropy != "none"
@@ -317,7 +324,7 @@ def token_logprobs(
     if not tokens:
         return statistics
     by = by or tiles(hidden, weight, torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (8, 0))
-    parts = triton.cdiv(vocabulary, _PART)
+    parts = blocks(vocabulary, _PART)
     partial = hidden.new_empty((3 if wants_entropy else 2, parts, tokens), dtype=torch.float32)
     common = {
         "largest_ptr": partial[0],
@@ -334,7 +341,7 @@ def token_logprobs(
         "PARTS": parts,
         "enable_fp_fusion": False,
     }
-    _scores[(triton.cdiv(tokens, by.rows) * parts,)](
+    _scores[(blocks(tokens, by.rows) * parts,)](
         h=_descriptor(hidden, by.rows, by.depth) if by.descriptors else hidden,
         w=_descriptor(weight, by.columns, by.depth) if by.descriptors else weight,
         DESCRIPTORS=by.descriptors,
@@ -357,8 +364,8 @@ def token_logprobs(
         out_totals_ptr=totals,
         entropies_ptr=entropies if wants_entropy else None,
         ignore_index=spec.ignore_index,
-        BP=triton.next_power_of_2(parts),
-        BD=min(1024, triton.next_power_of_2(size)),
+        BP=power_of_2(parts),
+        BD=min(1024, power_of_2(size)),
         num_warps=4,
         **common,
     )

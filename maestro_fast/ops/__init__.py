@@ -1,4 +1,4 @@
-"""The functional API: every op of a GRPO step, usable from any loop.
+"""The functional API: the ops of a GRPO step as functions of tensors, for any training loop.
 
 Shapes: B responses in N groups, K rewards, d hidden size, T tokens (packed), V vocabulary.
 """

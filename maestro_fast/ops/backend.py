@@ -1,4 +1,4 @@
-"""Which backend serves an op: an explicit ``backend=`` is obeyed or raises, and nothing falls back silently."""
+"""Which backend serves an op. An explicit ``backend=`` is obeyed or raises an error; nothing falls back silently."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from maestro_fast.ops import cpp, gpu
 
 Backend = Literal["torch", "cpp", "triton"]
 
-# Every op has a reference that needs nothing compiled, "torch"; that of pack_sequences and balance_sequences is plain
-# Python. A backend is listed here once it exists and agrees with the reference. Without a choice by the caller, the
-# first that can take the tensors at hand serves them.
+# The backends of each op, in order of preference: without a choice by the caller, the first one that can take the
+# tensors serves them. The last one, "torch", is the reference, which takes all tensors and needs nothing compiled. For
+# pack_sequences and balance_sequences it is plain Python.
 SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "group_advantages": ("cpp", "triton", "torch"),
     "counterfactual_advantages": ("cpp", "triton", "torch"),
@@ -27,7 +27,7 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "balance_sequences": ("cpp", "torch"),
 }
 
-# The ops whose Triton kernels have a backward pass. Where a gradient is wanted of others, PyTorch serves them.
+# The ops whose Triton kernels have a backward pass. PyTorch serves the other ops where a gradient is wanted.
 _DIFFERENTIABLE_BY_TRITON = ("policy_loss", "token_logprobs", "linear_policy_loss")
 
 
@@ -37,10 +37,10 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
     Args:
         op: a key of ``SERVED_BY``.
         backend: the caller's choice, or None for the first backend that can take the tensors.
-        tensors: everything that the op reads; None stands for one that was not given.
+        tensors: all tensors that the op reads; None stands for an optional tensor that is missing.
 
     Raises:
-        ValueError: ``backend`` names one that does not serve this op, or not on these tensors.
+        ValueError: the backend named by ``backend`` does not serve this op, or cannot take these tensors.
     """
     served = SERVED_BY[op]
     if backend is None:
@@ -57,7 +57,7 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
 
 
 def _obstacle(op: str, backend: Backend, tensors: tuple[Tensor | None, ...], chosen: bool) -> str | None:
-    """Why a backend cannot take these tensors, or None. The reference takes all."""
+    """The reason why a backend cannot take these tensors, or None if it can. The reference takes all tensors."""
     if backend == "triton":
         return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE_BY_TRITON)
     return cpp.obstacle(tensors) if backend == "cpp" else None

@@ -1,19 +1,21 @@
 """One update of the Conductor: the meta-gradient in closed form, and a step of AdamW (arXiv 1711.05101).
 
     p = (1 - K m) q + m,   q = softmax(z / tau),   z = network((h - mean) * rstd)
-    J = mean_i [ r_i mu_i log p_i(a_i) + entropy_coef H(p_i) ]         actions drawn; r = min(p(a) / drawn, max_ratio)
-    J = mean_i [ sum_a p_i(a) mu_i(a)  + entropy_coef H(p_i) ]         all actions
+    one drawn action per response, whose importance ratio r = min(p(a) / drawn, max_ratio) counts as a constant:
+        J = mean_i [ r_i mu_i log p_i(a_i) + entropy_coef H(p_i) ]
+        dJ/dp_k = 1[k = a] r mu / p_k - entropy_coef (log p_k + 1)
+    all actions:
+        J = mean_i [ sum_a p_i(a) mu_i(a)  + entropy_coef H(p_i) ]
+        dJ/dp_k = mu_k                - entropy_coef (log p_k + 1)
 
-    dJ/dp_k = 1[k = a] r mu / p_k - entropy_coef (log p_k + 1)         r counts as a constant
-    dJ/dp_k = mu_k                - entropy_coef (log p_k + 1)
     dJ/dz   = (1 - K m) / tau * q * (dJ/dp - sum_k q_k dJ/dp_k)
 
     linear  dW = dz^T x,   db = sum dz                                              x = (h - mean) * rstd
     MLP     dW2 = dz^T GELU(u),   du = dz W2 GELU'(u),   dW1 = du^T x,   db1 = sum du          u = W1 x + b1
 
-mu is the meta-reward. For REINFORCE it is the advantage of the drawn action (MAESTRO, arXiv 2601.07208); with a
-baseline, that minus its expectation; the sum over all actions takes one value for each. Any other objective whose
-derivative by p is known, such as ``pathwise`` of ``weighting.conductor``, goes in as that derivative for all actions.
+mu is the meta-reward. For REINFORCE it is the advantage of the drawn action (MAESTRO, arXiv 2601.07208), from which a
+baseline may be subtracted. The sum over all actions takes one meta-reward for each action. Any other objective whose
+derivative by p is known, such as ``pathwise`` of ``weighting.conductor``, passes that derivative as mu of all actions.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.conductor_weights import check_params, kernel_rows
+from maestro_fast.ops.conductor_weights import check_params
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import is_integer, readable, without_autocast
+from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, without_autocast
 from maestro_fast.specs import (
     ConductorBatch,
     ConductorParams,
@@ -49,13 +51,13 @@ def conductor_update(
 ) -> tuple[ConductorState, dict[str, Tensor]]:
     """One step of AdamW that maximises J, without a graph of autograd.
 
-    Without a live row no tensor changes, and both metrics are 0. ``step`` and the options are numbers of the host: a
-    CUDA graph keeps those that it was captured with.
+    Without a live row no tensor changes, and both metrics are 0. A CUDA graph keeps the ``step`` and the options that
+    it was captured with, because they are numbers on the host.
 
     Args:
         state: the parameters and their moments, whose tensors **change in place**, as an optimizer's do.
-        batch: N responses.
-        config: options; None means the defaults.
+        batch: the N responses to learn from.
+        config: the options; None means the defaults.
         backend: "triton", "torch", or None. None means Triton on a CUDA device unless there is float64.
 
     Returns:
@@ -65,7 +67,7 @@ def conductor_update(
 
     Raises:
         ValueError: a shape, device or stride does not fit, there are no rows, the moments belong to other parameters,
-            an action is out of range (where the host can look at it), or a number is out of its range.
+            an action is out of range (where the host can read it), or a number is out of its range.
         TypeError: a dtype does not fit.
     """
     config = ConductorUpdateConfig() if config is None else config
@@ -115,7 +117,7 @@ def check_update(state: ConductorState, batch: ConductorBatch, config: Conductor
 
 
 def check_experience(params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:
-    """Raises a ValueError or TypeError that names the argument, for an update of these parameters."""
+    """Checks batch and config against the parameters; raises a ValueError or TypeError that names the argument."""
     if not batch.h.is_floating_point():
         raise TypeError(f"h: dtype {batch.h.dtype}, expected a floating dtype")
     check_params(batch.h, params)
@@ -157,10 +159,10 @@ def _check_dtype(name: str, x: Tensor) -> None:
 def meta_gradient(
     params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """J, 0-dim, and its gradient by the names of the parameters, in their dtype. Neither is differentiable.
+    """J as a scalar tensor, and its gradient by the parameters' names, in their dtype. Neither is differentiable.
 
     Raises:
-        ValueError, TypeError: as ``conductor_update``.
+        ValueError, TypeError: see ``conductor_update``.
     """
     check_experience(params, batch, config)
     with torch.no_grad(), without_autocast(batch.h):
@@ -183,7 +185,7 @@ def meta_gradient(
 
 
 def logit_gradient(logits_NK: Tensor, batch: ConductorBatch, config: ConductorUpdateConfig) -> tuple[Tensor, Tensor]:
-    """dJ/dz [N, K] and J [N] of each row, as if it were the only one. It does not matter whether a row is live."""
+    """dJ/dz [N, K] and J [N] of each row, as if it were the only one. Rows that are not live are computed, too."""
     span = 1.0 - logits_NK.shape[-1] * config.min_prob
     q_NK = (logits_NK / config.tau).softmax(-1)
     p_NK = span * q_NK + config.min_prob
@@ -208,7 +210,7 @@ def logit_gradient(logits_NK: Tensor, batch: ConductorBatch, config: ConductorUp
 def _adamw(
     name: str, state: ConductorState, gradient: Tensor, config: ConductorUpdateConfig, learns: Tensor | None
 ) -> None:
-    """The step of torch.optim.AdamW on one parameter, operation by operation. Without ``learns`` nothing changes."""
+    """One step on one parameter, by the operations of torch.optim.AdamW. If ``learns`` is False, nothing changes."""
     parameter, first, second = state.params.learned[name], state.first[name], state.second[name]
     decay = 0.0 if name.endswith("bias") else config.weight_decay
     new_first = first.lerp(gradient, 1 - config.beta1)
@@ -256,13 +258,13 @@ def _whole(h: Tensor, *given: Any) -> tuple[Any, ...]:
 def _by_triton(
     h: Tensor, state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig
 ) -> tuple[Tensor, Tensor]:
-    """Objective and norm of the gradient. ``h`` is that of the batch, and ``state.step`` counts this update."""
+    """Objective and norm of the gradient. ``h`` is ``batch.h``, and ``state.step`` counts this update already."""
     from maestro_fast.kernels import conductor_update as kernel
 
     others = (batch.meta, batch.actions, batch.drawn_probs, batch.live)
     meta, actions, drawn_probs, live = (None if x is None else x.contiguous() for x in others)
     assert meta is not None
-    contiguous = ConductorBatch(kernel_rows(h), meta, actions, drawn_probs, live)
+    contiguous = ConductorBatch(contiguous_columns(h), meta, actions, drawn_probs, live)
     made = kernel.activations(contiguous.h, state.params)
     update = kernel.conductor_update(state, contiguous, config, made)
     return update.objective, update.grad_norm

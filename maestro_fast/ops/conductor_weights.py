@@ -3,8 +3,8 @@
     z = network((h - mean) * rstd)      q = softmax(z / tau)      p = (1 - K m) q + m,   m = min_prob
     sample: a ~ p, w = (1 - alpha) / K + alpha onehot(a)         soft: w = p, a = argmax p
 
-The Conductor's head is linear, d -> K, or an MLP, d -> H -> GELU (erf) -> K. Log-probs and entropy are those of p, not
-of q.
+The Conductor's network is linear, d -> K, or an MLP, d -> H -> GELU (erf) -> K. Log-probs and entropy are those of p,
+not of q.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.ops.tensors import floats
+from maestro_fast.ops.tensors import contiguous_columns, floats
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, WeightMode
 
 __all__ = ["ConductorSample", "WeightMode", "conductor_weights"]
@@ -43,14 +43,14 @@ def conductor_weights(
     Args:
         h: [B, d] contexts, any floating dtype.
         params: the Conductor's network.
-        tau: temperature of the softmax.
-        min_prob: floor m of every action's probability, 0 <= m < 1 / K.
+        tau: the temperature of the softmax.
+        min_prob: the floor m of every action's probability, 0 <= m < 1 / K.
         alpha: how far a sampled action moves the weights from equal to one-hot, in (0, 1].
         mode: "sample" draws an action per response; "soft" takes the probabilities as weights.
-        seed, step, offset: key of the draws. ``offset`` is the global index of the first response, so a batch that is
-            split over processes draws the same actions as the whole batch.
+        seed, step, offset: the key of the draws. ``offset`` is the global index of the first response, so a batch that
+            is split over processes draws the same actions as the whole batch.
         backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless there
-            is float64 or a gradient to compute. C++ computes the whole of a linear head; of an MLP it computes the last
+            is float64 or a gradient to compute. C++ computes all of a linear network; of an MLP it computes the last
             layer, and PyTorch the first.
 
     Returns:
@@ -73,10 +73,12 @@ def conductor_weights(
 
 
 def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorChoice:
-    """The choice as every backend takes it: soft weights draw nothing, so their key is 0.
+    """Checks the arguments of ``conductor_weights``, and returns the choice as every backend takes it.
+
+    With soft weights nothing is drawn, so seed, step and offset become 0.
 
     Raises:
-        ValueError, TypeError: as ``conductor_weights``.
+        ValueError, TypeError: see ``conductor_weights``.
     """
     if not h.is_floating_point():
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
@@ -148,7 +150,7 @@ def action_probs(logits: Tensor, tau: float, min_prob: float) -> Tensor:
 
 
 def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The first action whose cumulated probability exceeds u. Every backend sums over the actions in their order."""
+    """The first action whose cumulative probability exceeds u. Every backend adds the actions up in their order."""
     total = torch.zeros_like(probs[:, 0])
     actions = torch.zeros_like(probs[:, 0], dtype=torch.int64)
     for k in range(probs.shape[1] - 1):
@@ -161,8 +163,8 @@ def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
 
 RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 PARAMS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? hidden_weight, Tensor? hidden_bias"
-# The integers of an operator are signed, so the seed passes as two halves. These numbers are arguments and not text,
-# because the step changes from call to call.
+# The integers of an operator are signed, so the seed passes as two halves. These numbers are arguments, and not text as
+# other options are, because the step changes from call to call.
 CHOICE = "float tau, float min_prob, float alpha, bool soft, int seed_low, int seed_high, int step, int offset"
 
 
@@ -188,8 +190,8 @@ def whole_choice(*given: Any) -> ConductorChoice:
 def _by_cpp(
     h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor, bias: Tensor, choice: ConductorChoice
 ) -> ConductorSample:
-    """The choice by a linear layer; without mean and rstd, h is not standardised."""
-    h = h.contiguous() if h.dtype is torch.bfloat16 else floats(h)
+    """The weights that a linear layer gives. Without mean and rstd, h is not standardised."""
+    h = cpp.floats_or_bfloat16(h)
     mean, rstd = (None if x is None else floats(x) for x in (mean, rstd))
     weight, bias = floats(weight), floats(bias)
     out = ConductorSample.empty(h.shape[0], weight)
@@ -230,9 +232,4 @@ def _by_cpp(
 def _by_triton(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> ConductorSample:
     from maestro_fast.kernels import conductor_weights as kernel
 
-    return kernel.conductor_weights(kernel_rows(h), params.contiguous_floats, choice)
-
-
-def kernel_rows(x: Tensor) -> Tensor:
-    """The rows with contiguous columns, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return kernel.conductor_weights(contiguous_columns(h), params.contiguous_floats, choice)

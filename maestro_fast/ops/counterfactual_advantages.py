@@ -3,9 +3,9 @@
     s_j(a)   = sum_k w_k(a) r'_jk - beta * KL_j                      score of response j under the weights of action a
     cf[j, a] = (s_j(a) - mean) / (std + eps)                         over the group with s_j replaced by s_j(a)
 
-r' are the rewards normalised as in ``group_advantages``, which weights do not touch. The other responses keep their
-scores, but response j moves the mean and the deviation that it is compared with, so each of the B * A entries has
-moments of its own. That makes cf[j, a] the advantage of j had its action been a, and not a first-order guess at it.
+r' are the normalised rewards of ``group_advantages``, which do not depend on weights. The other responses keep their
+scores, but response j moves the mean and the deviation that it is compared with, so each of the B * A entries has its
+own mean and deviation. That makes cf[j, a] exactly the advantage of j had its action been a, not an approximation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from maestro_fast.ops.group_advantages import (
     check_inputs,
     cpp_flat,
     cpp_profile,
-    cpp_rewards,
     cpp_whole,
     kernel_matrices,
     live_weights,
@@ -49,23 +48,23 @@ def counterfactual_advantages(
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Advantages of B responses, each under A alternative weight vectors, all else unchanged.
+    """Advantages of B responses, each under A alternative weight vectors, while all other responses are unchanged.
 
     Args:
         rewards: [B, K] or [B]; NaN where a reward abstained.
         weights: [B, K], [K], or None for weights of 1. The other responses of a group keep them. Differentiable.
         action_weights: [A, K], the weights of each action. Differentiable.
         groups, kl, beta: as in ``group_advantages``.
-        profile: a name of ``PROFILES`` or an ``AdvantageProfile``, whose scores are compared within groups: with the
-            scopes ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
+        profile: a name of ``PROFILES`` or an ``AdvantageProfile`` that compares scores within groups. With the scopes
+            ``batch`` and ``tokens`` another action of one response would move every advantage of the batch.
         backend: "cpp", "triton" or "torch". None takes C++ on the CPU and Triton on a CUDA device, unless there is
             float64 or a gradient to compute. Triton serves groups of at most 1,024.
 
     Returns:
         [B, A], float32 (float64 for float64 rewards). Up to rounding, entry [j, a] is advantage j of
-        ``group_advantages`` with row j of the weights replaced by ``action_weights[a]``. So it is 0 where that
-        replacement leaves the group degenerate or the response without a live weight, whatever they are without it.
-        Singletons and abstained rewards follow the profile: ``renormalize`` rescales the weights of each action, too.
+        ``group_advantages`` with row j of the weights replaced by ``action_weights[a]``. So it is 0 where, after this
+        replacement, the group is degenerate or the response does not count. Singletons and abstained rewards follow the
+        profile: ``renormalize`` rescales the weights of each action, too.
 
     The PyTorch reference forms [N, G, G, A] scores for N groups of at most G responses; C++ takes O(B * A * K).
 
@@ -90,7 +89,7 @@ def counterfactual_advantages(
 
 
 def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
-    """Raises an error that names the argument, beyond those of ``check_inputs``."""
+    """Checks what ``check_inputs`` does not check, and raises an error that names the argument."""
     K = rewards.shape[1] if rewards.ndim == 2 else 1
     if not action_weights.is_floating_point():
         raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")
@@ -121,7 +120,7 @@ def _reference(
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
     normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
-    # One more action is added, the last: the weights as they are.
+    # The weights that each response really has are added as one more action, the last.
     weights_BAK = torch.cat([action_weights_AK.expand(B, -1, -1), weights_BK[:, None]], 1)
     weights_BAK, live_BA = live_weights(weights_BAK, live_BK[:, None].expand_as(weights_BAK), profile)
     raw_BA = torch.where(live_BA, sum_over_rewards(weights_BAK * normalized_BK[:, None]), 0.0)
@@ -134,7 +133,10 @@ def _reference(
 
 
 def _replaced(x_NGA: Tensor) -> Tensor:
-    """[N, G, A + 1] -> [N, G, G, A]. Column j holds the group as it is, the last action, but for j under action a."""
+    """[N, G, A + 1] -> [N, G, G, A]. Entry [n, i, j, a] is the value of response i if j alone takes action a.
+
+    The last of the A + 1 actions is the one that each response really took.
+    """
     own_GG = torch.eye(x_NGA.shape[1], dtype=torch.bool, device=x_NGA.device)
     return torch.where(own_GG[..., None], x_NGA[:, None, :, :-1], x_NGA[:, :, None, -1:])
 
@@ -163,7 +165,7 @@ def _by_cpp(
     groups: CppGroups,
     profile: AdvantageProfile,
 ) -> Tensor:
-    rewards, action_weights = cpp_rewards(rewards), floats(action_weights)
+    rewards, action_weights = cpp.floats_or_bfloat16(rewards), floats(action_weights)
     weights = None if weights is None else floats(weights)
     kl = None if kl is None else floats(kl)
     out = _shapes(rewards, weights, action_weights)

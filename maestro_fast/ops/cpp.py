@@ -1,8 +1,8 @@
 """How tensors reach the C++ kernels: as addresses of contiguous float32 or bfloat16 on the CPU.
 
-The compiled module is optional, and it is loaded when an op first asks for it. Where it is missing, ``obstacle`` says
-why, the backend "cpp" refuses with that reason, and the other backends serve. This file is the only one that imports
-it: ops write ``cpp._C``. ``operator`` is the one way from an op to its C++ kernel.
+The compiled module is optional. It is loaded when an op first asks for it. Where it is missing, ``backend="cpp"``
+raises an error with the reason, and without a choice by the caller the other backends serve. This file alone imports
+the module; ops write ``cpp._C``. Every call of a C++ kernel is decorated with ``operator``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator, floats
 from maestro_fast.specs.text import constant_in_graphs
 
 if TYPE_CHECKING:
     from maestro_fast import _C
 
-__all__ = ["_C", "address", "check_build", "obstacle", "operator", "why_missing", "why_not_built"]
+__all__ = ["_C", "address", "check_build", "floats_or_bfloat16", "obstacle", "operator", "why_missing", "why_not_built"]
 
 _NEEDED = (
     "AdvantageProfile",
@@ -36,25 +36,25 @@ _NEEDED = (
 
 
 class _Missing:
-    """Stands in for a compiled module that is missing. A graph that was exported elsewhere may still call on it."""
+    """Stands in for a missing compiled module. A graph that was exported elsewhere may still call its functions."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # Python itself asks any object for names like these
+        if name.startswith("__"):  # Python itself looks such names up on any object
             raise AttributeError(name)
         raise ImportError(self.reason)
 
 
 @cache
 def _load() -> Any:
-    """The compiled module, or what stands in for it."""
+    """The compiled module, or a ``_Missing`` with the reason why there is none."""
     try:
         import maestro_fast._C as module
     except ImportError as error:
         return _Missing(why_missing(error))
-    check_build(module)  # outside of the try: a stale build is an error, and not a reason to do without
+    check_build(module)  # outside of the try: a stale build is an error, no reason to use other backends
     return module
 
 
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 
 def why_missing(error: ImportError) -> str:
-    """The reason in words, given what the import of ``maestro_fast._C`` raised."""
+    """Explains the error that the import of ``maestro_fast._C`` raised, and what to do about it."""
     remedy = "pip install . in a checkout builds it, where there is a C++ compiler"
     if not isinstance(error, ModuleNotFoundError) or error.name != "maestro_fast._C":
         return f"maestro_fast._C is there but does not load ({error}); {remedy}"
@@ -77,9 +77,10 @@ def why_missing(error: ImportError) -> str:
 
 
 def check_build(module: object) -> None:
-    """
+    """Checks that the compiled module has all functions and classes that the ops call.
+
     Raises:
-        ImportError: the compiled module lacks something, so it is older than this code.
+        ImportError: something is missing, so the module is older than this code.
     """
     missing = [name for name in _NEEDED if not hasattr(module, name)]
     if missing:
@@ -90,13 +91,16 @@ def check_build(module: object) -> None:
 
 @constant_in_graphs
 def why_not_built() -> str | None:
-    """Why there is no compiled module to call, or None."""
+    """The reason why there is no compiled module, or None if there is one."""
     module = _load()
     return module.reason if isinstance(module, _Missing) else None
 
 
 def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why the C++ kernels cannot serve these tensors, or None; without tensors, why they cannot serve at all."""
+    """The reason why the C++ kernels cannot serve these tensors, or None if they can.
+
+    Without tensors it is the reason why they cannot serve at all.
+    """
     reason = why_not_built()
     if reason is not None:
         return reason
@@ -126,7 +130,7 @@ def operator(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that makes a launch an op of its own, for eager calls and for ``torch.compile``.
 
-    Its arguments are those of ``gpu.operator``, and so is what becomes of the launch's arguments and result.
+    It takes the same arguments as ``gpu.operator``, and treats the launch's arguments and result in the same way.
     """
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
@@ -135,5 +139,11 @@ def operator(
     return decorate
 
 
+def floats_or_bfloat16(x: Tensor) -> Tensor:
+    """The tensor in contiguous bfloat16 or float32, as the C++ kernels read rewards and contexts."""
+    return x.contiguous() if x.dtype is torch.bfloat16 else floats(x)
+
+
 def address(x: Tensor | None) -> int:
+    """Where the tensor's data begins; 0 stands for None."""
     return 0 if x is None else x.data_ptr()

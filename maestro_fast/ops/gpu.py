@@ -1,7 +1,7 @@
 """How tensors reach the Triton kernels: on a CUDA device (or in Triton's interpreter), without a graph of autograd.
 
-Triton is imported when the first kernel is wanted: ``import maestro_fast.ops`` does without. ``operator`` is the one
-way from an op to its launch.
+Triton is imported with the first kernel that is called, not by ``import maestro_fast.ops``. Every launch of an op is
+decorated with ``operator``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maestro_fast.ops import tensors as operators
-from maestro_fast.ops.tensors import PLAIN, P, R, as_operator, library
+from maestro_fast.ops.tensors import PLAIN, P, R, as_operator
 
-__all__ = ["define", "library", "obstacle", "on_its_device", "operator"]
+__all__ = ["obstacle", "on_its_device", "operator"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable: bool = False) -> str | None:
-    """Why the Triton kernels cannot serve these tensors, or None.
+    """The reason why the Triton kernels cannot serve these tensors, or None if they can.
 
     Args:
+        tensors: all tensors that the op reads; None stands for an optional tensor that is missing.
         chosen: whether the caller asked for Triton by name. Then Triton's interpreter (TRITON_INTERPRET=1) may serve
             tensors on the CPU, for tests.
         differentiable: whether the op has a backward pass of its own.
@@ -60,18 +60,18 @@ def operator(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that makes a launch an op of its own, for eager calls and for ``torch.compile``.
 
-    An eager call runs the launch itself, with the arguments as they are and the device of the first tensor made
-    current. Under ``torch.compile`` the arguments pass through a registered operator, which takes tensors, numbers and
-    strings alone. So ``flat`` takes records apart before it, ``whole`` puts them together for the launch, and
-    ``result`` makes the launch's result of the operator's outputs: those are the tensors of the launch's result, and of
-    tuples in it, in their order. The launch is called with positional arguments. The outputs of a launch must not share
-    a storage.
+    An eager call runs the launch itself, on the device of the first tensor. Under ``torch.compile`` the arguments pass
+    through a registered operator, which takes and returns only tensors, numbers and strings. So ``flat`` takes records
+    of arguments apart before the operator, ``whole`` puts them together again for the launch, and ``result`` makes the
+    launch's result from the operator's outputs. These outputs are all tensors in the launch's result, in their order.
+    The launch is called with positional arguments. Its outputs must not share a storage.
 
     Args:
         signature: the operator's signature as ``torch.library`` takes it, without the namespace.
         shapes: makes empty outputs from the operator's arguments, for fake tensors.
-        flat, whole: go from the launch's arguments to the operator's and back; None where they are the same.
-        result: None where the launch returns a tensor or a plain tuple of tensors.
+        flat: makes the operator's arguments from those of the launch; None where they are the same.
+        whole: is the opposite of ``flat``.
+        result: makes the launch's result; None where the launch returns a tensor or a plain tuple of tensors.
     """
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
@@ -83,9 +83,9 @@ def operator(
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """The launch with the device of its first tensor made current, because Triton launches on the current device.
+    """Makes the device of the launch's first tensor current, because Triton launches on the current device.
 
-    The first argument is that tensor, or a list that begins with it.
+    The first argument of the launch is this tensor, or a list that begins with it.
     """
 
     @functools.wraps(launch)
@@ -98,15 +98,3 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
         return launch(*arguments)  # type: ignore[call-arg]
 
     return run  # type: ignore[return-value]
-
-
-def define(signature: str, launch: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Registers an operator of ours that compilation does not look into.
-
-    Args:
-        signature: the operator's signature as ``torch.library`` takes it, without the namespace.
-        launch: does the operator's work, on the device of its first argument, a tensor, or in Triton's interpreter.
-        shapes: makes empty outputs from the same arguments.
-    """
-    devices = {"CUDA": on_its_device(launch), "CPU": launch}
-    operators.define(signature, lambda function, *arguments: function(*arguments), shapes, devices=devices)

@@ -4,9 +4,9 @@
     s    = sum_k w_k r'_k  -  beta * KL        the score of a response
     A    = (s - mean) / (std + eps)            over the profile's scopes; verl_gdpo: / sqrt(std^2 + eps)
 
-Each scope's maximum is subtracted before its mean is taken. In exact arithmetic that changes nothing. In floating point
-it makes groups of identical rewards exactly 0, where r - mean would leave rounding noise for the division by a tiny std
-to blow up.
+The maximum of each scope is subtracted before the mean is taken. In exact arithmetic that changes nothing. In floating
+point it makes groups of identical rewards exactly 0, where r - mean would leave rounding noise, which the division by a
+tiny std would blow up.
 """
 
 from __future__ import annotations
@@ -58,19 +58,20 @@ def group_advantages(
         rewards: [B, K] or [B]; NaN where a reward abstained.
         weights: [B, K], [K], or None for weights of 1. Differentiable.
         groups: G, a [B] list or CPU tensor of group ids, or ``Groups``. Required.
-        kl: [B], the per-response token mean of log pi - log pi_ref in nats; needs a profile with ``kl_in="score"``.
-        beta: the KL's coefficient.
-        lengths: [B], integer or floating, the tokens of each completion. A profile with the scope ``tokens`` needs
-            them, and no other takes them. A response counts as often as it has tokens in that scope alone: one of
-            length 0 is live in its group, and has an advantage, which no token carries.
+        kl: [B], the mean of log pi - log pi_ref over the tokens of each response, in nats. It needs a profile with
+            ``kl_in="score"``.
+        beta: the coefficient of the KL.
+        lengths: [B], integer or floating, the number of tokens of each completion. Profiles with the scope ``tokens``
+            need it, and no others take it. In that scope alone a response counts as often as it has tokens. A response
+            of length 0 still counts in its group, and has an advantage, which no token carries.
         profile: a name of ``PROFILES`` or an ``AdvantageProfile``.
         backend: "cpp", "triton" or "torch". None takes C++ on the CPU and Triton on a CUDA device, unless there is
             float64 or a gradient to compute.
 
     Raises:
         ValueError: a shape, a device or a name is wrong; a KL is given to a profile whose KL is in the loss; lengths
-            are missing, not wanted, or (where the host can look at them) not finite or negative.
-        TypeError: a dtype is wrong, or there are no groups.
+            are missing, given but not wanted, or (where the host can read them) not finite or negative.
+        TypeError: a dtype is wrong, or groups are missing.
     """
     prof = resolve_profile(profile)
     if groups is None:
@@ -95,7 +96,7 @@ def group_advantages(
 def check_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
 ) -> None:
-    """Raises an error that names the argument. Every microsecond counts here, as the C++ kernel takes but ten."""
+    """Raises an error that names the argument. This has to be quick, because the C++ kernel takes only 10 us."""
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):
@@ -119,7 +120,7 @@ def check_inputs(
 
 
 def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantageProfile) -> None:
-    """Raises an error unless the profile gets lengths that it needs, and no others."""
+    """Raises an error unless lengths are given if and only if the profile needs them, and are valid."""
     if lengths is None:
         if profile.needs_lengths:
             raise ValueError(f"lengths: missing, expected ({rewards.shape[0]},) with a profile of scope 'tokens'")
@@ -143,14 +144,14 @@ Scope = ScoreCenter | ScoreScale
 
 @dataclass(frozen=True)
 class Members:
-    """Who is compared with whom, in the padded [N, G_max, ...] layout of ``Groups``.
+    """The elements that are compared with each other, in the padded [N, G_max, ...] layout of ``Groups``.
 
-    Dims behind the second are independent columns.
+    Further dimensions after the second are independent columns.
 
     Attributes:
-        live_NG: bool [N, G_max, ...], which elements count.
-        singleton: what the moments of a group with one live element are taken to be, see ``AdvantageProfile``.
-        lengths_NG: [N, G_max, ...], how often an element counts in the scope ``tokens``. It counts once in any other.
+        live_NG: bool [N, G_max, ...], the elements that count.
+        singleton: how a group with one live element is treated, see ``AdvantageProfile``.
+        lengths_NG: [N, G_max, ...], how often an element counts in the scope ``tokens``. It counts once in all others.
     """
 
     live_NG: Tensor
@@ -158,13 +159,13 @@ class Members:
     lengths_NG: Tensor | None = None
 
     def centred(self, x_NG: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-        """x minus its scope's mean, and that mean, both [N, G_max, ...]."""
+        """x minus the mean of its scope, and that mean, both [N, G_max, ...]."""
         if scope == "none":
             return x_NG, torch.zeros_like(x_NG)
         shifted, top = self._shifted(x_NG, scope)
         total, count = self._sum(shifted, scope), self._count(scope)
         if scope == "leave_one_out":
-            mean = (total - shifted) / (count - self.live_NG.long()).clamp(min=1)  # the others that are live
+            mean = (total - shifted) / (count - self.live_NG.long()).clamp(min=1)  # over the other live elements
         else:
             mean = (total / count.clamp(min=1)).expand_as(x_NG)
         if self.singleton == "raw" and scope in ("group", "leave_one_out"):
@@ -186,7 +187,7 @@ class Members:
         return std.expand_as(x_NG)
 
     def flat(self, x_NG: Tensor) -> Tensor:
-        """bool [N, 1, ...]: whether a group has no spread. One live element or none have no spread, a NaN is spread."""
+        """bool [N, 1, ...], whether all live elements of a group are the same. With a NaN among them they are not."""
         x_NG = x_NG.detach()
         top = torch.where(self.live_NG, x_NG, float("-inf")).amax(1, keepdim=True)
         low = torch.where(self.live_NG, x_NG, float("inf")).amin(1, keepdim=True)
@@ -194,7 +195,7 @@ class Members:
 
     @property
     def alone_N1(self) -> Tensor:
-        """bool [N, 1, ...]: whether a group has one live element."""
+        """bool [N, 1, ...], whether a group has exactly one live element."""
         return self.live_NG.sum(1, keepdim=True) == 1
 
     def _shifted(self, x_NG: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
@@ -204,14 +205,14 @@ class Members:
         return torch.where(self.live_NG, x_NG - top, 0.0), top
 
     def _sum(self, x_NG: Tensor, scope: Scope) -> Tensor:
-        """The scope's sum of x, where x is 0 if not live."""
+        """The sum of x over the scope. Elements that are not live have to be 0 already."""
         if scope == "tokens":
             assert self.lengths_NG is not None
             x_NG = x_NG * self.lengths_NG
         return x_NG.sum(dims(scope), keepdim=True)
 
     def _count(self, scope: Scope) -> Tensor:
-        """How many elements the scope has; in the scope ``tokens`` each counts as often as it has tokens."""
+        """The number of live elements in the scope, or of their tokens in the scope ``tokens``."""
         counted = self.live_NG
         if scope == "tokens":
             assert self.lengths_NG is not None
@@ -220,7 +221,7 @@ class Members:
 
 
 class Standardised(NamedTuple):
-    """Scores that were compared with those of their scopes, all [N, G_max, ...]; see ``GroupAdvantages``."""
+    """The fields of ``GroupAdvantages`` that follow from the scores, all [N, G_max, ...]."""
 
     advantages_NG: Tensor
     mean_NG: Tensor
@@ -229,7 +230,7 @@ class Standardised(NamedTuple):
 
 
 def standardise_scores(raw_NG: Tensor, scores_NG: Tensor, members: Members, profile: AdvantageProfile) -> Standardised:
-    """Advantages from scores. ``raw_NG`` are the scores before the KL, by which spread is judged."""
+    """Advantages from scores. A group is degenerate if its scores before the KL, ``raw_NG``, are all the same."""
     centred_NG, mean_NG = members.centred(scores_NG, profile.score_center)
     spread: Scope = "group" if profile.score_scale == "none" else profile.score_scale
     std_NG = members.deviation(scores_NG, spread, profile.ddof)
@@ -244,7 +245,10 @@ def standardise_scores(raw_NG: Tensor, scores_NG: Tensor, members: Members, prof
 
 
 def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profile: AdvantageProfile) -> Tensor:
-    """Rewards [B, K] over the profile's scopes; 0 where not live, and where no other is live in their scope."""
+    """Rewards [B, K] normalised over the profile's scopes.
+
+    They are 0 where a reward is not live, or is the only live one of its scope (unless the profile keeps it raw).
+    """
     if profile.reward_center == "none" and profile.reward_scale == "none":
         return rewards_BK
     x_NGK, live_NGK = groups.gather(rewards_BK, 0.0), groups.gather(live_BK, False)
@@ -255,13 +259,13 @@ def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profi
         scope = profile.reward_scale
         out_NGK = over(out_NGK, members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
     if profile.singleton == "zero" or scope == "batch":
-        alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # one value has no place among others
+        alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # a single value has nothing to be compared with
         out_NGK = torch.where(alone, 0.0, out_NGK)
     return torch.where(live_BK, groups.scatter(out_NGK), 0.0)
 
 
 def live_weights(weights: Tensor, live: Tensor, profile: AdvantageProfile) -> tuple[Tensor, Tensor]:
-    """Weights [..., K] with 0 for abstained rewards, and which responses [...] count at all."""
+    """Weights [..., K] that are 0 for abstained rewards, and bool [...], which responses count at all."""
     masked = torch.where(live, weights, 0.0)
     scorable = live.any(-1)
     if profile.missing == "zero":
@@ -274,7 +278,7 @@ def live_weights(weights: Tensor, live: Tensor, profile: AdvantageProfile) -> tu
 
 
 def sum_over_rewards(x: Tensor) -> Tensor:
-    """Sums [...] in the order of K. The order of torch.sum depends on strides and row, so equal rows could differ."""
+    """Sums over the last axis in its order. With torch.sum, whose order depends on strides, equal rows could differ."""
     total = x[..., 0]
     for k in range(1, x.shape[-1]):
         total = total + x[..., k]
@@ -282,7 +286,7 @@ def sum_over_rewards(x: Tensor) -> Tensor:
 
 
 def over(x: Tensor, divisor: Tensor) -> Tensor:
-    """x / divisor, and 0 where the divisor is 0: what has no spread is 0 without an epsilon, too."""
+    """x / divisor, and 0 where the divisor is 0, so that groups without spread get 0 even without an epsilon."""
     return torch.where(divisor == 0, 0.0, x / torch.where(divisor == 0, 1.0, divisor))
 
 
@@ -308,10 +312,10 @@ def _reference(
     lengths: Tensor | None,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
-    """The formula of the module in PyTorch, differentiable. It is the truth that other backends are compared with."""
+    """The formula of the module in PyTorch, differentiable. Other backends are compared with it."""
     live_BK = ~rewards_BK.isnan()
     rewards_BK = torch.where(live_BK, rewards_BK, 0.0)
-    if rewards_BK.shape[0] == 0:  # there is no maximum over nothing
+    if rewards_BK.shape[0] == 0:  # an empty tensor has no maximum
         empty_B = rewards_BK.sum(-1)
         return GroupAdvantages(empty_B, empty_B, rewards_BK, empty_B, empty_B, empty_B.bool())
     normalized_BK = normalize_rewards(rewards_BK, live_BK, groups, profile)
@@ -340,8 +344,8 @@ class CppGroups(NamedTuple):
     """A partition as the C++ kernels take it.
 
     Attributes:
-        size: G for consecutive groups of G, else 0.
-        offsets, order: those of ``Groups``, on the CPU, or None for consecutive groups.
+        size: G for consecutive groups of G responses, else 0.
+        offsets, order: ``offsets_N1`` and ``order_B`` of ``Groups`` on the CPU; None for consecutive groups.
     """
 
     size: int
@@ -360,7 +364,7 @@ class CppGroups(NamedTuple):
         return CppGroups(0, known.offsets_N1, known.order_B)
 
     def native(self, batch: int) -> _C.Partition:
-        """The object of C++. It holds the addresses of these tensors, and must not outlive them."""
+        """The C++ object. It holds the addresses of these tensors, and must not outlive them."""
         if self.size:
             return _consecutive(self.size, batch)
         assert self.offsets is not None and self.order is not None
@@ -401,7 +405,7 @@ def _by_cpp(
     groups: CppGroups,
     profile: AdvantageProfile,
 ) -> GroupAdvantages:
-    rewards = cpp_rewards(rewards)
+    rewards = cpp.floats_or_bfloat16(rewards)
     weights = None if weights is None else floats(weights)
     kl = None if kl is None else floats(kl)
     lengths = None if lengths is None else floats(lengths)
@@ -428,17 +432,12 @@ def _by_cpp(
     return out
 
 
-def cpp_rewards(rewards: Tensor) -> Tensor:
-    """The rewards in contiguous bfloat16 or float32."""
-    return rewards.contiguous() if rewards.dtype is torch.bfloat16 else floats(rewards)
-
-
-_SCOPES = ("none", "group", "batch", "leave_one_out", "tokens")  # csrc's enum Scope, in its order
+_SCOPES = ("none", "group", "batch", "leave_one_out", "tokens")  # in the order of the enum Scope of csrc
 
 
 @lru_cache(maxsize=256)
 def cpp_profile(profile: AdvantageProfile) -> _C.AdvantageProfile:
-    """The profile as the C++ kernels take it, except for ``kl_in``, which concerns the caller alone."""
+    """The profile as the C++ kernels take it, without ``kl_in``, which only the checks read."""
     return cpp._C.AdvantageProfile(
         _SCOPES.index(profile.reward_center),
         _SCOPES.index(profile.reward_scale),
@@ -454,7 +453,7 @@ def cpp_profile(profile: AdvantageProfile) -> _C.AdvantageProfile:
 
 
 def kernel_matrices(rewards: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rewards and weights as the Triton kernels take them, float32 [B, K]. Expanding costs nothing: the stride is 0."""
+    """Rewards and weights as the Triton kernels take them, float32 [B, K]. Shared weights are expanded, not copied."""
     rewards_BK = rewards.float() if rewards.ndim == 2 else rewards.float()[:, None]
     weights = rewards_BK.new_ones(1) if weights is None else weights.float()
     return rewards_BK, weights if weights.shape == rewards_BK.shape else weights.expand_as(rewards_BK)

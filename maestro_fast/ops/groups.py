@@ -1,8 +1,8 @@
-"""Which response belongs to which prompt: a partition that the host makes, and that a device gets when it asks for it.
+"""Which response belongs to which prompt. The host makes this partition, and devices get it when they need it.
 
-A group size is enough to make the partition anywhere, so ``Groups.of(8, 4096)`` is remembered, and a device computes
-its own copy instead of waiting for one from the host. Ids belong to one batch, so their partition is made anew each
-time, and what a device needs of it is copied through pinned memory, once for each ``Groups``.
+A partition into groups of one size follows from the size alone. So ``Groups.of(8, 4096)`` is remembered, and a device
+computes its own copy instead of waiting for the host's. Ids belong to one batch, so their partition is made for each
+batch, and the tensors that a device needs are copied through pinned memory, once for each ``Groups``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from maestro_fast.ops.tensors import readable
 
-_REMEMBERED = 64  # partitions by (group size, batch, device, stream); one is as large as its batch's indices
+# How many partitions are remembered, by (group size, batch, device, stream). Each holds one index for every response.
+_REMEMBERED = 64
 _CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -31,11 +32,11 @@ class Groups:
         batch: B.
         size: G if the groups are consecutive and each has G responses, else 0.
 
-    Its tensors are shared between calls and must not be written to. Those that are properties reach a device when
-    they are first asked for there, because the Triton kernels read ``index_NG`` alone.
+    Its tensors are shared between calls and must not be written to. The Triton kernels read ``index_NG`` alone, so the
+    other tensors, which are properties, are copied to a device when they are first needed there.
 
     All reductions over a group run over the padded [N, G_max] layout, by a gather and a masked reduction. They are
-    deterministic on every device, as a scatter with floating-point atomics is not.
+    deterministic on every device; a scatter with floating-point atomics would not be.
     """
 
     index_NG: Tensor
@@ -47,7 +48,7 @@ class Groups:
 
     @staticmethod
     def of(groups: GroupsLike, batch: int) -> Groups:
-        """Builds the partition from a group size, from ids in any order, or returns a finished one.
+        """Builds the partition from a group size or from ids in any order. A ``Groups`` is returned unchanged.
 
         Args:
             groups: G (the batch is then B / G consecutive groups of G), a [B] list or CPU tensor of integer ids, or
@@ -55,7 +56,7 @@ class Groups:
             batch: B, the number of responses.
 
         Raises:
-            TypeError: ids of a wrong type, or on a device (reading them would make the host wait).
+            TypeError: the ids have a wrong type or are on a device, where reading them would make the host wait.
             ValueError: G does not divide B, or there are not B ids.
         """
         if isinstance(groups, Groups):
@@ -75,12 +76,12 @@ class Groups:
     def to(self, device: torch.device) -> Groups:
         """The same partition for ops on ``device``, without waiting for the device.
 
-        Groups of one size are computed there, others are copied once; either is remembered with this object. A CUDA
-        graph, or a compiled function, that uses it should find it there: otherwise it computes groups of one size anew
-        at each replay, in one launch more, and it cannot use others.
+        Groups of one size are computed there, others are copied there once. This object remembers the result. Call this
+        before a CUDA graph is captured or a function compiled that uses the partition: otherwise every replay computes
+        groups of one size again, in one launch more, and groups from ids cannot be used.
 
         Raises:
-            RuntimeError: the copy would have to be made while a CUDA graph is captured.
+            RuntimeError: a CUDA graph is being captured, and a partition from ids has not been copied before.
         """
         if self.index_NG.device == device:
             return self
@@ -93,8 +94,8 @@ class Groups:
                 if where == device:
                     return known
             return _computed(self.size, self.batch, device) if self.size else host._carried(device)
-        # A stream may not read what another has only been told to write, so each stream has a copy of its own, which
-        # lives as long as this object: a CUDA graph that was captured with it reads it at every replay.
+        # A stream may not read a copy that another stream may not have finished, so each stream has a copy of its own.
+        # It lives as long as this object, because a CUDA graph that was captured with it reads it at every replay.
         stream = 0 if kind in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
         found = host._on_device.get((device, stream))
         if found is None:
@@ -103,7 +104,7 @@ class Groups:
         return found
 
     def _carried(self, device: torch.device) -> Groups:
-        """A copy of a partition made from ids."""
+        """A copy, on a device, of a partition that was made from ids."""
         return Groups(_copied(self.index_NG, device), self.batch, 0, _host=self)
 
     @property
@@ -113,12 +114,12 @@ class Groups:
 
     @property
     def order_B(self) -> Tensor:
-        """int64 [B], the responses group by group."""
+        """int64 [B], the indices of the responses, group by group."""
         return self._other("order_B")
 
     @property
     def offsets_N1(self) -> Tensor:
-        """int64 [N + 1], where each group begins in ``order_B``, and B."""
+        """int64 [N + 1], where each group begins in ``order_B``; the last element is B."""
         return self._other("offsets_N1")
 
     def _other(self, name: str) -> Tensor:
@@ -134,7 +135,7 @@ class Groups:
         return found
 
     def gather(self, x: Tensor, fill: float | bool) -> Tensor:
-        """[B, ...] -> [N, G_max, ...], ``fill`` in the padding."""
+        """[B, ...] -> [N, G_max, ...], with ``fill`` in the padding."""
         padding = x.new_full((1, *x.shape[1:]), fill)
         return torch.cat([x, padding])[self.index_NG]
 
@@ -144,7 +145,7 @@ class Groups:
 
 
 def _recorded() -> bool:
-    """Whether torch.compile, fake tensors or a CUDA graph record the operations. Then nothing may be remembered.
+    """Whether torch.compile, fake tensors or a CUDA graph record the operations, so that nothing may be remembered.
 
     Traced tensors hold no values. A captured graph computes its tensors only when it is replayed, and the tensors that
     it reads have to live as long as the graph, which a bounded cache cannot promise.
@@ -167,7 +168,7 @@ def _computed(size: int, batch: int, device: torch.device) -> Groups:
 
 
 def _of_consecutive(name: str, index_NG: Tensor, size: int) -> Tensor:
-    """The property ``name`` of consecutive groups of one size."""
+    """The tensor that the property ``name`` returns for consecutive groups of one size."""
     with _lasting():
         if name == "offsets_N1":
             return torch.arange(index_NG.shape[0] + 1, device=index_NG.device) * size
@@ -175,7 +176,7 @@ def _of_consecutive(name: str, index_NG: Tensor, size: int) -> Tensor:
 
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. A CUDA device fetches it from pinned memory in the order of its stream."""
+    """The tensor on ``device``. To a CUDA device it goes through pinned memory, so that the host does not wait."""
     with _lasting():
         if device.type != "cuda" or not readable(x):
             return x.to(device)
@@ -185,7 +186,7 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _lasting() -> AbstractContextManager[None]:
-    """A context for tensors that later calls use: an index from inference mode could not serve a backward pass."""
+    """A context that leaves inference mode, because a backward pass could not use an index that was made in it."""
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
@@ -209,7 +210,7 @@ def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
 
 
 def _ragged_groups(ids: Tensor, batch: int) -> Groups:
-    """The partition by ids [B] in any order."""
+    """The partition that follows from ids [B] in any order."""
     _, compact_B, sizes_N = torch.unique(ids, return_inverse=True, return_counts=True)
     position_B = torch.arange(batch, device=_CPU)
     order = torch.argsort(compact_B, stable=True)

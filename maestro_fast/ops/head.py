@@ -1,21 +1,22 @@
-"""A language-model head, chunk by chunk of rows: its matrix products, and all rows forward and back through it.
+"""A language-model head in chunks of rows: its matrix products, and the forward and backward pass of all rows.
 
     x = h @ W.T         dL/dh = scale * G @ W         dL/dW = scale * G.T @ h         dL/db = sum of the rows of G
 
-x are the logits, G is their gradient; what happens between the two stands in ``ops.head_rows``. On a CUDA device the
-products take 16-bit operands and add up in float32.
+A row is a token. x are its logits before scale, bias and soft cap, and G is the gradient by scale * x + b. The steps
+from x to the log-prob, and back to G, are in ``ops.head_rows``. On a CUDA device the products take 16-bit operands and
+add up in float32.
 
-A chunk has a fixed number of rows, which follows from the vocabulary alone; the last chunk is padded with zeros. So
-every product has the same shape, whatever else is in the batch. Then the log-probs of the same hidden states are
-bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is exactly 1.
+A chunk has a fixed number of rows, which follows from the vocabulary and the kind of device. The last chunk is padded
+with zeros. So every product has the same shape, whatever else is in the batch. Then the log-probs of the same hidden
+states are bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is exactly 1.
 
-A float32 G takes the place of its chunk's logits, and its two products follow at once. A 16-bit G is collected in a
-buffer until it has ``Head.gradient_rows`` rows. Every product that adds to dW reads and writes all of it, so dW then
-passes through memory half as often, and the products read rows without gaps.
+A float32 G overwrites the logits of its chunk, and its two products follow at once. A 16-bit G is collected in a buffer
+until the buffer has ``Head.gradient_rows`` rows. Every product that adds to dW reads and writes all of dW, so dW then
+passes through memory half as often.
 
-A float16 G is multiplied by a power of two, and the sums are divided by it: otherwise float16 would round a token's
-share of the loss to 0. The largest gradient of a row is brought to between 2^6 and 2^7. Gradients that turn out up to
-512 times larger than was foreseen still fit; beyond that they become infinite, which shows. Probabilities down to 2^-20
+A float16 G is multiplied by a power of two, and the sums are divided by it, because float16 would round a token's share
+of the loss to 0. The factor brings the largest expected gradient to between 2^6 and 2^7. Gradients that turn out up to
+512 times larger still fit. Beyond that they become infinite, so that the overflow is seen. Probabilities down to 2^-20
 keep all 11 bits.
 """
 
@@ -32,55 +33,55 @@ from torch._subclasses.fake_tensor import FakeTensor
 from maestro_fast.ops import head_rows
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import wide, without_autocast
+from maestro_fast.ops.tensors import no_outputs, wide, without_autocast
 from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
 
-# How many float32 logits fit into the memory of a chunk. 2 MiB fit into the cache of a CPU; 2.5 GiB on a GPU hold 4,096
-# rows of a vocabulary of up to 163,840.
+# The number of float32 logits of a chunk. On a CPU they take 2 MiB, which fit into the cache. On a GPU they take 2.5
+# GiB, which hold 4,096 rows of a vocabulary of up to 163,840.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 5 * 2**27}
-# How many rows one product of hidden states and head has, for Triton. On the 132 processors of an H100 or H200, tiles
-# of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096; over
-# 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3. The last
-# wave is not full: it costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0, 1.3, 0.4 and 5.6 %. Measured on an H100
-# with V = 151,936, into float32: 728, 747 and 676 TFLOP/s for 1,024, 2,048 and 4,096 rows at d = 4,096, and 501, 516
-# and 560 at d = 1,024 (bench/results/gpu_tiles.md). So 2,048 rows would gain 3 %. But all products have one shape, so
-# that a row's bits do not depend on its batch: 2,048 rows would pad every call and every chunk that is not full by 512
-# rows more on average, and a call of few rows would take twice as long.
+# The rows of one product of hidden states and head with the Triton backend. On the 132 processors of an H100 or H200,
+# tiles of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096.
+# Over 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3. The
+# last wave is not full. With these four vocabularies that costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0,
+# 1.3, 0.4 and 5.6 %. On an H100 with V = 151,936, products into float32 ran at 728, 747 and 676 TFLOP/s for 1,024,
+# 2,048 and 4,096 rows at d = 4,096, and at 501, 516 and 560 at d = 1,024 (bench/results/gpu_tiles.md). So 2,048 rows
+# would gain 3 %. But all products have one shape, so that a row's bits do not depend on its batch. With 2,048 rows,
+# every call and every chunk that is not full would be padded by 512 rows more on average, and short calls would take
+# twice as long.
 _PRODUCT_ROWS = 1024
-_LARGEST = 2.0**6  # the power of two that the largest gradient of a float16 head is brought to
+_LARGEST = 2.0**6  # the power of two to which the largest gradient of a float16 head is scaled
 _EXPONENT = 0x7F800000  # the bits of a positive float32 that hold its power of two
-_ALIGNED = 16  # columns, 64 bytes of float32: every row begins at a multiple, so that it is read in whole vectors
+_ALIGNED = 16  # rows begin at a multiple of 16 columns, 64 bytes of float32, so that they are read in whole vectors
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows per chunk: from the vocabulary and the kind of device alone, so that results never depend on the batch."""
+    """The rows of a chunk. They follow from vocabulary and kind of device, so results never depend on the batch."""
     if device.type == "cpu":
         return min(max(_CHUNK_ELEMENTS["cpu"] // vocabulary // 16 * 16, 64), 4096)
     return min(max(_CHUNK_ELEMENTS["cuda"] // vocabulary // 1024 * 1024, 1024), 4096)
 
 
 def logit_rows(chunk: int) -> int:
-    """How many rows have float32 logits at once where 16-bit gradients of ``chunk`` rows lie beside them.
+    """The rows whose float32 logits exist at once, where a buffer holds 16-bit gradients of ``chunk`` rows beside them.
 
-    The gradients take half of the memory, the logits as many whole products as fit into the other half, at least one.
+    The gradients take half of the memory. The logits are as many whole products as fit into the other half, at least 1.
     """
     return max(chunk // 2 // _PRODUCT_ROWS, 1) * _PRODUCT_ROWS
 
 
 def empty_rows(rows: int, columns: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [rows, columns] on the device of ``x``. Rows are padded so that each is aligned."""
+    """An uninitialised tensor [rows, columns] on the device of ``x``, whose rows all begin at aligned addresses."""
     stride = -(-columns // _ALIGNED) * _ALIGNED
     return torch.empty(rows, stride, device=x.device, dtype=dtype)[:, :columns]
 
 
 # --- matrix products ---
 #
-# Eager calls go straight to torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with
-# out_dtype raises TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and
-# Dynamo refuses an ``out`` whose rows are apart. So a graph calls the operators registered here, into which it does not
-# look.
+# Eager calls use torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with out_dtype raises
+# TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and Dynamo refuses an
+# ``out`` with gaps between its rows. So a graph calls the operators registered here, which are black boxes to it.
 
 _HALVES = torch.bfloat16, torch.float16
 
@@ -90,7 +91,8 @@ def is_half(x: Tensor) -> bool:
 
 
 def operand(x: Tensor) -> Tensor:
-    """``x`` as the products take it: 16-bit on a CUDA device, whose tensor cores add up in float32, elsewhere wide."""
+    """``x`` as the products take it: 16-bit if it is so on a CUDA device, whose tensor cores add up in float32, else
+    float32 or float64."""
     return x if x.is_cuda and is_half(x) else wide(x)
 
 
@@ -137,22 +139,18 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
         torch.addmm(total, a, b, alpha=alpha, out_dtype=torch.float32, out=total)
 
 
-def _nothing(*_: Tensor | float) -> None:
-    """The operators write into their first argument and return nothing."""
-
-
-@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", _nothing)
+@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", no_outputs)
 def _product_operator(out: Tensor, a: Tensor, b: Tensor) -> None:
     _product_into(out, a, b)
 
 
-@operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", _nothing)
+@operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", no_outputs)
 def _add_product_operator(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     _add_product_(total, a, b, alpha)
 
 
 def _padded_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """h @ W.T, float32 [n, V] with padded rows, by products of one shape: the last one has zeros for missing rows."""
+    """h @ W.T, float32 [n, V] with aligned rows, in products of one shape. Missing rows of the last one are zeros."""
     rows = hidden.shape[0]
     padded = -(-rows // _PRODUCT_ROWS) * _PRODUCT_ROWS
     out = empty_rows(padded, weight.shape[0], hidden, torch.float32)
@@ -170,17 +168,18 @@ def _padded_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """A head as its products take it: 16-bit on a CUDA device, elsewhere float32 or float64.
+    """A head, with its weight in the dtype that the products take.
 
     Attributes:
-        weight: [V, d].
+        weight: [V, d], 16-bit or float32 on a CUDA device, float32 or float64 elsewhere.
         bias: [V] in the dtype of the logits, or None.
-        chunk: C, the most rows whose logits exist at once. A product by PyTorch has as many, with zeros for those that
-            a chunk lacks.
-        gradient_rows: the most rows that the products of the gradient take at once. There are more than in a chunk
-            where dL/dlogits is 16-bit and is collected in a buffer of its own: then half of the memory holds float32
-            logits of half as many rows, and the other half holds the 16-bit gradients of all of them.
-        backend: "torch" or "triton". Chunks for Triton are not padded: their logits come from smaller products.
+        spec: how logits become log-probs.
+        chunk: C, the most rows whose logits exist at once. With PyTorch every product has as many rows; rows that a
+            chunk lacks are zeros.
+        gradient_rows: the most rows that the products of the gradient take at once. They are more than a chunk where
+            dL/dlogits is 16-bit and is collected in a buffer. Then half of the memory holds the float32 logits of a
+            chunk, and the other half holds the 16-bit gradients of two chunks.
+        backend: "torch" or "triton". Chunks for Triton are not padded; their logits come from smaller products.
     """
 
     weight: Tensor
@@ -192,7 +191,7 @@ class Head:
 
     @staticmethod
     def of(weight: Tensor, bias: Tensor | None, spec: HeadSpec, backend: Backend | None = None) -> Head:
-        """``backend=None`` takes Triton wherever it can serve ``token_logprobs``."""
+        """The head of a weight [V, d]. ``backend=None`` takes Triton wherever it can serve ``token_logprobs``."""
         backend = backend or resolve("token_logprobs", None, weight, bias)
         bias = None if bias is None else bias.to(wide(weight[:0]).dtype).contiguous()
         weight = operand(weight)
@@ -207,24 +206,24 @@ class Head:
 
     @property
     def scales(self) -> bool:
-        """Whether gradients are scaled before they become dL/dlogits: float16 would round small ones to 0."""
+        """Whether gradients are scaled before they become dL/dlogits, because float16 would round small ones to 0."""
         return self.weight.dtype is torch.float16
 
     def chunk_of(self, hidden: Tensor, targets: Tensor, rows: Rows) -> Chunk:
-        """At most C rows of the batch [T, d]. Ignored rows become 0: a NaN there would reach dW as 0 * NaN."""
+        """At most C rows of the batch [T, d]. Ignored rows become 0, because a NaN there would reach dW as 0 * NaN."""
         ids = targets[rows]
         states = torch.where((ids != self.spec.ignore_index)[:, None], hidden[rows], 0.0)
         return Chunk(self, self.padded(operand(states)), self.padded(ids, self.spec.ignore_index), len(ids))
 
     def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """[n, ...] -> [C, ...]; for Triton [n, ...] as it is."""
+        """Pads [n, ...] with ``value`` to [C, ...]. Nothing is padded for Triton."""
         missing = self.chunk - x.shape[0] if self.backend == "torch" else 0
         return x if missing == 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """States [C, d] and targets [C], of which the first ``rows`` are not padding; for Triton C is ``rows``."""
+    """Hidden states [C, d] and targets [C]. The first ``rows`` are not padding; for Triton these are all."""
 
     head: Head
     hidden: Tensor
@@ -233,14 +232,14 @@ class Chunk:
 
     @staticmethod
     def joined(chunks: Sequence[Chunk]) -> Chunk:
-        """Several chunks without padding as one, which may have more rows than a chunk of logits."""
+        """Joins several chunks without padding into one, which may have more rows than a chunk of logits."""
         if len(chunks) == 1:
             return chunks[0]
         hidden, targets = torch.cat([x.hidden for x in chunks]), torch.cat([x.targets for x in chunks])
         return Chunk(chunks[0].head, hidden, targets, len(targets))
 
     def logits(self) -> Tensor:
-        """The output of the product [C, V], before scale, bias and soft cap."""
+        """The output x of the product [C, V], before scale, bias and soft cap."""
         if self.head.backend == "triton":
             return _padded_logits(self.hidden, self.head.weight)
         return product(self.hidden, self.head.weight.T)
@@ -254,10 +253,13 @@ class Chunk:
     def dlogits(
         self, x: Tensor, stats: RowStatistics, dlogprobs: Tensor, dentropies: Tensor | None, out: Tensor | None
     ) -> Tensor:
-        """dL/d(scale * x + bias) [C, V] from the gradients of the chunk's rows [n], in the dtype of the products.
+        """G = dL/d(scale * x + bias) [C, V] in the dtype of the products, from the gradients of the chunk's rows [n].
 
         Args:
-            out: where the gradient is written; None overwrites ``x`` if ``x`` has that dtype.
+            x: the chunk's ``logits``.
+            stats: the ``statistics`` of these logits.
+            dlogprobs, dentropies: the gradients by log-probs and entropies [n]; None means 0.
+            out: where the gradient is written. None overwrites ``x`` where it has the dtype of the products.
         """
         dlogprobs = self.head.padded(dlogprobs)
         dentropies = None if dentropies is None else self.head.padded(dentropies)
@@ -268,11 +270,11 @@ class Chunk:
         return x if out is None else out
 
     def dhidden(self, dlogits: Tensor) -> Tensor:
-        """The gradient of the states [n, d], float32 or float64."""
+        """The gradient by the hidden states [n, d], float32 or float64."""
         return product(dlogits, self.head.weight)[: self.rows].mul_(self.head.spec.scale)
 
     def add_dweight_(self, dweight: Tensor, dlogits: Tensor) -> None:
-        """Adds this chunk's share to the gradient of the weight [V, d], float32 or float64."""
+        """Adds this chunk's share to the gradient by the weight [V, d], float32 or float64."""
         add_product_(dweight, dlogits.T, self.hidden, self.head.spec.scale)
 
 
@@ -280,7 +282,7 @@ class Chunk:
 
 
 class HeadGradients(NamedTuple):
-    """The gradients of hidden [T, d], weight [V, d] and bias [V]; None where a gradient is not wanted."""
+    """The gradients by hidden [T, d], weight [V, d] and bias [V]; None where a gradient is not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -308,13 +310,13 @@ def head_backward(
     dentropies: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> HeadGradients:
-    """The gradients of the head's inputs, hidden and weight in their dtype, bias in that of the logits.
+    """The gradients by the head's inputs: by hidden and weight in their dtype, by the bias in the dtype of the logits.
 
     Args:
-        stats: what ``head_forward`` returned. None computes them again, where the forward's logits were not bitwise
-            these.
-        dlogprobs, dentropies: the gradients of log-probs and entropies [T]; None means 0.
-        wanted: whether hidden, weight and bias want a gradient.
+        stats: the result of ``head_forward``. None computes the statistics again, which is needed where the forward
+            pass formed its logits in another way, and so with other bits.
+        dlogprobs, dentropies: the gradients by log-probs and entropies [T]; None means 0.
+        wanted: whether the gradients by hidden, weight and bias are wanted.
     """
     precision = wide(hidden[:0]).dtype
     dhidden = torch.empty_like(hidden) if wanted[0] else None
@@ -351,12 +353,12 @@ def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Chunk
 
 
 class GradientSums:
-    """The gradients of a head's inputs, to which chunks of rows are added; ``finish`` completes them.
+    """The gradients by a head's inputs, summed chunk by chunk. ``finish`` completes them.
 
     Attributes:
         hidden: [T, d], of which every chunk writes its rows; None where it is not wanted.
         weight, bias: [V, d] and [V], float32 or float64, to which every chunk adds; None where they are not wanted.
-        unit: what gradients are multiplied by until ``finish``, see ``float16_unit``; None multiplies them by nothing.
+        unit: the factor of all gradients until ``finish`` divides by it, see ``float16_unit``; None for no factor.
     """
 
     def __init__(
@@ -376,7 +378,7 @@ class GradientSums:
         dlogprobs: Tensor,
         dentropies: Tensor | None,
     ) -> None:
-        """Adds one chunk, which holds the ``rows`` of the batch. Its logits ``x`` are overwritten."""
+        """Adds one chunk, which holds the ``rows`` of the batch. Its logits ``x`` may be overwritten."""
         if self.unit is not None:
             dlogprobs = dlogprobs * self.unit
             dentropies = None if dentropies is None else dentropies * self.unit
@@ -392,7 +394,7 @@ class GradientSums:
         self._filled += chunk.rows
 
     def finish(self) -> None:
-        """Adds the chunks that still wait, and divides the sums by ``unit``."""
+        """Adds the chunks that still wait in the buffer, and divides the sums by ``unit``."""
         self._empty()
         if self.unit is not None:
             for total in (self.weight, self.bias):
@@ -400,7 +402,7 @@ class GradientSums:
                     total /= self.unit
 
     def _empty(self) -> None:
-        """Multiplies the rows that were collected."""
+        """Adds the products of the rows that were collected in the buffer."""
         if self._buffer is not None and self._waiting:
             chunks, places = zip(*self._waiting, strict=True)
             self._multiply(Chunk.joined(chunks), list(places), self._buffer[: self._filled])
@@ -424,8 +426,10 @@ def _count(rows: Rows) -> int:
 
 
 def float16_unit(head: Head, dlogprobs: Tensor, dentropies: Tensor | None) -> Tensor:
-    """The power of two, a scalar, for gradients about as large as these [T]. The device finds it; the host does not
-    wait."""
+    """A power of two, as a scalar tensor, that scales gradients about as large as these [T] into float16's range.
+
+    It is computed on the device, so the host does not wait.
+    """
     largest = _largest(dlogprobs) if dentropies is None else _largest(dlogprobs) + _largest(dentropies)
     largest = (largest / head.spec.temperature).clamp(min=2.0**-60)
     power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)

@@ -6,7 +6,7 @@
     log p_y = z_y - logsumexp(z)       H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-No row depends on the others of its chunk. The reference in PyTorch comes first, then the launches of
+No row depends on other rows of its chunk. The reference in PyTorch comes first. Then come the launches of
 ``kernels/head_rows.py``, which compute the same.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.gpu import operator
+from maestro_fast.ops.tensors import no_outputs
 from maestro_fast.specs import HeadSpec, RowStatistics, as_text, from_text
 
 # --- PyTorch, the reference ---
@@ -28,12 +29,13 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
 
     Args:
         x: [C, V], float32 or float64; it is not changed.
-        targets: int64 [C], in [0, V) or ``spec.ignore_index``.
+        targets: int64 [C], token ids in [0, V) or ``spec.ignore_index``.
         bias: [V] in the dtype of ``x``, or None.
+        spec: scale, soft cap, temperature, and whether entropies are wanted.
     """
     live = targets != spec.ignore_index
     y = capped_logits(x, bias, spec)
-    # log_softmax would add up in sequence on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
+    # log_softmax would add up one after the other on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
     peaks = y.amax(-1)
     shifted = _gaps(y, peaks, spec)
     exp = shifted.exp()
@@ -56,14 +58,14 @@ def dlogits_(
     spec: HeadSpec,
     out: Tensor | None = None,
 ) -> None:
-    """Writes dL/du of a chunk, the gradient by scale * x + bias. Summed over the rows it is the gradient of the bias.
+    """Writes dL/du of a chunk, the gradient by scale * x + bias. Its sum over the rows is the gradient by the bias.
 
     A row that is ignored, or whose two gradients are 0, becomes exactly 0, whatever ``x`` holds there.
 
     Args:
         x, targets, bias: as in ``row_statistics``.
         stats: the statistics of the same chunk. Their log-probs are not read, their entropies only with ``dentropies``.
-        dlogprobs, dentropies: dL/dlog p_y and dL/dH, [C] in the dtype of ``x``. None means that dL/dH is 0.
+        dlogprobs, dentropies: dL/dlog p_y and dL/dH, both [C] in the dtype of ``x``. None means that dL/dH is 0.
         out: [C, V] of any floating dtype, where the gradient is written; None writes it over ``x``.
     """
     live = targets != spec.ignore_index
@@ -160,14 +162,11 @@ def _whole(*arguments: Any) -> tuple[Any, ...]:
     return *tensors, stats, dlogprobs, dentropies, from_text(HeadSpec, spec)
 
 
-def _nothing(*_: Any) -> None:
-    """The operators write into their first argument and return nothing."""
+# torch.compile needs two operators, because an operator that writes to its first argument may not read the same memory
+# through its second.
 
 
-# torch.compile needs two operators: one that writes to its first argument may not read the same memory as its second.
-
-
-@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_in_place(
     x: Tensor,
     targets: Tensor,
@@ -182,7 +181,7 @@ def _dlogits_in_place(
     kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, x)
 
 
-@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", _nothing, flat=_flat, whole=_whole)
+@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_into(
     out: Tensor,
     x: Tensor,

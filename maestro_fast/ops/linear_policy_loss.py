@@ -1,10 +1,10 @@
 """The policy loss from hidden states: language-model head, loss and their gradients in one sweep over the rows.
 
-The sweep (``ops.sweep``) takes three matrix products of 2 T V d operations, where ``token_logprobs`` and
-``policy_loss`` one after the other need four: their backward pass computes the logits a second time. So the gradient
-comes with the loss, and backward() only multiplies it. Chunks and row maths are those of ``token_logprobs``, whose
-log-probs are bitwise the same. On a CUDA device a chunk of a 16-bit head is half of the rows that the products of the
-gradient take, see ``ops.head``.
+The sweep (``ops.sweep``) takes three matrix products of 2 T V d operations. ``token_logprobs`` and ``policy_loss`` one
+after the other need four, because their backward pass computes the logits a second time. So here the gradient is
+computed with the loss, and backward() only scales it. Chunks and the maths of a row are the same as in
+``token_logprobs``, and so are the bits of log-probs. On a CUDA device, the products of the gradient of a 16-bit head
+take twice as many rows as a chunk, see ``ops.head``.
 """
 
 from __future__ import annotations
@@ -54,50 +54,51 @@ def linear_policy_loss(
     config: PolicyLossConfig | LossFunction,
     backend: Backend | None = None,
 ) -> LinearPolicyLoss:
-    """``policy_loss`` of ``token_logprobs``: the same loss, metrics and gradients of hidden, lm_head and bias.
+    """``policy_loss`` of ``token_logprobs``, with the same loss, metrics and gradients of hidden, lm_head and bias.
 
-    Rows without a gradient skip the two products of the gradient if the host knows them; otherwise they take part as
-    zeros. The host knows masked tokens and, with neither a KL nor an entropy bonus, responses whose advantage is 0, if
-    it can read them: ``advantages``, ``cu_seqlens``, ``token_mask`` and ``active`` may stay on the CPU beside hidden
-    states on a GPU. Masked rows skip the forward, too. Rows of advantage 0 do not, because the metrics are means over
-    all live tokens, unless ``active`` leaves them out.
+    A row is a token. Rows without a gradient skip the two products of the gradient if the host knows them; otherwise
+    they take part as zeros. The host knows masked tokens and, with neither a KL nor an entropy bonus, responses whose
+    advantage is 0, provided that it can read the tensors. So ``advantages``, ``cu_seqlens``, ``token_mask`` and
+    ``active`` may stay on the CPU while the hidden states are on a GPU. Masked rows skip the forward, too. Rows of
+    advantage 0 do not, because the metrics are means over all live tokens, unless ``active`` leaves them out.
 
-    The gradient of some losses needs the log-probs of whole responses: ``ratio="sequence"`` with old log-probs, and a
-    sampler correction by sequences without them. Then responses that are longer than a chunk go through the head twice,
-    and all responses do if ``cu_seqlens`` is on a GPU. A loss of your own is taken to need the log-probs of the whole
-    batch, so that every row goes through the head twice, unless ``ops.loss_function`` marks it as row-wise. A chunk has
-    4,096 rows on a GPU, with a 16-bit head 2,048, and fewer with a vocabulary beyond 163,840.
+    The gradient of some losses needs the log-probs of whole responses. That is so for ``ratio="sequence"`` with old
+    log-probs, and for a sampler correction by sequences without old log-probs. Then responses that are longer than a
+    chunk go through the head twice, and so do all responses if ``cu_seqlens`` is on a GPU. A loss of your own is taken
+    to need the log-probs of the whole batch, so that every row goes through the head twice, unless
+    ``ops.loss_function`` marks it as row-wise. A chunk has 4,096 rows on a GPU, or 2,048 with a 16-bit head, and fewer
+    with a vocabulary beyond 163,840.
 
     Args:
-        hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``; a target of -100 is
+        hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``. A target of -100 is
             a masked token.
         advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs, token_mask, normalizer,
             entropy_normalizer: see ``policy_loss``. Lengths and normalizers count responses that are not active, too.
-        active: bool [B]. False leaves a response, whose advantage has to be 0, out of every pass and of the metrics: it
-            would add nothing to loss and gradient.
+        active: bool [B]. False leaves a response out of every pass and of the metrics. Its advantage has to be 0, so
+            that it would add nothing to loss and gradient.
         mean_entropy: whether ``metrics["entropy"]``, the mean entropy of the live tokens in nats, is wanted.
         config: see ``policy_loss``. A loss of your own gets log-probs and, if it is marked with
-            ``ops.loss_function(entropies=True)``, entropies, both on the device of ``hidden``; its ``token_mask`` is
-            bool and leaves out targets of -100, too. Its gradient by them is computed by autograd and goes through the
-            head; logits of all rows never exist. A row-wise one is called for every chunk, with log-probs that are not
-            known yet being ``old_logprobs`` or 0, and once at the end.
+            ``ops.loss_function(entropies=True)``, entropies, both on the device of ``hidden``. Its ``token_mask`` is
+            bool and leaves out targets of -100, too. Autograd computes its gradient by log-probs and entropies, which
+            then goes through the head; the logits of all rows never exist at once. A row-wise loss is called for every
+            chunk and once at the end. Log-probs that are not known yet are ``old_logprobs`` or 0.
         backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64. Triton
             computes the rows of logits and the loss of a ``PolicyLossConfig``; the matrix products are PyTorch's.
 
     Returns:
-        ``LinearPolicyLoss``. The gradient cannot be differentiated again. It is held from here to backward(): [T, d] in
-        the dtype of ``hidden``, and float32 [V, d] if ``lm_head`` has one.
+        A ``LinearPolicyLoss``. Its gradient cannot be differentiated again. The gradient stays in memory until
+        backward(): [T, d] in the dtype of ``hidden``, and float32 [V, d] if ``lm_head`` requires a gradient.
 
     Raises:
-        ValueError: what ``token_logprobs`` and ``policy_loss`` refuse; an input other than the three requires a
-            gradient; ``active`` with a KL, an entropy bonus or a loss of your own, where every response may have a
-            gradient, or False where the advantage is not 0 (looked at on the CPU only); a tensor on the CPU while a
-            CUDA graph is captured.
-        TypeError: a wrong dtype.
+        ValueError: ``token_logprobs`` or ``policy_loss`` would raise one; an input other than hidden, lm_head and bias
+            requires a gradient; ``active`` is given with a KL, an entropy bonus or a loss of your own, where every
+            response may have a gradient; ``active`` is False where the advantage is not 0 (checked on the CPU only); a
+            tensor is on the CPU while a CUDA graph is captured.
+        TypeError: a dtype is wrong.
     """
     reads_entropies = wants_entropies(config)
     entropy: EntropyMode = "grad" if reads_entropies else "value" if mean_entropy else "none"
-    resolve("linear_policy_loss", backend, hidden, lm_head, bias)
+    resolve("linear_policy_loss", backend, hidden, lm_head, bias)  # raises if the backend cannot serve these
     spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
     given = LossInputs(
@@ -156,7 +157,8 @@ class _WithGradients(torch.autograd.Function):
 def _without_left_out(
     inputs: LossInputs, targets: Tensor, active_B: Tensor | None
 ) -> tuple[LossInputs, Tensor, Tensor]:
-    """The inputs with all masked tokens in ``token_mask``, targets that name the rows to work, and those rows [T]."""
+    """The inputs with all masked tokens in ``token_mask``, targets that are -100 in the rows to skip, and bool [T],
+    which rows are swept."""
     live_T = targets != IGNORED
     if inputs.token_mask is not None:
         live_T = live_T & (inputs.token_mask != 0)
@@ -210,14 +212,14 @@ def _uploaded_inputs(
     """The inputs and ``active`` on the device.
 
     Raises:
-        ValueError: an input on a third device, or see ``upload``.
+        ValueError: an input is neither on the CPU nor on the device; or see ``upload``.
     """
     moved = {}
-    for name in ("advantages", "cu_seqlens", "token_mask"):  # the host may read them on the CPU
+    for name in ("advantages", "cu_seqlens", "token_mask"):  # these may be on the CPU, where the host reads them
         x = getattr(inputs, name)
         if x is not None:
             moved[name] = _from_the_host(name, x, device)
-    for name in ("normalizer", "entropy_normalizer"):  # once, and not with the loss of every chunk
+    for name in ("normalizer", "entropy_normalizer"):  # uploaded here once, not again with every chunk
         x = getattr(inputs, name)
         if isinstance(x, Tensor):
             moved[name] = upload(name, x, device)
@@ -231,7 +233,7 @@ def _from_the_host(name: str, x: Tensor, device: torch.device) -> Tensor:
 
 
 def _uploaded_steps(steps: list[Step], device: torch.device) -> list[Step]:
-    """The same steps with their indices on the device, all by one copy."""
+    """The same steps with the indices of their rows on the device. One copy uploads all of them."""
     indices = [step.rows for step in steps if isinstance(step.rows, Tensor)]
     if not indices or device.type == "cpu":
         return steps
@@ -240,11 +242,11 @@ def _uploaded_steps(steps: list[Step], device: torch.device) -> list[Step]:
 
 
 def upload(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on the device. From the CPU it goes through pinned memory: a copy from pageable memory would make the host
-    wait for all that is queued on the device.
+    """``x`` on the device. From the CPU it is copied through pinned memory, because a copy from pageable memory would
+    make the host wait until the device has done all its work.
 
     Raises:
-        ValueError: a CUDA graph is captured, whose replays would read memory that is no longer there.
+        ValueError: a CUDA graph is being captured. Its replays would read memory that has been freed by then.
     """
     if device.type == "cpu" or x.device.type != "cpu":
         return x.to(device)

@@ -1,4 +1,4 @@
-"""A user's own loss: a function of ``LossInputs`` that returns the scalar loss and a dict of metrics, scalar tensors.
+"""A user's own loss: a function of ``LossInputs`` that returns the scalar loss and a dict of scalar metrics.
 
     @loss_function(row_wise=True)
     def loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -6,7 +6,8 @@
         ...
         return loss, {"ratio": ratio.mean().detach()}
 
-``policy_loss`` and ``linear_policy_loss`` take it as their ``config``. Metrics may carry a graph; it is dropped.
+``policy_loss`` and ``linear_policy_loss`` take it as their ``config``. Metrics are tensors. They may carry a graph of
+autograd, which is dropped.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _Function = TypeVar("_Function", bound=LossFunction)
 
 
 def loss_function(*, row_wise: bool = False, entropies: bool = False) -> Callable[[_Function], _Function]:
-    """A decorator that says what ``linear_policy_loss`` and the trainers have to know of a user's own loss.
+    """A decorator that tells ``linear_policy_loss`` and the trainers what a user's own loss reads.
 
-    A function without this decorator works, too, with both arguments False.
+    A function without this decorator works, too. Then both arguments are taken to be False.
 
     Args:
         row_wise: whether the derivative of the loss by a token's log-prob depends on no other token's log-prob or
-            entropy. That is so for a sum over tokens whose terms depend on one token each, divided by any fixed number.
-            It is not so where ratios are averaged over a response. ``linear_policy_loss`` takes a row-wise loss through
-            the head once, any other twice.
+            entropy. That is so for a sum of terms that depend on one token each, divided by any fixed number. It is not
+            so where ratios are averaged over a response. With a row-wise loss, ``linear_policy_loss`` sends every token
+            through the head once, with any other loss twice.
         entropies: whether the function reads ``LossInputs.entropies``.
     """
 
@@ -57,10 +58,10 @@ def wants_entropies(loss: PolicyLossConfig | LossFunction) -> bool:
 
 
 def call_loss_function(function: LossFunction, inputs: LossInputs) -> PolicyLoss:
-    """The loss and the metrics, the latter without a graph.
+    """Calls the function, checks what it returned, and drops the graph of the metrics.
 
     Raises:
-        ValueError: the function returned something else than a scalar loss and scalar metrics.
+        ValueError: the function returned anything but a scalar loss and a dict of scalar metrics.
     """
     found: Any = function(inputs)
     returned = f"config: {function_name(function)} returned"
@@ -86,10 +87,10 @@ class LogprobGradients(NamedTuple):
 
 
 def loss_function_gradient(function: LossFunction, inputs: LossInputs) -> tuple[PolicyLoss, LogprobGradients]:
-    """One call of the function: loss and metrics without a graph, and the gradient by log-probs and entropies.
+    """Calls the function once, for loss and metrics without a graph and the gradient by log-probs and entropies.
 
     Raises:
-        ValueError: see ``call_loss_function``, or the loss does not depend on the log-probs.
+        ValueError: see ``call_loss_function``; or the loss does not depend on the log-probs.
     """
     leaves = [x for x in (inputs.logprobs, inputs.entropies) if x is not None]
 
@@ -114,6 +115,8 @@ def loss_function_gradient(function: LossFunction, inputs: LossInputs) -> tuple[
 
 
 def function_name(function: Any) -> str:
+    """The name of a loss function, for errors."""
+    function = getattr(function, "function", function)  # that of a ``FunctionLoss``
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 

@@ -13,13 +13,13 @@ from maestro_fast.ops.conductor_weights import (
     checked_choice,
     conductor_weights,
     flat_choice,
-    kernel_rows,
     whole_choice,
 )
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.group_advantages import check_inputs, check_lengths, group_advantages
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
+from maestro_fast.ops.tensors import contiguous_columns
 from maestro_fast.specs import (
     AdvantageProfile,
     ConductorChoice,
@@ -60,22 +60,23 @@ def maestro_advantages(
     profile: str | AdvantageProfile = "maestro",
     backend: Backend | None = None,
 ) -> tuple[ConductorSample, GroupAdvantages]:
-    """Weights from the Conductor, and the advantages under them (MAESTRO, arXiv 2601.07208).
+    """The Conductor's weights and the advantages under these weights, in one call (MAESTRO, arXiv 2601.07208).
 
     Args:
         rewards: [B, K], NaN where a reward abstained.
         conductor: the Conductor's network.
         groups: see ``group_advantages``.
-        h: [B, d] contexts; or instead of them:
-        hidden, cu_seqlens: packed [T, d] hidden states and their int [B + 1] bounds. They are pooled by ``pool``, whose
-            prompt modes need ``prompt_lengths``, int [B].
+        h: [B, d] contexts. None takes them from ``hidden``.
+        hidden: [T, d] packed hidden states, which are pooled to contexts.
+        cu_seqlens, pool, prompt_lengths: int [B + 1], the mode, and int [B] as in ``pool_hidden``, for ``hidden``.
         tau, min_prob, alpha, mode, seed, step, offset: see ``conductor_weights``.
         kl, beta, lengths, profile: see ``group_advantages``.
         backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless there
             is float64 or a gradient to compute. With C++, PyTorch computes the pooling and the first layer of an MLP.
 
     Raises:
-        ValueError, TypeError: as the ops in it raise them, and unless exactly one of ``h`` and ``hidden`` is given.
+        ValueError: not exactly one of ``h`` and ``hidden`` is given, or one of the ops named above raises one.
+        TypeError: one of the ops named above raises one.
     """
     if (h is None) == (hidden is None):
         raise ValueError("h, hidden: expected exactly one of them")
@@ -101,7 +102,7 @@ def maestro_advantages(
 def _hidden_states(
     hidden: Tensor | None, cu_seqlens: Tensor | None, pool: PoolMode, prompt_lengths: Tensor | None
 ) -> ContextSource:
-    """The contexts that the kernels read straight from the hidden states."""
+    """The hidden states as a source of contexts, which the kernels pool themselves."""
     assert hidden is not None
     found = layout(hidden, pool, prompt_lengths, None, None, cu_seqlens)
     return ContextSource(found.flat, "last" if pool.endswith("last") else "mean", found.bounds, found.limit_B)
@@ -121,7 +122,7 @@ def _fused(
     scores: ScoreInputs,
     profile: AdvantageProfile,
 ) -> tuple[ConductorSample, GroupAdvantages]:
-    """All of it by Triton. The choice is checked, the inputs of the advantages are not."""
+    """Checks the inputs of the advantages, and computes everything by Triton. The choice is checked already."""
     check_inputs(rewards, None, scores.kl, scores.beta, profile)
     check_lengths(scores.lengths, rewards, profile)
     index_NG = Groups.of(groups, rewards.shape[0]).to(rewards.device).index_NG
@@ -188,7 +189,7 @@ def _by_triton(
         params.contiguous_floats,
         choice,
         index_NG,
-        contexts._replace(x=kernel_rows(contexts.x)),
+        contexts._replace(x=contiguous_columns(contexts.x)),
         ScoreInputs(kl, scores.beta, lengths),
         profile,
     )

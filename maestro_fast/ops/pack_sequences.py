@@ -1,4 +1,4 @@
-"""Sequences of different lengths, dealt out on the CPU: into bins of bounded size, or over a given number of parts.
+"""Distributes sequences of different lengths on the CPU: into bins of bounded size, or over a given number of parts.
 
 ``pack_sequences`` fills micro-batches of at most so many tokens, by first-fit decreasing. ``balance_sequences`` gives
 every process about as many tokens as the others, by Karmarkar-Karp. Both are deterministic, and C++ and plain Python
@@ -28,8 +28,9 @@ def pack_sequences(
     """Splits sequences into bins of at most ``max_tokens`` tokens each.
 
     First-fit decreasing takes the sequences from the longest to the shortest, equal lengths by lower index, and puts
-    each into the first bin with room for it. That takes O(n log n) and at most 11/9 of the optimal number of bins + 6/9
-    (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) + 6/9", ESCAPE 2007).
+    each into the first bin with room for it. That takes O(n log n) time, and at most 11/9 OPT + 6/9 bins where OPT bins
+    would be enough (Dosa, "The tight bound of first fit decreasing bin-packing algorithm is FFD(I) <= 11/9 OPT(I) +
+    6/9", ESCAPE 2007).
 
     Args:
         lengths: tokens per sequence, n integers or an integer CPU tensor [n]; 0 is allowed.
@@ -74,7 +75,7 @@ def _first_fit_decreasing(lengths: list[int], max_tokens: int) -> list[list[int]
 class _FreeRoom:
     """The free room of every bin, in a complete binary tree whose inner nodes hold the maximum of their children.
 
-    A bin that nobody has used yet has all its room, so the leftmost bin that fits opens bins in order.
+    Unused bins have all their room. Taking the leftmost bin that fits therefore opens the bins in order.
     """
 
     def __init__(self, bins: int, capacity: int) -> None:
@@ -109,7 +110,7 @@ def balance_sequences(
     Args:
         lengths: tokens per sequence, n >= parts integers or an integer CPU tensor [n]; 0 is allowed.
         parts: how many lists there are.
-        equal_size: whether the lists hold n / parts sequences each, as a batch dimension needs it. The spread is then
+        equal_size: whether each list has to hold n / parts sequences, as a batch dimension needs it. The spread is then
             at most the largest difference in length within a run of ``parts`` of the sorted lengths.
         backend: "cpp" or "torch" (the reference, in plain Python). None takes C++ where it is built.
 
@@ -137,7 +138,7 @@ def balance_sequences(
 
 
 def _check_parts(lengths: list[int], parts: int, equal_size: bool) -> None:
-    """Raises the errors of ``balance_sequences`` that the C++ code raises itself."""
+    """Raises the errors of ``balance_sequences`` for the Python code. The C++ code raises the same ones itself."""
     got = f"lengths: got {len(lengths)} sequences, expected"
     if len(lengths) < parts:
         raise ValueError(f"{got} at least parts = {parts}")
@@ -152,12 +153,12 @@ def _check_parts(lengths: list[int], parts: int, equal_size: bool) -> None:
             raise ValueError("lengths: their sum is beyond int64")
 
 
-# A set of sequences is minus its tokens, minus its number of sequences, its first index, and all its indices. Sets are
-# sorted as these tuples are, so the one with the most tokens comes first. The number of sequences decides between equal
-# tokens: a set of sequences without tokens then comes before an empty set, which gets filled. The first index decides
-# last, so that the order is strict and the result depends on the lengths alone.
+# A set of sequences is a tuple: minus its tokens, minus its number of sequences, its first index, all its indices. Sets
+# are sorted as these tuples, so the set with the most tokens comes first. Between sets of equal tokens the number
+# of sequences decides: a set of sequences without tokens comes before an empty set, so that the empty set gets filled.
+# The first index decides last, so that the order is strict and the result depends on the lengths alone.
 _Set = tuple[int, int, int, list[int]]
-# A split is some of the sequences in as many sets as there are parts, sorted. Empty sets come last and are left out.
+# A split deals some of the sequences into as many sets as there are parts. Sets are sorted; empty ones are left out.
 _Split = list[_Set]
 
 
@@ -181,13 +182,13 @@ def _karmarkar_karp(lengths: list[int], parts: int, equal_size: bool) -> list[li
 
 
 def _spread(split: _Split, parts: int) -> int:
-    """The tokens of the largest set minus those of the smallest."""
+    """The tokens of the largest set minus the tokens of the smallest."""
     least = split[-1][0] if len(split) == parts else 0
     return least - split[0][0]
 
 
 def _merge(into: _Split, other: _Split, parts: int) -> _Split:
-    """Joins the largest sets of one split with the smallest of the other. Neither split may be used after that."""
+    """Joins the largest sets of one split with the smallest sets of the other. Neither may be used afterwards."""
     merged = list(into)
     for place, small in zip(range(parts - 1, -1, -1), other, strict=False):
         if place < len(into):

@@ -12,21 +12,21 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # what the two words of the key grow by from round to round
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # are added to the two words of the key after each round
 
 
 def uniform(seed: int, step: int, offset: int, count: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1) for the responses ``offset .. offset + count``: float32 [count], multiples of 2^-24.
 
     Args:
-        seed: 64 bits, the key.
-        step: 32 bits, word 2 of the counter.
-        offset: 63 bits, the global index of the first response; an index is words 0 and 1 of the counter.
+        seed: the key, an integer of 64 bits.
+        step: word 2 of the counter, an integer of 32 bits.
+        offset: the global index of the first response, an integer of 63 bits. An index is words 0 and 1 of the counter.
         count: how many responses there are.
         device: where the numbers are made.
 
     Raises:
-        ValueError: a number does not fit into its bits.
+        ValueError: a number does not fit into these bits.
     """
     check_key(seed, step, offset)
     index = torch.arange(offset, offset + count, device=device)
@@ -36,7 +36,7 @@ def uniform(seed: int, step: int, offset: int, count: int, device: torch.device)
 
 
 def check_key(seed: int, step: int, offset: int) -> None:
-    """Raises a ValueError for a number that does not fit into its bits."""
+    """Raises a ValueError for a number that does not fit into the bits of its place."""
     for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")
@@ -55,7 +55,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Low and high word of the product of two words, from two halves, since int64 cannot hold 64 unsigned bits."""
+    """The low and the high word of the product of two words, from halves, as int64 cannot hold 64 unsigned bits."""
     low, high = factor & 0xFFFF, factor >> 16
     below = x * low
     above = x * high + (below >> 16)

@@ -8,17 +8,17 @@
     k3_t   = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1       (Schulman's k3 estimator of KL(pi || pi_ref))
     loss   = sum_t c_t (w_t l_t + kl_coef k3_t) - entropy_coef * mean_t H_t
 
-    normalization   c_t                                           normalizer is the number of     by default
+    normalization   c_t                                           normalizer is the number of     normalizer=None means
     grpo            1 / (tokens of the response * normalizer)     responses of the optimizer step B
     bnpo            1 / normalizer                                tokens of the batch             the live tokens
-    dapo            1 / normalizer                                tokens of the optimizer step    it must be given
+    dapo            1 / normalizer                                tokens of the optimizer step    an error
     dr_grpo         1 / (max_completion_length * normalizer)      responses of the optimizer step B
 
 Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
 values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.
 
-The formulas l_t stand in ``specs.OBJECTIVES``. Inside, a loss is computed from ``LossInputs``; a user's own loss is a
-function of them.
+The formulas of l_t are ``specs.OBJECTIVES``. The functions below pass the tensors on as ``LossInputs``, the record that
+a user's own loss gets, too.
 """
 
 from __future__ import annotations
@@ -67,29 +67,29 @@ def policy_loss(
     config: PolicyLossConfig | LossFunction,
     backend: Backend | None = None,
 ) -> PolicyLoss:
-    """The loss of B responses with T completion tokens in all.
+    """The policy-gradient loss of B responses with T completion tokens in all.
 
     Args:
         logprobs: [T], log pi of the sampled tokens in nats; differentiable.
-        advantages: [B].
+        advantages: [B], the advantage of each response.
         cu_seqlens: int [B + 1]; response b has the tokens ``[cu_seqlens[b], cu_seqlens[b + 1])``.
-        old_logprobs: [T] of the policy that the ratio refers to; None means the current one.
-        ref_logprobs: [T] of the reference, which ``config.kl_coef`` > 0 needs.
-        sampling_logprobs: [T] of the sampler, which ``config.sampler_correction`` needs. Where the sampler gave none,
-            NaN counts as a ratio of 1.
-        entropies: [T], differentiable, which ``config.entropy_coef`` > 0 needs.
+        old_logprobs: [T], log-probs under the policy that the ratio refers to; None means the current policy.
+        ref_logprobs: [T], log-probs under the reference policy, which ``config.kl_coef`` > 0 needs.
+        sampling_logprobs: [T], log-probs as the sampler reported them, which ``config.sampler_correction`` needs. NaN
+            where the sampler reported none, which counts as a ratio of 1.
+        entropies: [T], entropies of the current policy, which ``config.entropy_coef`` > 0 needs; differentiable.
         token_mask: [T]; a zero leaves a token out of loss, lengths and metrics.
-        normalizer: the divisor of the whole optimizer step, see the top of the module.
+        normalizer: the divisor for the whole optimizer step, see the top of the module.
         entropy_normalizer: the divisor of the summed entropies; None divides by the number of live tokens.
-        config: variant and coefficients; or a loss of your own, a function of ``LossInputs`` that returns the scalar
-            loss and a dict of metrics, scalar tensors. It gets what was given here, and PyTorch runs it.
+        config: the variant and its coefficients; or a loss of your own, which is a function of ``LossInputs`` that
+            returns the scalar loss and a dict of scalar tensors as metrics. PyTorch calls it with these arguments.
         backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64. Triton
-            computes the gradient with the loss; it cannot be differentiated again.
+            computes the gradient with the loss, and it cannot be differentiated again.
 
     Raises:
-        ValueError: a wrong shape or device, an input that ``config`` needs is missing, a loss of your own returned
-            something else.
-        TypeError: a wrong dtype, or a ``config`` that is neither.
+        ValueError: a shape or device is wrong, an input that ``config`` needs is missing, or a loss of your own
+            returned anything else.
+        TypeError: a dtype is wrong, or ``config`` is neither a ``PolicyLossConfig`` nor a function.
     """
     inputs = LossInputs(
         logprobs, advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs, entropies, token_mask,
@@ -100,7 +100,7 @@ def policy_loss(
 
 
 def loss_of(inputs: LossInputs, config: PolicyLossConfig | LossFunction, backend: Backend | None) -> PolicyLoss:
-    """``policy_loss`` of inputs that are checked."""
+    """``policy_loss`` of inputs that have been checked."""
     if not isinstance(config, PolicyLossConfig):
         if backend not in (None, "torch"):
             raise ValueError(f"backend: {backend!r} cannot serve a loss function, expected 'torch' or None")
@@ -119,7 +119,7 @@ def loss_of(inputs: LossInputs, config: PolicyLossConfig | LossFunction, backend
 def policy_gradient(
     inputs: LossInputs, config: PolicyLossConfig | LossFunction, backend: Backend | None = None
 ) -> LogprobGradients:
-    """The gradient of ``policy_loss`` by log-probs and entropies; the inputs are checked already."""
+    """The gradient of ``policy_loss`` by log-probs and entropies, for inputs that have been checked."""
     if not isinstance(config, PolicyLossConfig):
         return loss_function_gradient(config, inputs)[1]
     if _resolve(inputs, backend) == "triton":
@@ -142,7 +142,7 @@ def _resolve(inputs: LossInputs, backend: Backend | None) -> Backend:
 
 
 def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunction) -> None:
-    """Checks shapes, dtypes and devices, and whether all is there that the loss needs.
+    """Checks shapes, dtypes and devices, and that no input is missing that the loss needs.
 
     Raises:
         ValueError, TypeError: see ``policy_loss``.
@@ -191,9 +191,10 @@ def _check_needed(inputs: LossInputs, config: PolicyLossConfig | LossFunction) -
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """
+    """Checks bounds that the host can read.
+
     Raises:
-        ValueError: bounds on the CPU that do not go from 0 to the number of tokens.
+        ValueError: the bounds do not ascend from 0 to the number of tokens.
     """
     if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -205,7 +206,7 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def reference_loss(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
-    """The formula at the top of the module."""
+    """The formula at the top of the module in PyTorch, differentiable. All backends are compared with it."""
     segments = _Segments.of(inputs)
     live_T = segments.live_T
     advantages_T = wide(inputs.advantages)[segments.sequence_T]
@@ -243,7 +244,13 @@ def reference_loss(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
 
 
 class _Segments(NamedTuple):
-    """Which response a token belongs to, and which tokens count."""
+    """The responses as segments of the packed tokens.
+
+    Attributes:
+        sequence_T: int64 [T], the response that a token belongs to.
+        live_T: bool [T], whether a token counts.
+        bounds: int64 [B + 1], where the responses begin and end.
+    """
 
     sequence_T: Tensor
     live_T: Tensor
@@ -258,7 +265,7 @@ class _Segments(NamedTuple):
         return _Segments(sequence_T, live_T, bounds)
 
     def sums(self, x_T: Tensor) -> Tensor:
-        """Each token's sum over its response, [T], without atomics. Tokens that are not live have to be 0 already."""
+        """For each token the sum over its response, [T], without atomics. Masked tokens have to be 0 already."""
         if self.bounds.shape[0] == 1:
             return x_T
         return torch.segment_reduce(x_T, "sum", offsets=self.bounds, axis=0, initial=0)[self.sequence_T]
@@ -278,7 +285,7 @@ class _Segments(NamedTuple):
 
 
 def _sampler_ratio(gap: Tensor, segments: _Segments, config: PolicyLossConfig) -> Tensor:
-    """pi_old / pi_sampler [T] before the cap, from its log."""
+    """pi_old / pi_sampler [T] before the cap, from its logarithm ``gap``."""
     gap = torch.where(segments.live_T & ~gap.isnan(), gap, 0.0)
     return (segments.sums(gap) if config.sampler_correction.startswith("sequence") else gap).exp()
 
@@ -310,7 +317,7 @@ def _coefficients(segments: _Segments, inputs: LossInputs, config: PolicyLossCon
 
 
 def _wants_a_gradient(inputs: LossInputs) -> str | None:
-    """The name of an input whose gradient the Triton kernels do not compute, if one is wanted."""
+    """The name of an input that requires a gradient which the Triton kernels do not compute, or None."""
     if torch.is_grad_enabled():
         for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs", "advantages"):
             x = getattr(inputs, name)
@@ -328,12 +335,12 @@ def _loss_by_triton(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
     else:
         loss, values, _ = _launch(*arguments)
     given = {"kl": inputs.ref_logprobs is not None, "sampler_ratio": inputs.sampling_logprobs is not None}
-    metrics = zip(LOSS_METRICS, values.unbind(), strict=False)  # the loss and others come after the metrics
+    metrics = zip(LOSS_METRICS, values.unbind(), strict=False)  # further values come after the metrics
     return PolicyLoss(loss, {name: value for name, value in metrics if given.get(name, True)})
 
 
 def _launch_arguments(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, LossInputs, PolicyLossConfig]:
-    """The inputs as the kernel takes them: contiguous, and divisors as numbers or as tensors on the device."""
+    """The inputs as the kernel takes them: contiguous, and with divisors as numbers or as tensors on the device."""
     device = inputs.logprobs.device
     contiguous = LossInputs(
         logprobs=inputs.logprobs.contiguous(),
@@ -393,16 +400,17 @@ def _empty_results(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
     result=LossWithGradients,
 )
 def _launch(logprobs: Tensor, inputs: LossInputs, config: PolicyLossConfig) -> LossWithGradients:
-    """The log-probs, which are those of the inputs, say on which device the launch is."""
+    """Launches the kernels on the device of ``logprobs``, which is ``inputs.logprobs``."""
     from maestro_fast.kernels import policy_loss as kernel
 
     return kernel.policy_loss(inputs, config)
 
 
 class _TritonLoss(torch.autograd.Function):
-    """The loss, with the gradients that its launch has already computed: backward only scales them.
+    """The loss, with the gradients that its launch has already computed. The backward pass only scales them.
 
-    It has no ``setup_context``: torch would inspect a signature at each call, which takes longer than a launch.
+    It has no ``setup_context``, because torch would then inspect a signature at each call, which takes longer than a
+    launch.
     """
 
     @staticmethod
@@ -425,7 +433,7 @@ def _remember(ctx: Any, logprobs: Tensor, entropies: Tensor | None, output: Loss
 
 
 def _scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of log-probs and entropies, in one launch where both are float32."""
+    """The gradients by log-probs and entropies times ``d_loss``, in one launch where both are float32."""
     (gradients,), (first, second) = ctx.saved_tensors, ctx.dtypes
     if d_loss is None:
         return None, None
@@ -438,7 +446,7 @@ def _scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | No
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return (x * y).to(dtype)
-    return torch.mul(x, y, out=torch.empty_like(x, dtype=dtype))  # The same launch rounds the product.
+    return torch.mul(x, y, out=torch.empty_like(x, dtype=dtype))  # One launch multiplies and rounds to the dtype.
 
 
 def _remember_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,8 +1,8 @@
 """One context vector per response from its hidden states.
 
-last                        the state of the sequence's last token
-mean                        the mean over all tokens of the sequence, which are the prompt's and the completion's
-prompt_last, prompt_mean    the same over the prompt's tokens alone
+last                        the hidden state of the last token of the sequence
+mean                        the mean over all tokens of the sequence, that is of prompt and completion
+prompt_last, prompt_mean    the same for the tokens of the prompt alone
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import on_its_device, operator
-from maestro_fast.ops.tensors import is_integer, readable, wide
+from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, wide
 
 PoolMode = Literal["last", "mean", "prompt_last", "prompt_mean"]
 
@@ -32,12 +32,12 @@ def pool_hidden(
     """Pools hidden states to [B, d].
 
     Args:
-        hidden: [B, L, d] padded (exactly one of ``mask``, ``lengths``) or [T, d] packed (``cu_seqlens``).
-        mask: [B, L], nonzero on tokens; padding on the left or on the right.
-        lengths: int [B], tokens per row, padding on the right.
-        cu_seqlens: int [B + 1], sequence b is ``hidden[cu_seqlens[b]:cu_seqlens[b + 1]]``.
-        mode: one of the four of the module.
-        prompt_lengths: int [B], required by the prompt modes. The prompt comes first in each sequence.
+        hidden: padded [B, L, d] with either ``mask`` or ``lengths``, or packed [T, d] with ``cu_seqlens``.
+        mask: [B, L], nonzero on tokens. Each row is padded on the left or on the right.
+        lengths: int [B], the number of tokens of each row, which is padded on the right.
+        cu_seqlens: int [B + 1]; sequence b is ``hidden[cu_seqlens[b]:cu_seqlens[b + 1]]``.
+        mode: one of the four modes at the top of the module.
+        prompt_lengths: int [B], the tokens of each prompt, which the prompt modes need. The prompt comes first.
         backend: "triton" or "torch". None takes Triton on a CUDA device, unless there is float64 or a gradient to
             compute.
 
@@ -45,7 +45,7 @@ def pool_hidden(
         [B, d], float32 (float64 for float64 input). An empty sequence pools to 0. Differentiable.
 
     Raises:
-        ValueError: a shape is wrong, the mode is unknown, or the layout is described not once, but never or twice.
+        ValueError: a shape is wrong, the mode is unknown, or not exactly one of mask, lengths and cu_seqlens is given.
         TypeError: a dtype is wrong.
     """
     if resolve("pool_hidden", backend, hidden) == "triton":
@@ -53,7 +53,7 @@ def pool_hidden(
         return _by_triton(rows.flat, rows.bounds, rows.limit_B, rows.width, mode.endswith("mean"))
     where = segments(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     flat, length_B = where.flat, where.length_B
-    if flat.shape[0] == 0:  # all sequences are empty, and need a row to point at
+    if flat.shape[0] == 0:  # all sequences are empty, and row_B needs a row to point at
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
     if mode.endswith("last"):
         row_B = (where.start_B + length_B - 1).clamp(0, flat.shape[0] - 1)
@@ -143,12 +143,12 @@ def _check_lengths(name: str, lengths: Tensor, batch: int, most: int | None) -> 
 
 
 class Segments(NamedTuple):
-    """Where the sequences stand in the flattened hidden states.
+    """Where the sequences are in the flattened hidden states.
 
     Attributes:
-        bounds: int64 [B + 1], the rows between which each sequence lies, its padding included.
+        bounds: int64 [B + 1], the rows between which each sequence lies, including its padding.
         start_B, length_B: int64 [B], the first row and the number of tokens that are pooled.
-        flat: [*, d].
+        flat: [*, d], the flattened hidden states.
     """
 
     bounds: Tensor
@@ -165,7 +165,7 @@ def segments(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Segments:
-    """What ``pool_hidden`` pools in this mode, from arguments that this function checks."""
+    """Checks the arguments of ``pool_hidden``, and finds the tokens that are pooled in this mode."""
     _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     if cu_seqlens is not None:
         bounds, flat = cu_seqlens.to(hidden.device, torch.int64), hidden
@@ -187,7 +187,7 @@ def segments(
 
 
 def _first_live(live: Tensor) -> Tensor:
-    """[B], the place of each row's first token, or the width where a row has none. (argmax refuses a width of 0.)"""
+    """[B], the place of each row's first token, or the width where a row has none. argmax would refuse a width of 0."""
     return (live.cumsum(1) == 0).sum(1)
 
 
@@ -206,13 +206,14 @@ def _segment_mean(flat: Tensor, bounds: Tensor, start_B: Tensor, length_B: Tenso
 
 
 class Layout(NamedTuple):
-    """Where the kernels find the sequences.
+    """Where the Triton kernels find the sequences.
 
-    Nothing is computed for it, except from a mask, and for the prompts of padded rows with lengths.
+    Almost nothing is computed to make it: only a mask is read, and the minimum of ``lengths`` and ``prompt_lengths`` is
+    taken.
 
     Attributes:
-        flat, bounds, limit_B: as the kernels' ``pool_hidden`` takes them.
-        width: of padded rows, or None for packed ones.
+        flat, bounds, limit_B: arguments of ``pool_hidden`` in ``kernels/pool_hidden.py``.
+        width: the width of padded rows, or None for packed sequences.
     """
 
     flat: Tensor
@@ -229,15 +230,15 @@ def layout(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """What ``pool_hidden`` pools in this mode as the Triton kernels take it, from arguments that it checks."""
+    """Checks the arguments of ``pool_hidden``, and lays the sequences out as the Triton kernels take them."""
     _check(hidden, mode, prompt_lengths, mask, lengths, cu_seqlens)
     limit_B = None
     if mode.startswith("prompt"):
         assert prompt_lengths is not None
         limit_B = prompt_lengths.to(hidden.device).contiguous()
     if cu_seqlens is not None:
-        return Layout(_rows(hidden), cu_seqlens.to(hidden.device).contiguous(), limit_B, None)
-    flat, width = _rows(hidden.flatten(0, 1)), hidden.shape[1]
+        return Layout(contiguous_columns(hidden), cu_seqlens.to(hidden.device).contiguous(), limit_B, None)
+    flat, width = contiguous_columns(hidden.flatten(0, 1)), hidden.shape[1]
     if mask is not None:
         return Layout(flat, *_mask_segments(mask.to(hidden.device), limit_B), width)
     assert lengths is not None
@@ -246,7 +247,7 @@ def layout(
 
 
 def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The bounds [B + 1] and the limit [B] of a mask's rows, by a kernel or, under torch.compile, by PyTorch."""
+    """The bounds [B + 1] and the limit [B] of the rows of a mask. Under torch.compile PyTorch computes them."""
     if not torch.compiler.is_compiling():
         from maestro_fast.kernels import pool_hidden as kernel
 
@@ -257,11 +258,6 @@ def _mask_segments(mask: Tensor, prompt_B: Tensor | None) -> tuple[Tensor, Tenso
     length_B = live.sum(1)
     start_B = bounds[:-1] + _first_live(live)
     return torch.cat([start_B, bounds[-1:]]), length_B if prompt_B is None else torch.minimum(length_B, prompt_B)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The rows [*, d] with contiguous columns, as the kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _shapes(flat: Tensor, bounds: Tensor | None, limit_B: Tensor | None, *rest: object) -> Tensor:

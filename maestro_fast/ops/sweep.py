@@ -1,13 +1,14 @@
-"""The sweep of ``linear_policy_loss`` over the rows: in which order they pass the head, and what each pass computes.
+"""The sweep of ``linear_policy_loss`` over the rows: in which order they go through the head, and what is computed.
 
     x = h @ W.T -> log p, H -> dL/dlog p, dL/dH (``ops.policy_loss``) -> dL/dx -> dL/dh, dL/dW
 
-A row's gradient follows from its own log-prob, from those of its whole response, or from those of the whole batch: that
-is the ``Scope`` of a loss. Rows without a gradient need the forward alone. The host decides by what it can read without
-waiting for the device; where it can read nothing, every row is swept.
+A row is a token of the batch. Its gradient follows from its own log-prob, from the log-probs of its whole response, or
+from those of the whole batch: that is the ``Scope`` of a loss. Rows without a gradient need the forward alone. The host
+decides which rows to skip by the tensors that it can read without waiting for the device; where it can read nothing,
+every row is swept.
 
 For a chunk's gradient the loss is differentiated over the whole batch, with the log-probs that are known so far. That
-costs little beside the chunk's matrix products, and the loss does not have to know of chunks.
+costs little compared with the chunk's matrix products, and the loss does not have to know about chunks.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Scope = Literal["token", "response", "batch"]  # whose log-probs the gradient of
 def scope_of(loss: PolicyLossConfig | LossFunction, inputs: LossInputs, dtype: torch.dtype) -> Scope:
     """The scope of a loss for hidden states of ``dtype``.
 
-    Gradients of a float16 head are scaled by their size (``float16_unit``), which for a user's function is not known
-    before all log-probs are.
+    Gradients of a float16 head are scaled by their size (``float16_unit``). For a user's function that size is known
+    only when all log-probs are, so its scope is the batch.
     """
     if not isinstance(loss, PolicyLossConfig):
         return "token" if is_row_wise(loss) and dtype is not torch.float16 else "batch"
@@ -46,7 +47,7 @@ def scope_of(loss: PolicyLossConfig | LossFunction, inputs: LossInputs, dtype: t
 
 
 def keeps_every_gradient(loss: PolicyLossConfig | LossFunction) -> bool:
-    """Whether a response whose advantage is 0 may have a gradient all the same."""
+    """Whether a response may have a gradient although its advantage is 0."""
     return not isinstance(loss, PolicyLossConfig) or loss.kl_coef > 0 or loss.entropy_coef > 0
 
 
@@ -54,19 +55,19 @@ def keeps_every_gradient(loss: PolicyLossConfig | LossFunction) -> bool:
 
 
 class Step(NamedTuple):
-    """The rows of one chunk. ``gradient`` says whether they get their gradients, or only their log-probs."""
+    """The rows of one chunk. ``gradient`` says whether their gradients are computed, or only their log-probs."""
 
     rows: Rows
     gradient: bool
 
 
 class Known(NamedTuple):
-    """What the host can read, as CPU tensors; None where it can read nothing.
+    """Inputs that the host can read, as CPU tensors; None for those that it cannot.
 
     Attributes:
         bounds: int64 [B + 1], where the responses begin and end.
-        worked_T: bool, rows that are live and wanted.
-        has_gradient_B: bool, responses that may have a gradient.
+        worked_T: bool [T], whether a row is swept: it is not masked, and its response is active.
+        has_gradient_B: bool [B], whether a response may have a gradient.
     """
 
     bounds: Tensor | None = None
@@ -77,6 +78,7 @@ class Known(NamedTuple):
     def by_the_host(
         inputs: LossInputs, targets: Tensor, active: Tensor | None, loss: PolicyLossConfig | LossFunction
     ) -> Known:
+        """What the host knows of these inputs. A tensor on the device is left alone, because the host would wait."""
         bounds = inputs.cu_seqlens.long() if readable(inputs.cu_seqlens) else None
         has_gradient_B = worked_T = None
         if readable(inputs.advantages) and not keeps_every_gradient(loss):
@@ -91,7 +93,7 @@ class Known(NamedTuple):
 
 
 def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope: Scope) -> list[Step]:
-    """All rows that are worked, at most ``chunk`` at a time; steps with a gradient come last.
+    """The steps that sweep all rows, at most ``chunk`` rows each. Steps with a gradient come last.
 
     With the scope "response", the rows of a response share a step. A response that is longer than a chunk is swept
     twice, first for the log-probs; so is every response where the host does not know the bounds. With the scope
@@ -100,7 +102,7 @@ def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope:
     Args:
         gradient: whether any gradient is wanted.
     """
-    if all(x is None for x in known):  # A graph of torch.compile could read nothing anyway.
+    if all(x is None for x in known):  # This is also the case under torch.compile.
         kinds = [False, True] if gradient and scope != "token" else [gradient]
         starts = range(0, tokens, chunk)
         return [Step(slice(start, min(start + chunk, tokens)), kind) for kind in kinds for start in starts]
@@ -125,7 +127,7 @@ def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope:
 
 
 def _by_response(rows: Tensor, chunk: int, bounds: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Rows of whole responses, at most ``chunk`` together, and the rows of responses that have more than that."""
+    """Packs rows of whole responses, at most ``chunk`` together. Rows of longer responses are returned apart."""
     if bounds is None:
         return [], rows
     response = torch.bucketize(rows, bounds[1:], right=True)
@@ -144,7 +146,7 @@ def _steps(rows: Tensor, chunk: int, *, gradient: bool) -> Iterator[Step]:
 
 
 def _range_or_indices(rows: Tensor) -> Rows:
-    """Adjacent rows as a range, which is a view where indices copy."""
+    """Adjacent rows as a range, which makes a view where indices would make a copy."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()) else rows
 
@@ -153,12 +155,12 @@ def _range_or_indices(rows: Tensor) -> Rows:
 
 
 class Sweep:
-    """What is known of the batch so far: log-probs and entropies, and the sums of the gradients.
+    """The state of a sweep: log-probs and entropies of the rows swept so far, and the sums of their gradients.
 
     Attributes:
-        inputs: of the loss, on the device. Steps write their log-probs and entropies into them.
+        inputs: the inputs of the loss, on the device. Steps write log-probs and entropies into them.
         entropies: [T], or None where neither the loss nor a metric reads them.
-        sums: the gradients so far, of what ``want`` asked for.
+        sums: the gradients so far of the tensors that ``want`` asked for.
     """
 
     def __init__(
@@ -170,10 +172,11 @@ class Sweep:
         loss: PolicyLossConfig | LossFunction,
         backend: Backend | None,
     ) -> None:
-        """
+        """Starts with log-probs equal to ``old_logprobs``, or with 0.
+
         Args:
-            targets: those of rows that are not worked are ``IGNORED``.
-            inputs: their log-probs and entropies [T] are overwritten; the token mask is bool.
+            targets: int64 [T]; rows that are not swept have the target ``IGNORED``.
+            inputs: the inputs of the loss. Their log-probs and entropies [T] are overwritten; the token mask is bool.
         """
         self.head, self.hidden, self.targets, self.inputs, self.loss = head, hidden, targets, inputs, loss
         self._backend, self.scope = backend, scope_of(loss, inputs, hidden.dtype)
@@ -187,10 +190,9 @@ class Sweep:
         self._of_batch: tuple[PolicyLoss, LogprobGradients] | None = None
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Says which gradients are wanted.
+        """Says which gradients are wanted, and allocates them.
 
-        A gradient of float16 states is held in float32 until the loss is scaled up: float16 would round a token's share
-        to 0.
+        The gradient of float16 states is held in float32, because float16 would round a token's share of the loss to 0.
         """
         dtype, head, states = self.inputs.logprobs.dtype, self.head, self.hidden
         narrow = dtype if states.dtype is torch.float16 else states.dtype
@@ -203,7 +205,7 @@ class Sweep:
         )
 
     def _foreseen(self) -> LogprobGradients:
-        """About as large as dL/dlog p and dL/dH [T] will be: all ratios are 1, and no term cancels another."""
+        """An estimate of the size of dL/dlog p and dL/dH [T]: all ratios are 1, and no term cancels another."""
         assert isinstance(self.loss, PolicyLossConfig)
         inputs = self.inputs
         if inputs.old_logprobs is None and inputs.sampling_logprobs is not None:
@@ -213,7 +215,7 @@ class Sweep:
         return policy_gradient(inputs, replace(self.loss, kl_coef=0.0), self._backend)
 
     def step(self, rows: Rows, gradient: bool) -> None:
-        """Works one chunk, whose logits end with it."""
+        """Computes one chunk: its log-probs and entropies, and with ``gradient`` its share of the gradients."""
         chunk = self.head.chunk_of(self.hidden, self.targets, rows)
         x = chunk.logits()
         stats = chunk.statistics(x)
@@ -227,20 +229,20 @@ class Sweep:
             self.sums.add(chunk, rows, x, stats, found.logprobs[rows], dentropies)
 
     def _gradients(self) -> LogprobGradients:
-        """By what is known so far. With the scope "batch", that is everything: the loss is called once."""
+        """The gradients by the log-probs so far. With the scope "batch" these are all, so the loss is called once."""
         if self.scope != "batch":
             return policy_gradient(self.inputs, self.loss, self._backend)
         if self._of_batch is None:
             assert not isinstance(self.loss, PolicyLossConfig)
             self._of_batch = loss_function_gradient(self.loss, self.inputs)
             if self.head.scales:
-                live = self.targets != IGNORED  # The function may leave anything in the others.
+                live = self.targets != IGNORED  # The function may leave anything in the gradients of other rows.
                 found = (None if x is None else torch.where(live, x, 0.0) for x in self._of_batch[1])
                 self.sums.unit = float16_unit(self.head, *found)  # type: ignore[arg-type]
         return self._of_batch[1]
 
     def result(self, worked_T: Tensor | None) -> PolicyLoss:
-        """Loss and metrics, when all steps are done. ``worked_T``: the tokens that the metrics count, or None."""
+        """Loss and metrics after all steps. The metrics count the tokens ``worked_T``; None counts all live tokens."""
         if not isinstance(self.loss, PolicyLossConfig):
             return call_loss_function(self.loss, self.inputs) if self._of_batch is None else self._of_batch[0]
         found = loss_of(self.inputs, self.loss, self._backend)
@@ -251,5 +253,5 @@ class Sweep:
 
 
 def empty_logprobs(hidden: Tensor) -> Tensor:
-    """[T], where log-probs or entropies of hidden states [T, d] will be."""
+    """Zeros [T], into which log-probs or entropies of hidden states [T, d] will be written."""
     return hidden.new_zeros(hidden.shape[0], dtype=wide(hidden[:0]).dtype)

@@ -1,7 +1,7 @@
-"""What several ops ask of a tensor, and how a function of tensors becomes an operator that ``torch.compile`` can call.
+"""Dtypes and layouts that ops need, and how a function of tensors becomes an operator that ``torch.compile`` can call.
 
 A registered operator costs an eager call about 4 us, a fifth of the whole C++ ``group_advantages``. So eager calls run
-the function itself, and only ``torch.compile`` goes through the operator, which it does not look into.
+the function itself. Only ``torch.compile`` goes through the operator, and treats it as a black box.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)  # subclasses of Tensor may hold no values, or compute in their own way
+PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses of Tensor may hold no values, or compute in their own way
 library = torch.library.Library("maestro_fast", "FRAGMENT")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,13 +29,18 @@ def floats(x: Tensor) -> Tensor:
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
+def contiguous_columns(x: Tensor) -> Tensor:
+    """The tensor with contiguous columns, as the Triton kernels read rows. The rows may have any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def readable(x: Tensor) -> bool:
-    """Whether the host may look at the values: the tensor is on the CPU, and neither traced nor fake (a subclass)."""
+    """Whether the host can read the values: the tensor is on the CPU, and neither traced nor fake (a subclass)."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which matrix products keep their dtype, for ops that promise float32 results."""
+    """A context that switches autocast off, for ops whose matrix products must keep their dtype."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -46,14 +51,18 @@ def is_integer(x: Tensor) -> bool:
 # --- operators ---
 
 
+def no_outputs(*_: Any) -> None:
+    """The ``shapes`` of an operator that writes into its first argument and returns nothing."""
+
+
 def define(signature: str, run: Callable[..., Any], shapes: Callable[..., Any], *, devices: dict[str, Any]) -> Any:
-    """Registers an operator that compilation does not look into, and returns it.
+    """Registers an operator that is a black box to compilation, and returns it.
 
     Args:
         signature: the operator's signature as ``torch.library`` takes it, without the namespace.
-        run: gets a function of ``devices`` and the operator's arguments, and returns the outputs.
-        shapes: makes empty outputs from the same arguments, for fake tensors.
-        devices: the function that serves each dispatch key of torch ("CPU", "CUDA").
+        run: is called with a function of ``devices`` and the operator's arguments, and returns the outputs.
+        shapes: makes empty outputs from the operator's arguments, for fake tensors.
+        devices: the function for each dispatch key of torch ("CPU", "CUDA").
     """
     name = signature.partition("(")[0]
     library.define(signature)
@@ -73,7 +82,7 @@ def as_operator(
     result: Callable[..., R] | None,
     devices: dict[str, Callable[P, R]],
 ) -> Callable[P, R]:
-    """The launch for eager calls and an operator beside it for ``torch.compile``; see ``gpu.operator``."""
+    """A function that runs the launch in eager calls, and an operator under ``torch.compile``; see ``gpu.operator``."""
 
     def run(function: Callable[..., Any], *arguments: Any) -> Any:
         outputs = function(*(arguments if whole is None else whole(*arguments)))
@@ -92,7 +101,7 @@ def as_operator(
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
-    """The tensors of a tuple of tensors and tuples, in their order: an operator returns nothing else."""
+    """The tensors of nested tuples, in their order, since an operator returns tensors alone."""
     for x in outputs:
         if isinstance(x, tuple):
             yield from _tensors(x)

@@ -1,10 +1,10 @@
-"""Log-probs and entropies of target tokens from hidden states; the logits of the whole batch never exist.
+"""Log-probs and entropies of target tokens from hidden states. The logits of the whole batch never exist at once.
 
     z_v = softcap(scale * h . W_v + b_v) / T          softcap(x) = cap * tanh(x / cap)
     log p_y = z_y - logsumexp(z)                      H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-The way of all rows through a head stands in ``ops.head``, the maths of a row in ``ops.head_rows``.
+``ops.head`` has the matrix products and takes all rows through a head, ``ops.head_rows`` has the maths of one row.
 """
 
 from __future__ import annotations
@@ -17,33 +17,10 @@ from torch import Tensor
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
-from maestro_fast.ops.head_rows import capped_logits
-from maestro_fast.ops.tensors import library, readable, without_autocast
+from maestro_fast.ops.tensors import contiguous_columns, library, readable
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
-
-
-def reference_token_logprobs(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-) -> TokenLogprobs:
-    """The plain formula, which holds all logits and is differentiated by autograd. For tests and small inputs."""
-    live = targets != ignore_index
-    with without_autocast(hidden):
-        x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
-    y = capped_logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
-    logp_TV = (y / temperature).log_softmax(-1)
-    logprobs = logp_TV.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    entropies = -(logp_TV.exp() * logp_TV).sum(-1)
-    return TokenLogprobs(torch.where(live, logprobs, 0.0), torch.where(live, entropies, 0.0))
 
 
 def token_logprobs(
@@ -67,27 +44,26 @@ def token_logprobs(
         lm_head: [V, d], the head's weight, in the dtype of ``hidden``.
         targets: int64 [T], token ids in [0, V) or ``ignore_index``.
         bias: [V] or None.
-        logit_scale: multiplies the logits before the bias (Granite and Cohere scale theirs).
-        softcap: bound of a tanh soft cap on the logits, or None (Gemma caps its logits).
-        temperature: divides the logits last; in GRPO it is the sampling temperature.
+        logit_scale: the factor of the logits before the bias, which Granite and Cohere have.
+        softcap: the bound of a tanh soft cap on the logits, which Gemma has, or None.
+        temperature: the divisor of the logits, which comes last. In GRPO it is the sampling temperature.
         entropy: "none", "value" (without a gradient) or "grad".
-        ignore_index: rows with this target return 0 and get no gradient.
-        strategy: how the forward works. With "chunked" the logits of one chunk of rows exist at a time. With "fused",
-            which only Triton serves, no logits exist; it saves memory, and is faster for a small d. Two "fused" calls
-            are bitwise equal, but "fused" and "chunked" are not. The backward pass is the same, and works by chunks.
+        ignore_index: the target of rows that return 0 and get no gradient.
+        strategy: how the forward pass works. With "chunked" the logits of one chunk of rows exist at a time. With
+            "fused", which only Triton serves, no logits are written to memory, and less memory is needed. Two "fused"
+            calls are bitwise equal, but "fused" and "chunked" are not. The backward pass works by chunks with both.
         backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64.
 
     Returns:
-        ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
-        precision, under autocast too. On a CUDA device the gradient of each logit of a 16-bit head is rounded to 16
-        bits before the products add it up in float32, as autograd of such a head does. For float16 it is scaled by a
-        power of two meanwhile, because float16 would round a token's share of the loss to 0.
+        A ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
+        precision, under autocast too. On a CUDA device the gradient by each logit of a 16-bit head is rounded to 16
+        bits before the products add it up in float32, as autograd of such a head does. For float16 this gradient is
+        scaled by a power of two, because float16 would round a token's share of the loss to 0.
 
     Raises:
-        ValueError: a wrong shape, a temperature or softcap that is not positive, a target out of range (on a CUDA
-            device it is not looked at, and gives NaN), a ``backend`` that does not serve these tensors or this
-            strategy.
-        TypeError: a wrong dtype.
+        ValueError: a shape is wrong, the temperature or the softcap is not positive, a target is out of range (not
+            checked on a CUDA device, where it gives NaN), or ``backend`` does not serve these tensors or this strategy.
+        TypeError: a dtype is wrong.
     """
     spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
@@ -154,7 +130,7 @@ def _forward(
     strategy: Strategy,
 ) -> RowStatistics:
     if backend == "triton":
-        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+        hidden, weight, targets = contiguous_columns(hidden), contiguous_columns(weight), targets.contiguous()
     if strategy == "chunked":
         return head_forward(Head.of(weight, bias, spec, backend), hidden, targets)
     from maestro_fast.kernels import token_logprobs as kernel
@@ -171,13 +147,13 @@ def _backward(
     strategy: Strategy,
     wanted: tuple[bool, bool, bool],
 ) -> HeadGradients:
-    """The gradients of ``inputs``, which are hidden, weight, bias and targets, from those of log-probs and entropies.
+    """The gradients by ``inputs`` (hidden, weight, bias, targets) from the ``gradients`` by log-probs and entropies.
 
-    The logits of the fused forward are not bitwise those of the chunks here, whose statistics are computed again.
+    The fused forward pass has not the same bits as the chunks here, so their statistics are computed again after it.
     """
     hidden, weight, bias, targets = inputs
     if backend == "triton":
-        hidden, weight, targets = _columns_contiguous(hidden), _columns_contiguous(weight), targets.contiguous()
+        hidden, weight, targets = contiguous_columns(hidden), contiguous_columns(weight), targets.contiguous()
     found = head_backward(
         Head.of(weight, bias, spec, backend),
         hidden,
@@ -190,12 +166,8 @@ def _backward(
     return found if found.bias is None or bias is None else found._replace(bias=found.bias.to(bias.dtype))
 
 
-def _columns_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _TokenLogprobs(torch.autograd.Function):
-    """Both backends in eager calls, and PyTorch's in a compiled graph."""
+    """Autograd of both backends in eager calls, and of PyTorch's in a compiled graph."""
 
     @staticmethod
     def forward(
@@ -225,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-# --- Triton in a compiled graph: one operator, and one for its backward ---
+# --- Triton in a compiled graph: one operator for the forward pass, one for the backward pass ---
 
 
 def _empty_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -250,7 +222,7 @@ def _statistics_by_triton(
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """They are contiguous, whatever the strides of the inputs are."""
+    """Empty outputs of the operator below. They are contiguous, whatever the strides of the inputs are."""
     return tuple(
         x.new_empty(x.shape) if x is not None and want else hidden.new_empty(0, dtype=torch.float32)
         for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
@@ -264,7 +236,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest:
     _empty_gradients,
 )
 def _gradients_by_triton(*given: Any) -> tuple[Tensor, ...]:
-    """The signature above names the arguments. A gradient that is not wanted has no elements."""
+    """The backward pass; the signature above names the arguments. A gradient that is not wanted has no elements."""
     *inputs, peaks, totals, entropies, dlogprobs, dentropies, spec, strategy, wanted = given
     stats = RowStatistics(peaks, peaks, totals, entropies)
     spec = from_text(HeadSpec, spec)

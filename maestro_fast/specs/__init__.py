@@ -1,4 +1,4 @@
-"""What kernels and ops share and neither owns: options, parameters and results, each defined once."""
+"""Options, parameters and results that ops and kernels share. Each of them is defined once, here."""
 
 from maestro_fast.specs.advantages import (
     PROFILES,

@@ -1,4 +1,4 @@
-"""Advantage profiles, and what the ops of advantages return.
+"""Advantage profiles, and the result of ``ops.group_advantages``.
 
 Axis suffixes: B responses, K rewards.
 """
@@ -26,20 +26,21 @@ class AdvantageProfile:
     rewards is its score. The score, centred and scaled over ``score_center`` and ``score_scale``, is its advantage.
 
     Attributes:
-        reward_center, reward_scale: the scope of the mean and of the standard deviation of each reward.
-        score_center, score_scale: the same for the score. ``leave_one_out`` is the mean of the others of the group, and
-            ``tokens`` is the batch in which every response counts once per token of its completion.
-        reward_eps, score_eps: what is added to the standard deviation.
+        reward_center, reward_scale: the scopes over which the mean and the standard deviation of each reward are taken.
+        score_center, score_scale: the same scopes for the score. ``leave_one_out`` subtracts the mean of the others of
+            the group, and ``tokens`` is the batch, where every response counts once per token of its completion.
+        reward_eps, score_eps: what is added to the standard deviation of a reward or of the score.
         ddof: 1 divides the squared deviations by n - 1 (the sample standard deviation), 0 by n. In the scope ``tokens``
             n is the number of tokens.
-        singleton: what becomes of the only live response of its group, or of the only live value of a reward in its
-            group, which has nothing to be compared with. ``zero`` makes its reward or advantage 0. ``raw`` takes the
-            group to have mean 0 and standard deviation 1, so the value itself remains, over 1 + eps if it is scaled.
-            Scopes wider than a group treat it like any other. It is flagged ``degenerate`` either way.
-        missing: what becomes of a response whose reward k abstained. ``zero`` counts that reward as 0 in the sum.
-            ``renormalize`` scales the weights of its live rewards up to the row's original sum.
+        singleton: what happens to the only live response of a group, or to the only live value of a reward in a group.
+            It has nothing to be compared with. ``zero`` makes its advantage or its reward 0. ``raw`` takes the group to
+            have mean 0 and standard deviation 1, so the value itself remains, divided by 1 + eps if it is scaled.
+            Scopes wider than a group treat it like any other. It is flagged ``degenerate`` either way. (A reward is
+            live unless it abstained; a response is live if it has a live reward.)
+        missing: what happens to a response whose reward k abstained. ``zero`` counts that reward as 0 in the sum.
+            ``renormalize`` scales the weights of its live rewards up to the original sum of its weights.
         kl_in: ``score`` subtracts beta * KL from the score. ``loss`` leaves the KL to the loss.
-        score_eps_in: ``std`` divides by std + score_eps, ``variance`` by sqrt(std**2 + score_eps).
+        score_eps_in: ``std`` divides the score by std + score_eps, ``variance`` by sqrt(std**2 + score_eps).
     """
 
     reward_center: Center = "group"
@@ -92,7 +93,7 @@ def _verl(rewards: Scale, score_center: ScoreCenter, score_scale: ScoreScale, **
 # grpo, dr_grpo and grpo_batch are TRL's scale_rewards "group", "none" and "batch". gdpo is TRL's normalize_then_sum.
 # rloo is RLOO (arXiv 2402.14740), whose baseline is the mean of the other responses.
 # verl_grpo and verl_dr_grpo are verl's estimator "grpo" with norm_adv_by_std_in_grpo and without it. verl_gdpo is its
-# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton with its raw score.
+# "gdpo" (arXiv 2601.05242), whose masked_whiten runs over the tokens. All three leave a singleton its raw score.
 PROFILES: dict[str, AdvantageProfile] = {
     "maestro": AdvantageProfile(),
     "grpo": _trl("group"),
@@ -107,7 +108,7 @@ PROFILES: dict[str, AdvantageProfile] = {
 
 
 def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
-    """The profile of that name, or the profile itself.
+    """Looks a profile up by its name; a profile is returned unchanged.
 
     Raises:
         ValueError: the name is unknown.
@@ -123,19 +124,20 @@ def resolve_profile(profile: str | AdvantageProfile) -> AdvantageProfile:
 
 
 class GroupAdvantages(NamedTuple):
-    """Advantages and what they were made of, float32 [B] (float64 for float64 rewards) unless noted.
+    """Advantages, and the quantities that they were computed from.
 
-    The kernels pass the same record on with pointers in its fields.
+    Every tensor is float32 [B] (float64 for float64 rewards) unless noted. In kernels the same record holds pointers.
 
     Attributes:
-        advantages: they are 0 for degenerate groups (except singletons that the profile leaves raw) and for responses
-            without a live reward.
+        advantages: the advantage of each response. It is 0 in degenerate groups (except for singletons that the profile
+            leaves raw) and for responses without a live reward.
         scores: the weighted sum of the normalised rewards, minus beta * KL where the profile has the KL in the score.
         normalized_rewards: [B, K], 0 where a reward abstained.
-        mean: what was subtracted from the score. With ``leave_one_out`` that is the mean of the others.
-        std: the deviation of the scores over the scope ``score_scale``, or over the group where that is ``none``. It is
-            1 for a raw singleton.
-        degenerate: bool, True for every response of a group without spread before the KL, or with one live response.
+        mean: the mean that was subtracted from the score. With ``leave_one_out`` it is the mean of the others.
+        std: the standard deviation of the scores over the scope ``score_scale``, or over the group where that scope is
+            ``none``. It is 1 for a raw singleton.
+        degenerate: bool. True for every response of a group whose scores before the KL are all the same, or which has
+            only one live response.
     """
 
     advantages: Tensor
@@ -147,9 +149,9 @@ class GroupAdvantages(NamedTuple):
 
     @staticmethod
     def empty(rewards: Tensor) -> GroupAdvantages:
-        """Room for the float32 results of rewards [B, K] or [B], on their device."""
+        """Uninitialised float32 results for rewards [B, K] or [B], on their device."""
         batch, K = rewards.shape[0], rewards.shape[1] if rewards.ndim == 2 else 1
-        # These calls are the quickest of their kind: sizes as arguments, not as a tuple, and empty_like.
+        # These are the quickest ways to allocate: sizes passed as arguments, not as a tuple, and empty_like.
         first = torch.empty(batch, dtype=torch.float32, device=rewards.device)
         normalized = torch.empty(batch, K, dtype=torch.float32, device=rewards.device)
         like = torch.empty_like

@@ -17,13 +17,14 @@ WeightMode = Literal["sample", "soft"]
 
 @dataclass(frozen=True)
 class ConductorParams:
-    """The parameters of the Conductor's network, all float32 (all float64 for a reference).
+    """The parameters of the Conductor's network. All are float32 (float64 in reference computations).
 
     Attributes:
-        mean, rstd: [d], the mean of the contexts and one over their standard deviation. They standardise h and change
-            only between updates.
-        weight, bias: the last layer, [K, d] or [K, H], and [K]. Zeros give equal weights.
-        hidden_weight, hidden_bias: [H, d] and [H], the hidden layer of an MLP; None for a linear head.
+        mean, rstd: [d], the mean of the contexts and one over their standard deviation, by which contexts are
+            standardised. They change only between updates.
+        weight, bias: the last layer: [K, d] for a linear network or [K, H] for an MLP, and [K]. Zeros give equal
+            weights.
+        hidden_weight, hidden_bias: [H, d] and [H], the hidden layer of an MLP; None for a linear network.
     """
 
     mean: Tensor
@@ -35,6 +36,7 @@ class ConductorParams:
 
     @property
     def num_rewards(self) -> int:
+        """K."""
         return self.weight.shape[0]
 
     def logits(self, h: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class ConductorParams:
             return functional.linear(self.features(h), self.weight, self.bias)
 
     def features(self, h: Tensor) -> Tensor:
-        """The last layer's input: standardised contexts [B, d], or the hidden layer's outputs [B, H]."""
+        """The inputs of the last layer: standardised contexts [B, d], or the outputs of the hidden layer [B, H]."""
         x = (h.to(self.weight.dtype) - self.mean) * self.rstd
         if self.hidden_weight is None:
             return x
@@ -52,11 +54,12 @@ class ConductorParams:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """All parameters in the order of the fields."""
         return self.mean, self.rstd, self.weight, self.bias, self.hidden_weight, self.hidden_bias
 
     @property
     def contiguous_floats(self) -> ConductorParams:
-        """The parameters as contiguous float32, which the kernels read: these themselves if they are so already."""
+        """The parameters as contiguous float32, which the kernels read. Without a copy where they are so already."""
         if all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in self.tensors):
             return self
         return ConductorParams(*(None if x is None else x.float().contiguous() for x in self.tensors))  # type: ignore[arg-type]
@@ -69,14 +72,14 @@ class ConductorParams:
 
 
 class ConductorChoice(NamedTuple):
-    """How the Conductor turns probabilities into weights, and the key of its draws; see ``ops.conductor_weights``.
+    """How the Conductor turns logits into weights, and the key of its random draws; see ``ops.conductor_weights``.
 
     Attributes:
-        tau: temperature of the softmax.
-        min_prob: floor of every probability.
+        tau: the temperature of the softmax.
+        min_prob: the floor of every probability.
         alpha: how far a drawn action moves the weights from equal to one-hot.
         mode: "sample" draws an action; "soft" takes the probabilities as weights and draws none.
-        seed, step, offset: key of the draws; ``offset`` is the global index of the first response.
+        seed, step, offset: the key of the draws; ``offset`` is the global index of the first response.
     """
 
     tau: float
@@ -89,6 +92,7 @@ class ConductorChoice(NamedTuple):
 
     @property
     def soft(self) -> bool:
+        """Whether the probabilities themselves are the weights."""
         return self.mode == "soft"
 
 
@@ -97,7 +101,7 @@ class ConductorSample(NamedTuple):
 
     Attributes:
         weights: [B, K], the weights of the rewards.
-        actions: int64 [B], the reward that was drawn, or the likeliest one in soft mode.
+        actions: int64 [B], the index of the reward that was drawn, or of the likeliest one in soft mode.
         log_probs: [B], the log-prob of the action.
         entropy: [B], the entropy of the probabilities in nats.
         probs: [B, K], the probabilities that actions were drawn with.
@@ -111,7 +115,7 @@ class ConductorSample(NamedTuple):
 
     @staticmethod
     def empty(batch: int, weight: Tensor) -> ConductorSample:
-        """Room for the float32 results of ``batch`` responses under a last layer [K, H] or [K, d], on its device."""
+        """Uninitialised float32 results for ``batch`` responses, on the device of the last layer's weight [K, *]."""
         K, device = weight.shape[0], weight.device
         return ConductorSample(
             weights=torch.empty(batch, K, dtype=torch.float32, device=device),
@@ -129,8 +133,8 @@ class ContextSource(NamedTuple):
     """Where the contexts of B responses are: in a tensor of their own, or in hidden states that are to be pooled.
 
     Attributes:
-        x: [B, d] contexts with kind "context", else packed hidden states [T, d]; columns are contiguous.
-        kind: "context"; "last" takes the last hidden state of each response, "mean" takes their mean.
+        x: contexts [B, d] with the kind "context", else packed hidden states [T, d]. Columns are contiguous.
+        kind: "context" takes x itself, "last" the last hidden state of each response, "mean" the mean of its states.
         bounds: int [B + 1], where each response begins and ends in the hidden states; None for contexts.
         limit_B: int [B], how many hidden states of each response count; None for all.
     """
@@ -147,7 +151,7 @@ class ContextSource(NamedTuple):
 
 
 class ScoreInputs(NamedTuple):
-    """What a score needs besides rewards and weights: see ``ops.group_advantages``."""
+    """The inputs of a score besides rewards and weights; see ``ops.group_advantages``."""
 
     kl: Tensor | None
     beta: float
@@ -159,7 +163,7 @@ class ConductorState:
     """The Conductor's parameters and AdamW's moments of them.
 
     Attributes:
-        params: contiguous tensors of one dtype, float32 (float64 for a reference).
+        params: contiguous tensors of one dtype, float32 (float64 in reference computations).
         first, second: AdamW's moments by the names of the parameters: "weight", "bias", and of an MLP "hidden_weight"
             and "hidden_bias". They are contiguous, like the parameters.
         step: the number of updates made so far.

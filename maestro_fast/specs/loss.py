@@ -1,6 +1,6 @@
 """The language model's head and the policy loss: options, inputs and results.
 
-Axis suffixes: B responses, T or C tokens, V vocabulary.
+Axis suffixes: B responses, T tokens of a batch, C rows of a chunk of tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ EntropyMode = Literal["none", "value", "grad"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What happens to the output of the head's matrix product: scale, soft cap and temperature, see ``ops.head_rows``.
+    """How the output of the head's matrix product becomes logits and log-probs; see ``ops.head_rows``.
 
     Attributes:
+        scale: the factor of the product's output, before the bias.
+        softcap: the bound of the tanh soft cap, or None for no cap.
+        temperature: the divisor of the capped logits.
         ignore_index: the target of rows that are ignored.
-        entropy: "none", "value" (without a gradient), or "grad".
+        entropy: "none" computes no entropies, "value" computes them without a gradient, "grad" with one.
     """
 
     scale: float
@@ -39,7 +42,7 @@ class RowStatistics(NamedTuple):
         peaks: max_v y_v, before the temperature.
         totals: sum_v exp((y_v - peak) / T), so that logsumexp(z) = peak / T + log(total). One number for both would be
             rounded to the size of the logits: in float32, with logits near 1e4, every probability would lose 1e-3.
-        entropies: in nats; 0 in ignored rows. They have no elements with ``entropy="none"``.
+        entropies: the entropy in nats; 0 in ignored rows. There are no elements with ``entropy="none"``.
     """
 
     logprobs: Tensor
@@ -49,23 +52,23 @@ class RowStatistics(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probs [T] and entropies [T] in nats (None with ``entropy="none"``); ignored rows hold 0."""
+    """Log-probs [T], and entropies [T] or None with ``entropy="none"``, both in nats. Ignored rows hold 0."""
 
     logprobs: Tensor
     entropies: Tensor | None
 
 
 class LossInputs(NamedTuple):
-    """What a loss is computed from: T completion tokens of B responses, packed. A user's own loss gets this record.
+    """The inputs of a loss, for T packed completion tokens of B responses. A user's own loss gets this record.
 
     Attributes:
         logprobs: [T], log-probs of the sampled tokens under the current policy, in nats.
-        advantages: [B].
+        advantages: [B], the advantage of each response.
         cu_seqlens: int [B + 1]; response b has the tokens ``[cu_seqlens[b], cu_seqlens[b + 1])``.
-        old_logprobs: [T] of the policy that the ratio refers to; None means the current policy.
-        ref_logprobs: [T] of the reference policy.
-        sampling_logprobs: [T] of the sampler; NaN where it gave none.
-        entropies: [T] of the current policy, in nats.
+        old_logprobs: [T], log-probs under the policy that the ratio refers to; None means the current policy.
+        ref_logprobs: [T], log-probs under the reference policy.
+        sampling_logprobs: [T], log-probs as the sampler reported them; NaN where it reported none.
+        entropies: [T], entropies of the current policy, in nats.
         token_mask: [T]; a zero leaves a token out.
         normalizer: what the summed loss is divided by, for the whole optimizer step.
         entropy_normalizer: what the summed entropies are divided by.
@@ -99,11 +102,11 @@ LossFunction = Callable[[LossInputs], tuple[Tensor, dict[str, Tensor]]]
 
 
 class PolicyLoss(NamedTuple):
-    """The scalar loss, and metrics as scalar tensors by their names. Float32 (float64 for float64 log-probs).
+    """The scalar loss, and metrics as scalar tensors by their names, in float32 (float64 for float64 log-probs).
 
     The metrics of a ``PolicyLossConfig`` are means over the live tokens. ``clip_low`` and ``clip_high`` are the shares
-    of tokens that were clipped on either side, ``ratio`` is the mean of rho, ``kl`` the mean of k3 (only with a
-    reference), ``sampler_ratio`` the mean of w before it is capped (only with sampling log-probs).
+    of tokens that were clipped on either side, ``ratio`` is the mean policy ratio, ``kl`` the mean of k3 (only with a
+    reference), and ``sampler_ratio`` the mean of pi_old / pi_sampler before the cap (only with sampling log-probs).
     """
 
     loss: Tensor
@@ -111,7 +114,7 @@ class PolicyLoss(NamedTuple):
 
 
 class LinearPolicyLoss(NamedTuple):
-    """``PolicyLoss``, and the log-probs [T] that it was computed from, without a graph.
+    """A ``PolicyLoss``, and the log-probs [T] that it was computed from, which carry no graph.
 
     Rows that were skipped keep the log-prob given as ``old_logprobs``, or 0.
     """
@@ -125,12 +128,12 @@ LOSS_METRICS = ("clip_low", "clip_high", "ratio", "kl", "sampler_ratio")
 
 
 class LossWithGradients(NamedTuple):
-    """A loss whose gradients were computed with it, float32.
+    """A loss whose gradients were computed with it, all in float32.
 
     Attributes:
-        loss: a scalar.
-        metrics: [8], of which the first are ``LOSS_METRICS`` in their order.
-        gradients: [1 or 2, T], of the log-probs and, with an entropy bonus, of the entropies.
+        loss: the scalar loss.
+        metrics: [8]; the first elements are ``LOSS_METRICS`` in their order, the others are sums of the kernel.
+        gradients: [1 or 2, T], the gradient by the log-probs and, with an entropy bonus, by the entropies.
     """
 
     loss: Tensor
@@ -143,7 +146,7 @@ Objective = Literal["clip", "cispo"]
 Ratio = Literal["token", "sequence"]
 SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
-# Losses of TRL 1.16 that these options do not cover, and why. They are refused by name, not approximated.
+# These losses of TRL 1.16 are not covered by the options. They are refused with the reason, not approximated.
 _REFUSED = {
     "luspo": "it weights a sequence by its length, which no normalization here does",
     "sapo": "its soft gate replaces the clip",
@@ -159,14 +162,14 @@ class PolicyLossConfig:
         normalization: how the losses of tokens are averaged, see ``ops.policy_loss``.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: coefficient of the k3 term; 0 needs no reference.
-        max_completion_length: in tokens, the constant that ``dr_grpo`` divides by.
+        max_completion_length: the constant number of tokens that ``dr_grpo`` divides by.
         objective: "clip", or "cispo", which treats the capped ratio as a constant, so that no token loses its gradient.
         ratio: "token", or "sequence", the geometric mean over the response's tokens (GSPO).
         clip_max: upper bound of the ratio itself. With "clip" it bounds the loss of tokens with negative advantage
             (two-sided clipping, TRL's ``delta``); "cispo" needs it (TRL's ``epsilon_high``).
         sampler_correction: multiplies the policy term by pi_old / pi_sampler of a token or of a whole response, which
             is capped ("truncate") or becomes zero past the cap ("mask").
-        sampler_cap: that cap.
+        sampler_cap: the cap of ``sampler_correction``.
         entropy_coef: coefficient of the mean entropy of the tokens, which the loss rewards.
     """
 
@@ -210,14 +213,14 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class FunctionLoss:
-    """A loss of the user's own, as a config names it. Once ``function`` is loaded, this is a loss function itself.
+    """A loss of your own: a function of ``ops.LossInputs`` that returns the scalar loss and a dict of scalar tensors.
 
-    The function takes ``LossInputs`` and returns the scalar loss and a dict of scalar metrics.
+    Once ``function`` is loaded, this object is a loss function itself.
 
     Attributes:
         function: the loss function, in a config as "package.module:name" or "path/to/file.py:name".
-        needs_reference: says that the function reads ``ref_logprobs``, so the reference policy is scored for it.
-        needs_entropy: says that the function reads ``entropies``, and that their gradient counts.
+        needs_reference: whether the function reads ``ref_logprobs``, so that the reference policy has to be scored.
+        needs_entropy: whether the function reads ``entropies``, whose gradient then counts.
     """
 
     function: str | Callable[[Any], Any]
@@ -236,12 +239,12 @@ class FunctionLoss:
 
     @property
     def entropies(self) -> bool:
-        """Whether entropies and their gradient are needed: it says so, or the function is marked so."""
+        """Whether entropies and their gradient are needed: ``needs_entropy`` or the function's own mark says so."""
         return self.needs_entropy or bool(getattr(self.function, "entropies", False))
 
 
 class TokenLosses(NamedTuple):
-    """[T] each: the loss of a token before its weight, and bool, whether it was clipped on either side."""
+    """The loss of each token before its weight [T], and whether it was clipped below or above, bool [T] each."""
 
     loss: Tensor
     clipped_low: Tensor
@@ -263,6 +266,6 @@ def _cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyLo
     return TokenLosses(-capped * advantages * logprobs, torch.zeros_like(high), high)
 
 
-# The formula of each ``Objective``, for ratios, log-probs and advantages [T]. The kernel's are in ``_objective`` of
-# kernels/policy_loss.py.
+# The formula of each ``Objective``, for ratios, log-probs and advantages [T]. ``_objective`` of kernels/policy_loss.py
+# has the same formulas.
 OBJECTIVES = {"clip": _clip, "cispo": _cispo}

@@ -1,4 +1,4 @@
-"""Options as text: how a frozen dataclass of options goes through an operator that torch.compile calls."""
+"""Options as text. Operators that torch.compile calls take no dataclass, so options pass through them as JSON."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_in_graphs(function: F) -> F:
-    """Has ``torch.compile`` call the function while it traces, and keep the result as a constant of the graph.
+    """Makes ``torch.compile`` call the function while it traces, and keep the result as a constant of the graph.
 
-    ``torch.compiler.assume_constant_result`` does the same, and imports half of torch's compiler with it.
+    ``torch.compiler.assume_constant_result`` does the same, but it imports half of torch's compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def as_text(spec: Any) -> str:
-    """A frozen dataclass of options as a registered operator takes it: its fields in JSON, which ``from_text`` reads.
+    """The fields of a frozen dataclass of options in JSON, which ``from_text`` reads.
 
-    The fields are numbers, strings or None. They become constants of a compiled graph, so that another value compiles
-    another one: what changes from call to call, such as a seed, is better an argument of its own.
+    The fields are numbers, strings or None. They become constants of a compiled graph, so each other value compiles one
+    more graph. A number that changes from call to call, such as a seed, should be an argument of its own.
     """
     if not torch.compiler.is_compiling():
         return _text_of(spec)
@@ -39,7 +39,7 @@ def as_text(spec: Any) -> str:
 
 
 def from_text(cls: type[T], text: str) -> T:
-    """The options that ``as_text`` made the text from."""
+    """The opposite of ``as_text``: the options of class ``cls`` that the text was made from."""
     found: T = _options_of(cls, text)  # type: ignore[arg-type]  # classes are hashable
     return found
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -143,10 +144,30 @@ class TrainConfig:
         """
         loss: Any = self.loss
         if isinstance(loss, FunctionLoss) and isinstance(loss.function, str):
-            loaded = replace(loss, function=load_function(loss.function, field="loss.function"))
+            function = load_function(loss.function, field="loss.function")
+            _check_loss_function(function, loss.function)
+            loaded = replace(loss, function=function)
             loss = replace(loaded, needs_entropy=loaded.entropies)
         samples = 1 if self.evaluation is None else self.evaluation.samples
         return Method(self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples)
+
+
+def _check_loss_function(function: Callable[..., Any], name: str) -> None:
+    """Refuses a function that cannot be called with ``LossInputs`` alone, before a model is loaded for it.
+
+    Raises:
+        TypeError: the function takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # Some functions that are written in C do not say what they take.
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss.function: {name} takes {signature}, expected a function of one argument, ops.LossInputs"
+        ) from error
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

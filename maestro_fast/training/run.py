@@ -116,6 +116,7 @@ def train(
         observers, timing_observers, callbacks: as ``MaestroTrainer`` takes them.
     """
     args = training_arguments(config)
+    method = config.method  # A loss of the user's own is loaded here, before a model is.
     dataset = load_prompts(config.data)
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
@@ -140,7 +141,7 @@ def train(
                 rewards,
                 build_weight_policy(config.weights, rewards.names, int(width)),
                 args,
-                config.method,
+                method,
                 evaluation=evaluation,
                 anchor=anchor,
                 keep_best=keep_best,

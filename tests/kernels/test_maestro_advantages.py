@@ -25,7 +25,7 @@ SIZE = 72
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
-        (pool_hidden, "_CHUNK", 8),
+        (pool_hidden, "CHUNK_TOKENS", 8),
         (pool_hidden, "_COLUMNS", 128),
         (conductor_weights, "_LINEAR_SPLIT", 64),
         (conductor_weights, "_HIDDEN_SPLIT", 64),

@@ -304,7 +304,7 @@ def test_the_host_only_allocates_outputs_and_launches(
         run = partial(CASES[name][0], **CASES[name][1], backend="triton")
     for module in ("pool_hidden", "group_advantages"):
         monkeypatch.setattr(sys.modules[f"maestro_fast.ops.{module}"], "readable", lambda x: False)  # as on a device
-    monkeypatch.setattr(pool_kernel, "_CHUNK", 4)
+    monkeypatch.setattr(pool_kernel, "CHUNK_TOKENS", 4)
     launches = counted_launches(monkeypatch, start=False)
     run()
     launches.clear()

@@ -25,7 +25,7 @@ MODES = ["last", "mean", "prompt_last", "prompt_mean"]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 tokens in steps of 4, and a search of 4 ways, take short batches along every path."""
-    for name, value in (("_CHUNK", 16), ("_TOKENS", 4), ("_COLUMNS", 32), ("_PIVOTS", 4), ("_AHEAD", 2)):
+    for name, value in (("CHUNK_TOKENS", 16), ("_TOKENS", 4), ("_COLUMNS", 32), ("_PIVOTS", 4), ("_AHEAD", 2)):
         monkeypatch.setattr(kernel, name, value)
 
 

@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from maestro_fast.ops import head
-from maestro_fast.ops.tensors import wide
+from maestro_fast.ops.head_rows import capped_logits
+from maestro_fast.ops.tensors import wide, without_autocast
+from maestro_fast.specs import HeadSpec, TokenLogprobs
 
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, truth: Tensor, *, epsilon: float) -> None:
@@ -68,3 +70,25 @@ def assert_same_fake(function: Callable[..., Any], *args: Tensor) -> None:
         fakes = function(*(mode.from_tensor(x) for x in args))
     for fake, real in zip(pytree.tree_leaves(fakes), pytree.tree_leaves(function(*args)), strict=True):
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+def reference_token_logprobs(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> TokenLogprobs:
+    """The formula of ``ops.token_logprobs`` with all logits at once, which autograd differentiates."""
+    live = targets != ignore_index
+    with without_autocast(hidden):
+        x = torch.where(live[:, None], hidden, 0.0) @ lm_head.T
+    y = capped_logits(x, bias, HeadSpec(logit_scale, softcap, temperature, ignore_index, "grad"))
+    logp_TV = (y / temperature).log_softmax(-1)
+    logprobs = logp_TV.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    entropies = -(logp_TV.exp() * logp_TV).sum(-1)
+    return TokenLogprobs(torch.where(live, logprobs, 0.0), torch.where(live, entropies, 0.0))

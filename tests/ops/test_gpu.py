@@ -106,4 +106,4 @@ def test_no_op_reaches_a_kernel_without_a_guard() -> None:
             if "from maestro_fast.kernels" in inspect.getsource(inner):
                 assert inner is not function, f"{module.__name__}.{name} launches without a guard"
                 found.add(name)
-    assert {"_by_triton", "_launch", "_launch_dlogits", "_launch_statistics"} <= found
+    assert {"_by_triton", "_launch", "_dlogits_in_place", "_dlogits_into", "triton_row_statistics"} <= found

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maestro_fast.ops import TokenLogprobs, token_logprobs
 from maestro_fast.ops.head import chunk_rows
-from maestro_fast.ops.token_logprobs import reference_token_logprobs
-from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake
+from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake, reference_token_logprobs
 
 CPU = torch.device("cpu")
 D = 24

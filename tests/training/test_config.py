@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from maestro_fast import specs
 from maestro_fast.generation import ColocateConfig, TransformersConfig
 from maestro_fast.rewards import (
     AnchorConfig,
@@ -146,6 +145,10 @@ def with_entropies(inputs):
     return inputs.entropies.sum(), {}
 
 with_entropies.entropies = with_entropies.row_wise = True
+
+def with_others(logprobs, advantages, **others):
+    return logprobs.sum(), {}
+
 not_a_function = 3
 """
 
@@ -185,7 +188,6 @@ def dapo(inputs):
 """
 
 
-@pytest.mark.skipif(not hasattr(specs, "LossInputs"), reason="the ops take no loss of one's own yet")
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("micro_batch", [8, 16])
 def test_a_loss_of_ones_own_trains_as_the_built_in_one(
@@ -219,6 +221,10 @@ def test_what_a_loss_is_marked_with_reaches_the_trainer(config_file: Path) -> No
     [
         ("nothing", r"^loss\.function: .*my_loss.py has no 'nothing'; its callables are PolicyLossConfig, mine, with"),
         ("not_a_function", r"^loss\.function: .* is a int, expected a callable"),
+        (
+            "with_others",
+            r"^loss\.function: .*with_others takes \(logprobs, advantages, \*\*others\), expected .* LossInputs",
+        ),
     ],
 )
 def test_a_loss_that_cannot_be_loaded_is_named(config_file: Path, name: str, complaint: str) -> None:

@@ -19,13 +19,14 @@ from transformers import TrainingArguments
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LinearPolicyLoss, PolicyLossConfig, policy_loss
 from maestro_fast.ops.head import chunk_rows
-from maestro_fast.ops.token_logprobs import TokenLogprobs, reference_token_logprobs
+from maestro_fast.ops.token_logprobs import TokenLogprobs
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.rewards import build_rewards
 from maestro_fast.training import MaestroTrainer, Method
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import build_weight_policy
+from tests.ops.helpers import reference_token_logprobs
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.live_memory import LiveMemory
 
