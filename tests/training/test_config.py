@@ -223,7 +223,7 @@ def test_what_a_loss_is_marked_with_reaches_the_trainer(config_file: Path) -> No
         ("not_a_function", r"^loss\.function: .* is a int, expected a callable"),
         (
             "with_others",
-            r"^loss\.function: .*with_others takes \(logprobs, advantages, \*\*others\), expected .* LossInputs",
+            r"^loss\.function: .*with_others takes \(logprobs, advantages, \*\*others\), expected a",
         ),
     ],
 )
