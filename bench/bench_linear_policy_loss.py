@@ -1,7 +1,7 @@
-"""linear_policy_loss with its gradients on the CPU, beside TRL's chunked head with TRL's loss, and the two ops.
+"""Times linear_policy_loss with its gradients on the CPU beside TRL's chunked head with TRL's loss, and our two ops.
 
-It takes three matrix products of 2 T V d operations, where ``token_logprobs`` with ``policy_loss``, and TRL, take four.
-The plain composition takes three as well, and holds all logits.
+The op takes three matrix products of 2 T V d operations each. TRL takes four, and so does ``token_logprobs`` with
+``policy_loss``. The plain composition takes three as well, but holds all logits.
 """
 
 from __future__ import annotations

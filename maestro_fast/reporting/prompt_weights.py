@@ -42,11 +42,11 @@ def show_conductor(
     Args:
         folder: The saved Conductor, see ``load_conductor``.
         data: The prompts.
-        out: The picture is written to this file.
-        rows: The table of prompts has at most this many rows.
-        model: The Conductor reads states of this model, see ``prompt_weights``.
-        samples: If the Conductor reads responses, this many are sampled for each prompt.
-        seed: They are sampled with this seed.
+        out: The file to which the picture is written.
+        rows: The largest number of rows in the table of prompts.
+        model: The model whose states the Conductor reads, see ``prompt_weights``.
+        samples: The number of responses that are sampled for each prompt if the Conductor reads responses.
+        seed: The seed of this sampling.
 
     Raises:
         ValueError, FileNotFoundError: See ``load_conductor``, ``load_prompts`` and ``prompt_weights``.

@@ -71,8 +71,8 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
         "rewards_correlation/min": Range(
             -0.9,
             1.0,
-            "two rewards are opposites: with equal weights they cancel each other; weigh them by prompt (policy "
-            "'anchored', or where in the config), or leave one out",
+            "two rewards are opposites: with equal weights they cancel each other; weigh them by prompt (the policy "
+            "'anchored', or the setting `where` of a reward), or leave one out",
         ),
         "conductor/gradient_snr": Range(
             0.3, math.inf, "the meta-gradient is mostly noise; use estimator 'all_actions', or a longer period"
@@ -125,7 +125,7 @@ def _flattery(w_BK: Tensor, standard_BK: Tensor) -> Tensor:
 
 
 def _agreement(w_BK: Tensor, standard_BK: Tensor) -> dict[str, Tensor]:
-    """The agreement of the greatest weight with the best reward, over the responses that have one of each."""
+    """How often the greatest weight is on the best reward, over the responses where neither is tied."""
     clear_B = _one_top(w_BK) & _one_top(standard_BK)
     same_B = (w_BK.argmax(1) == standard_BK.argmax(1)) & clear_B
     return {"diagnostics/argmax_agreement": same_B.sum() / clear_B.sum()}
