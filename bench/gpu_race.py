@@ -150,7 +150,7 @@ def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[
     if seconds is None:
         timers[EMPTIES] = _wall_timer(_five_empties)
     times = _in_turn(timers, seconds)
-    found = {c.name: Figures(None) for c in ready} | {name: Figures(*found) for name, found in times.items()}
+    found = {c.name: Figures(None) for c in ready} | {name: Figures(*pair) for name, pair in times.items()}
     if DEVICE.type == "cpu":
         return found, notes
     for c in ready:

@@ -158,7 +158,7 @@ class Training:
         return loss.detach()
 
     def operations(self) -> float:
-        """The FLOPs of one step's products in the layers, in causal attention (half of all pairs) and in the LM head."""
+        """The FLOPs of one step's products in layers, in causal attention (half of all pairs) and in the LM head."""
         layers = sum(x.numel() for x in self.model.model.layers.parameters())
         pairs = SHAPE["num_hidden_layers"] * HEADS["num_attention_heads"] * HEADS["head_dim"] * LENGTH
         head = SHAPE["hidden_size"] * SHAPE["vocab_size"]

@@ -92,7 +92,8 @@ class ServerConfig:
     Attributes:
         url: the address of the server, ``http://HOST:PORT``.
         weights: how weights reach the server: "nccl" sends them from GPU to GPU, and "folder" through files.
-        folder: the folder of these files; trainer and server see it under the same path, and no other run uses it.
+        folder: the folder for ``weights: folder``. Trainer and server see it under the same path, and no other run uses
+            it.
         address: the address at which the server's workers reach the machine of the training's first process, for
             "nccl".
         port: the port of that address.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
 from maestro_fast.training.data import DataConfig, load_prompts
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights
 from maestro_fast.weighting.families import spread_between_families
+from maestro_fast.weighting.policy import entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +79,7 @@ def prompt_table(found: PromptWeights, *, rows: int, width: int) -> Table:
     taken = sum(max(5, len(name)) + 2 for name in [*names, ENTROPY])
     if has_families:
         taken += 2 + min(12, max(len(family) for family in found.families))
-    entropy_N = _entropy(found.weights_NK)
+    entropy_N = entropy(found.weights_NK)
     room = max(24, width - taken)
     body: list[tuple[Cell, ...]] = []
     for i in kept:
@@ -95,7 +95,7 @@ def family_table(found: PromptWeights) -> Table | None:
     """The mean weights and entropy of each family and of all prompts, or None if the data name no family."""
     if not any(found.families):
         return None
-    entropy_N = _entropy(found.weights_NK)
+    entropy_N = entropy(found.weights_NK)
     body: list[tuple[Cell, ...]] = []
     for family in [*sorted(set(found.families)), None]:
         rows = [i for i, own in enumerate(found.families) if family is None or own == family]
@@ -174,11 +174,6 @@ def _bands(ax: Axes, families: Sequence[str], known: Sequence[str]) -> None:
     ax.set_yticks(middles, [short(family or NO_FAMILY, 14) for family in known], rotation=90, va="center")
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.8)
-
-
-def _entropy(weights_NK: Tensor) -> Tensor:
-    """The entropy of each row in nats, [N]."""
-    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 def _evenly(families: Sequence[str], limit: int) -> list[int]:

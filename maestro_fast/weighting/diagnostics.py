@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.policy import Outcome, WeightContext
+from maestro_fast.weighting.policy import Outcome, WeightContext, entropy
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +142,14 @@ def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
     """The entropy of the expected weights, and the share of their variance that lies between prompts."""
     total_B1 = expected_BK.abs().sum(1, keepdim=True)
     q_BK = expected_BK.abs() / torch.where(total_B1 > 0, total_B1, 1.0)
-    entropy = -(q_BK * q_BK.clamp(min=1e-30).log()).sum(1).mean() / math.log(expected_BK.shape[1])
-    entropy = entropy.clamp(max=1.0)  # rounding may lift the entropy of equal weights above 1
+    share_of_ln_k = entropy(q_BK).mean() / math.log(expected_BK.shape[1])
+    share_of_ln_k = share_of_ln_k.clamp(max=1.0)  # rounding may lift the entropy of equal weights above ln K
     x_NGK = expected_BK.view(-1, group_size, expected_BK.shape[1])
     mean_N1K = x_NGK.mean(1, keepdim=True)
     within = (x_NGK - mean_N1K).square().mean((0, 1)).sum()
     between = (mean_N1K - mean_N1K.mean(0, keepdim=True)).square().mean((0, 1)).sum()
     share = torch.where(within + between > 1e-12, between / (within + between), float("nan"))
-    return {"diagnostics/entropy": entropy, "diagnostics/between_prompts": share}
+    return {"diagnostics/entropy": share_of_ln_k, "diagnostics/between_prompts": share}
 
 
 def _correlations(standard_BK: Tensor) -> dict[str, Tensor]:

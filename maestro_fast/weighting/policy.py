@@ -2,7 +2,7 @@
 
 To write one, implement ``WeightPolicy``. ``Stateless`` is the base of policies that learn nothing, ``WithoutContext``
 of those that learn but read no hidden states. The functions at the end are what several policies share: numbers by
-reward name, and statistics that leave abstained rewards out.
+reward name, the entropy of weights, and statistics that leave abstained rewards out.
 """
 
 from __future__ import annotations
@@ -238,6 +238,11 @@ def positive_in_reward_order(
         if not number > 0:
             raise ValueError(f"{path}.{name}: {number}, expected a number above 0")
     return found
+
+
+def entropy(weights_NK: Tensor) -> Tensor:
+    """The entropy [N], in nats, of each row of weights that are positive and add up to 1."""
+    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 def live_mean_and_std(values: Tensor, dim: int, *, correction: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
 from maestro_fast.weighting.diagnostics import self_flattery
-from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes, entropy
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
 VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
@@ -130,11 +130,6 @@ def correlation(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -
 def first_order(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> Tensor:
     """[N]: sum_k w_k times the mean over the group of r'_k z(U). It is linear in w."""
     return (weights_NK * (rewards_NGK * utilities_NG[..., None]).mean(1)).sum(-1)
-
-
-def entropy(weights_NK: Tensor) -> Tensor:
-    """H(w) [N] in nats."""
-    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 class Anchored:

@@ -64,7 +64,8 @@ class ConductorConfig:
             gives its name, as "package.module:function" or "file.py:function".
         estimator: "reinforce"; "baseline" subtracts the expected meta-reward over one's own action; "all_actions" sums
             over the actions instead of drawing (least variance); "pathwise" differentiates the advantages themselves.
-        learning_rate, weight_decay: the options of AdamW. A rate of 0 freezes the Conductor.
+        learning_rate: the learning rate of AdamW. 0 freezes the Conductor.
+        weight_decay: the weight decay of AdamW.
         half_life: the number of batches in which the learning rate halves. None keeps it constant.
         freeze_at: the batch from which on nothing is learnt. None never freezes.
         entropy_coef: the factor of the entropy of p in the objective.
