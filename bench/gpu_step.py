@@ -7,7 +7,7 @@ and advantages, head and loss in one sweep, backward, AdamW. Forwards and backwa
 step. The Conductor adds its pooling, its weights and its update.
 
 What it adds is measured in two ways: by device clocks around its stages, and as the difference between whole steps.
-Those come in blocks of Conductor - equal - equal - Conductor, so that a drift of the clocks cancels within a block.
+Whole steps come in blocks of Conductor - equal - equal - Conductor, so a drift of the clocks cancels within a block.
 Blocks run until the seconds are over or an interrupt comes, and each is recorded as soon as it is done.
 """
 

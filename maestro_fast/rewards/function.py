@@ -2,8 +2,8 @@
 
     def richness(prompts, completions, reference, **kwargs) -> list[float | None]
 
-The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16), without what only
-that trainer has: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments`` are not passed.
+The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16). The arguments that
+only that trainer has are not passed: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments``.
 """
 
 from __future__ import annotations

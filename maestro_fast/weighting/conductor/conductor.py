@@ -62,7 +62,7 @@ class ConductorConfig:
             utility, on responses whose utility is known. "custom" is what ``meta_reward`` returns.
         meta_reward: for "custom", a function of the ``Outcome`` that returns [B], or [B, K] for every action. A config
             gives its name, as "package.module:function" or "file.py:function".
-        estimator: "reinforce"; "baseline" subtracts the expected meta-reward over one's own action; "all_actions" sums
+        estimator: "reinforce"; "baseline" subtracts the mean meta-reward over the response's actions; "all_actions" sums
             over the actions instead of drawing (least variance); "pathwise" differentiates the advantages themselves.
         learning_rate: the learning rate of AdamW. 0 freezes the Conductor.
         weight_decay: the weight decay of AdamW.

@@ -51,8 +51,7 @@ def experience(
 ) -> dict[str, Tensor]:
     """What the buffer keeps of a batch, on the device of the contexts.
 
-    Responses from which nothing can be learnt are left out: those of groups without spread, and those without a
-    meta-reward.
+    Responses from which nothing can be learnt are left out: they are in a group without spread, or have no meta-reward.
 
     Args:
         outcome: the batch and its advantages.
