@@ -4,9 +4,9 @@
     Where     r where a column of the data has a value        rhyme in poems
     Labelled  r for a share of the prompts                    a utility that is costly to know
 
-Elsewhere the reward abstains, or has a fixed value behind a gate. Where it abstains, the response is judged by its other
-rewards, and the advantage profile says whether their weights make up for it. A fixed value, such as 0, ranks the response
-below those that passed the gate. Nothing is computed for the responses that are left out.
+Elsewhere the reward abstains, or has a fixed value behind a gate. Where it abstains, the response is judged by its
+other rewards, and the advantage profile says whether their weights make up for it. A fixed value, such as 0, ranks the
+response below those that passed the gate. Nothing is computed for the responses that are left out.
 """
 
 from __future__ import annotations
