@@ -62,8 +62,8 @@ class ConductorConfig:
             utility, on responses whose utility is known. "custom" is what ``meta_reward`` returns.
         meta_reward: for "custom", a function of the ``Outcome`` that returns [B], or [B, K] for every action. A config
             gives its name, as "package.module:function" or "file.py:function".
-        estimator: "reinforce" is the paper's; "baseline" also subtracts the response's expected meta-reward from that of
-            its action; "all_actions" sums over the actions instead of drawing one, with the least variance; "pathwise"
+        estimator: "reinforce" is the paper's; "baseline" also subtracts the response's expected meta-reward from that
+            of its action; "all_actions" sums over the actions instead of drawing one, with the least variance; "pathwise"
             differentiates the advantages themselves.
         learning_rate: the learning rate of AdamW. 0 freezes the Conductor.
         weight_decay: the weight decay of AdamW.
