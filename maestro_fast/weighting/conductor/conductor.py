@@ -63,8 +63,8 @@ class ConductorConfig:
         meta_reward: for "custom", a function of the ``Outcome`` that returns [B], or [B, K] for every action. A config
             gives its name, as "package.module:function" or "file.py:function".
         estimator: "reinforce" is the paper's; "baseline" also subtracts the response's expected meta-reward from that
-            of its action; "all_actions" sums over the actions instead of drawing one, with the least variance; "pathwise"
-            differentiates the advantages themselves.
+            of its action; "all_actions" sums over all actions, which has the least variance; "pathwise" differentiates
+            the advantages themselves.
         learning_rate: the learning rate of AdamW. 0 freezes the Conductor.
         weight_decay: the weight decay of AdamW.
         half_life: the number of batches in which the learning rate halves. None keeps it constant.
