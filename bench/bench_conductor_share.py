@@ -10,7 +10,7 @@ within a block. A block is one figure of the interval, because what disturbs a r
 run of either kind is thrown away. The processor time of the process stands beside the wall clock; it does not count
 what other processes take.
 
-The target of DESIGN.md is less than 2 % of a step.
+The target is less than 2 % of a step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from maestro_fast.records import StepRecord
 from maestro_fast.settings import override
 from maestro_fast.training import parse_config, train
 
-BLOCKS, STEPS, WARM_UP = 8, 6, 1  # blocks of four runs; steps of a run, the first of which are not counted
+BLOCKS, STEPS, WARM_UP = 8, 6, 1  # blocks of four runs; steps of a run; steps at its start that are not counted
 TARGET = 2.0  # per cent of a step
 CONDUCTOR_STAGES = ("weights", "advantages", "conductor_update")  # one op makes weights and advantages together
 CLOCKS = "all of these, by the clocks"
@@ -44,8 +44,15 @@ CLOCKS = "all of these, by the clocks"
 
 @dataclass
 class Run:
-    """The seconds by stage and the record of each step. Pooling is part of a stage, so it is also kept by itself, and
-    so are the processor's seconds since the end of the step before."""
+    """What a run measured, step by step.
+
+    Attributes:
+        stages: The seconds by stage.
+        pooling: The seconds of pooling, which are part of a stage.
+        processor: The seconds of processor time since the end of the step before.
+        records: What the trainer recorded.
+        source: The forward that the hidden states came from.
+    """
 
     stages: list[dict[str, float]] = field(default_factory=list)
     pooling: list[float] = field(default_factory=list)
@@ -56,7 +63,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's two models after one epoch of schooling, which are as fast as the finished ones."""
+    """The quickstart's two models after one epoch of training. They are as fast as the finished ones."""
     out = tmp_path_factory.mktemp("quickstart")
     make_checkpoint(EXAMPLE / "prompts.jsonl", out / "model", epochs=1)
     make_reward_model(EXAMPLE, out / "reward_model", epochs=1)
@@ -64,7 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_once(models: Path, name: str, weights: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """One run of the quickstart's config, with its own weight policy (None) or another."""
+    """Makes one run of the quickstart's config. ``weights`` replaces its weight policy unless it is None."""
     raw = example_config(models)
     changes = {"max_steps": STEPS, "learning_rate": 0.0, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     override(raw, "run_dir", str(models / name))

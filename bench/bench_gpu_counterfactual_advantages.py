@@ -1,4 +1,4 @@
-"""counterfactual_advantages by Triton, beside the PyTorch reference, which forms [N, G, G, A] scores."""
+"""Times counterfactual_advantages by Triton beside the PyTorch reference, which forms [N, G, G, A] scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""group_advantages by Triton, beside TRL's own advantage block, the PyTorch reference and torch.compile of it."""
+"""Times group_advantages by Triton beside TRL's own advantage block, the PyTorch reference and torch.compile of it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ def test_group_advantages(capsys: Any, B: int, K: int, profile: str) -> None:
         Target("us on the host", ours.host, 25.0),
         Target("times as fast as TRL's block, wall", ratio(raced[0], "TRL's block", "wall"), 12.0, at_least=True),
     ]
-    published = profile == "grpo" and SIZES[-1][0] == B  # DESIGN.md sets targets for this case
+    published = profile == "grpo" and SIZES[-1][0] == B  # the targets are for this case
     case = f"{profile}, B = {B}, K = {K}, G = {G}, {DEVICE}"
     report(capsys, "group_advantages", case, raced, moved, targets if published else [], notes)

@@ -1,13 +1,13 @@
-"""linear_policy_loss with its gradients in bfloat16, beside its peers on the same batch.
+"""Times linear_policy_loss with its gradients in bfloat16 beside its peers on the same batch.
 
-The limit is its three products by torch.mm, into float32, in chunks of as many rows as ours, with every row. TRL runs
-its own head and loss, padded, and reads its metrics on the host; Liger runs its fused linear GRPO loss, compiled by its
-default; verl runs its kernel with our loss, which is the fastest. ``--head 1024x32768x2048,...`` or ``make gpu-bench
-ARGS=linear_policy_loss:1024x32768x2048`` takes other shapes.
+The limit is torch.mm of the op's three products into float32, over every row, in chunks of as many rows as ours. TRL
+runs its own head and loss on padded tokens, and reads its metrics on the host. Liger runs its fused linear GRPO loss,
+which it compiles by default. verl runs its kernel with our loss, which is the fastest. ``--head
+1024x32768x2048,...`` or ``make gpu-bench ARGS=linear_policy_loss:1024x32768x2048`` takes other shapes.
 
-The column of errors holds the largest error against float64; that of a gradient is a share of its largest element. Ours
-must pass a gate; a peer's are only printed. In a dry run on a CPU, PyTorch computes the rows: the op takes Triton on a
-CUDA device alone.
+The column of errors holds the largest error against float64; the error of a gradient is a share of its largest element.
+Our errors must pass a gate; those of peers are only printed. In a dry run on a CPU, PyTorch computes the rows, because
+the op uses Triton on CUDA devices only.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Batch:
     def __init__(self, shape: Shape, without_gradient: float) -> None:
         self.hidden, self.head, self.targets = inputs(shape)
         self.leaves = [self.hidden.requires_grad_(), self.head.requires_grad_()]
-        self.advantages = normal(RESPONSES, seed=3).cpu()  # the host knows whose are 0
+        self.advantages = normal(RESPONSES, seed=3).cpu()  # the host has to know which are 0
         self.advantages[: round(without_gradient * RESPONSES)] = 0.0
         self.cu_seqlens = torch.arange(0, shape.T + 1, shape.T // RESPONSES)
         self.old = truth(shape).logprobs.float() + 0.2 * normal(shape.T, seed=4)
@@ -167,7 +167,7 @@ def test_linear_policy_loss(capsys: Any, shape: Shape, without_gradient: float) 
 
 
 def targets(figures: Any, shape: Shape, limit: str, without_gradient: float) -> list[Target]:
-    """The targets of DESIGN.md; that in milliseconds holds for one shape."""
+    """The targets of a case. The one in milliseconds holds for one shape only."""
     if without_gradient:
         ms = figures["one sweep"].wall / 1e3 if shape == (4096, 151936, 16384) else None
         faster = Target(f"times as fast as {TRL}, wall", ratio(figures, TRL, "wall"), 2.1, at_least=True)

@@ -15,7 +15,7 @@ pytestmark = MARKS
 HEADLINE = pytest.mark.headline
 B, T, D, K, H, G = (16, 48, 40, 3, 8, 4) if DRY else (512, 16_384, 4096, 8, 256, 16)
 EPSILON = 1e-5  # three TF32 products stand for one of float32, over d = 4096 terms
-# Targets: launches, us in a graph, times as fast as eager and as torch.compile. DESIGN.md sets none where it says None.
+# The targets of each case: launches, us in a graph, times as fast as eager and as torch.compile. None means no target.
 TARGETS = {"contexts, linear": (1, 8.0, 30.0, 3.0), "last, MLP": (2, 15.0, 20.0, None), "mean, linear": None}
 
 

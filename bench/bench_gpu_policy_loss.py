@@ -1,8 +1,8 @@
-"""policy_loss by Triton, with gradient and metrics, beside TRL's, the PyTorch reference and torch.compile of it.
+"""Times policy_loss by Triton, with gradient and metrics, beside TRL's loss, the PyTorch reference and its compilation.
 
-A call computes the loss, its metrics and the gradient of the log-probs. The kernel writes the gradient with the loss;
-what autograd adds to hand it over (a slice, a product) is counted in "triton", not in "triton, the launch alone".
-TRL computes on padded [B, T], as it does in training, and reads its metrics on the host.
+A call computes the loss, its metrics and the gradient of the log-probs. The kernel writes the gradient with the loss.
+Autograd adds a slice and a product when it hands the gradient over; "triton" includes them, and "triton, the launch
+alone" does not. TRL computes on padded [B, T], as it does in training, and reads its metrics on the host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIGS = {"dapo": PolicyLossConfig("dapo"), "grpo, KL": PolicyLossConfig("grpo"
 
 
 def lengths() -> Tensor:
-    """int64 [B] on the CPU, from half to one and a half times the mean, whose sum is T."""
+    """The lengths of the responses, int64 [B] on the CPU: 0.5 to 1.5 times the mean length, and T in all."""
     steps = torch.arange(B) * MEAN_LENGTH // max(1, B - 1) + MEAN_LENGTH // 2
     steps[-1] += T - steps.sum()
     assert steps.min() > 0
@@ -124,7 +124,7 @@ def test_policy_loss(capsys: Any, name: str) -> None:
 
 
 def _compiled(given: dict[str, Any], config: PolicyLossConfig) -> list[Contender]:
-    """The forward in one graph; autograd runs the backward that was compiled with it."""
+    """Compiles the forward into one graph. Autograd runs the backward that was compiled with it."""
     return [
         Contender(forward.name, lambda run=forward.run: torch.autograd.grad(run()[0], given["logprobs"])[0])
         for forward in compiled(lambda: policy_loss(**given, config=config, backend="torch"))

@@ -1,7 +1,7 @@
-"""pool_hidden by Triton over packed bfloat16 states, several times the L2, beside PyTorch and a copy of as many bytes.
+"""Times pool_hidden by Triton on packed bfloat16 states beside PyTorch and a copy of as many bytes.
 
-The target is a mean at 0.93 of read bandwidth. The limit here is a copy. Half of a copy is writing, so its bandwidth
-may be a little below that of reading alone.
+The states are several times as large as the L2. The target is a mean at 0.93 of read bandwidth. The limit here is a
+copy. Half of a copy is writing, so its bandwidth may be a little below that of reading alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""token_logprobs by Triton in bfloat16, forward, and forward with backward, beside its peers.
+"""Times token_logprobs by Triton in bfloat16, forward alone and with backward, beside its peers.
 
-The limit is torch.mm of the same shapes, into float32, in chunks of as many rows as ours: one product for a forward,
-four for a forward with backward (the logits are computed twice), three with a frozen head. ``--head
+The limit is torch.mm of the same shapes into float32, in chunks of as many rows as ours. A forward takes one product, a
+forward with backward four (the logits are computed twice), or three if the head is frozen. ``--head
 1024x32768x2048,...`` or ``make gpu-bench ARGS=token_logprobs:1024x32768x2048`` takes other shapes.
 
-The column of errors holds the largest error against float64, in nats; that of a gradient is a share of its largest
-element. Ours must pass a gate; a peer's are only printed.
+The column of errors holds the largest error against float64, in nats; the error of a gradient is a share of its largest
+element. Our errors must pass a gate; those of peers are only printed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def ours(strategy: Any, backend: Any) -> Logprobs:
 
 
 def check(shape: Shape, strategy: Any) -> None:
-    """The last rows against float64 and PyTorch in float32 logits, and the same bits with and without the others."""
+    """Compares the last rows with float64 and PyTorch. They must have the same bits with and without the others."""
     hidden, head, targets = inputs(shape)
     rows = slice(-GATED, None)
     whole = ours(strategy, "triton")(hidden, head, targets, True)

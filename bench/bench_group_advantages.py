@@ -1,6 +1,6 @@
-"""group_advantages on the CPU, beside TRL's own advantage block, verl's functions and the PyTorch reference.
+"""Times group_advantages on the CPU beside TRL's own advantage block, verl's functions and the PyTorch reference.
 
-The target on an idle core (DESIGN.md) for B = 4096, K = 8, G = 16 is 23 us with grpo and 35 us with gdpo, at least 8
+The target on an idle core for B = 4096, K = 8, G = 16 is 23 us with grpo and 35 us with gdpo, at least 8
 and 12 times as fast as TRL, and at least 1000 times as fast as verl's loop.
 
 verl pins packages that the others do not work with, so it is a peer only where it can be imported. For instance, run
@@ -59,7 +59,7 @@ def test_group_advantages(benchmark: Any, capsys: Any, B: int, K: int, profile: 
 
 
 def test_beside_verl(benchmark: Any, capsys: Any) -> None:
-    """verl takes one score per response and token: here the weighted sum, which the call makes, for one token."""
+    """verl takes a score for each token. Here a response has one token, and the call makes its weighted sum."""
     reason = "verl cannot be imported; see the docstring of this file"
     verl = pytest.importorskip("verl.trainer.ppo.core_algos", reason=reason, exc_type=ImportError)
     B, K = 4096, 8

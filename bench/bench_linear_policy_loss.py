@@ -1,7 +1,7 @@
-"""linear_policy_loss with its gradients on the CPU, beside TRL's chunked head with TRL's loss, and the two ops.
+"""Times linear_policy_loss with its gradients on the CPU beside TRL's chunked head with TRL's loss, and our two ops.
 
-It takes three matrix products of 2 T V d operations, where ``token_logprobs`` with ``policy_loss``, and TRL, take four.
-The plain composition takes three as well, and holds all logits.
+The op takes three matrix products of 2 T V d operations each. TRL takes four, and so does ``token_logprobs`` with
+``policy_loss``. The plain composition takes three as well, but holds all logits.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ RESPONSES = 8
 CONFIG = PolicyLossConfig("dapo")
 
 
-@pytest.mark.parametrize("without_gradient", [0.0, 0.5])
-@pytest.mark.parametrize(("T", "d", "V"), [(512, 128, 8192), (256, 256, 32_000), (64, 256, 151_936)])
-def test_linear_policy_loss(benchmark: Any, capsys: Any, T: int, d: int, V: int, without_gradient: float) -> None:
+def inputs(T: int, d: int, V: int, without_gradient: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, LM head, targets, advantages of which a share is 0, and old log-probs near the present ones."""
     generator = torch.Generator().manual_seed(0)
     hidden, lm_head = (torch.randn(n, d, generator=generator) for n in (T, V))
-    leaves = [hidden.requires_grad_(), lm_head.mul_(2 / d**0.5).requires_grad_()]
+    lm_head.mul_(2 / d**0.5)
     targets = torch.randint(0, V, (T,), generator=generator)
     advantages = torch.randn(RESPONSES, generator=generator)
     advantages[: round(without_gradient * RESPONSES)] = 0.0
+    old = token_logprobs(hidden, lm_head, targets).logprobs + 0.2 * torch.randn(T, generator=generator)
+    return hidden, lm_head, targets, advantages, old
+
+
+@pytest.mark.parametrize("without_gradient", [0.0, 0.5])
+@pytest.mark.parametrize(("T", "d", "V"), [(512, 128, 8192), (256, 256, 32_000), (64, 256, 151_936)])
+def test_linear_policy_loss(benchmark: Any, capsys: Any, T: int, d: int, V: int, without_gradient: float) -> None:
+    hidden, lm_head, targets, advantages, old = inputs(T, d, V, without_gradient)
+    leaves = [hidden.requires_grad_(), lm_head.requires_grad_()]
     cu_seqlens = torch.arange(0, T + 1, T // RESPONSES)
     mask = torch.ones(RESPONSES, T // RESPONSES)
-    with torch.no_grad():
-        old = token_logprobs(hidden, lm_head, targets).logprobs + 0.2 * torch.randn(T, generator=generator)
 
     def sweep(active: Tensor | None = None) -> Tensor:
         return linear_policy_loss(

@@ -29,7 +29,7 @@ from tests.tiny import tiny_tokenizer
 
 G, PROMPTS, LENGTH, ROUNDS = 8, 2, 32, 5
 
-# For each method of the trainer that is timed: its stage, and whether the stage is ours
+# The methods of the trainer that are timed, each with its stage and whether the stage is ours.
 STAGES = {
     "_generate": ("generation", False),
     "_get_per_token_logps_and_entropies": ("forward for log-probs", False),
@@ -98,7 +98,7 @@ class Clock:
         self._inner = [0.0]
 
     def timed(self, stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """``method``, with its time added to ``stage``."""
+        """Wraps ``method`` so that its time is added to ``stage``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)

@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declares the marker, and hands the options on as environment variables."""
-    config.addinivalue_line("markers", "headline: a case whose figures DESIGN.md sets targets for")
+    config.addinivalue_line("markers", "headline: a case whose figures have targets")
     for what in ("compile", "peers"):  # bench.gpu_race reads the variables when a benchmark imports it, after this
         if config.getoption(f"--no-{what}"):
             os.environ[f"BENCH_{what.upper()}"] = "0"

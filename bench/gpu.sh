@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# What needs a CUDA device, on a machine without a network that already holds torch, Triton and pytest. Nothing is
-# installed: the package is used from this folder, which should hold maestro_fast.egg-info and the extension for its
-# Python in maestro_fast/; `make gpu-rehearsal` leaves both.
+# Runs what needs a CUDA device, on a machine without a network that already holds torch, Triton and pytest. Nothing is
+# installed: the package is used from this folder. It should hold maestro_fast.egg-info, and in maestro_fast/ the extension
+# for the Python of that machine; `make gpu-rehearsal` makes both.
 #
 #     bash bench/gpu.sh first      the GPU tests, in at most 330 s
 #     bash bench/gpu.sh second     the figures that the README promises, in at most 360 s
 #     bash bench/gpu.sh third      whole training steps, in at most 100 s
 #     bash bench/gpu.sh sanitize   compute-sanitizer's memcheck of every kernel
-#     bash bench/gpu.sh bench [OP|OP:dxVxT,...]...   whole benchmarks of ops, all of them if none is named, without limit
+#     bash bench/gpu.sh bench [OP|OP:dxVxT,...]...   whole benchmarks of these ops, or of all, without a limit of time
 #
-# A step that fails or runs out of time stops nothing, and leaves what it had: figures are written line by line.
-#   OUT        the folder for logs and results, else bench/results
-#   PYTHON     the Python to use, where python3 is not the one
-#   COMMIT     written into the results where there is no git history
+# If a step fails or runs out of time, the next one begins. Figures are written line by line, so those so far are kept.
+#   OUT        the folder for logs and results; bench/results if it is not set
+#   PYTHON     the Python to use; python3 if it is not set
+#   COMMIT     the commit that the results name where there is no git history
 #   PEERS      a folder on top of the path that holds the peers (pip install --no-deps --target): trl, liger-kernel, verl,
 #              cut-cross-entropy; one that is missing is skipped
-#   BENCH_DRY  1: rehearse with tiny sizes, without a device in Triton's interpreter
+#   BENCH_DRY  1 rehearses with tiny sizes, and without a device in Triton's interpreter
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +32,7 @@ ops=(group_advantages counterfactual_advantages pool_hidden conductor_weights ma
 
 say() { printf '\n== %s\n' "$*"; }
 
-# step NAME SECONDS COMMAND...: interrupts the command when its time is up, or that of the part; kills it 20 s later
+# step NAME SECONDS COMMAND... interrupts the command when its time or that of the part is over, and kills it 20 s later.
 step() {
   local name=$1 limit=$2 begun=$SECONDS status=0 left
   shift 2
@@ -43,7 +43,7 @@ step() {
     return
   fi
   say "$name, at most $limit s"
-  # with SIGINT as it was: a shell ignores it for what runs in its background
+  # env restores SIGINT, which a shell makes its background commands ignore
   timeout -s INT -k 20 "$limit" env --default-signal=INT "$@" || status=$?
   ((status)) && failures=$((failures + 1))
   case $status in
@@ -54,14 +54,14 @@ step() {
   rows+=("$(printf '%-36s %6d s of %4d  %s' "$name" $((SECONDS - begun)) "$limit" "$status")")
 }
 
-# part NAME SECONDS: runs the function of this name, its output also in a file, and sums up
+# part NAME SECONDS runs the function of this name, writes its output to a file too, and sums up.
 part() {
   local name=$1
   mkdir -p "$out"
   export BENCH_JSON=$out/$name.jsonl
   rm -f "$BENCH_JSON"
   {
-    rows=() failures=0 deadline=$((SECONDS + $2 - 15)) # what is interrupted needs some seconds to sum up: xdist ends its workers
+    rows=() failures=0 deadline=$((SECONDS + $2 - 15)) # an interrupted step needs some seconds, in which xdist ends its workers
     "$name" "${@:3}"
     say "$name: $failures of ${#rows[@]} steps failed, $SECONDS s"
     printf '  %s\n' "${rows[@]}"
@@ -85,7 +85,7 @@ headline() { # NAME SECONDS ARGUMENTS...
   step "$1" "$2" env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "${pytest[@]}" --no-peers -m "gpu and headline" "${@:3}"
 }
 
-# What is cheap comes first, and torch.compile, which takes the longest, last: an early end loses least.
+# Cheap steps come first, and torch.compile, which takes the longest, comes last, so that an early end loses little.
 second() {
   local wide=4096x151936x16384 narrow=1024x151936x16384
   ((dry)) && wide=16x70x9 narrow=24x50x6

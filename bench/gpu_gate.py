@@ -43,7 +43,7 @@ def wide(value: Any) -> Any:
 
 
 def gate(ours: Any, plain: Any, truth: Any, *, epsilon: float, what: str) -> None:
-    """Checks a tensor, or each field of a named tuple, by the rule of DESIGN.md section 6.
+    """Checks a tensor, or each field of a named tuple, against float64.
 
     Our error may not exceed that of the plain PyTorch op by more than ``epsilon``. A result that breaks the rule is
     added to the faults of the case, whose figures are then printed as wrong.

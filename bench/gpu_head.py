@@ -21,6 +21,8 @@ RACE = 10.0  # seconds that one race takes
 
 
 class Shape(NamedTuple):
+    """The sizes of a head pass: the hidden size, the vocabulary and the number of tokens."""
+
     d: int
     V: int
     T: int
@@ -30,7 +32,8 @@ class Shape(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Shape:
-        """
+        """Reads a shape such as 4096x151936x16384.
+
         Raises:
             ValueError: the text does not have the form dxVxT.
         """
@@ -80,7 +83,7 @@ def _true_rows(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, T
 
 
 def true_gradients(shape: Shape, dlogprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of dL/dhidden and dL/dhead that ``picked`` looks at, in float64, from dL/dlog p [T]."""
+    """The rows of dL/dhidden and dL/dhead that ``picked`` selects, in float64, from dL/dlog p [T]."""
     hidden, head, targets = inputs(shape)
     log_z, some = truth(shape).log_z, slice(-GATED, None)
 
@@ -96,19 +99,22 @@ def true_gradients(shape: Shape, dlogprobs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picked(targets: Tensor, dhidden: Tensor, dhead: Tensor | None) -> list[Tensor]:
-    """The last rows, and the rows of the head that belong to their targets, whose gradients are not only noise."""
+    """Selects the last rows of dhidden, and the rows of dhead that belong to their targets.
+
+    The gradients of other rows of the head are little more than noise.
+    """
     return [dhidden[-GATED:], *([] if dhead is None else [dhead[targets[-GATED:]]])]
 
 
 def gate_gradients(ours: list[Tensor], plain: list[Tensor], true: list[Tensor], what: str) -> None:
-    """``gate`` of gradients, as shares of their largest element."""
+    """Checks gradients with ``gate``, as shares of their largest element."""
     for name, *values in zip(("dhidden", "dhead"), ours, plain, true, strict=False):
         scale = values[-1].abs().max()
         gate(*(x.double() / scale for x in values), epsilon=ROUNDING, what=f"{what}, {name}")
 
 
 def worst(found: list[Tensor], true: list[Tensor]) -> float:
-    """The largest error; that of a gradient is a share of its largest element."""
+    """The largest error. The error of a gradient is a share of its largest element."""
     return max(
         ((x.double() - y).abs().max() / (y.abs().max() if y.ndim == 2 else 1)).item()
         for x, y in zip(found, true, strict=True)
@@ -119,7 +125,8 @@ def products(shape: Shape, kinds: str) -> Contender:
     """The limit: torch.mm into float32 of the shapes of the head's products, in chunks of as many rows as ours.
 
     Args:
-        kinds: a letter for each product, "x" for the logits, "h" and "w" for the gradients of states and head.
+        shape: the sizes.
+        kinds: a letter for each product: "x" is the logits, "h" the gradient of the states, "w" that of the head.
     """
     hidden, head, _ = inputs(shape)
     rows = min(shape.T, chunk_rows(shape.V, DEVICE))

@@ -32,10 +32,10 @@ class Peer:
     """One op of another package.
 
     Attributes:
-        name: How the tables call it.
+        name: The peer's name in the tables.
         package: The package that has to be installed.
-        load: Imports the op and returns a function of (hidden, head, targets, entropy) that gives (log-probs,
-            entropies).
+        load: A function that imports the op. It returns a function of (hidden, head, targets, entropy) that gives
+            (log-probs, entropies).
         entropy: Whether the op computes entropies.
         cuda_only: Whether the op needs a CUDA device.
     """

@@ -64,8 +64,8 @@ class Figures:
 
     Attributes:
         wall: Wall time of calls one after another, with one wait for the device at the end.
-        host: The time until the last of these calls has returned: what Python and the launches take.
-        graph: Time in a replayed CUDA graph of many calls. As far as the inputs fit into the L2, they are there.
+        host: The time until the last of these calls has returned, which Python and the launches take.
+        graph: Time in a replayed CUDA graph of many calls. Inputs that fit into the L2 stay there.
         cold: The same, with the L2 overwritten before each call. The time of the overwriting is subtracted.
         launches: The number of kernels, copies and fills in one call.
         syncs: How often the host waits for the device in one call.
@@ -81,7 +81,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Target:
-    """A target of DESIGN.md section 7.
+    """A target, and the value that was measured.
 
     Attributes:
         what: What is measured.
@@ -150,7 +150,7 @@ def race(contenders: list[Contender], *, seconds: float | None = None) -> tuple[
     if seconds is None:
         timers[EMPTIES] = _wall_timer(_five_empties)
     times = _in_turn(timers, seconds)
-    found = {c.name: Figures(None) for c in ready} | {name: Figures(*found) for name, found in times.items()}
+    found = {c.name: Figures(None) for c in ready} | {name: Figures(*pair) for name, pair in times.items()}
     if DEVICE.type == "cpu":
         return found, notes
     for c in ready:

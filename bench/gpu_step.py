@@ -7,7 +7,7 @@ and advantages, head and loss in one sweep, backward, AdamW. Forwards and backwa
 step. The Conductor adds its pooling, its weights and its update.
 
 What it adds is measured in two ways: by device clocks around its stages, and as the difference between whole steps.
-Those come in blocks of Conductor - equal - equal - Conductor, so that a drift of the clocks cancels within a block.
+Whole steps come in blocks of Conductor - equal - equal - Conductor, so a drift of the clocks cancels within a block.
 Blocks run until the seconds are over or an interrupt comes, and each is recorded as soon as it is done.
 """
 
@@ -158,7 +158,7 @@ class Training:
         return loss.detach()
 
     def operations(self) -> float:
-        """The FLOPs of the matrix products in one step: layers, causal attention (half of all pairs) and LM head."""
+        """The FLOPs of one step's products in layers, in causal attention (half of all pairs) and in the LM head."""
         layers = sum(x.numel() for x in self.model.model.layers.parameters())
         pairs = SHAPE["num_hidden_layers"] * HEADS["num_attention_heads"] * HEADS["head_dim"] * LENGTH
         head = SHAPE["hidden_size"] * SHAPE["vocab_size"]

@@ -47,7 +47,7 @@ class Timing:
 
 
 def race(contenders: list[Contender], *, rounds: int = 40) -> dict[str, Timing]:
-    """The times by name, ours first as in ``contenders``. Every contender makes three calls before it is timed."""
+    """The times by name, in the order of ``contenders``. Every contender makes three calls before it is timed."""
     warm: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     cold: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     eviction = torch.zeros(_EVICTING, dtype=torch.int8)

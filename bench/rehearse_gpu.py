@@ -10,7 +10,7 @@ pytest, pytest-xdist, scikit-build-core, pybind11, cmake and ninja. The steps ar
     collection              collects the tests that bench/gpu.sh runs
     compilation             compiles the launches of tests/kernels/test_aot.py for sm_90 and sm_100, timed, from an
                             empty cache
-    test_aot.py             runs that test
+    test_aot.py             runs the assertions of that file
     launches of tests       compiles all launches of the kernels' tests in the same way
     gpu.sh first, ...       runs the parts of bench/gpu.sh with tiny sizes in Triton's interpreter
 

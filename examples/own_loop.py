@@ -1,6 +1,6 @@
-"""GRPO with a Conductor in a loop of your own: the ops know nothing of a trainer.
+"""GRPO with a Conductor in a loop of your own: the ops need no trainer.
 
-The model is made on the spot and learns, on a CPU in seconds, to say more even tokens and fewer distinct ones.
+The model is made on the spot. In seconds on a CPU it learns to say more even tokens and fewer distinct ones.
 """
 
 import torch
@@ -44,7 +44,7 @@ for step in range(15):
     advantages = ops.group_advantages(rewards, weights.weights_BK, G, profile="maestro")
     conductor.observe(Outcome(context, weights, advantages))
 
-    states = hidden[:, P - 1 : -1].flatten(0, 1)  # each predicts the next token
+    states = hidden[:, P - 1 : -1].flatten(0, 1)  # each state predicts the next token
     logprobs, _ = ops.token_logprobs(states, model.lm_head.weight, completions.flatten())
     loss, metrics = ops.policy_loss(logprobs, advantages.advantages, bounds, config=ops.PolicyLossConfig("grpo"))
     loss.backward()

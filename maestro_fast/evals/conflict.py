@@ -48,7 +48,7 @@ class World:
 
     Attributes:
         needs: w*, [families][K].
-        opposition: The correlations of brevity with richness and of creativity with facts are these, negated.
+        opposition: How strongly brevity opposes richness, and creativity opposes facts: the correlations, negated.
         hack: [K], how much each reward counts the quality that can be exploited.
         harm: [K], how much that quality lowers the utility.
         noise: The standard deviation of a reward's noise.
@@ -76,14 +76,14 @@ class ConflictConfig:
     """The size of a benchmark.
 
     Attributes:
-        steps: The network takes this many steps, each with one batch.
-        prompts: A batch has this many prompts.
-        group_size: Each prompt of a batch has this many responses.
+        steps: The number of training steps, each on one batch.
+        prompts: The number of prompts in a batch.
+        group_size: The number of responses to each prompt of a batch.
         learning_rate: The learning rate of Adam.
         beta: The coefficient of the KL in the score.
         labelled: The share of the groups whose utility is known to the weight policy.
         label_noise: The standard deviation of the noise in these utilities.
-        evaluation: The true utility is measured on this many prompts per seed, with 16 responses each.
+        evaluation: The number of prompts per seed on which the true utility is measured, with 16 responses each.
     """
 
     steps: int = 300
@@ -241,7 +241,7 @@ def run_conflict(
     Args:
         world: A ``World`` or the name of one in ``WORLDS``.
         weights: The entry for ``build_weight_policy``. A policy that reads a column finds ``family``, a number as text.
-        seeds: Each seed fixes a world and all draws in it.
+        seeds: The seeds, each of which fixes a world and all draws in it.
         config: The size of the benchmark.
 
     Raises:

@@ -15,7 +15,7 @@ class Difference:
 
     Attributes:
         mean: The mean of the differences.
-        half_width: The interval reaches from ``mean`` minus this to ``mean`` plus this.
+        half_width: The distance from ``mean`` to either end of the interval.
         n: The number of pairs.
     """
 

@@ -45,7 +45,8 @@ def check_generation(config: GenerationConfig, device: torch.device, processes: 
     """Refuses a config that cannot be served here, before a model is loaded.
 
     Raises:
-        SettingsError, ImportError: as ``check_colocate``. Also, NCCL is to send weights that are not on a GPU.
+        SettingsError: NCCL is to send weights that are not on a GPU, or ``check_colocate`` raised it.
+        ImportError: vLLM is missing or broken.
     """
     if isinstance(config, ServerConfig):
         if config.weights == "nccl" and device.type != "cuda":
@@ -55,7 +56,7 @@ def check_generation(config: GenerationConfig, device: torch.device, processes: 
 
 
 def build_engine(config: GenerationConfig, served: Served) -> Engine | None:
-    """The engine, with the weights of the checkpoint, or None where the policy samples for itself."""
+    """Starts the engine with the weights of the checkpoint. Returns None if the policy samples for itself."""
     if isinstance(config, TransformersConfig):
         return None
     if isinstance(config, ServerConfig):

@@ -1,4 +1,4 @@
-"""What samples the responses: ``transformers``, or vLLM in the training process or behind a server.
+"""The config of what samples the responses: ``transformers``, or vLLM in the training process or behind a server.
 
 generation: vllm
 generation: {type: vllm, tensor_parallel: 2}
@@ -21,10 +21,11 @@ class ProbeConfig:
     """The comparison of log-probs between engine and trainer that follows every weight sync.
 
     Attributes:
-        threshold: the largest difference in nats, on any token, that does not end the run; null takes one by the
+        threshold: the largest difference in nats, on any token, that does not end the run; null chooses it by the
             engine's dtype.
         sequences: the number of sequences that are compared, made of the first prompts of the data.
-        tokens: the least number of tokens of each; there are more where the prefix cache keeps larger blocks.
+        tokens: the least number of tokens in a sequence; sequences get longer if the blocks of the prefix cache need
+            that.
     """
 
     threshold: float | None = None
@@ -54,12 +55,12 @@ class ColocateConfig:
             processes of the run.
         gpu_memory_share: the share of the device's memory (on the CPU: of the host's) that vLLM takes for weights and
             KV cache.
-        kv_cache_gib: the size of the KV cache in GiB; null takes what that share leaves for it.
-        sleep: what vLLM gives back while the policy is trained, on CUDA devices only: 0 nothing, 1 the KV cache and the
-            weights, which wait in host memory, 2 the KV cache and the weights, which are sent again.
+        kv_cache_gib: the size of the KV cache in GiB; null takes what ``gpu_memory_share`` leaves for it.
+        sleep: the memory that vLLM gives back while the policy is trained, on CUDA devices only. 0 gives back nothing.
+            1 drops the KV cache and moves the weights to host memory. 2 drops both, and the weights are sent again.
         dtype: the dtype that vLLM computes in; "auto" takes the policy's, or that of the trainer's mixed precision.
-        max_tokens: the number of tokens of the longest sequence, prompt and response together; null takes the model's
-            positions.
+        max_tokens: the largest number of tokens in a sequence, prompt and response together; null takes the model's
+            number of positions.
         enforce_eager: turns compilation and CUDA graphs off, so that vLLM starts sooner and samples slower.
         probe: the comparison of log-probs that follows every weight sync.
     """
@@ -90,16 +91,17 @@ class ServerConfig:
 
     Attributes:
         url: the address of the server, ``http://HOST:PORT``.
-        weights: how weights reach the server: "nccl" sends them from GPU to GPU, "folder" through files.
-        folder: the folder of "folder", which trainer and server see under one path, and which this run alone uses.
+        weights: how weights reach the server: "nccl" sends them from GPU to GPU, and "folder" through files.
+        folder: the folder for ``weights: folder``. Trainer and server see it under the same path, and no other run uses
+            it.
         address: the address at which the server's workers reach the machine of the training's first process, for
             "nccl".
         port: the port of that address.
         timeout: the number of seconds that one call may take.
         retries: how often a call that was lost is repeated, after 1, 2, 4, ... seconds.
         start_timeout: the number of seconds to wait for a server that is starting.
-        parts: the number of parts in which a batch is asked for, all at once, a divisor of the prompts of a process;
-            with more than one, rewards see one part at a time, and judge it while the others are sampled.
+        parts: the number of parts of a batch, which are all requested at once; it divides the number of prompts of a
+            process. With more than one part, rewards see one part at a time, and judge it while the others are sampled.
         probe: the comparison of log-probs that follows every weight sync.
     """
 

@@ -46,10 +46,10 @@ class HttpClient:
     def __init__(self, url: str, *, timeout: float, retries: int, pause: float = 1.0) -> None:
         """
         Args:
-            url: ``http://host:port``. If a path follows the port, every route is appended to it.
-            timeout: One call may take this many seconds.
-            retries: A call that may be repeated is repeated this often.
-            pause: Seconds before the first retry. The pause doubles with every further retry, up to 30 seconds.
+            url: The server's address, ``http://host:port``. If a path follows the port, every route is appended to it.
+            timeout: The number of seconds that one call may take.
+            retries: How often a call is repeated, if it may be repeated.
+            pause: The seconds before the first retry. The pause doubles with every further retry, up to 30 seconds.
 
         Raises:
             ValueError: ``url`` is not of this form.
@@ -76,8 +76,8 @@ class HttpClient:
         """Returns the decoded answer to a POST request, or None if it is empty.
 
         Args:
-            route: The route begins with a slash.
-            body: It is sent as JSON.
+            route: The route, which begins with a slash.
+            body: The body, which is sent as JSON.
             repeat: Whether the call may be made again while it is not known to have succeeded.
             accept: A function of the answer. It returns None if the answer will do, and otherwise says what is wrong
                 with it; then the attempt counts as failed.

@@ -26,10 +26,10 @@ class NcclTransfer:
     def __init__(self, client: HttpClient, address: str, port: int, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         """
         Args:
-            client: It calls the server.
-            address: The server's workers reach this machine at this address to form the group.
-            port: They reach it at this port.
-            chunk_bytes: At most this many bytes of weights are held at a time, beside the model itself.
+            client: The client that calls the server.
+            address: The address at which the server's workers reach this machine to form the group.
+            port: The port of that address.
+            chunk_bytes: The largest number of bytes of weights that are held at a time, beside the model itself.
         """
         self.client, self.address, self.port, self.chunk_bytes = client, address, port, chunk_bytes
         self._engine: Any = None

@@ -24,12 +24,12 @@ class SamplingConfig:
     Attributes:
         group_size: G, the number of responses to each prompt. It is at least 2, because an advantage compares a
             response with its group.
-        max_new_tokens: A response has at most this many tokens.
-        temperature: The logits are divided by it, in sampling and in every log-prob of the loss.
-        top_p: Nucleus truncation; 1.0 turns it off. With truncation, the sampling distribution differs from the policy
-            whose log-probs the loss uses.
-        top_k: Top-k truncation; 0 turns it off. The remark on ``top_p`` holds here too.
-        stop: A response ends with the first of these strings and keeps it in its text. Only the response is searched,
+        max_new_tokens: The largest number of tokens in a response.
+        temperature: The number by which logits are divided, in sampling and in every log-prob of the loss.
+        top_p: The probability kept by nucleus truncation; 1.0 turns it off. With truncation, the sampling distribution
+            differs from the policy whose log-probs the loss uses.
+        top_k: The number of tokens kept by top-k truncation; 0 turns it off. The remark on ``top_p`` holds here too.
+        stop: The strings that end a response, which keeps the first of them in its text. Only the response is searched,
             so a string that begins in the prompt does not count.
     """
 
@@ -80,11 +80,12 @@ class Engine(Protocol):
     arrived.
 
     Attributes:
-        dtype: The engine computes in this dtype, and weights are handed over in it.
-        max_tokens: A sequence has at most this many tokens, prompt and response together.
+        dtype: The dtype that the engine computes in, and in which it takes weights.
+        max_tokens: The largest number of tokens in a sequence, prompt and response together.
         concurrent_parts: The same as for a ``Generator``. If it is positive, the methods may be called from several
             threads at once.
-        cache_block: The prefix cache reuses whole blocks of this many tokens; 0 means that there is no prefix cache.
+        cache_block: The number of tokens in a block of the prefix cache, which reuses whole blocks only; 0 means that
+            there is no prefix cache.
     """
 
     dtype: torch.dtype

@@ -33,9 +33,10 @@ class TransformersGenerator:
     ) -> None:
         """
         Args:
-            tokenizer: It decodes the sampled tokens.
+            tokenizer: The tokenizer that decodes the sampled tokens.
             sampling: The sampling options.
-            synced_gpus: All processes stay in the loop until the last one has finished. Sharded weights need this.
+            synced_gpus: Whether all processes stay in the loop until the last one has finished. Sharded weights need
+                this.
         """
         self.tokenizer = tokenizer
         self.sampling = sampling

@@ -38,8 +38,8 @@ def check_colocate(config: ColocateConfig, device: torch.device, processes: int)
 
     Args:
         config: The options of the colocated engine.
-        device: The policy of this process is on this device.
-        processes: The run has this many processes.
+        device: The device of this process's policy.
+        processes: The number of processes of the run.
 
     Raises:
         SettingsError: ``tensor_parallel`` does not divide the number of processes, or vLLM was not built for this
@@ -97,9 +97,9 @@ class VllmEngine:
             sampling: The sampling options.
             config: The options of the engine.
             stop_ids: Every token id that ends a response.
-            dtype: vLLM computes in this dtype if ``config.dtype`` is "auto".
-            device: The policy of this process is on this device.
-            processes: The run has this many processes.
+            dtype: The dtype that vLLM computes in if ``config.dtype`` is "auto".
+            device: The device of this process's policy.
+            processes: The number of processes of the run.
 
         Raises:
             SettingsError, ImportError: See ``check_colocate``.

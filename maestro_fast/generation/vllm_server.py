@@ -48,14 +48,14 @@ class VllmServer:
     ) -> None:
         """
         Args:
-            client: It calls the server.
-            transfer: It sends the weights to the server.
-            tokenizer: It decodes the sampled tokens.
+            client: The client that calls the server.
+            transfer: The way in which weights are sent to the server.
+            tokenizer: The tokenizer that decodes the sampled tokens.
             sampling: The sampling options.
-            stop_ids: These token ids end a response, see ``generation.transformers.stop_ids``.
-            processes: The run has this many processes. Each has an engine and samples for itself; the first one sends
-                the weights.
-            start_timeout: A server that is starting is waited for this many seconds.
+            stop_ids: The token ids that end a response, see ``generation.transformers.stop_ids``.
+            processes: The number of processes of the run. Each has an engine and samples for itself; the first one
+                sends the weights.
+            start_timeout: The number of seconds to wait for a server that is starting.
             concurrent_parts: See ``Engine``.
 
         Raises:
@@ -251,7 +251,7 @@ class VllmServer:
             )
 
     def _check_version(self) -> None:
-        """Detects a server that was restarted: without a word it samples with the weights that it was started with."""
+        """Detects a server that was restarted, and now samples with the weights of its checkpoint without saying so."""
         if self._version is None:
             return
         held = self.client.get("/weight_info")["weight_version"]

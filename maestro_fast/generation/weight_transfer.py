@@ -24,7 +24,7 @@ class WeightTransfer(Protocol):
     """One way of sending weights.
 
     Attributes:
-        server_options: ``vllm serve`` has to be started with these options.
+        server_options: The options with which ``vllm serve`` has to be started.
     """
 
     server_options: str
@@ -64,9 +64,9 @@ class FolderTransfer:
     def __init__(self, client: HttpClient, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         """
         Args:
-            client: It calls the server.
-            folder: No other run may use it, and the server must find it under the same absolute path.
-            shard_bytes: A file holds at most this many bytes, or one tensor.
+            client: The client that calls the server.
+            folder: The folder, which the server finds under the same absolute path and which no other run uses.
+            shard_bytes: The largest size of a file. A larger tensor has a file of its own.
         """
         self.client, self.folder, self.shard_bytes = client, Path(folder).absolute(), shard_bytes
 

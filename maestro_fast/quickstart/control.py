@@ -22,7 +22,7 @@ import yaml
 
 @contextlib.contextmanager
 def control_run(raw: dict[str, Any], out: Path, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
-    """Runs the config ``raw`` in a process of its own, which ends with this one. It is None if the run has finished.
+    """Runs the config ``raw`` in a process that ends with this one. Yields it, or None if the run has finished already.
 
     The process writes its output to equal.log in ``out``. It also holds the ``lock`` on ``out``, so that no other
     quickstart begins there before the control run has ended.
@@ -65,7 +65,7 @@ def wait_for(process: subprocess.Popen[bytes] | None, log: Path) -> None:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run can be resumed. The directory of a run that was killed before its first checkpoint is removed.
+    """Whether a run can be resumed. If it was killed before its first checkpoint, its directory is removed.
 
     Such a run begins anew and gives the same result bit by bit.
     """

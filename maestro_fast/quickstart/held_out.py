@@ -18,7 +18,7 @@ from maestro_fast.training import ModelConfig, PromptDataset, parse_config
 from maestro_fast.training.prompt_weights import sample_responses
 from maestro_fast.training.run import load_policy
 
-SAMPLES, SEED = 8, 1  # Each prompt gets this many responses, sampled with this seed.
+SAMPLES, SEED = 8, 1  # the number of responses to each prompt, and the seed with which they are sampled
 
 
 def split(prompts: Path, folder: Path, limit: int | None) -> None:

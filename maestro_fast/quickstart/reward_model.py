@@ -29,11 +29,11 @@ class HeldOut(NamedTuple):
     """How good the reward model is on prompts that were held out from its training.
 
     Attributes:
-        right: In this many pairs the chosen response has the higher score.
+        right: The number of pairs whose chosen response has the higher score.
         pairs: The number of pairs.
-        own: For this many prompts, their own reference answer has a higher score than that of another prompt of the
-            family, which looks alike but is wrong there.
-        references: The number of these prompts.
+        own: The number of prompts whose own reference answer has a higher score than the reference answer of another
+            prompt of the family, which looks alike but is wrong here.
+        references: The number of prompts that were compared in this way.
     """
 
     right: int

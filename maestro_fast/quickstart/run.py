@@ -39,17 +39,17 @@ def quickstart(
 
     Args:
         out: The directory of the models and of both runs. Without ``resume`` it must be empty or not exist yet.
-        resume: Finished parts in ``out`` are kept, and an unfinished run goes on from its last checkpoint. The other
-            arguments must be the same as before.
-        epochs: The warm start takes this many epochs.
-        reward_epochs: The training of the reward model takes this many epochs.
-        limit: Only this many prompts are trained on.
+        resume: Whether finished parts in ``out`` are kept, and an unfinished run goes on from its last checkpoint. The
+            other arguments must be the same as before.
+        epochs: The number of epochs of the warm start.
+        reward_epochs: The number of epochs in which the reward model is trained.
+        limit: The number of prompts that are trained on; None takes all.
 
     Returns:
         The directory of the run with the anchored Conductor.
 
     Raises:
-        FileExistsError: ``out`` is not empty, and ``resume`` was not given.
+        FileExistsError: ``out`` is not empty, and ``resume`` is not set.
         SettingsError: Another quickstart, or the control run of one, still works in ``out``.
     """
     began = time.monotonic()

@@ -59,14 +59,14 @@ def styles(names: Sequence[str], colours: Sequence[str]) -> dict[str, Style]:
 
 @dataclass
 class Panels:
-    """A figure with several panels and one legend below them.
+    """A figure that has several panels, and one legend below them.
 
     Attributes:
         figure: matplotlib's figure.
         axes: The panels, row by row.
-        columns: There are this many panels in a row.
-        count: The run logged this many steps.
-        window: A running mean is over this many logged steps.
+        columns: The number of panels in a row.
+        count: The number of steps that the run logged.
+        window: The number of logged steps in a running mean.
         handles: The legend's symbols.
         labels: The legend's texts.
     """

@@ -66,7 +66,7 @@ class JsonLines:
             file.truncate()
 
     def drop_from(self, step: int) -> int:
-        """Cuts the file before the first line whose step is at least ``step``, since a resumed run repeats these steps.
+        """Cuts the file off before the first line of ``step`` or a later one, since a resumed run repeats these steps.
 
         Steps must not descend from line to line; they never do in the logs of a run.
 

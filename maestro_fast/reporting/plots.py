@@ -69,7 +69,7 @@ DIAGNOSTIC_CURVES = (
 CONDUCTOR_CURVES = (
     Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)"),
     Curve("conductor/self_flattery", "Self-flattery", "mean w · r (group std)"),
-    Curve("conductor/loss", "Conductor loss", "loss (objective units)"),
+    Curve("conductor/objective", "Meta-objective", "objective (its own units)"),
     Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)"),
 )
 POLICY_CURVES = (
@@ -96,7 +96,7 @@ def family_weights(history: History, others: Mapping[str, History] | None = None
     style = styles(rewards, REWARD_COLOURS)
     figure = panels([family or "(no family)" for family in families], steps=history.steps)
     for ax, family in zip(figure.axes, families, strict=True):
-        for (_, other), dash in zip(others.items(), _OTHER_RUNS, strict=False):
+        for other, dash in zip(others.values(), _OTHER_RUNS, strict=False):
             for name in rewards:
                 line = Style(style[name].colour, dash, 1.1, alpha=0.6)  # thin and pale, so that this run stands out
                 series(ax, other.steps, other.get(f"families/{family}/weights/{name}"), line, figure.window, raw=False)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
 from maestro_fast.training.data import DataConfig, load_prompts
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights
 from maestro_fast.weighting.families import spread_between_families
+from maestro_fast.weighting.policy import entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +42,11 @@ def show_conductor(
     Args:
         folder: The saved Conductor, see ``load_conductor``.
         data: The prompts.
-        out: The picture is written to this file.
-        rows: The table of prompts has at most this many rows.
-        model: The Conductor reads states of this model, see ``prompt_weights``.
-        samples: If the Conductor reads responses, this many are sampled for each prompt.
-        seed: They are sampled with this seed.
+        out: The file to which the picture is written.
+        rows: The largest number of rows in the table of prompts.
+        model: The model whose states the Conductor reads, see ``prompt_weights``.
+        samples: The number of responses that are sampled for each prompt if the Conductor reads responses.
+        seed: The seed of this sampling.
 
     Raises:
         ValueError, FileNotFoundError: See ``load_conductor``, ``load_prompts`` and ``prompt_weights``.
@@ -79,7 +79,7 @@ def prompt_table(found: PromptWeights, *, rows: int, width: int) -> Table:
     taken = sum(max(5, len(name)) + 2 for name in [*names, ENTROPY])
     if has_families:
         taken += 2 + min(12, max(len(family) for family in found.families))
-    entropy_N = _entropy(found.weights_NK)
+    entropy_N = entropy(found.weights_NK)
     room = max(24, width - taken)
     body: list[tuple[Cell, ...]] = []
     for i in kept:
@@ -95,7 +95,7 @@ def family_table(found: PromptWeights) -> Table | None:
     """The mean weights and entropy of each family and of all prompts, or None if the data name no family."""
     if not any(found.families):
         return None
-    entropy_N = _entropy(found.weights_NK)
+    entropy_N = entropy(found.weights_NK)
     body: list[tuple[Cell, ...]] = []
     for family in [*sorted(set(found.families)), None]:
         rows = [i for i, own in enumerate(found.families) if family is None or own == family]
@@ -174,11 +174,6 @@ def _bands(ax: Axes, families: Sequence[str], known: Sequence[str]) -> None:
     ax.set_yticks(middles, [short(family or NO_FAMILY, 14) for family in known], rotation=90, va="center")
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.8)
-
-
-def _entropy(weights_NK: Tensor) -> Tensor:
-    """The entropy of each row in nats, [N]."""
-    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 def _evenly(families: Sequence[str], limit: int) -> list[int]:

@@ -31,7 +31,7 @@ def recorded_train(raw: dict[str, Any], *, resume: bool = False) -> MaestroTrain
 def try_report(
     run_dir: Path, *, summary: Sequence[str] = (), compare: Mapping[str, Path] | None = None, **options: Any
 ) -> str:
-    """Writes the report if matplotlib is there. Returns a sentence that says where it is, or why there is none."""
+    """Writes the report if matplotlib is installed. Returns a sentence on where the report is, or why there is none."""
     try:
         return f"Report: {write_report(run_dir, summary=summary, compare=compare, **options)}"
     except ImportError as error:

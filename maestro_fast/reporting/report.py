@@ -38,7 +38,7 @@ class RecordedRun:
         directory: The run directory.
         history: The metrics.
         others: The metrics of the runs to compare with, by label.
-        timings: The seconds of each stage, or None if there is no timings.jsonl.
+        timings: The seconds of each stage by step, or None if there is no timings.jsonl.
         config: The text of config.yaml, or None if there is none.
     """
 
@@ -158,8 +158,8 @@ def write_report(
     Args:
         run_dir: The run directory.
         title: The title of the page; by default it has the directory's name.
-        summary: These sentences stand first on the page.
-        tables: These tables follow them.
+        summary: The sentences that stand first on the page.
+        tables: The tables that follow them.
         compare: Maps labels to up to three other run directories. Their weights are drawn dotted over this run's.
 
     Returns:

@@ -3,7 +3,7 @@
 A trainer attaches them on its main process. metrics.jsonl holds no wall-clock time, so two runs of one seed, or a run
 that was killed and resumed, leave the same bytes.
 
-A resumed run repeats the steps since its checkpoint. Each log first drops its old lines of those steps, so that no step
+A resumed run repeats the steps since its checkpoint. Each log first drops its old lines of these steps, so that no step
 stands in a file twice. A new run in an old directory starts the files anew.
 """
 

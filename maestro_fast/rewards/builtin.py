@@ -35,7 +35,7 @@ class LengthReward:
         target: the length up to which nothing is lost, in ``unit``.
         unit: "tokens" counts completion_ids, the end-of-sequence token among them, and "words" what whitespace
             separates.
-        scale: the number of units beyond the target that cost 1, by default the target.
+        scale: the number of units beyond the target that cost 1; by default it is the target.
         floor: the lowest reward, at most 0; -inf stands for none.
         name: the reward's name.
 
@@ -86,9 +86,9 @@ class EntropyReward:
         sampled:  H = mean_t -log pi(y_t | y_<t), its estimate from the tokens that were sampled
 
     With ``reduction="sum"`` H is the sum over t. EM-GRPO, as the MAESTRO paper (arXiv 2601.07208) names its baseline,
-    minimises the mean; creative tasks may want more of it. The sums are those of EM-RL (arXiv 2505.15134): "exact" is
-    its EM-RL-token, and "sampled", the log-probability of the whole response, its EM-RL-sequence. A completion without
-    tokens abstains.
+    minimises the mean; for creative tasks it may be maximised. The sums are those of EM-RL (arXiv 2505.15134): "exact"
+    is its EM-RL-token, and "sampled", the log-probability of the whole response, its EM-RL-sequence. A completion
+    without tokens abstains.
 
     Attributes:
         direction: "minimise" gives -H, and "maximise" +H.
@@ -131,8 +131,8 @@ class EntropyReward:
         return values
 
 
-# What the options of each type are built into: the reward itself, or a config whose ``build`` gives the reward where
-# that takes longer than reading a config may.
+# The class of each type: the reward itself, or a config of its own. A reward has a config of its own if making it takes
+# long, as loading a model does, since all of a run's config is read before anything slow is done.
 REWARD_TYPES: dict[str, type[Any]] = {
     "entropy": EntropyReward,
     "format": FormatReward,
@@ -142,4 +142,4 @@ REWARD_TYPES: dict[str, type[Any]] = {
     "preference": PreferenceConfig,
     "function": FunctionRewardConfig,
 }
-KINDS = REWARD_TYPES  # its name in release 0.1
+KINDS = REWARD_TYPES  # The table had this name in release 0.1.

@@ -4,9 +4,9 @@
     Where     r where a column of the data has a value        rhyme in poems
     Labelled  r for a share of the prompts                    a utility that is costly to know
 
-Elsewhere the reward abstains, or has a fixed value behind a gate. An abstention leaves the response to its other
-rewards, whose weights make up for it as the advantage profile says. A fixed value, such as 0, ranks the response below
-those that passed. Nothing is computed for the responses that are left out.
+Elsewhere the reward abstains, or has a fixed value behind a gate. Where it abstains, the response is judged by its
+other rewards, and the advantage profile says whether their weights make up for it. A fixed value, such as 0, ranks the
+response below those that passed the gate. Nothing is computed for the responses that are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maestro_fast.rewards.reward import Reward, RewardValues
 
 
 class Gate:
-    """``reward`` where another reward reaches a threshold. Where that one abstains, the gate is closed.
+    """Counts ``reward`` only where another reward reaches a threshold. The gate is closed where the other one abstains.
 
     Gates were asked for in https://github.com/huggingface/trl/issues/4853.
 
@@ -62,15 +62,15 @@ class Gate:
 
 
 def gate(reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> Gate:
-    """Returns a ``Gate``, see there."""
+    """Makes a ``Gate``, which has the same arguments."""
     return Gate(reward, on=on, threshold=threshold, closed=closed)
 
 
 class Where:
-    """``reward`` for the responses to some prompts, by the columns of the data.
+    """Counts ``reward`` only for the responses to some prompts, which the columns of the data select.
 
     Args:
-        reward: the reward that is masked, whose name this one takes.
+        reward: the reward that is masked, whose name the mask takes.
         mask: a column that is true (non-empty text, a number other than 0) where the reward counts, or a mapping of
             columns to the value, or the list of values, that they have there.
 
@@ -110,10 +110,10 @@ def check_mask(mask: object) -> None:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """For which prompts a utility is known.
+    """Says for which prompts a utility is known.
 
-    Labels are worth most at the start, before the policy has moved to where nobody has looked. So the first ``early``
-    generation batches are labelled throughout. After them each prompt is labelled with the chance
+    Labels are worth most at the start, before the policy has moved to responses that nobody has judged. So the first
+    ``early`` generation batches are labelled throughout. After them each prompt is labelled with the chance
     (share * over - early) / (over - early), so that a run of ``over`` batches has labelled ``share`` of its prompts in
     all. Without ``over`` that chance is ``share``.
 
@@ -138,7 +138,7 @@ class LabelsConfig:
             raise ValueError(f"over: {self.over}, expected more than early, {self.early}")
 
     def chance(self, step: int) -> float:
-        """Probability that a prompt of generation batch ``step`` is labelled. Evaluations, below 0, label all."""
+        """The probability that a prompt of generation batch ``step`` is labelled. Evaluations, below 0, label all."""
         if step < max(0, self.early):
             return 1.0
         if self.over is None:
@@ -152,7 +152,7 @@ class LabelsConfig:
 
 
 class Labelled:
-    """``reward`` for the labelled prompts. It abstains on the others, for which it is not computed.
+    """Counts ``reward`` only for labelled prompts. It abstains on the others, for which it is not computed.
 
     Raises:
         ValueError: when called with a batch that has no step.
@@ -173,10 +173,11 @@ class Labelled:
 def _on_rows(
     reward: Reward, batch: RewardBatch, rows: Sequence[int], otherwise: float | None
 ) -> RewardValues | Awaitable[RewardValues]:
-    """``reward`` on ``rows`` of a batch and ``otherwise`` on the rest. It is asynchronous if the reward is.
+    """Gives the values of ``reward`` on ``rows`` of a batch, and ``otherwise`` on the rest.
 
-    The reward sees these rows alone, so nothing is computed for the others. Without any row it is not called, unless it
-    needs the policy, whose forwards are made on all processes together.
+    The result is an awaitable if the reward returns one. The reward sees these rows alone, so nothing is computed for
+    the others. Without any row it is not called, unless it needs the policy, whose forwards are made on all processes
+    together.
     """
     if not rows and not reward.needs_policy:
         return [otherwise] * len(batch)
@@ -191,7 +192,7 @@ def _on_rows(
 
 
 def _spread(values: RewardValues, rows: Sequence[int], count: int, otherwise: float | None) -> list[float | None]:
-    """``values`` at ``rows`` of a list of ``count``, with ``otherwise`` in the other places."""
+    """Makes a list of length ``count`` that holds ``values`` at ``rows``, and ``otherwise`` in the other places."""
     items = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(items) != len(rows):
         raise ValueError(f"returned {len(items)} values for {len(rows)} completions")

@@ -54,7 +54,7 @@ class RewardConfig:
         reward: the reward, which ``type`` names; its settings stand beside these.
         where: a column of the data that is true where the reward counts, or a mapping of columns to the value, or the
             list of values, that they have there; elsewhere the reward abstains.
-        gate: makes the reward count only where another reward reaches a threshold.
+        gate: the condition that another reward reaches a threshold; the reward counts only where it does.
     """
 
     reward: Annotated[Reward | PreferenceConfig | FunctionRewardConfig, REWARDS, REST]
@@ -102,7 +102,7 @@ class AnchorConfig(RewardConfig):
     """The utility that some weight policies learn from: a reward of its own, which is no reward of the run.
 
     Attributes:
-        labels: says for which prompts the utility is known; null means for all.
+        labels: the rule that says for which prompts the utility is known; null means for all of them.
     """
 
     labels: LabelsConfig | None = None
@@ -114,12 +114,12 @@ class AnchorConfig(RewardConfig):
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One entry, for code in Python.
+    """One entry of ``rewards`` for those who write it in Python.
 
     Attributes:
         name: the reward's name.
-        kind: its type, a key of ``REWARD_TYPES``; None takes the name, where that is one.
-        function: names a function of the user's own in place of a type.
+        kind: the reward's type, a key of ``REWARD_TYPES``; None means that the name is the type.
+        function: the name of a function of the user's own, in place of a type.
         options: fields of the type's dataclass, or constant keyword arguments of the function.
         where: as in ``RewardConfig``.
         gate: a mapping of the fields of ``GateConfig``.
@@ -133,7 +133,7 @@ class RewardSpec:
     gate: dict[str, Any] | None = None
 
     def entry(self) -> dict[str, Any]:
-        """The same as a mapping."""
+        """The same entry as a mapping."""
         found = {"where": self.where, "gate": self.gate, "function": self.function}
         kind = self.kind if self.kind is not None or self.function is not None else self.name
         found |= {} if kind is None else {"type": kind}
@@ -147,12 +147,13 @@ def build_rewards(entries: Sequence[RewardEntry], *, base_dir: str | Path = ".")
     """The rewards of a run.
 
     Args:
-        entries: see the module. A callable becomes a ``FunctionReward`` of its own name.
+        entries: the entries, in the forms that the module describes. A callable becomes a ``FunctionReward`` that has
+            the callable's name.
         base_dir: where relative paths of functions start, for instance the folder of the configuration file.
 
     Raises:
         ValueError, TypeError: an entry cannot be built. The message names it as ``rewards[i]``, and lists the types or
-            options that there are. Also what ``RewardSet`` and ``load_function`` raise.
+            options that there are. ``RewardSet`` and ``load_function`` raise further ones.
     """
     if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
         raise TypeError(f"rewards: got {type(entries).__name__}, expected a list")
@@ -160,14 +161,15 @@ def build_rewards(entries: Sequence[RewardEntry], *, base_dir: str | Path = ".")
 
 
 def build_anchor(entry: RewardEntry | None, *, base_dir: str | Path = ".") -> RewardSet:
-    """The utility of responses, for a weight policy to learn from.
+    """Builds the reward that gives the utility of responses, from which a weight policy learns.
 
     Args:
-        entry: as in ``build_rewards``. A mapping may have the options of ``LabelsConfig`` under ``labels``. The reward
-            returns None, for all responses to a prompt, where the utility is not known.
+        entry: one entry as in ``build_rewards``. A mapping may have the options of ``LabelsConfig`` under ``labels``.
+            The reward returns None for all responses to a prompt whose utility is not known.
+        base_dir: where relative paths of functions start.
 
     Raises:
-        ValueError, TypeError: as ``build_rewards``. Also, there is no entry, or the utility reads the policy's entropy.
+        ValueError, TypeError: the entry is missing or cannot be built, or the utility reads the policy's entropy.
     """
     reward = _build(entry, AnchorConfig, "anchor", base_dir)
     if reward.needs_entropy:

@@ -1,4 +1,4 @@
-"""Whether a completion has the wanted form: tags in order, or a pattern.
+"""The reward that says whether a completion has the wanted form: tags in order, or a pattern.
 
 By default the form is
 
@@ -27,7 +27,7 @@ class FormatReward:
 
     Attributes:
         tags: the names of the tags, without brackets.
-        partial: gives partial credit.
+        partial: whether a completion without the form gets partial credit.
         pattern: a regular expression in place of tags, which has to match the whole completion (a dot also matches a
             line break).
         name: the reward's name.

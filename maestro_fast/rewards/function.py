@@ -1,9 +1,9 @@
-"""Any function with the signature of TRL's reward functions as a reward, synchronous or asynchronous.
+"""Makes a reward of any function that has the signature of TRL's reward functions, synchronous or asynchronous.
 
     def richness(prompts, completions, reference, **kwargs) -> list[float | None]
 
-The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16), without what only
-that trainer has: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments`` are not passed.
+The signature is that of ``reward_funcs`` of TRL's GRPOTrainer (``_calculate_rewards`` in trl 1.16). The arguments that
+only that trainer has are not passed: ``trainer_state``, ``log_extra``, ``log_metric`` and ``environments``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FunctionRewardConfig:
     options: Annotated[dict[str, Any], REST] = field(default_factory=dict)
 
     def build(self, path: str, base_dir: str | Path) -> FunctionReward:
-        """The reward. ``path`` is the dotted name of the entry, and ``base_dir`` where relative file paths start."""
+        """Loads the function. ``path`` is the dotted name of the entry; relative file paths start at ``base_dir``."""
         function = load_function(self.function, field=f"{path}.function", base_dir=base_dir)
         name = self.function.rpartition(":")[2] if self.name is None else self.name
         try:
@@ -55,8 +55,8 @@ class FunctionReward:
     function, or an object whose ``__call__`` is one, works as well: ``RewardSet`` awaits the awaitable that it returns.
 
     Args:
-        function: returns B values, None where it abstains.
-        name: the reward's name, by default the function's, as TRL names it.
+        function: the function, which returns B values, with None where it abstains.
+        name: the reward's name; by default it is the function's, as in TRL.
         options: constant keyword arguments. They take precedence over data columns of the same name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""NOVER's reward beside the format's: ranks of the perplexity, and a term for reasoning that is short and good.
+"""NOVER's reward for reasoning: ranks of the perplexity, and a term that rewards reasoning for being short and good.
 
 Let V rows of a group have the format, P_j be the perplexity of the reference after the reasoning of row j, and l_j the
 length of that reasoning in tokens:
@@ -42,8 +42,8 @@ class NoverReward:
         name: the reward's name.
 
     Raises:
-        ValueError: a weight is negative or not finite. Also what ``PerplexityReward`` raises.
-        TypeError: a weight is no number. Also what ``PerplexityReward`` raises.
+        ValueError: a weight is negative or not finite, or ``PerplexityReward`` raised it.
+        TypeError: a weight is no number, or ``PerplexityReward`` raised it.
     """
 
     tags: Sequence[str] = ("think", "answer")

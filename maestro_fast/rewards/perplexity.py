@@ -39,7 +39,7 @@ class _Query(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """-log P of one row, and len(t) in tokens."""
+    """The -log P of one row, and its len(t) in tokens."""
 
     neg_log_perplexity: float
     reasoning_tokens: float
@@ -49,19 +49,19 @@ class Judged(NamedTuple):
 class PerplexityReward:
     """-log P, where P is the perplexity of the reference answer after the completion's reasoning, or its rank.
 
-    The policy scores the reference in the place of its own answer: behind the prompt and its completion up to and
-    including the opening tag of the answer and the whitespace that it wrote there. Spaces at the end of that text move
+    The policy scores the reference in the place of its own answer: after the prompt, and after its completion up to the
+    opening tag of the answer and the whitespace behind that tag. Spaces at the end of that text move
     to the front of the reference, because tokenisers join a space with the word that follows. All rows go through
     ``batch.score_texts`` in exactly one call, even if there are none, because it may be a collective.
 
     A row abstains where its reference is None or blank, and where the completion lacks the format of ``tags``. With
-    ``require_format=False`` such a completion counts as reasoning as a whole, and the reference follows behind
+    ``require_format=False`` all of such a completion counts as reasoning, and the reference follows behind
     ``separator``. A group is a run of rows with equal prompt and reference.
 
     Attributes:
         tags: the names of the tags; the last one holds the answer, and those before it the reasoning.
         reference: the column of reference answers (strings or numbers).
-        require_format: makes a completion without the tags abstain; false takes it as reasoning as a whole.
+        require_format: whether a completion without the tags abstains; false takes all of it as reasoning.
         separator: the text between such a completion and the reference.
         transform: "neg_log" gives -log P, which is 0 at best, and "rank" the rank in the group: (l + e / 2) / (n - 1)
             where l of its n scored rows are worse and e others equal, and 0.5 for a row that is alone.

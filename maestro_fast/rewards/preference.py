@@ -1,4 +1,4 @@
-"""A pretrained reward model's score of (prompt, completion): any sequence-classification model, say Skywork-Reward.
+"""A pretrained reward model scores prompt and completion. It may be any sequence-classification model.
 
 The model is frozen and separate from the policy: it has its own tokenizer, its own chat template and its own device.
 Each process of a run holds a whole copy and scores its own rows.
@@ -27,15 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class PreferenceConfig:
-    """The options of ``PreferenceReward``, which loads its model only when it is built.
+    """The score that a reward model gives to prompt and completion; the model is loaded when the reward is built.
 
     Attributes:
-        model: a local directory or a hub name, for ``AutoModelForSequenceClassification`` and ``AutoTokenizer``.
+        model: the reward model, as a local directory or a hub name, for ``AutoModelForSequenceClassification`` and
+            ``AutoTokenizer``.
         batch_size: the number of rows in a forward.
-        max_length: the number of tokens of the longest conversation; longer ones lose tokens at their beginning.
-        dtype: the dtype of the weights; "auto" keeps the checkpoint's; scores are float32.
-        device: the model's device, such as "cuda:1" or "cpu"; null takes the one where the process trains its policy
-            (outside training, the CPU).
+        max_length: the largest number of tokens in a conversation; longer ones lose tokens at their beginning.
+        dtype: the dtype of the weights; "auto" keeps that of the checkpoint. Scores are float32.
+        device: the model's device, such as "cuda:1" or "cpu"; null takes the device on which the process trains its
+            policy (outside training, the CPU).
         label: the output to take, by index or by its name in the checkpoint; a model with several outputs needs it.
         separator: the text between prompt and completion where the tokenizer has no chat template.
         name: the reward's name.
@@ -67,7 +68,7 @@ class PreferenceConfig:
             _device(self.device)
 
     def build(self, path: str, base_dir: str | Path) -> PreferenceReward:
-        """The reward. ``path`` is the dotted name of the entry. ``base_dir`` does not matter for ``model``."""
+        """Loads the model. ``path`` is the dotted name of the entry. ``base_dir`` has no effect on ``model``."""
         del base_dir
         try:
             return PreferenceReward(**vars(self))
@@ -90,7 +91,7 @@ class PreferenceReward(PreferenceConfig):
 
     A conversation of more than ``max_length`` tokens loses tokens at its beginning, behind the special tokens that open
     it. The end of the completion, the template's closing tokens and an encoder's first token, where its score is read,
-    stay. That is logged once.
+    stay. The first such conversation is logged.
 
     Args:
         model, batch_size, max_length, dtype, device, label, separator, name: as in ``PreferenceConfig``.
@@ -193,7 +194,7 @@ def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: 
 
 
 def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
-    """Shortens ``ids`` to ``limit`` tokens: the special tokens that open it, and behind them its last tokens."""
+    """Shortens ``ids`` to ``limit`` tokens. The special tokens that open it stay, and behind them its last tokens."""
     opening = next((i for i, token in enumerate(ids) if token not in special), 0)
     opening = min(opening, limit - 1)
     return ids if len(ids) <= limit else ids[:opening] + ids[opening - limit :]

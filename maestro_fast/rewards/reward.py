@@ -41,9 +41,9 @@ class Reward(Protocol):
     """One reward over a batch.
 
     Attributes:
-        name: is unique within a run.
-        needs_entropy: says whether the reward reads ``batch.mean_entropies_B``.
-        needs_policy: says whether the reward calls ``batch.score_texts``.
+        name: the reward's name, which is unique within a run.
+        needs_entropy: whether the reward reads ``batch.mean_entropies_B``.
+        needs_policy: whether the reward calls ``batch.score_texts``.
     """
 
     @property
@@ -56,12 +56,12 @@ class Reward(Protocol):
     def needs_policy(self) -> bool: ...
 
     def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
-        """B finite numbers, with None where it abstains. A tensor [B] cannot abstain. An awaitable is awaited."""
+        """Returns B finite numbers, with None where it abstains, or a tensor [B], or an awaitable of one of these."""
         ...
 
 
 class RewardSet:
-    """K rewards with unique names, in order.
+    """The K rewards of a run. Their names are unique, and their order is that of the columns of the result.
 
     Attributes:
         rewards: the K rewards.
@@ -150,6 +150,7 @@ def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
 
 @contextmanager
 def _blame(name: str) -> Iterator[None]:
+    """Notes on an error which reward raised it."""
     try:
         yield
     except Exception as error:
@@ -194,7 +195,7 @@ def gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         Their results, in order.
 
     Raises:
-        Exception: the first that one of them raised. The others are cancelled.
+        Exception: one of them raised it first. The others are cancelled.
     """
     background = _background_loop(os.getpid())
     future = asyncio.run_coroutine_threadsafe(_gather(coroutines), background.loop)
@@ -214,6 +215,8 @@ async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class _BackgroundLoop:
+    """An event loop that runs on a thread of its own until the process ends."""
+
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = Thread(target=self.loop.run_forever, name="maestro-fast-rewards", daemon=True)

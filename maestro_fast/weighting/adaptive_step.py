@@ -20,7 +20,7 @@ from maestro_fast.weighting.utilities import scored
 def weigh_and_compare(
     policy: WeightPolicy, context: WeightContext, comparison: Comparison
 ) -> tuple[Weights, GroupAdvantages]:
-    """The weights of a batch and the advantages under them."""
+    """The weights of a batch, and the advantages under them."""
     weights, advantages = weigh(policy, context, comparison)
     return weights, compare(context, weights, comparison) if advantages is None else advantages
 
@@ -53,9 +53,10 @@ def compare(context: WeightContext, weights: Weights, comparison: Comparison) ->
 def is_one_op(conductor: Conductor, context: WeightContext, comparison: Comparison) -> bool:
     """Whether ``maestro_advantages`` gives the bits that the single ops would give.
 
-    The op has one context for each response, and one device and one backend for all tensors. Float64 and gradients
-    change the backend of the advantages, and must not change that of the weights. Under a profile that compares over
-    the batch one op saves no launch. A subclass may give weights of its own, which the op does not know.
+    The op takes one context for each response, and computes everything on one device with one backend. Float64 and
+    gradients change the backend of the advantages, and must not change that of the weights. Under a profile that
+    compares over the batch, one op would save no launch. A subclass of ``Conductor`` may give weights of its own, which
+    the op does not know.
     """
     rewards_BK, profile = context.rewards_BK, resolve_profile(comparison.profile)
     scopes = {profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale}

@@ -16,8 +16,8 @@ from maestro_fast.weighting.conductor import ConductorConfig
 from maestro_fast.weighting.dvao import DvaoConfig
 from maestro_fast.weighting.exp3 import Exp3Config
 from maestro_fast.weighting.fixed import (
-    CallableConfig,
     EqualConfig,
+    FunctionPolicyConfig,
     RandomConfig,
     RouterConfig,
     ScheduleConfig,
@@ -40,7 +40,7 @@ POLICIES: dict[str, type[Any]] = {
     "static": StaticConfig,
     "random": RandomConfig,
     "schedule": ScheduleConfig,
-    "function": CallableConfig,
+    "function": FunctionPolicyConfig,
     "router": RouterConfig,
     "saw": SawConfig,
     "dvao": DvaoConfig,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.policy import Outcome, WeightContext
+from maestro_fast.weighting.policy import Outcome, WeightContext, entropy
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
         "rewards_correlation/min": Range(
             -0.9,
             1.0,
-            "two rewards are opposites: with equal weights they cancel each other; weigh them by prompt (policy "
-            "'anchored', or where in the config), or leave one out",
+            "two rewards are opposites: with equal weights they cancel each other; weigh them by prompt (the policy "
+            "'anchored', or the setting `where` of a reward), or leave one out",
         ),
         "conductor/gradient_snr": Range(
             0.3, math.inf, "the meta-gradient is mostly noise; use estimator 'all_actions', or a longer period"
@@ -125,7 +125,7 @@ def _flattery(w_BK: Tensor, standard_BK: Tensor) -> Tensor:
 
 
 def _agreement(w_BK: Tensor, standard_BK: Tensor) -> dict[str, Tensor]:
-    """The agreement of the greatest weight with the best reward, over the responses that have one of each."""
+    """How often the greatest weight is on the best reward, over the responses where neither is tied."""
     clear_B = _one_top(w_BK) & _one_top(standard_BK)
     same_B = (w_BK.argmax(1) == standard_BK.argmax(1)) & clear_B
     return {"diagnostics/argmax_agreement": same_B.sum() / clear_B.sum()}
@@ -142,14 +142,14 @@ def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
     """The entropy of the expected weights, and the share of their variance that lies between prompts."""
     total_B1 = expected_BK.abs().sum(1, keepdim=True)
     q_BK = expected_BK.abs() / torch.where(total_B1 > 0, total_B1, 1.0)
-    entropy = -(q_BK * q_BK.clamp(min=1e-30).log()).sum(1).mean() / math.log(expected_BK.shape[1])
-    entropy = entropy.clamp(max=1.0)  # rounding may lift the entropy of equal weights above 1
+    share_of_ln_k = entropy(q_BK).mean() / math.log(expected_BK.shape[1])
+    share_of_ln_k = share_of_ln_k.clamp(max=1.0)  # rounding may lift the entropy of equal weights above ln K
     x_NGK = expected_BK.view(-1, group_size, expected_BK.shape[1])
     mean_N1K = x_NGK.mean(1, keepdim=True)
     within = (x_NGK - mean_N1K).square().mean((0, 1)).sum()
     between = (mean_N1K - mean_N1K.mean(0, keepdim=True)).square().mean((0, 1)).sum()
     share = torch.where(within + between > 1e-12, between / (within + between), float("nan"))
-    return {"diagnostics/entropy": entropy, "diagnostics/between_prompts": share}
+    return {"diagnostics/entropy": share_of_ln_k, "diagnostics/between_prompts": share}
 
 
 def _correlations(standard_BK: Tensor) -> dict[str, Tensor]:

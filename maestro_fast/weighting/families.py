@@ -67,5 +67,6 @@ def family_metrics(
 
 
 def _live_mean(values: Tensor) -> float | None:
+    """The mean of the values that are not NaN, or None if all of them are."""
     live = values[~values.isnan()]
     return live.mean().item() if live.numel() else None

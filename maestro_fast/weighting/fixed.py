@@ -5,7 +5,7 @@ static     w_k = values[k], the same for every prompt and step: what most runs u
 random     weights drawn for every response, uniformly from the simplex: the paper's baseline without learning
 schedule   w_k(step), the same for every prompt: curricula such as format first, content later
 router     w_k = routes[column of the prompt][k]: what an oracle that knows the kind of each prompt would do
-callable   whatever the user's function returns
+function   whatever the user's function returns
 """
 
 from __future__ import annotations
@@ -231,12 +231,12 @@ class Router(Stateless):
 
 
 @dataclass(frozen=True)
-class CallableConfig:
+class FunctionPolicyConfig:
     """A function of the user's own gives the weights.
 
     Attributes:
         function: The function, or its name as "package.module:function" or "file.py:function".
-        columns: The data set columns that it reads from ``context.columns``.
+        columns: The data set columns that the function reads from ``context.columns``.
     """
 
     function: Any
@@ -262,7 +262,7 @@ class FunctionPolicy(Stateless):
     must depend on nothing else, since every process calls it and a resumed run calls it again.
     """
 
-    name = "callable"
+    name = "callable"  # Checkpoints hold this name, which the type ``function`` had in release 0.1.
 
     def __init__(self, function: Callable[[WeightContext], Tensor], columns: tuple[str, ...] = ()) -> None:
         self.function, self.needs_columns = function, columns

@@ -2,7 +2,7 @@
 
 To write one, implement ``WeightPolicy``. ``Stateless`` is the base of policies that learn nothing, ``WithoutContext``
 of those that learn but read no hidden states. The functions at the end are what several policies share: numbers by
-reward name, and statistics that leave abstained rewards out.
+reward name, the entropy of weights, and statistics that leave abstained rewards out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.specs import AdvantageProfile
 
-# Which hidden state a policy reads: the response's last one, or the prompt's last or mean one (the same for a group).
+# Which hidden state a policy reads: the response's last one, or the prompt's last or mean one, which all responses of a
+# group share. "reference_prompt_mean" is the prompt's mean under the frozen reference model.
 ContextKind = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_mean"]
 
 
@@ -100,7 +101,7 @@ class WeightPolicy(Protocol):
     Attributes:
         name: The policy's name in a config.
         needs_context: True if ``weights`` reads ``context_Bd``.
-        context_kind: Which hidden state ``context_Bd`` holds.
+        context_kind: The hidden state that ``context_Bd`` holds.
         needs_columns: The data set columns that ``weights`` reads.
         needs_group_scores: True if the policy asks which advantages other weights would have given. Only profiles that
             compare scores within the group can answer that.
@@ -231,12 +232,17 @@ def in_reward_order(
 def positive_in_reward_order(
     values: Mapping[str, float], reward_names: tuple[str, ...], path: str
 ) -> tuple[float, ...]:
-    """As ``in_reward_order`` with 1 as the default. Numbers that are not above 0 raise a ValueError too."""
+    """Does what ``in_reward_order`` does, with 1 as the default. A number that is not above 0 raises ValueError too."""
     found = in_reward_order(values, reward_names, path, 1.0)
     for name, number in zip(reward_names, found, strict=True):
         if not number > 0:
             raise ValueError(f"{path}.{name}: {number}, expected a number above 0")
     return found
+
+
+def entropy(weights_NK: Tensor) -> Tensor:
+    """The entropy [N], in nats, of each row of weights that are positive and add up to 1."""
+    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 def live_mean_and_std(values: Tensor, dim: int, *, correction: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from maestro_fast.evals.conflict import (
     run_conflict,
 )
 from maestro_fast.evals.statistics import paired_difference
+from maestro_fast.reporting.plots import CONDUCTOR_CURVES
 
 SMALL = ConflictConfig(steps=40, prompts=8, evaluation=32, learning_rate=0.03, labelled=0.5)
 SEEDS = range(4)
@@ -38,6 +39,10 @@ ENTRIES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def results() -> dict[str, ConflictResult]:
     return {name: run_conflict("strong", entry, SEEDS, SMALL) for name, entry in ENTRIES.items()}
+
+
+def test_a_learning_conductor_logs_what_the_report_draws_of_it(results: dict[str, ConflictResult]) -> None:
+    assert {curve.key for curve in CONDUCTOR_CURVES} <= results["advantage"].figures.keys()
 
 
 def test_anchored_beats_equal_under_strong_conflict(results: dict[str, ConflictResult]) -> None:

@@ -94,7 +94,7 @@ def metrics_row(
     row |= {"completions/mean_length": lengths.mean(), "completions/clipped_ratio": 0.2 * np.exp(-4 * done)}
     row |= {"advantages/std": 0.9 + 0.05 * rng.random(), "advantages/abs_mean": 0.7 + 0.05 * rng.random()}
     row |= {"frac_reward_zero_std": 0.1 * rng.random(), "clip_ratio/low_mean": 0.01 * rng.random()}
-    row |= {"clip_ratio/high_mean": 0.02 * rng.random(), "conductor/loss": 0.2 * rng.normal()}
+    row |= {"clip_ratio/high_mean": 0.02 * rng.random(), "conductor/objective": 0.2 * rng.normal()}
     row |= {"conductor/entropy": np.log(len(rewards)) - 0.3 * done, "conductor/grad_norm": rng.random()}
     row |= {f"advantage_share/{name}": weights[:, k].mean() for k, name in enumerate(rewards)}
     row |= {"diagnostics/self_flattery": 0.09 * done, "diagnostics/entropy": 1 - 0.2 * done}

@@ -27,7 +27,7 @@ from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
 from maestro_fast.weighting.diagnostics import self_flattery
-from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes
+from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes, entropy
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
 VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
@@ -42,11 +42,12 @@ class AnchoredConfig:
     The defaults are those of our trial on a small language model.
 
     Attributes:
-        surrogate: What the weights climb: "correlation" is the correlation of the weighted score with the utility
-            within groups. "first_order" is the weighted mean of each reward's own correlation; it is linear in the
-            weights, so they become one-hot, and it did worse.
+        surrogate: What the weights are trained to raise. "correlation" is the correlation of the weighted score with
+            the utility within groups. "first_order" is the weighted mean of each reward's own correlation; it is linear
+            in the weights, so they become one-hot, and it did worse.
         hybrid: Whether groups whose utility is known are trained on that utility instead of their weighted rewards.
-        context: The hidden state of the prompt that is read. That of the frozen reference model never changes.
+        context: The hidden state of the prompt that the network reads. A prompt's state under the frozen reference
+            model never changes.
         hidden: The number of tanh units.
         steps: The number of Adam steps after every batch, each over all labelled groups so far. 20 steps over n groups
             of width d cost about 4000 n d operations on the CPU.
@@ -117,7 +118,7 @@ def standardised(x_Nd: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def correlation(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> Tensor:
-    """rho [N]: the mean over the group of z(w . r') z(U). Both r' and U come standardised."""
+    """rho [N]: the mean over the group of z(w . r') z(U). The arguments r' and z(U) are standardised already."""
     scores_NG = (weights_NK[:, None] * rewards_NGK).sum(-1)
     centred_NG = scores_NG - scores_NG.mean(1, keepdim=True)
     variance_N1 = centred_NG.square().sum(1, keepdim=True) / max(1, scores_NG.shape[1] - 1)
@@ -129,11 +130,6 @@ def correlation(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -
 def first_order(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> Tensor:
     """[N]: sum_k w_k times the mean over the group of r'_k z(U). It is linear in w."""
     return (weights_NK * (rewards_NGK * utilities_NG[..., None]).mean(1)).sum(-1)
-
-
-def entropy(weights_NK: Tensor) -> Tensor:
-    """H(w) [N] in nats."""
-    return -(weights_NK * weights_NK.clamp(min=1e-30).log()).sum(-1)
 
 
 class Anchored:
@@ -249,7 +245,7 @@ class Anchored:
         """Takes over a ``state_dict``.
 
         Raises:
-            ValueError: A tensor is missing or has another shape. Nothing has been changed then.
+            ValueError: A tensor is missing or has another shape. The policy is then as it was.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self.params.named().items()}
         check_shapes(state, shapes | self.statistics.saved_shapes("statistics."))

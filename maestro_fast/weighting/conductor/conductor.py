@@ -33,7 +33,7 @@ Context = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_me
 WEAKNESS = (
     "The Conductor's meta-objective 'advantage' is the published one. The group-normalised advantage carries no "
     "information on which reward a task needs: in our simulations the true utility stayed at or below that of equal "
-    "weights. Watch conductor/self_flattery (healthy within +-0.05) and compare with policy 'equal'."
+    "weights. Watch conductor/self_flattery (healthy within +-0.05) and compare with `weights: equal`."
 )
 
 
@@ -45,8 +45,8 @@ class ConductorConfig:
 
     Attributes:
         alpha: how far a drawn action moves the weights from equal to one-hot, in (0, 1].
-        tau: temperature of the softmax.
-        min_prob: floor of every action's probability, below 1 / K.
+        tau: the temperature of the softmax.
+        min_prob: the least probability of every action, below 1 / K.
         mode: "sample" draws one action per response (training, as in the paper). "group" draws one per group, from the
             group's mean context. "soft" uses the probabilities as weights, which leaves nothing to reinforce: it needs
             the estimator "pathwise", or learning_rate 0.
@@ -56,23 +56,25 @@ class ConductorConfig:
             what the states contribute.
         standardise: "running" uses the mean and variance of all contexts so far, which change at updates only;
             "layer_norm" normalises each context by itself.
-        hidden: width of the hidden layer of an MLP head d -> hidden -> GELU -> K; 0 is the linear head d -> K. 256 is
-            the usual width.
+        hidden: the width of the hidden layer if the network is an MLP, d -> hidden -> GELU -> K; usually 256. 0 makes
+            the network linear, d -> K.
         objective: "advantage" is the paper's meta-reward. "first_order" is the advantage times the standardised
             utility, on responses whose utility is known. "custom" is what ``meta_reward`` returns.
         meta_reward: for "custom", a function of the ``Outcome`` that returns [B], or [B, K] for every action. A config
             gives its name, as "package.module:function" or "file.py:function".
-        estimator: "reinforce"; "baseline" subtracts the expected meta-reward over one's own action; "all_actions" sums
-            over the actions instead of drawing (least variance); "pathwise" differentiates the advantages themselves.
-        learning_rate, weight_decay: options of AdamW. A rate of 0 freezes the Conductor.
+        estimator: "reinforce" is the paper's; "baseline" also subtracts the response's expected meta-reward from that
+            of its action; "all_actions" sums over all actions, which has the least variance; "pathwise" differentiates
+            the advantages themselves.
+        learning_rate: the learning rate of AdamW. 0 freezes the Conductor.
+        weight_decay: the weight decay of AdamW.
         half_life: the number of batches in which the learning rate halves. None keeps it constant.
         freeze_at: the batch from which on nothing is learnt. None never freezes.
-        entropy_coef: weight of the entropy of p in the objective.
-        period: batches between two updates (M in the paper).
+        entropy_coef: the factor of the entropy of p in the objective.
+        period: the number of batches from one update to the next (M in the paper).
         capacity: how many batches are kept for later updates as well; their drawn actions count with importance ratios
             of at most 2. None lets every batch serve one update.
         staleness: an update leaves out batches that are older than this many batches. None leaves out none.
-        seed: key of the action draws.
+        seed: the seed of the draws of actions.
         device: where the network lives and learns. "auto" is the current CUDA device if there is one and this is the
             only process: there Triton fuses weights and advantages, and contexts do not travel. Otherwise "auto" is
             the CPU, where all processes compute the same bits. Any device can be named, but processes on GPUs of
@@ -229,6 +231,7 @@ class Conductor:
         return functional.layer_norm(h_Bd, h_Bd.shape[-1:]) if self.config.standardise == "layer_norm" else h_Bd
 
     def weights(self, context: WeightContext) -> Weights:
+        """The weights that the present network gives the responses of a batch."""
         h_Bd = self.contexts(context)
         if self.config.mode == "group":
             h_Bd = group_mean(h_Bd, context.group_size)
@@ -268,6 +271,7 @@ class Conductor:
     # --- learning ---
 
     def observe(self, outcome: Outcome) -> None:
+        """Adds the batch to the buffer, and updates the network if it is time for that."""
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
         config, step = self.config, outcome.context.step
         if config.learning_rate == 0 or (config.freeze_at is not None and step >= config.freeze_at):
@@ -312,9 +316,10 @@ class Conductor:
     def _signal_to_noise(
         self, batches: Sequence[dict[str, Tensor]], profile: str | AdvantageProfile
     ) -> dict[str, float]:
-        """Signal to noise of the meta-gradient, from one gradient per batch: |mean|^2 / variance of the mean - 1.
+        """Measures signal to noise of the meta-gradient as |mean|^2 / (variance of the mean) - 1, over the batches.
 
-        The expectation of |mean|^2 is |signal|^2 plus that variance, so pure noise gives about 0.
+        Each batch gives one gradient. The expectation of |mean|^2 is |signal|^2 plus that variance, so pure noise gives
+        about 0.
         """
         if len(batches) < 2:
             return {}
@@ -335,6 +340,7 @@ class Conductor:
         return ConductorUpdateConfig(config.tau, config.min_prob, config.entropy_coef, rate, config.weight_decay)
 
     def metrics(self) -> dict[str, float]:
+        """Figures of the last batch, and of the update after it if there was one."""
         return dict(self._metrics)
 
     # --- saved state ---
@@ -348,7 +354,7 @@ class Conductor:
         """Takes over a ``state_dict``.
 
         Raises:
-            ValueError: a tensor is missing or has another shape. Nothing has been changed then.
+            ValueError: a tensor is missing or has another shape. The Conductor is then as it was.
         """
         size, num_rewards = self.statistics.mean.numel(), len(self.reward_names)
         check_shapes(

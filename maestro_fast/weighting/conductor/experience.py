@@ -26,8 +26,8 @@ def policy_contexts(context: WeightContext, kind: str, size: int, seed: int, dev
         context: the batch.
         kind: the option ``context`` of ``ConductorConfig``.
         size: d, the width that the Conductor's network expects.
-        seed: together with the step it decides who gets whose state under ``shuffled``.
-        device: where the contexts go.
+        seed: decides, together with the step, which response gets which state if ``kind`` is "shuffled".
+        device: the device of the contexts that are returned.
 
     Raises:
         ValueError: the batch has no contexts, or they have the wrong shape.
@@ -49,7 +49,11 @@ def group_mean(h_Bd: Tensor, group_size: int) -> Tensor:
 
 
 def _shuffled(h_Bd: Tensor, seed: int, step: int) -> Tensor:
-    """Gives every response the state of another one. A permutation may leave some their own; one cycle does not."""
+    """Gives every response the state of another one.
+
+    The responses are put in a random order, and each gets the state of the one before it. A random permutation would
+    leave some responses their own state.
+    """
     generator = torch.Generator().manual_seed((seed + step) % 2**63)
     order_B = torch.randperm(h_Bd.shape[0], generator=generator).to(h_Bd.device)
     shuffled_Bd = torch.empty_like(h_Bd)
@@ -67,8 +71,8 @@ class RunningStatistics:
     Nothing changes between two calls of ``update``.
 
     Attributes:
-        count: number of contexts seen, a float64 scalar on the CPU.
-        mean: float64 [d].
+        count: the number of contexts seen, a float64 scalar on the CPU.
+        mean: float64 [d], the mean of the contexts.
         m2: float64 [d], the sum of the squared deviations from the mean.
     """
 
@@ -78,7 +82,7 @@ class RunningStatistics:
         self.m2 = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, rows_Bd: Tensor) -> None:
-        """Adds these rows to what has been seen."""
+        """Adds these rows to the contexts seen."""
         rows = rows_Bd.detach().to(self.mean)
         if rows.shape[0] == 0:
             return

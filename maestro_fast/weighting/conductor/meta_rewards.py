@@ -51,8 +51,7 @@ def experience(
 ) -> dict[str, Tensor]:
     """What the buffer keeps of a batch, on the device of the contexts.
 
-    Responses from which nothing can be learnt are left out: those of groups without spread, and those without a
-    meta-reward.
+    Responses from which nothing can be learnt are left out: they are in a group without spread, or have no meta-reward.
 
     Args:
         outcome: the batch and its advantages.
@@ -178,14 +177,14 @@ def update_batch(
     """Joins batches of ``experience`` for one update, in which each response counts once.
 
     Args:
-        batches: at least one.
-        estimator: the one that they were kept for.
-        probs: gives the present probabilities [n, K] of contexts [n, d].
-        profile: how advantages are formed.
+        batches: the batches, at least one.
+        estimator: the estimator that they were kept for.
+        probs: a function that gives the present probabilities [n, K] of contexts [n, d].
+        profile: the profile by which ``pathwise`` forms the advantages anew.
 
     Returns:
-        What ``conductor_update`` takes, and what has to be added to its objective: ``pathwise`` hands in slopes, whose
-        linear form is not the objective itself.
+        What ``conductor_update`` takes, and a number to add to its objective. For ``pathwise`` the update gets slopes
+        only, so its objective lacks a constant.
     """
     h = torch.cat([batch["h"] for batch in batches])
     if estimator == "pathwise":
@@ -230,7 +229,7 @@ def pathwise_slopes(
         probs_BK: the soft weights p.
         coefficients_B: c, what one unit of advantage of each response is worth. With the standardised utility the mean
             is the correlation of scores and utility within groups.
-        rewards_BK: NaN where a reward abstained.
+        rewards_BK: the rewards, NaN where one abstained.
         group_size: G; the B responses are consecutive groups.
         profile, kl_B, beta: see ``group_advantages``.
     """

@@ -1,4 +1,4 @@
-"""The Conductor's network: a linear head, or an MLP with one hidden layer, with AdamW's moments and its saved state."""
+"""The Conductor's network, linear or an MLP with one hidden layer, with AdamW's moments and its saved state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Network:
     N(0, 1 / d): standardised contexts then give hidden units of variance 1. An update changes all tensors in place.
 
     Attributes:
-        weight: [K, d] of a linear head, [K, H] of an MLP.
-        bias: [K].
-        hidden_weight, hidden_bias: [H, d] and [H] of an MLP, None for a linear head.
+        weight: the last layer's weights, [K, d] if the network is linear and [K, H] in an MLP.
+        bias: the last layer's biases, [K].
+        hidden_weight, hidden_bias: the hidden layer of an MLP, [H, d] and [H]; None if the network is linear.
         first, second: AdamW's moments, by the names of the parameters.
         updates: how many updates have been made.
     """
@@ -29,7 +29,7 @@ class Network:
         Args:
             size: d, the width of a context.
             num_rewards: K.
-            hidden: H, or 0 for a linear head.
+            hidden: H, or 0 for a linear network.
             seed: decides the hidden layer's first weights.
             device: where the network lives.
         """
@@ -60,7 +60,7 @@ class Network:
         return ConductorState(self.params(mean, rstd), self.first, self.second, self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The parameters by name and, after the first update, the moments under the names of ``moments``."""
+        """The parameters by name and, after the first update, the moments as ``optimizer.<parameter>.<key>``."""
         state = dict(self.learned)
         if self.updates:
             for name in self.learned:
@@ -79,7 +79,7 @@ class Network:
         return shapes
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what ``state_dict`` gave; without moments in it the next update is the first."""
+        """Takes over what ``state_dict`` gave. If that holds no moments, the next update counts as the first."""
         has_moments = "optimizer.bias.step" in state
         for name, parameter in self.learned.items():
             parameter.copy_(state[name])
