@@ -20,7 +20,16 @@ from maestro_fast.ops import balance_sequences, pack_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
-    *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "PKG-INFO", ".gitignore"),
+    *(
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "PKG-INFO",
+        ".gitignore",
+    ),
     *("maestro_fast", "kernels", "csrc", "tests", "bench", "examples", ".ci"),
 }
 
