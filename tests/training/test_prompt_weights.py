@@ -25,7 +25,7 @@ SAMPLES, SEED = 3, 5
 def trained(raw: dict[str, Any], tmp_path: Path, weights: dict[str, Any]) -> tuple[MaestroTrainer, Path]:
     (tmp_path / "mine.py").write_text(MINE)
     raw |= {"rewards": [f"{tmp_path}/mine.py:{name}" for name in ("first", "last")], "weights": weights}
-    if weights["policy"] == "anchored":
+    if weights["type"] == "anchored":
         raw["anchor"] = f"{tmp_path}/mine.py:first"
     return train(parse_config(raw), raw), Path(raw["run_dir"])
 
