@@ -90,7 +90,7 @@ def test_third(tmp_path: Path) -> None:
 
 def test_cases_that_are_no_headline(tmp_path: Path) -> None:
     """Those with code of their own; and TRL, where it is installed."""
-    rest = ["conductor_weights", "counterfactual_advantages"]
+    rest = ["conductor_weights", "counterfactual_advantages", "linear_policy_loss:24x50x6"]
     status, printed = gpu_sh("bench", *rest, out=tmp_path, compiling=False)
 
     assert status == 0, printed[-6000:]
