@@ -6,6 +6,8 @@
     with ratio "sequence":   d l_t / d log pi_t = -rho A mean_s(w_s) / w_t, or 0 likewise
     objective "cispo":       d l_t / d log pi_t = -min(rho, clip_max) A
     k3:                      d k3_t / d log pi_t = 1 - exp(log pi_ref - log pi)
+    rho k3:                  d / d log pi_t = rho (log pi - log pi_ref)                       kl_bias_correction
+    with ratio "sequence":   d / d log pi_t = mean_s(rho k3_s) + rho (1 - exp(log pi_ref - log pi))
 
 ``ops/policy_loss.py`` explains the terms. ``_sequences`` has one program per response, which writes the gradients and
 eight sums. ``_reduce`` adds up the sums in the order of the responses. Under a mask the host does not know the number
@@ -20,6 +22,7 @@ Bytes moved: 4 T for the gradient, and T times the size of its dtype for every i
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks
-from maestro_fast.specs import LossInputs, LossWithGradients, PolicyLossConfig
+from maestro_fast.specs import EXPONENT_SHIFT, LARGE_EXPONENT, LossInputs, LossWithGradients, PolicyLossConfig
 
 # Tokens of one step. A program has 128 threads, so a thread holds 8 values of each vector in registers. Responses have
 # about a thousand tokens, so most take one or two steps, and a batch of 512 responses fills a GPU.
@@ -39,6 +42,9 @@ _PARTS = tl.constexpr(8)
 _LOSS = tl.constexpr(5)
 _ENTROPY = tl.constexpr(6)
 _LIVE = tl.constexpr(7)
+_LARGE = tl.constexpr(LARGE_EXPONENT)
+_SHIFT = tl.constexpr(EXPONENT_SHIFT)
+_FAR = tl.constexpr(math.exp(EXPONENT_SHIFT))
 
 
 class Sources(NamedTuple):
@@ -58,6 +64,7 @@ class Tokens(NamedTuple):
         inside: whether the response is long enough to have a token.
         live: whether a token counts.
         logprob: log pi.
+        old: log pi_old; log pi on-policy.
         log_ratio: log pi - log pi_old.
         sampler_gap: log pi_old - log pi_sampler.
     """
@@ -66,6 +73,7 @@ class Tokens(NamedTuple):
     inside: tl.tensor
     live: tl.tensor
     logprob: tl.tensor
+    old: tl.tensor
     log_ratio: tl.tensor
     sampler_gap: tl.tensor
 
@@ -87,8 +95,34 @@ class TokenLosses(NamedTuple):
     clipped_high: tl.tensor
 
 
+class Exponential(NamedTuple):
+    """e^x as the product of two factors, so that a large one may meet a small number; see ``specs.Exponential``."""
+
+    near: tl.tensor
+    far: tl.tensor
+
+
+class KlTerm(NamedTuple):
+    """The KL term of each token and its derivative by log pi, both times a coefficient."""
+
+    value: tl.tensor
+    slope: tl.tensor
+
+
 @triton.jit
-def _k3(gap):
+def _exponential(x):
+    large = x > _LARGE
+    return Exponential(tl.exp(tl.where(large, x - _SHIFT, x)), tl.where(large, _FAR, 1.0))
+
+
+@triton.jit
+def _log_ratio(logprob, other, live):
+    """logprob - other, or 0 where both are -inf and in tokens that do not count."""
+    return tl.where(live & (logprob != other), logprob - other, 0.0)
+
+
+@triton.jit
+def _k3(gap, exp_gap):
     """exp(gap) - 1 - gap. Near 0 that would cancel, so a Taylor series with an error below 2e-9 replaces it."""
     series = 1.0 + gap / 9.0
     series = 1.0 + gap / 8.0 * series
@@ -97,7 +131,51 @@ def _k3(gap):
     series = 1.0 + gap / 5.0 * series
     series = 1.0 + gap / 4.0 * series
     series = 1.0 + gap / 3.0 * series
-    return tl.where(tl.abs(gap) < 0.5, 0.5 * gap * gap * series, tl.exp(gap) - 1.0 - gap)
+    return tl.where(tl.abs(gap) < 0.5, 0.5 * gap * gap * series, exp_gap - 1.0 - gap)
+
+
+@triton.jit
+def _kl(gap, coefficient):
+    """k3 and its derivative. Where gap is large, 1 + gap is far below the last digit of exp(gap)."""
+    large = gap > _LARGE
+    e = _exponential(gap)
+    k3 = _k3(gap, e.near)
+    slope = tl.where(tl.abs(gap) < 0.5, k3 + gap, e.near - 1.0)
+    top = coefficient * e.near * e.far
+    return KlTerm(tl.where(large, top, coefficient * k3), -tl.where(large, top, coefficient * slope))
+
+
+@triton.jit
+def _kl_times_ratio(gap, ratio, of_old, mean, coefficient, SEQUENCE: tl.constexpr):
+    """rho k3 and its derivative, to which the mean of the response's terms belongs if the ratio is that of a sequence.
+
+    ``of_old`` is log pi_ref - log pi_old, or gap plus the log-ratio of the sequence. Where gap is large, rho may be 0
+    while exp(gap) is infinite. So there, rho k3 = exp(of_old) - rho (1 + gap).
+    """
+    large = gap > 2.0
+    k3 = _k3(gap, tl.exp(tl.minimum(gap, 2.0)))
+    top = _exponential(tl.where(large, of_old, 0.0))
+    ahead = coefficient * top.near * top.far
+    # Of two infinite terms the first is larger. Where gap is infinite, rho is 0. Where rho is infinite, gap may be 0.
+    one_more = coefficient * (1.0 + tl.minimum(gap, 1e4)) * ratio.near * ratio.far
+    one_more = tl.where(ahead == float("inf"), 0.0, one_more)
+    moderate = tl.where(gap == 0.0, 0.0, ratio.near * k3 * coefficient * ratio.far)
+    value = tl.where(large, ahead - one_more, moderate)
+    if SEQUENCE:
+        rho = tl.where(gap == 0.0, 0.0, coefficient * ratio.near)
+        slope = mean + tl.where(large, rho * ratio.far - ahead, -rho * (k3 + gap) * ratio.far)
+    else:
+        slope = -coefficient * gap * ratio.near * ratio.far
+        slope = tl.where((gap == 0.0) | (ratio.near == 0.0), 0.0, slope)
+    return KlTerm(value, slope)
+
+
+@triton.jit
+def _weighted(e, advantage, weight):
+    """-e^x A w, which is 0 if A or w is, although another factor may be infinite."""
+    infinite = (e.near == float("inf")) | (weight == float("inf"))
+    nothing = infinite & ((advantage == 0) | (weight == 0))
+    return tl.where(nothing, 0.0, -e.near * advantage * weight * e.far)
 
 
 @triton.jit
@@ -112,27 +190,33 @@ def _objective(
     SEQUENCE: tl.constexpr,
     HAS_LARGEST: tl.constexpr,
 ):
-    """The formulas of ``specs.OBJECTIVES``, times the sampler's weight, and their derivatives."""
-    capped = ratio
-    if HAS_LARGEST:
-        capped = tl.minimum(ratio, clip.largest)
+    """The formulas of ``specs.OBJECTIVES``, and their derivatives by log pi."""
+    rho = ratio.near * ratio.far
     if OBJECTIVE == "cispo":
         # The ratio counts as a constant, so only log pi has a derivative.
-        loss = -capped * advantage * logprob * weight
-        slope = -capped * advantage * weight
-        low = tl.zeros_like(ratio)
-        high = tl.where((ratio > clip.largest) & (advantage > 0), 1.0, 0.0)
+        above = rho > clip.largest
+        capped = Exponential(tl.where(above, clip.largest, ratio.near), tl.where(above, 1.0, ratio.far))
+        slope = _weighted(capped, advantage, weight)
+        loss = _weighted(capped, advantage * tl.where(slope == 0, 0.0, logprob), weight)
+        low = tl.zeros_like(rho)
+        high = tl.where(above & (advantage > 0), 1.0, 0.0)
     else:
         tl.static_assert(OBJECTIVE == "clip", "an objective of specs.OBJECTIVES that this kernel does not know")
-        clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip.low), 1.0 + clip.high)
-        low = tl.where((ratio < 1.0 - clip.low) & (advantage < 0), 1.0, 0.0)
-        high = tl.where((ratio > 1.0 + clip.high) & (advantage > 0), 1.0, 0.0)
-        one, other = capped * advantage, clipped * advantage
-        loss = -tl.minimum(one, other) * weight
-        # A term has a derivative where it is the ratio itself. Where the two terms are equal, both have one or neither.
-        moves = tl.where(one <= other, tl.where(capped == ratio, 1.0, 0.0), tl.where(clipped == ratio, 1.0, 0.0))
+        least = tl.where(advantage < 0, 1.0 - clip.low, 0.0)
+        most = tl.where(advantage < 0, float("inf"), 1.0 + clip.high)
+        if HAS_LARGEST:
+            bound = 1.0 + clip.high
+            most = tl.where(advantage < 0, tl.maximum(bound, clip.largest), tl.minimum(bound, clip.largest))
+        # A ratio that is out of bounds is a constant. One that is NaN is not, so the loss becomes NaN.
+        out = (rho < least) | (rho > most)
+        clamped = tl.minimum(tl.maximum(rho, least), most)
+        clamped = Exponential(tl.where(out, clamped, ratio.near), tl.where(out, 1.0, ratio.far))
+        loss = _weighted(clamped, advantage, weight)
         # The ratio of a sequence depends on all of its tokens, each of which gets the mean of their weights.
-        slope = -moves * advantage * ratio * (mean_weight if SEQUENCE else weight)
+        slope = _weighted(clamped, advantage, mean_weight + tl.zeros_like(rho) if SEQUENCE else weight)
+        slope = tl.where(out | (logprob == float("-inf")), 0.0, slope)
+        low = tl.where((rho < 1.0 - clip.low) & (advantage < 0), 1.0, 0.0)
+        high = tl.where((rho > 1.0 + clip.high) & (advantage > 0), 1.0, 0.0)
     return TokenLosses(loss, slope, low, high)
 
 
@@ -143,7 +227,7 @@ def _sampler_weight(ratio, cap, CORRECTION: tl.constexpr):
     elif CORRECTION == "token_mask" or CORRECTION == "sequence_mask":
         return tl.where(ratio > cap, 0.0, ratio)
     else:
-        return ratio * 0.0 + 1.0
+        return tl.zeros_like(ratio) + 1.0
 
 
 @triton.jit
@@ -164,7 +248,18 @@ def _load_tokens(sources, t, n, first, BT: tl.constexpr):
         sampler_gap = old - tl.load(sources.sampling + index, mask=live, other=0.0).to(tl.float32)
         # NaN, which is not equal to itself, means that the sampler gave no log-prob.
         sampler_gap = tl.where(live & (sampler_gap == sampler_gap), sampler_gap, 0.0)
-    return Tokens(index, inside, live, logprob, tl.where(live, logprob - old, 0.0), sampler_gap)
+    return Tokens(index, inside, live, logprob, old, _log_ratio(logprob, old, live), sampler_gap)
+
+
+@triton.jit
+def _load_gap(ref_ptr, tokens, mean_log_ratio, SEQUENCE: tl.constexpr):
+    """log pi_ref - log pi and log pi_ref - log pi_old of the tokens; for a sequence, the mean of the latter's ratio."""
+    ref = tl.load(ref_ptr + tokens.index, mask=tokens.live, other=0.0).to(tl.float32)
+    gap = _log_ratio(ref, tokens.logprob, tokens.live)
+    if SEQUENCE:
+        return gap, gap + mean_log_ratio
+    else:
+        return gap, _log_ratio(ref, tokens.old, tokens.live)
 
 
 @triton.jit
@@ -207,6 +302,7 @@ def _sequences(
     entropy_coef,
     sampler_cap,
     HAS_KL: tl.constexpr,
+    CORRECTS_KL: tl.constexpr,
     HAS_CLIP_MAX: tl.constexpr,
     BY_LENGTH: tl.constexpr,
     OBJECTIVE: tl.constexpr,
@@ -232,7 +328,7 @@ def _sequences(
     # A first loop over the tokens computes what every token needs of its whole response: the number of live tokens, the
     # mean log-ratio, and the mean sampler weight. Each lane adds up its own tokens; lanes are added at the end.
     length = n.to(tl.float32)
-    mean_ratio = 1.0
+    mean_log_ratio = 0.0
     sequence_sampler = 1.0
     mean_weight = 1.0
     if mask_ptr is not None or SEQUENCE or BY_SEQUENCE:
@@ -248,11 +344,22 @@ def _sequences(
             weight = _sampler_weight(tl.exp(tokens.sampler_gap), sampler_cap, CORRECTION)
             weight_L += tl.where(tokens.live, weight, 0.0)
         length = tl.sum(live_L, 0)
-        mean_ratio = tl.exp(tl.div_rn(tl.sum(log_ratio_L, 0), tl.maximum(length, 1.0)))
+        mean_log_ratio = tl.div_rn(tl.sum(log_ratio_L, 0), tl.maximum(length, 1.0))
         sequence_sampler = tl.exp(tl.sum(gap_L, 0))
         mean_weight = tl.div_rn(tl.sum(weight_L, 0), tl.maximum(length, 1.0))
         if BY_SEQUENCE:
             mean_weight = _sampler_weight(sequence_sampler, sampler_cap, CORRECTION)
+
+    # The ratio of a sequence moves with each token, and with it the KL of every other.
+    mean_kl = 0.0
+    if ref_ptr is not None and HAS_KL and CORRECTS_KL and SEQUENCE:
+        kl_L = tl.zeros([BT], tl.float32)
+        ratio = _exponential(tl.zeros([BT], tl.float32) + mean_log_ratio)
+        for t in range(0, n, BT):
+            tokens = _load_tokens(sources, t, n, first, BT)
+            gap, of_old = _load_gap(ref_ptr, tokens, mean_log_ratio, SEQUENCE=SEQUENCE)
+            kl_L += _kl_times_ratio(gap, ratio, of_old, 0.0, kl_coef, SEQUENCE=SEQUENCE).value
+        mean_kl = tl.div_rn(tl.sum(kl_L, 0), tl.maximum(length, 1.0))
 
     divisor = _divisor(normalizer_ptr, normalizer) * per_length
     if BY_LENGTH:
@@ -271,9 +378,10 @@ def _sequences(
     for t in range(0, n, BT):
         tokens = _load_tokens(sources, t, n, first, BT)
         live = tokens.live
-        ratio = tl.exp(tokens.log_ratio)
+        log_ratio = tokens.log_ratio
         if SEQUENCE:
-            ratio = tl.zeros([BT], tl.float32) + mean_ratio
+            log_ratio = tl.zeros([BT], tl.float32) + mean_log_ratio
+        ratio = _exponential(log_ratio)
         sampler = tl.exp(tokens.sampler_gap)
         if BY_SEQUENCE:
             sampler = tl.zeros([BT], tl.float32) + sequence_sampler
@@ -285,18 +393,21 @@ def _sequences(
         loss = found.loss
         slope = found.slope
         if ref_ptr is not None:
-            kl_gap = tl.load(ref_ptr + tokens.index, mask=live, other=0.0).to(tl.float32) - tokens.logprob
-            kl_gap = tl.where(live, kl_gap, 0.0)
-            k3 = _k3(kl_gap)
-            kl_L += k3
+            gap, of_old = _load_gap(ref_ptr, tokens, mean_log_ratio, SEQUENCE=SEQUENCE)
+            if CORRECTS_KL:
+                kl_L += _kl_times_ratio(gap, ratio, of_old, 0.0, 1.0, SEQUENCE=SEQUENCE).value
+                kl = _kl_times_ratio(gap, ratio, of_old, mean_kl, kl_coef, SEQUENCE=SEQUENCE)
+            else:
+                kl_L += _kl(gap, 1.0).value
+                kl = _kl(gap, kl_coef)
             if HAS_KL:
-                loss += kl_coef * k3
-                slope -= kl_coef * (k3 + kl_gap)
+                loss += kl.value
+                slope += kl.slope
         tl.store(d_logprobs_ptr + tokens.index, tl.where(live, slope * coefficient, 0.0), mask=tokens.inside)
         loss_L += tl.where(live, loss, 0.0)
         low_L += tl.where(live, found.clipped_low, 0.0)
         high_L += tl.where(live, found.clipped_high, 0.0)
-        ratio_L += tl.where(live, ratio, 0.0)
+        ratio_L += tl.where(live, ratio.near * ratio.far, 0.0)
         if sampling_ptr is not None:
             sampler_L += tl.where(live, sampler, 0.0)
         if HAS_ENTROPY:
@@ -388,6 +499,7 @@ def _numbers(config: PolicyLossConfig) -> dict[str, float]:
 def _sequences_launch(config: PolicyLossConfig, tokens: int) -> BoundLaunch:
     constants = {
         "HAS_KL": config.kl_coef > 0,
+        "CORRECTS_KL": config.kl_bias_correction,
         "HAS_CLIP_MAX": config.clip_max is not None,
         "BY_LENGTH": config.normalization == "grpo",
         "OBJECTIVE": config.objective,

@@ -24,7 +24,7 @@ def reference_loss(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
     log_ratio = _log_ratio(logprobs, old, live_T)
     if config.ratio == "sequence":
         log_ratio = segments.sums(log_ratio) / segments.lengths
-    sampler_ratio = weights = None
+    sampler_ratio, weights = None, torch.ones_like(logprobs)
     if inputs.sampling_logprobs is not None:
         sampler_ratio = _sampler_ratio(old.detach() - wide(inputs.sampling_logprobs), segments, config)
         if config.sampler_correction != "none":
@@ -141,16 +141,17 @@ class _KlTerm(NamedTuple):
             gap = torch.where(large, 0.0, self.gap)
             k3 = coefficient * (torch.expm1(gap) - gap)
             return torch.where(large, Exponential.of(torch.where(large, self.gap, 0.0)).times(coefficient), k3)
-        # rho may be 0 where e^gap is infinite. So where gap is large, rho k3 = e^of_old - rho (1 + gap).
         large = self.gap > 2
         gap = torch.where(large, 0.0, self.gap)
         infinite = (gap == 0) & (self.log_ratio > LARGE_EXPONENT)  # A ratio like that times 0 would be NaN.
         rho = Exponential.of(torch.where(large | infinite, 0.0, self.log_ratio))
         moderate = rho.times(torch.expm1(gap) - gap, coefficient)
-        rho = Exponential.of(torch.where(large, self.log_ratio, 0.0))
-        gap = torch.where(large, self.gap, 0.0).clamp(max=1e4)  # Beyond, rho is 0.
-        rest = Exponential.of(torch.where(large, self.of_old, 0.0)).times(coefficient)
-        return torch.where(large, rest - rho.times(1 + gap, coefficient), moderate)
+        # Where gap is large, rho may be 0 while e^gap is infinite. So there, rho k3 = e^of_old - rho (1 + gap).
+        ahead = Exponential.of(torch.where(large, self.of_old, 0.0)).times(coefficient)
+        both = large & ahead.isfinite()  # Of two infinite terms the first is larger.
+        gap = torch.where(both, self.gap, 0.0).clamp(max=1e4)  # Beyond, rho is 0.
+        rest = Exponential.of(torch.where(both, self.log_ratio, 0.0)).times(1 + gap, coefficient)
+        return torch.where(large, ahead - torch.where(both, rest, 0.0), moderate)
 
 
 def _coefficients(segments: _Segments, inputs: LossInputs, config: PolicyLossConfig) -> Tensor:

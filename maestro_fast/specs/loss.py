@@ -291,7 +291,7 @@ class TokenLosses(NamedTuple):
 
 
 def _clip(
-    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor | None, config: PolicyLossConfig
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor, config: PolicyLossConfig
 ) -> TokenLosses:
     """-min(min(rho, clip_max) A, clip(rho) A), which is -clamp(rho) A with other bounds for either sign of A."""
     ratio = log_ratio.detach().exp()
@@ -300,27 +300,32 @@ def _clip(
     negative, zero = advantages < 0, torch.zeros_like(ratio)
     least = torch.where(negative, zero + low, zero)
     most = torch.where(negative, zero + max(high, largest), zero + min(high, largest))
-    moves = (ratio >= least) & (ratio <= most)
-    near, far = Exponential.of(torch.where(moves, log_ratio, 0.0))
-    clamped = Exponential(torch.where(moves, near, torch.clamp(ratio, least, most)), far)
-    loss = -clamped.times(advantages, *(() if weights is None else (weights,)))
-    return TokenLosses(loss, (ratio < low) & negative, (ratio > high) & (advantages > 0))
+    out = (ratio < least) | (ratio > most)
+    near, far = Exponential.of(torch.where(out | _counts_nothing(ratio, advantages, weights), 0.0, log_ratio))
+    clamped = Exponential(torch.where(out, torch.clamp(ratio, least, most), near), far)
+    return TokenLosses(-clamped.times(advantages, weights), (ratio < low) & negative, (ratio > high) & (advantages > 0))
 
 
 def _cispo(
-    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor | None, config: PolicyLossConfig
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor, config: PolicyLossConfig
 ) -> TokenLosses:
     """-sg(min(rho, clip_max)) A log pi. It is 0 where the policy gives the token the probability 0."""
     assert config.clip_max is not None
     ratio = log_ratio.detach().exp()
-    high = ratio > config.clip_max
-    near, far = Exponential.of(torch.where(high | ((advantages == 0) & ratio.isinf()), 0.0, log_ratio.detach()))
-    factor = torch.where(high, config.clip_max, near) * advantages
-    logprobs = torch.where((factor == 0) & logprobs.isinf(), 0.0, logprobs)
-    loss = -Exponential(factor, far).times(logprobs, *(() if weights is None else (weights,)))
-    return TokenLosses(loss, torch.zeros_like(high), high & (advantages > 0))
+    above = ratio > config.clip_max
+    constant = above | _counts_nothing(ratio, advantages, weights)
+    near, far = Exponential.of(torch.where(constant, 0.0, log_ratio.detach()))
+    factor = torch.where(above, config.clip_max, near) * advantages
+    logprobs = torch.where(((factor == 0) | (weights == 0)) & logprobs.isinf(), 0.0, logprobs)
+    loss = -Exponential(factor, far).times(logprobs, weights)
+    return TokenLosses(loss, torch.zeros_like(above), above & (advantages > 0))
 
 
-# The formula of each ``Objective``, for log-ratios, log-probs, advantages and the sampler's weights (None without a
-# correction), all [T]. ``_objective`` of kernels/policy_loss.py has the same formulas.
+def _counts_nothing(ratio: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """Whether an infinite ratio is multiplied by 0, bool [T]."""
+    return ratio.isinf() & ((advantages == 0) | (weights == 0))
+
+
+# The formula of each ``Objective``, for log-ratios, log-probs, advantages and the sampler's weights (1
+# without a correction), all [T]. ``_objective`` of kernels/policy_loss.py has the same formulas.
 OBJECTIVES = {"clip": _clip, "cispo": _cispo}

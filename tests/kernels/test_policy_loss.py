@@ -18,6 +18,8 @@ from maestro_fast.ops.policy_loss import policy_loss as reference
 from maestro_fast.specs import LOSS_METRICS, LossWithGradients, Objective
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
+from tests.ops.overflow import VARIANTS as AWKWARD_VARIANTS
+from tests.ops.overflow import check_overflow
 
 EPSILON = 1e-6
 LENGTHS = [13, 1, 40, 0, 7]
@@ -344,3 +346,29 @@ def test_a_divisor_of_zero_is_no_divisor_of_one() -> None:
     ours = by_triton(config, by_zero).loss
     expected = policy_loss(cu_seqlens=BOUNDS, **by_zero, config=config, backend="torch").loss
     assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf()
+
+
+# --- where a ratio, a weight or k3 leaves the range of float32 ---
+
+
+def by_the_kernel(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    out = kernel.policy_loss(inputs._replace(logprobs=inputs.logprobs.detach()), config)
+    return out.loss, out.gradients[0]
+
+
+REACHING_EVERY_BRANCH = [
+    "two-sided clip",
+    "no clip",
+    "cispo with a high cap",
+    "sequence_mask",
+    "gspo, token_truncate without a cap",
+    "k3",
+    "k3 times gspo's ratio",
+    "k3 times ratio, two-sided, token_mask",
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # by NumPy, where a product overflows
+@pytest.mark.parametrize("variant", REACHING_EVERY_BRANCH if INTERPRETED else AWKWARD_VARIANTS)
+def test_right_wherever_it_fits(variant: str) -> None:
+    check_overflow(by_the_kernel, variant, count=32 if INTERPRETED else 400, device=DEVICE)
