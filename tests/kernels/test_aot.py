@@ -121,9 +121,15 @@ def policy_loss() -> Iterator[Callable[[], Any]]:
     for config, given in (
         (PolicyLossConfig("grpo"), {"old_logprobs": x}),
         (PolicyLossConfig("bnpo", kl_coef=0.1, clip_max=2.0), {"ref_logprobs": x, "token_mask": mask}),
+        (PolicyLossConfig("grpo", kl_coef=0.1, kl_bias_correction=True), {"old_logprobs": x, "ref_logprobs": x}),
         (
             PolicyLossConfig(
-                "bnpo", ratio="sequence", kl_coef=0.1, entropy_coef=0.1, sampler_correction="token_truncate"
+                "bnpo",
+                ratio="sequence",
+                kl_coef=0.1,
+                kl_bias_correction=True,
+                entropy_coef=0.1,
+                sampler_correction="token_truncate",
             ),
             everything,
         ),

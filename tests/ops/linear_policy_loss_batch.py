@@ -23,6 +23,7 @@ ALL_VARIANTS: dict[str, PolicyLossConfig] = VARIANTS | {
     "gspo, two-sided clip, sampler": make(
         "grpo", ratio="sequence", clip_max=1.3, sampler_correction="sequence_truncate", sampler_cap=1.5
     ),
+    "gspo, sampler by tokens": make("grpo", ratio="sequence", sampler_correction="token_truncate", sampler_cap=1.2),
     "cispo by sequences": make("bnpo", objective="cispo", ratio="sequence", clip_max=1.2),
     "cispo, entropy bonus": make("grpo", objective="cispo", clip_max=1.2, entropy_coef=0.05),
 }

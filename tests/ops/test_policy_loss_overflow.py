@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.ops import LossInputs, PolicyLossConfig
-from maestro_fast.ops.reference_loss import reference_loss
+from maestro_fast.ops import LossInputs, PolicyLossConfig, policy_loss
 from tests.ops.overflow import VARIANTS, check_overflow
 
 
 def by_the_reference(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
-    loss = reference_loss(inputs, config).loss
+    loss = policy_loss(**inputs._asdict(), config=config, backend="torch").loss
     return loss, torch.autograd.grad(loss, inputs.logprobs)[0]
 
 
