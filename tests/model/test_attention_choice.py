@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from maestro_fast.model.attention import VARLEN, attention_choice, attention_paths
+from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.config import ModelConfig
-from maestro_fast.training.run import load_policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
