@@ -115,10 +115,13 @@ class Checkpoint:
 
 
 def trains_adapter(config: ModelConfig) -> bool:
-    """Whether an adapter trains, and the weights below it stay as they are."""
+    """Whether an adapter trains, and the weights below it stay as they are.
+
+    It does not ask the hub, so it knows of an adapter there once ``load_policy`` has loaded it.
+    """
     if config.lora is not None:
         return True
-    return config.adapter == "continue" and _adapter_config(config.path) is not None
+    return config.adapter == "continue" and find_adapter_config_file(config.path, local_files_only=True) is not None
 
 
 def _absolute(path: str) -> str:
@@ -126,7 +129,8 @@ def _absolute(path: str) -> str:
 
 
 def _adapter_config(path: str) -> dict[str, Any] | None:
-    file = find_adapter_config_file(path)
+    cached = Path(path).is_dir() or _has_file(path, "config.json", local_files_only=True)
+    file = find_adapter_config_file(path, local_files_only=cached)
     if file is None:
         return None
     adapter: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -180,8 +184,8 @@ def load_policy(
         config: the section ``model`` of the run.
         device: the device on which the model is going to run, which decides on its attention.
         mixed: the dtype of mixed precision in which it is going to run; None without mixed precision.
-        merged: the folder for base + adapter where a new adapter trains on them. It is written unless it is there
-            already, and the new adapter names it as its base. None writes nothing.
+        merged: the folder into which base + adapter are written where a new adapter trains on them, which names that
+            folder as its base. None writes nothing.
 
     Raises:
         SettingsError: the path holds no model that can be loaded; ``model.attention`` cannot serve on the device, in
@@ -227,9 +231,13 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(checkpoint.path if own else checkpoint.base)
 
 
-def _has_file(path: str, name: str) -> bool:
+def _has_file(path: str, name: str, *, local_files_only: bool = False) -> bool:
     found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        path,
+        name,
+        local_files_only=local_files_only,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return found is not None
 
@@ -328,15 +336,15 @@ def _with_trained_adapter(model: Any, checkpoint: Checkpoint, config: ModelConfi
             str(model.dtype).removeprefix("torch."),
         )
     logger.info("model: the adapter %s is merged into %s", checkpoint.path, checkpoint.base)
-    return _peft().PeftModel.from_pretrained(model, checkpoint.path).merge_and_unload()
+    whole = _peft().PeftModel.from_pretrained(model, checkpoint.path).merge_and_unload()
+    return whole.requires_grad_(True)  # peft has frozen the base, which trains if no new adapter comes.
 
 
 def _save_merged(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes base + adapter into ``folder``, which gets its name when it is complete; several processes may try."""
-    if folder.exists():
-        return
+    """Writes base + adapter into ``folder``, which gets its name when it is complete."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)  # A run that is resumed writes the same again.
     unfinished.rename(folder)

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from maestro_fast.model.load import trains_adapter
+from maestro_fast.model.load import ModelConfig, trains_adapter
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.config import TrainConfig
 
@@ -64,8 +64,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             raise SettingsError(f"trainer.{name}: transformers.TrainingArguments has no such field")
     given = {name: _number(value, str(known[name])) for name, value in config.trainer.items()}
     defaults = {name: value for name, (value, _) in TRAINER_DEFAULTS.items()}
-    if "learning_rate" not in given and trains_adapter(config.model):
-        defaults["learning_rate"] = ADAPTER_LEARNING_RATE
+    defaults["learning_rate"] = default_learning_rate(config.model)
     full = config.model.dtype in ("auto", "float32") and not given.get("fp16") and not given.get("use_cpu")
     defaults["bf16"] = full and is_torch_bf16_gpu_available()
     values = {**defaults, **given, "output_dir": config.run_dir, "seed": config.seed}
@@ -79,6 +78,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise SettingsError(f"trainer: {error}") from error
     check_arguments(args)
     return args
+
+
+def default_learning_rate(model: ModelConfig) -> float:
+    """The learning rate where the config sets none."""
+    full: float = TRAINER_DEFAULTS["learning_rate"][0]
+    return ADAPTER_LEARNING_RATE if trains_adapter(model) else full
 
 
 def mixed_precision(args: TrainingArguments) -> torch.dtype | None:

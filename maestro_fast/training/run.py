@@ -29,7 +29,7 @@ from maestro_fast.model.load import Checkpoint, load_policy
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.arguments import mixed_precision, training_arguments
+from maestro_fast.training.arguments import default_learning_rate, mixed_precision, training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
@@ -75,6 +75,8 @@ def train(
         set_seed(config.seed)  # New adapters are drawn at random.
         merged = run_dir / MERGED if args.process_index == 0 else None
         model, tokenizer = load_policy(config.model, args.device, mixed=mixed_precision(args), merged=merged)
+        if "learning_rate" not in config.trainer:  # Only now is it known whether a hub name stands for an adapter.
+            args.learning_rate = default_learning_rate(config.model)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
         with _engine(config, generation, model, tokenizer, args) as engine:
