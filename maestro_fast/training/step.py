@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
 from maestro_fast.model.attention import Layout
-from maestro_fast.model.forward import choose_layout
+from maestro_fast.model.forward import choose_layout, completion_logprobs
 from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead, check_head, head_of
 from maestro_fast.model.reference import PromptContexts, Reference
@@ -36,6 +36,7 @@ from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
 from maestro_fast.rewards import RewardSet
+from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
 from maestro_fast.training.overlap import Started, run_together
@@ -305,6 +306,11 @@ class Scorer:
         with autocast():
             check_head(model, head)
             return Scorer(head, choose_layout(model), micro_batch, temperature, autocast)
+
+    def logprobs(self, hidden: Tensor, sequences: Sequences, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies [C] of the completion tokens, from packed states [T, d] of a training forward."""
+        with self.autocast():
+            return completion_logprobs(hidden, sequences, self.head, self.temperature, entropy)
 
     def __call__(
         self,

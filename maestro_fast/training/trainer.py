@@ -34,7 +34,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
-from maestro_fast.model.forward import completion_logprobs, last_hidden, policy_outputs
+from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.reference import PromptContexts, Reference, reference_policy
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
@@ -274,7 +274,8 @@ class MaestroTrainer(Trainer):
     def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss from packed hidden states [T, d] and advantages that are known, in one sweep."""
         scorer = self.step.scorer
-        found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
+        with scorer.autocast():
+            found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
         if self.step.scoring.source == "none":
             last = not self._micro_batches
             self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
@@ -285,9 +286,7 @@ class MaestroTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Judges responses by what their training forward gives, and computes the loss from its states [T, d]."""
         scorer, terms = self.step.scorer, self.step.terms
-        logprobs, entropies = completion_logprobs(
-            hidden, sampled.sequences, scorer.head, scorer.temperature, terms.entropy
-        )
+        logprobs, entropies = scorer.logprobs(hidden, sampled.sequences, terms.entropy)
         mode = context_mode(self.step.weights) or "last"
         outputs = policy_outputs(hidden, sampled.sequences, logprobs, entropies, mode)
         with self._saved_if_it_fails(model):
