@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +29,12 @@ class TransformersGenerator:
     concurrent_parts = 0
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, synced_gpus: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+        *,
+        synced_gpus: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """
         Args:
@@ -37,10 +42,13 @@ class TransformersGenerator:
             sampling: The sampling options.
             synced_gpus: Whether all processes stay in the loop until the last one has finished. Sharded weights need
                 this.
+            autocast: Makes the context in which the model samples. One context holds a whole call, so that autocast
+                casts each weight once and not for every token.
         """
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.synced_gpus = synced_gpus
+        self.autocast = autocast
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
@@ -52,7 +60,7 @@ class TransformersGenerator:
         recorder = _LogprobRecorder()
         watcher = _StopStrings(self.tokenizer, self.sampling.stop, input_ids.shape[1])
         devices = [device] if device.type == "cuda" else []
-        with _as_sampler(model), torch.random.fork_rng(devices=devices):
+        with _as_sampler(model), torch.random.fork_rng(devices=devices), self.autocast():
             torch.manual_seed(seed)
             sequences: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=input_ids.to(device),

@@ -28,17 +28,22 @@ from maestro_fast.model.forward import (
     score,
     terminal_states,
 )
-from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of
+from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of, product_dtype
+from maestro_fast.model.load import Checkpoint, LoraSettings, ModelConfig, load_policy
 from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import encode_prompt, text_scorer
+from maestro_fast.model.trained import check_trainable, warn_of_half_precision
 
 __all__ = [
     "VARLEN",
     "Attention",
     "AttentionPath",
+    "Checkpoint",
     "LanguageHead",
     "Layout",
+    "LoraSettings",
+    "ModelConfig",
     "PromptContexts",
     "Reference",
     "Sequences",
@@ -47,6 +52,7 @@ __all__ = [
     "backbone_of",
     "causal_lm",
     "check_head",
+    "check_trainable",
     "choose_layout",
     "completion_logprobs",
     "completion_states",
@@ -55,6 +61,8 @@ __all__ = [
     "frozen_copy",
     "head_of",
     "last_hidden",
+    "load_policy",
+    "product_dtype",
     "prompt_mean",
     "reference_policy",
     "register_varlen",
@@ -62,4 +70,5 @@ __all__ = [
     "terminal_states",
     "text_scorer",
     "use_attention",
+    "warn_of_half_precision",
 ]

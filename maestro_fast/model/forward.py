@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.model.attention import Layout, layout_of
-from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm
+from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, product_dtype
 from maestro_fast.model.rows import Sequences, rows_of
 from maestro_fast.ops import pool_hidden, token_logprobs
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -226,7 +226,7 @@ def _difference(model: nn.Module, layout: Layout) -> float | str:
     vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
     ids = [i % vocabulary for i in range(1, 17)]
     probe = Sequences([ids[:9], ids[9:12], ids[12:15]], [[ids[15]]] * 3)  # When packed, the two short ones share a row.
-    exact = next(model.parameters()).dtype == torch.float32
+    exact = product_dtype(next(model.parameters())) == torch.float32
     with _evaluating(model):
         padded = _states_and_gradients(model, probe, "padded")
         try:

@@ -37,8 +37,12 @@ class LanguageHead:
 
     @property
     def weight(self) -> Tensor:
-        """The weight [V, d]. A sharded weight is gathered, by all processes together."""
-        return whole(self.module.weight)
+        """The weight [V, d], in the dtype in which a linear layer would multiply it, see ``product_dtype``.
+
+        The gradient reaches the weight itself. A sharded weight is gathered, by all processes together.
+        """
+        weight = whole(self.module.weight)
+        return weight.to(product_dtype(weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -50,6 +54,16 @@ class LanguageHead:
     def numbers(self) -> HeadNumbers:
         """The keyword arguments of the head for ``ops.token_logprobs`` and ``ops.linear_policy_loss``."""
         return {"bias": self.bias, "logit_scale": self.scale, "softcap": self.softcap}
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of ``F.linear`` with this weight: autocast's where autocast is on, else the weight's own.
+
+    The ops do not see autocast, so their operands are cast by this rule. Autocast leaves float64 as it is.
+    """
+    device = weight.device.type
+    casts = torch.is_autocast_enabled(device) and weight.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if casts else weight.dtype
 
 
 def causal_lm(model: Any) -> Any:
@@ -110,11 +124,11 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
         own = language_model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         language_model.train(was_training)
-    targets = own.argmax(-1)
-    ours = token_logprobs(states.to(head.weight.dtype), head.weight, targets, **head.numbers).logprobs
+    targets, weight = own.argmax(-1), head.weight
+    ours = token_logprobs(states.to(weight.dtype), weight, targets, **head.numbers).logprobs
     theirs = own.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    # The logits of a half-precision model are themselves rounded to 8 or 11 significant bits.
-    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(head.weight.dtype, 1e-1)
+    # Logits in half precision are themselves rounded to 8 or 11 significant bits.
+    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(weight.dtype, 1e-1)
     worst = (ours - theirs).abs().max().item()
     if worst > tolerance * max(1.0, theirs.abs().max().item()):
         raise ValueError(

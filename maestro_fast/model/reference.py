@@ -1,46 +1,59 @@
 """The reference policy of the KL, and the hidden states of it that the Conductor may read.
 
-The reference is a frozen copy of the model as it was at the start. A model with adapters needs no copy: with its
-adapters off it is the reference. Since the reference never changes, its mean hidden state over a prompt never changes
-either. ``PromptContexts`` computes that vector once for each prompt, as a context for the Conductor.
+The reference is the policy that a run starts from. It is a frozen copy, which shares with the policy every parameter
+that is not trained. So the reference of adapters that go on training costs a copy of the adapters alone. LoRA that
+starts anew needs no copy: it adds exact zeros, so the policy with its adapters off is the reference.
+
+Since the reference never changes, its mean hidden state over a prompt never changes either. ``PromptContexts`` computes
+that vector once for each prompt, as a context for the Conductor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from maestro_fast.model.attention import Layout
 from maestro_fast.model.forward import prompt_mean
 from maestro_fast.model.head import LanguageHead, head_of
 
+_LORA_A, _LORA_B = re.compile(r"\.lora_(embedding_)?A\."), re.compile(r"\.lora_(embedding_)?B\.")
+
 # ``with reference() as (model, head):`` gives the reference model and its head.
 Reference = Callable[[], contextlib.AbstractContextManager[tuple[nn.Module, LanguageHead]]]
 
 
-def frozen_copy(model: Any) -> nn.Module | None:
-    """Copies and freezes the model, in evaluation mode; returns None if its adapters can be switched off instead."""
-    if hasattr(model, "disable_adapter"):
-        return None
-    frozen: nn.Module = copy.deepcopy(model).requires_grad_(False).eval()
+def frozen_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
+    """Copies and freezes the model, in evaluation mode.
+
+    Args:
+        model: a model, with or without adapters.
+        share: whether the copy holds the same parameters as the model wherever the model does not train them. They must
+            not be sharded afterwards.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters() if share and not parameter.requires_grad}
+    frozen: nn.Module = copy.deepcopy(model, shared).requires_grad_(False).eval()
     return frozen
 
 
-def reference_policy(model: Any, frozen: nn.Module | None, accelerator: Accelerator) -> Reference:
+def reference_policy(model: Any, accelerator: Accelerator) -> Reference:
     """Makes the context manager that gives the reference model and its head.
 
     Args:
-        model: the policy. If ``frozen`` is None, its adapters are off while the reference is open.
-        frozen: the result of ``frozen_copy``, before the policy was trained.
+        model: the policy before it is trained. If its adapters are new LoRA, they are off while the reference is open.
         accelerator: puts the copy on the device, or shards it as the policy is sharded.
     """
-    if frozen is not None:
+    if not (hasattr(model, "disable_adapter") and _adds_nothing(model)):
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        frozen = frozen_copy(model, share=not sharded)
         prepared = accelerator.prepare_model(frozen.to(accelerator.device), evaluation_mode=True)
         opened = (prepared, head_of(prepared))
         return lambda: contextlib.nullcontext(opened)
@@ -51,6 +64,17 @@ def reference_policy(model: Any, frozen: nn.Module | None, accelerator: Accelera
             yield model, head_of(model)
 
     return without_adapter
+
+
+def _adds_nothing(model: nn.Module) -> bool:
+    """Whether all that trains is LoRA whose B is 0, so that the model is the same with and without its adapters.
+
+    That is not so of adapters that were trained already, nor of kinds of LoRA that change the base model when they
+    start, such as PiSSA.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    is_lora = all(_LORA_A.search(name) or _LORA_B.search(name) for name, _ in trained)
+    return is_lora and not any(bool(parameter.any()) for name, parameter in trained if _LORA_B.search(name))
 
 
 class PromptContexts:

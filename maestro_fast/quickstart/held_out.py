@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from maestro_fast.evals.statistics import paired_difference
+from maestro_fast.model import ModelConfig, load_policy
 from maestro_fast.records import RewardBatch
 from maestro_fast.reporting import Table
 from maestro_fast.rewards import build_anchor
-from maestro_fast.training import ModelConfig, PromptDataset, parse_config
+from maestro_fast.training import PromptDataset, parse_config
 from maestro_fast.training.prompt_weights import sample_responses
-from maestro_fast.training.run import load_policy
 
 SAMPLES, SEED = 8, 1  # the number of responses to each prompt, and the seed with which they are sampled
 

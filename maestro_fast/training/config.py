@@ -16,7 +16,7 @@ import yaml
 from maestro_fast.functions import load_function
 from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
 from maestro_fast.generation.config import GENERATION
-from maestro_fast.model.attention import Attention
+from maestro_fast.model.load import ModelConfig
 from maestro_fast.rewards import AnchorConfig, RewardConfig
 from maestro_fast.settings import Choice, SettingsError, build, override
 from maestro_fast.specs import FunctionLoss, PolicyLossConfig
@@ -26,42 +26,6 @@ from maestro_fast.training.plan import Method
 from maestro_fast.weighting import WeightsConfig
 
 LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA adapters, which need the extra ``peft``.
-
-    Attributes:
-        r: the rank of the adapters.
-        alpha: the scale of the adapters, as ``lora_alpha`` of ``peft.LoraConfig``.
-        dropout: the dropout of the adapters' inputs, as ``lora_dropout`` of ``peft.LoraConfig``.
-        target_modules: the modules that get adapters, as in ``peft.LoraConfig``.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The policy.
-
-    Attributes:
-        path: a local directory or a hub name, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
-        dtype: the dtype of the weights; "auto" keeps the checkpoint's.
-        attention: "auto" takes flash-attn if it can be imported, else torch's varlen kernel, both on CUDA devices and
-            for half-precision weights only, else sdpa; any other is used or refused, and ``maestro-fast info`` shows
-            which can serve.
-        lora: the adapters; null trains all weights.
-    """
-
-    path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Attention = "auto"
-    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True)

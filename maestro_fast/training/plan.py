@@ -20,6 +20,7 @@ from torch import nn
 
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.model.head import causal_lm, head_of
+from maestro_fast.model.trained import check_trainable
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -74,6 +75,7 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
             f"model: {type(language_model).__name__}.forward takes no logits_to_keep, so it would form all logits"
         )
     head_of(model)
+    check_trainable(model)
     return plan
 
 

@@ -24,13 +24,13 @@ from maestro_fast.model.forward import (
     prompt_mean,
     terminal_states,
 )
+from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.model.rows import Sequences
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
-from maestro_fast.training.config import ModelConfig, TrainConfig, parse_config, read_config
+from maestro_fast.training.config import TrainConfig, parse_config, read_config
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.plan import context_mode
-from maestro_fast.training.run import load_policy
 from maestro_fast.weighting import (
     Anchored,
     Conductor,

@@ -9,17 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from maestro_fast.generation import (
     Engine,
@@ -32,14 +24,14 @@ from maestro_fast.generation import (
     generation_config,
 )
 from maestro_fast.generation.transformers import stop_ids
-from maestro_fast.model.attention import attention_choice, use_attention
 from maestro_fast.model.head import causal_lm
+from maestro_fast.model.load import Checkpoint, load_policy
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.arguments import training_arguments
+from maestro_fast.training.arguments import default_learning_rate, mixed_precision, training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
-from maestro_fast.training.config import ModelConfig, TrainConfig
+from maestro_fast.training.config import TrainConfig
 from maestro_fast.training.data import PromptDataset, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
 from maestro_fast.training.run_directory import open_run_directory, staged
@@ -48,54 +40,7 @@ from maestro_fast.training.weight_sync import check_room
 from maestro_fast.weighting import build_weight_policy
 
 logger = logging.getLogger(__name__)
-
-
-def load_policy(config: ModelConfig, device: torch.device | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Loads the model into host memory, adds adapters if they are configured, and loads its tokenizer.
-
-    Args:
-        config: the section ``model`` of the run.
-        device: the device on which the model is going to run, which decides on its attention.
-
-    Raises:
-        SettingsError: ``model.attention`` cannot serve on the device, in this dtype, or this model.
-    """
-    attention_choice(config.attention, device)  # This raises before the weights are read.
-    tokenizer = AutoTokenizer.from_pretrained(config.path)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        attn_implementation=None if config.attention in ("auto", "varlen") else config.attention,
-    )
-    _set_attention(model, config.attention, device)
-    if config.lora is None:
-        return model, tokenizer
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError('model.lora: needs peft, pip install "maestro-fast[peft]"') from error
-    lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora), tokenizer
-
-
-def _set_attention(model: Any, wanted: str, device: torch.device | None) -> None:
-    """Chooses the attention again, now that the dtype is known."""
-    implementation, reason = attention_choice(wanted, device, model.dtype)
-    loaded = model.config._attn_implementation
-    if implementation not in (loaded, "sdpa"):  # A model without SDPA keeps eager attention.
-        try:
-            use_attention(model, implementation)
-        except (ValueError, ImportError) as error:
-            if wanted != "auto":
-                raise SettingsError(f"model.attention: {wanted} cannot serve: {error}") from error
-            reason = f"{implementation} was the choice, but {error}"
-    logger.info("attention: %s, %s", model.config._attn_implementation, reason)
+MERGED = "merged"  # base + adapter, where model.adapter: merge and model.lora train a new adapter on them
 
 
 def train(
@@ -128,7 +73,10 @@ def train(
     check_generation(generation, args.device, args.world_size)
     with open_run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # New adapters are drawn at random.
-        model, tokenizer = load_policy(config.model, args.device)
+        merged = run_dir / MERGED if args.process_index == 0 else None
+        model, tokenizer = load_policy(config.model, args.device, mixed=mixed_precision(args), merged=merged)
+        if "learning_rate" not in config.trainer:  # Only now is it known whether a hub name stands for an adapter.
+            args.learning_rate = default_learning_rate(config.model)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
         with _engine(config, generation, model, tokenizer, args) as engine:
@@ -168,15 +116,14 @@ def _engine(
     args: TrainingArguments,
 ) -> Iterator[Engine | None]:
     """Gives the engine that ``generation`` asks for, or None, and closes it at the end."""
-    mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     engine = build_engine(
         generation,
         Served(
-            path=config.model.path,
+            path=Checkpoint.at(config.model.path).base,  # An engine cannot load an adapter; it gets merged weights.
             tokenizer=tokenizer,
             sampling=config.sampling,
             stop_ids=frozenset(stop_ids(causal_lm(model), tokenizer)),
-            dtype=mixed or next(model.parameters()).dtype,
+            dtype=mixed_precision(args) or next(model.parameters()).dtype,
             device=args.device,
             processes=args.world_size,
         ),

@@ -14,6 +14,7 @@ What each of these does stands below, in functions that take what they need. The
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
 from maestro_fast.model.attention import Layout
+from maestro_fast.model.forward import choose_layout, completion_logprobs
 from maestro_fast.model.forward import score as score_forward
-from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.head import LanguageHead, check_head, head_of
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import text_scorer
@@ -34,6 +36,7 @@ from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
 from maestro_fast.rewards import RewardSet
+from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
 from maestro_fast.training.overlap import Started, run_together
@@ -278,12 +281,36 @@ class Scorer:
         layout: how the sequences are laid out as rows of the model's input.
         micro_batch: the number of responses in one forward.
         temperature: the number that divides the logits.
+        autocast: makes the context of mixed precision in which the policy is trained, so that it is scored in the same.
     """
 
     head: LanguageHead
     layout: Layout
     micro_batch: int
     temperature: float
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        micro_batch: int,
+        temperature: float,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> Scorer:
+        """Reads head and layout off a policy, and tries both on a few tokens in the precision of the training.
+
+        Raises:
+            ValueError: the head cannot be read, see ``check_head``.
+        """
+        head = head_of(model)
+        with autocast():
+            check_head(model, head)
+            return Scorer(head, choose_layout(model), micro_batch, temperature, autocast)
+
+    def logprobs(self, hidden: Tensor, sequences: Sequences, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies [C] of the completion tokens, from packed states [T, d] of a training forward."""
+        with self.autocast():
+            return completion_logprobs(hidden, sequences, self.head, self.temperature, entropy)
 
     def __call__(
         self,
@@ -302,16 +329,17 @@ class Scorer:
             entropy: whether to return entropies as well.
             context: how each response's hidden states are pooled into its context; None returns no contexts.
         """
-        return score_forward(
-            model,
-            sequences,
-            head or self.head,
-            layout=self.layout,
-            micro_batch=self.micro_batch,
-            temperature=self.temperature if temperature is None else temperature,
-            entropy=entropy,
-            context=context,
-        )
+        with self.autocast():
+            return score_forward(
+                model,
+                sequences,
+                head or self.head,
+                layout=self.layout,
+                micro_batch=self.micro_batch,
+                temperature=self.temperature if temperature is None else temperature,
+                entropy=entropy,
+                context=context,
+            )
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
-from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, policy_outputs
-from maestro_fast.model.head import check_head, head_of
-from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
+from maestro_fast.model.forward import last_hidden, policy_outputs
+from maestro_fast.model.reference import PromptContexts, Reference, reference_policy
+from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
@@ -66,8 +66,8 @@ class MaestroTrainer(Trainer):
     Accumulation, mixed precision, PEFT, DDP, loggers and callbacks are transformers.Trainer's own.
 
     Args:
-        model: a causal language model of transformers, with or without PEFT adapters. With a KL and without
-            adapters, a frozen copy of it becomes the reference.
+        model: a causal language model of transformers, with or without PEFT adapters. With a KL, the model as it is
+            here becomes the reference, see ``model/reference.py``.
         tokenizer: the model's own; it needs a chat template if prompts are messages.
         dataset: the prompts.
         rewards: the rewards, for example from ``rewards.build_rewards``.
@@ -132,7 +132,6 @@ class MaestroTrainer(Trainer):
         self._plan = plan = checked_plan(self.method, model, dataset, args.world_size)
         plan.set_sizes(args)
         needs_reference = self._terms.reads_reference or reads_reference(weights)
-        frozen = frozen_copy(model) if needs_reference else None
         self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
         self._micro_batches: list[MicroBatch | Sampled] = []  # those of the generation batch that are left
         super().__init__(
@@ -154,7 +153,8 @@ class MaestroTrainer(Trainer):
         if not self.args.disable_tqdm:
             StageProgress.replace_bar(self, self.clock)
         self.add_callback(StepEvents(self))
-        reference = reference_policy(model, frozen, self.accelerator) if needs_reference else None
+        warn_of_half_precision(model, args.learning_rate, self.accelerator)
+        reference = reference_policy(model, self.accelerator) if needs_reference else None
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
         self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
@@ -173,14 +173,12 @@ class MaestroTrainer(Trainer):
         generator: Callable[[Scorer], Generator],
     ) -> Step:
         """Builds the parts of every generation batch. ``generator`` makes the generator from the policy's scorer."""
-        head = head_of(model)
-        check_head(model, head)
         check_profile(weights, self._profile)
         plan, sampling = self._plan, self.method.sampling
         scoring = choose_scoring(model, plan, rewards, weights, self._terms)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         processes = Processes(self.accelerator)
-        scorer = Scorer(head, choose_layout(model), plan.micro_batch, sampling.temperature)
+        scorer = Scorer.of(model, plan.micro_batch, sampling.temperature, self.accelerator.autocast)
         return Step(
             plan=plan,
             terms=self._terms,
@@ -204,7 +202,8 @@ class MaestroTrainer(Trainer):
             return generator
         if engine is None:
             sampling = self.method.sampling
-            return TransformersGenerator(self._tokenizer, sampling, synced_gpus=self.is_fsdp_enabled)
+            autocast = self.accelerator.autocast
+            return TransformersGenerator(self._tokenizer, sampling, synced_gpus=self.is_fsdp_enabled, autocast=autocast)
         rows = [self._dataset[i] for i in range(min(len(self._dataset), max(8, probe.sequences)))]
         prompt_ids = self._dataset.prompts(rows, self._tokenizer).token_ids
         return synced_generator(engine, probe, prompt_ids, scorer, self.accelerator, self.clock)
@@ -275,7 +274,8 @@ class MaestroTrainer(Trainer):
     def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss from packed hidden states [T, d] and advantages that are known, in one sweep."""
         scorer = self.step.scorer
-        found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
+        with scorer.autocast():
+            found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
         if self.step.scoring.source == "none":
             last = not self._micro_batches
             self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
@@ -286,9 +286,7 @@ class MaestroTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Judges responses by what their training forward gives, and computes the loss from its states [T, d]."""
         scorer, terms = self.step.scorer, self.step.terms
-        logprobs, entropies = completion_logprobs(
-            hidden, sampled.sequences, scorer.head, scorer.temperature, terms.entropy
-        )
+        logprobs, entropies = scorer.logprobs(hidden, sampled.sequences, terms.entropy)
         mode = context_mode(self.step.weights) or "last"
         outputs = policy_outputs(hidden, sampled.sequences, logprobs, entropies, mode)
         with self._saved_if_it_fails(model):

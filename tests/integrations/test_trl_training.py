@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +125,32 @@ def test_two_rewards_of_one_name_are_two_rewards(settings: Make, ingredients: Ma
 
     first, second = (history(trainer, f"weights/<lambda>{number}") for number in ("", "_2"))
     assert first == second == [0.5]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole model", "adapter loaded for inference"])
+def test_a_model_of_which_nothing_trains_is_refused(
+    settings: Make, ingredients: Make, tmp_path: Path, beta: float, adapter: bool
+) -> None:
+    parts = ingredients()
+    if adapter:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        peft.get_peft_model(ingredients()["model"], lora).save_pretrained(tmp_path / "adapter")
+        parts["model"] = peft.PeftModel.from_pretrained(parts["model"], tmp_path / "adapter")
+    else:
+        parts["model"].requires_grad_(False)
+
+    with pytest.raises(ValueError, match=r"^model: none of the parameters of \w+ that the policy uses requires a grad"):
+        MaestroGRPOTrainer(args=settings(beta=beta), **parts)
+
+
+def test_training_in_half_precision_is_said(
+    settings: Make, ingredients: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = ingredients()
+    MaestroGRPOTrainer(args=settings(learning_rate=1e-6), **parts)
+    assert "rounds away" not in caplog.text
+    parts["model"].bfloat16()
+    MaestroGRPOTrainer(args=settings(learning_rate=1e-6), **parts)
+    assert "trained in bfloat16, which rounds away a step of the learning rate 1e-06" in caplog.text

@@ -338,6 +338,31 @@ def test_a_run_with_varlen_equals_one_with_sdpa(
     assert kernels.calls and moved > 2e-2
 
 
+def test_varlen_serves_float32_weights_in_mixed_precision(
+    monkeypatch: pytest.MonkeyPatch, raw_config: dict[str, Any]
+) -> None:
+    """The kernel here refuses float32 as the real one does. So every forward of the run, trials included, is cast."""
+    seen: set[torch.dtype] = set()
+
+    def kernel(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if query.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"varlen_attn takes half precision, not {query.dtype}")
+        seen.add(query.dtype)
+        return PlainKernels().varlen_attn(query, *rest, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(
+        "maestro_fast.model.attention.varlen_obstacle",
+        lambda device, dtype=None: "it needs half precision" if dtype is torch.float32 else None,
+    )
+    for name, value in {"model.attention": "varlen", "trainer.bf16": True, "loss.kl_coef": 0.01}.items():
+        override(raw_config, name, value)
+    trainer = train(parse_config(raw_config), raw_config)
+
+    assert trainer.step.scorer.layout == "varlen" and seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
 def test_a_run_that_asks_for_varlen_does_not_start_without_it(
     monkeypatch: pytest.MonkeyPatch, raw_config: dict[str, Any]
 ) -> None:

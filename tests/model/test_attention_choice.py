@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from maestro_fast.model.attention import VARLEN, attention_choice, attention_paths
+from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.config import ModelConfig
-from maestro_fast.training.run import load_policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -101,6 +100,10 @@ def test_a_refused_dtype_is_found_once_the_weights_are_read(
     assert model.config._attn_implementation == VARLEN
     model, _ = load_policy(ModelConfig(str(checkpoint()), attention="auto", dtype="float32"), CUDA)
     assert model.config._attn_implementation == "sdpa"
+    for wanted in ("auto", "varlen"):  # Autocast gives the kernel half precision, whatever the weights are.
+        config = ModelConfig(str(checkpoint()), attention=wanted, dtype="float32")
+        model, _ = load_policy(config, CUDA, mixed=torch.bfloat16)
+        assert model.config._attn_implementation == VARLEN
 
 
 def test_auto_keeps_the_attention_of_a_model_that_cannot_change_it(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from maestro_fast.model.attention import Layout
-from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.forward import choose_layout, completion_logprobs, completion_states, last_hidden, score
 from maestro_fast.model.head import LanguageHead, check_head, head_of
 from maestro_fast.model.rows import Sequences
 from tests.tiny import tiny_model
@@ -78,6 +78,31 @@ def test_gradients_equal_those_through_the_models_own_logits(layout: Layout) -> 
 
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "no autocast"])
+def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(mixed: bool) -> None:
+    """Under autocast its operands are rounded as ``F.linear`` rounds them, and the float32 weight gets the gradient."""
+    torch.manual_seed(0)
+    model = tiny_model()
+    head, tokens = head_of(model), sum(SEQUENCES.lengths)
+    hidden = torch.randn(tokens, 32, requires_grad=True)
+    rounded = (lambda x: x.bfloat16().double()) if mixed else (lambda x: x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        ours, _ = completion_logprobs(hidden, SEQUENCES, head, 1.0, "none")
+        states, targets = completion_states(hidden, SEQUENCES, torch.float32)
+        logits = torch.nn.functional.linear(states, head.module.weight)
+        theirs = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    gradients = [torch.autograd.grad(x.sum(), [hidden, head.module.weight]) for x in (ours, theirs)]
+    exact = (rounded(states) @ rounded(head.module.weight).T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    assert head.weight.dtype is torch.float32
+    assert logits.dtype is (torch.bfloat16 if mixed else torch.float32)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-5)
+    assert (ours - theirs).abs().max() <= (3e-2 if mixed else 1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype is torch.float32
+        assert (one - other).abs().max() <= (3e-2 if mixed else 1e-5) * other.abs().max()
 
 
 def test_packing_is_chosen_where_the_model_keeps_sequences_apart() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
-from maestro_fast.model import backbone_of, check_head, head_of
+from maestro_fast.model import backbone_of, check_head, head_of, product_dtype
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
 from maestro_fast.ops.loss_function import wants_entropies
 
@@ -143,7 +143,8 @@ def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[st
     rows, bounds, advantages = counted.nonzero(as_tuple=True), _bounds(lengths).cpu(), inputs["advantages"].cpu()
     hidden = _completion_hidden(trainer, model, inputs)
     head = head_of(trainer.model)
-    weight = head.weight.to(head_dtype(trainer, head.weight))
+    parameter: Any = head.module.weight
+    weight: Tensor = parameter.to(head_dtype(trainer, parameter))
     out = linear_policy_loss(
         hidden[rows].to(weight.device, weight.dtype),
         weight,
@@ -162,14 +163,11 @@ def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[st
 
 
 def head_dtype(trainer: Any, weight: Tensor) -> torch.dtype:
-    """The dtype of the head's product in TRL: autocast's, as for every other linear layer, or else the weight's."""
-    device = weight.device.type
-    with trainer.accelerator.autocast():
-        casts = torch.is_autocast_enabled(device) and weight.dtype is not torch.float64
-    if not casts or getattr(trainer.args, "cast_lm_head_to_fp32", False):
+    """The dtype of the head's product in TRL: that of every other linear layer, unless TRL casts the head's logits."""
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
         return weight.dtype
     with trainer.accelerator.autocast():
-        return torch.get_autocast_dtype(device)
+        return product_dtype(weight)
 
 
 def _completion_hidden(trainer: Any, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ from maestro_fast.integrations.trl.context import (
     scores_old_logprobs,
 )
 from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
-from maestro_fast.model import causal_lm, terminal_states
+from maestro_fast.model import causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
 from maestro_fast.weighting.families import family_metrics
@@ -87,7 +87,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         profile: the profile in use.
 
     Raises:
-        ValueError: a name or an option is unknown, or a setting is one that ``refusals`` lists.
+        ValueError: a name or an option is unknown, a setting is one that ``refusals`` lists, or nothing in the model
+            would be trained.
         TypeError: ``loss`` is neither a name nor a function.
         ImportError: this version of TRL is too old.
     """
@@ -107,6 +108,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             raise TypeError(f"{type(self).__name__}: no trl.GRPOTrainer, expected it among the bases after the mixin")
         refuse.check_version()
         super().__init__(*args, **kwargs)
+        check_trainable(self.model)
+        warn_of_half_precision(self.model, self.args.learning_rate, self.accelerator)
         self._reward_names = _unique(self.reward_func_names)
         if isinstance(weights, str | Mapping):
             width = causal_lm(self.model).config.get_text_config().hidden_size
