@@ -6,6 +6,7 @@ Axis suffixes: B responses, K rewards, C completion tokens (of all responses, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,8 +167,44 @@ class RewardBatch:
             mean_logprobs_B=some(self.mean_logprobs_B),
         )
 
+    def copied(self) -> RewardBatch:
+        """Makes the same batch with lists, dicts and tensors of its own, so a reward may change whatever it is given.
+
+        The responses to one prompt share its messages until here; in the copy each has its own.
+        """
+        return replace(
+            self,
+            prompts=own_copy(self.prompts),
+            completions=own_copy(self.completions),
+            completion_ids=[list(ids) for ids in self.completion_ids],
+            columns={name: own_copy(values) for name, values in self.columns.items()},
+            mean_entropies_B=own_copy(self.mean_entropies_B),
+            mean_logprobs_B=own_copy(self.mean_logprobs_B),
+        )
+
     def __len__(self) -> int:
         return len(self.completions)
+
+
+def own_copy(value: Any) -> Any:
+    """An equal value whose lists, dicts, sets, tensors and arrays belong to the caller alone.
+
+    A list that stands at several places becomes as many lists. (``copy.deepcopy`` would keep it one, which the
+    responses to a prompt would go on sharing.) Text and numbers, which nobody can change, and objects of other classes
+    are shared.
+    """
+    kind = type(value)
+    if kind is list:
+        return [own_copy(item) for item in value]
+    if kind is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    if kind is tuple:
+        return tuple(own_copy(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list | dict | set | bytearray) or kind.__module__ == "numpy":
+        return deepcopy(value)
+    return value
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class LengthReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (_is_number(self.target) and self.target >= 0):
@@ -108,6 +109,7 @@ class EntropyReward:
 
     needs_entropy: ClassVar[bool] = True
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option, allowed in (("direction", Direction), ("estimate", Estimate), ("reduction", Reduction)):

@@ -44,6 +44,7 @@ class FormatReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_tags(self.tags)

@@ -55,6 +55,7 @@ class NoverReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = True
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option in ("reasoning_weight", "efficiency_weight"):

@@ -85,6 +85,7 @@ class PerplexityReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = True
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_tags(self.tags)

@@ -106,6 +106,7 @@ class PreferenceReward(PreferenceConfig):
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

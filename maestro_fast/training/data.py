@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.model.text_scorer import encode_prompt
 from maestro_fast.records import Prompts, Text
+from maestro_fast.rewards import RewardSet, masks
 
 Row = dict[str, Any]
 
@@ -108,6 +109,29 @@ class PromptDataset(Dataset[Row]):
                 )
             longest = max(longest, tokens)
         return longest
+
+
+def check_conditions(
+    rewards: RewardSet, anchor: RewardSet | None, dataset: PromptDataset, evaluation: PromptDataset | None
+) -> None:
+    """Checks the conditions ``where`` of all rewards against the data, which is known before the first step.
+
+    A value may stand in held-out prompts alone.
+
+    Raises:
+        SettingsError: the data have no such column or value, so that a reward would abstain for ever.
+    """
+    rows = [
+        {name: value for name, value in row.items() if name != data.prompt_column}
+        for data in (dataset, evaluation)
+        if data is not None
+        for row in data.rows
+    ]
+    named = [(f"rewards[{i}]", reward) for i, reward in enumerate(rewards.rewards)]
+    named += [("anchor", reward) for reward in (() if anchor is None else anchor.rewards)]
+    for path, reward in named:
+        for where, mask in masks(reward, path):
+            mask.check_rows(rows, where)
 
 
 def load_prompts(config: DataConfig) -> PromptDataset:

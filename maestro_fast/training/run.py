@@ -40,7 +40,7 @@ from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import ModelConfig, TrainConfig
-from maestro_fast.training.data import PromptDataset, load_prompts
+from maestro_fast.training.data import PromptDataset, check_conditions, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
 from maestro_fast.training.run_directory import open_run_directory, staged
 from maestro_fast.training.trainer import MaestroTrainer
@@ -121,6 +121,7 @@ def train(
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
+    check_conditions(rewards, anchor, dataset, evaluation)
     policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
     keep_best = _keeps_best(config, args, policy.name)
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)

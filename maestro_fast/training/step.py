@@ -32,7 +32,16 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
+from maestro_fast.records import (
+    PolicyOutputs,
+    Prompts,
+    RewardBatch,
+    Rollouts,
+    StepRecord,
+    Text,
+    own_copy,
+    response_means,
+)
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
@@ -370,7 +379,7 @@ class Judges:
 
 
 def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes) -> dict[str, list[Any]]:
-    """The data set columns that a weight policy asked for, over all processes.
+    """The data set columns that a weight policy asked for, over all processes, as copies that it may change.
 
     Raises:
         ValueError: the data has no such column.
@@ -381,7 +390,7 @@ def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes
                 f"weights: policy {weights.name!r} reads the column {name!r}, the data has "
                 f"{', '.join(sorted(prompts.columns)) or 'none beside the prompts'}"
             )
-    return {name: processes.gather_objects(prompts.columns[name]) for name in weights.needs_columns}
+    return {name: own_copy(processes.gather_objects(prompts.columns[name])) for name in weights.needs_columns}
 
 
 def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> Tensor | None:
