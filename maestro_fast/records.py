@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -172,18 +172,13 @@ class RewardBatch:
 
         The responses to one prompt share its messages until here; in the copy each has its own.
         """
-        return replace(
-            self,
-            prompts=own_copy(self.prompts),
-            completions=own_copy(self.completions),
-            completion_ids=[list(ids) for ids in self.completion_ids],
-            columns={name: own_copy(values) for name, values in self.columns.items()},
-            mean_entropies_B=own_copy(self.mean_entropies_B),
-            mean_logprobs_B=own_copy(self.mean_logprobs_B),
-        )
+        return replace(self, **{item.name: own_copy(getattr(self, item.name)) for item in fields(self)})
 
     def __len__(self) -> int:
         return len(self.completions)
+
+
+_SHARED = {str, int, float, bool, type(None)}
 
 
 def own_copy(value: Any) -> Any:
@@ -195,6 +190,8 @@ def own_copy(value: Any) -> Any:
     """
     kind = type(value)
     if kind is list:
+        if set(map(type, value)) <= _SHARED:  # this is the quick way for token ids
+            return value.copy()
         return [own_copy(item) for item in value]
     if kind is dict:
         return {key: own_copy(item) for key, item in value.items()}

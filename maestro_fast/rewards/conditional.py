@@ -20,6 +20,7 @@ from inspect import isawaitable
 from typing import Any
 
 from maestro_fast.records import RewardBatch
+from maestro_fast.rewards.first_batches import Look, own_reason
 from maestro_fast.rewards.reward import Reward, RewardValues, blame, column_of, judge
 from maestro_fast.settings import SettingsError
 
@@ -66,6 +67,14 @@ class Gate:
 
         return later()
 
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it taught nothing, see ``first_batches``."""
+        if look.value != self.closed:
+            return own_reason(self.reward, look)
+        return (
+            f"its gate never opened ({self.on.name!r} stayed below {self.threshold:g}), or the same came from behind it"
+        )
+
     def _open_rows(self, values: RewardValues, count: int) -> list[int]:
         items = column_of(self.on.name, values, count).tolist()
         return [i for i, item in enumerate(items) if item >= self.threshold]  # False for NaN, an abstention
@@ -104,6 +113,13 @@ class Where:
         values = {name: batch.columns[name] for name in self.columns}
         rows = [i for i in range(len(batch)) if self._counts({name: values[name][i] for name in values})]
         return _on_rows(self.reward, batch, rows, None)
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it taught nothing, see ``first_batches``."""
+        reason = own_reason(self.reward, look)
+        if look.value is not None:
+            return reason
+        return f"no prompt of these batches has {self.mask!r}{', or ' + reason if reason else ''}"
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.rewards.first_batches import Look
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ class FormatReward:
         if not self.partial:
             return 0.0
         return 0.5 * sum(_well_formed(text, tag) for tag in self.tags) / len(self.tags)
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why no completion has the form, see ``first_batches``."""
+        if look.value == 1.0:
+            return "every completion has the wanted form already"
+        if self.pattern is not None:
+            return f"no completion as a whole matches the pattern {self.pattern!r}"
+        marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
+        end = look.prompt_end.rstrip()
+        opened = next((mark for mark in marks if end.endswith(mark)), "")
+        if opened and any(self._score(opened + text) == 1.0 for text in look.completions):
+            return f"the chat template ends the prompt with {opened}, so the completions lack it"
+        missing = [mark for mark in marks if mark != opened and not any(mark in text for text in look.completions)]
+        if not missing:
+            return "no completion has every tag opened and closed once, in order and with nothing outside"
+        special = [mark for mark in missing if mark in look.written]
+        if special:
+            return f"{', '.join(special)} is a special token, which is left out of the text that rewards read"
+        return f"no completion has {', '.join(missing)}"
 
 
 def split_tags(text: str, tags: Sequence[str] = ("think", "answer")) -> dict[str, str] | None:

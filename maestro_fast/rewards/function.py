@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from maestro_fast.functions import load_function
 from maestro_fast.records import RewardBatch, own_copy
+from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.reward import RewardValues
 from maestro_fast.settings import REST
 
@@ -108,6 +109,13 @@ class FunctionReward:
         copies = {argument: value if argument in self.options else own_copy(value) for argument, value in given.items()}
         result: RewardValues | Awaitable[RewardValues] = self.function(**copies)
         return result
+
+    def why_silent(self, look: Look) -> str:
+        """Says where to look, see ``first_batches``."""
+        name = callable_name(self.function)
+        if look.value is None:
+            return f"does {name} find what it needs, in the text and in the columns?"
+        return f"{name} returned the same number every time; does it find in the text what it looks for?"
 
 
 def callable_name(function: Callable[..., Any]) -> str:

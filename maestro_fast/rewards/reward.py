@@ -45,8 +45,8 @@ class Reward(Protocol):
         needs_entropy: whether the reward reads ``batch.mean_entropies_B``.
         needs_policy: whether the reward calls ``batch.score_texts``.
 
-    A reward may also have ``reads_only``: True says that it changes nothing of the batch, so that it is not copied for
-    it; and ``why_silent``, see ``rewards.first_batches``.
+    A reward may also have ``reads_only``: True says that it changes nothing of the batch, which is then not copied for
+    it. And it may have the method ``why_silent``, see ``rewards.first_batches``.
     """
 
     @property

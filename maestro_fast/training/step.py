@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from maestro_fast.records import (
     response_means,
 )
 from maestro_fast.rewards import RewardSet
+from maestro_fast.rewards.first_batches import FirstBatches
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
 from maestro_fast.training.overlap import Started, run_together
@@ -196,6 +197,7 @@ class Step:
         with clock.stage("conductor_update"):
             learn(outcome)
         record = step_record(sampled.step, rollouts, outcome, processes)
+        self.judges.watch_first(record, rollouts, self.sampler.group_size)
         metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
         metrics |= policy_metrics(rollouts, outputs, processes.gather) | rollouts.metrics
         logprobs = TokenLogprobs(
@@ -350,6 +352,22 @@ class Judges:
         """
         batch = self._reward_batch(model, rollouts, outputs, number)
         return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
+
+    @cached_property
+    def _first_batches(self) -> FirstBatches:
+        return FirstBatches(self.rewards.rewards)
+
+    def watch_first(self, record: StepRecord, rollouts: Rollouts, group_size: int) -> None:
+        """Has the main process report rewards that teach nothing over the first batches, see ``FirstBatches``."""
+
+        def tokens_of(row: int) -> tuple[str, str]:
+            if row >= len(rollouts):  # The rows of the main process come first; those of others have no tokens here.
+                return "", ""
+            prompt_ids, completion_ids = rollouts.prompts.token_ids[row], rollouts.completion_ids[row]
+            return str(self.tokenizer.decode(completion_ids)), str(self.tokenizer.decode(prompt_ids[-32:]))
+
+        if self.processes.rank == 0:
+            self._first_batches.see(record, group_size, tokens_of)
 
     def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
         """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together."""
