@@ -53,7 +53,7 @@ def experience(
 
     Responses from which nothing can be learnt are left out: they are in a group without spread, or have no meta-reward,
     or their action emphasised a reward that abstained from them. Such an action changed nothing, so it gets no credit;
-    ``all_actions`` gives it the mean of the other actions, which has no gradient.
+    ``all_actions`` gives it the mean of the other actions, which has next to no gradient.
 
     Args:
         outcome: the batch and its advantages.
