@@ -76,18 +76,7 @@ class FormatReward:
             return "every completion has the wanted form already"
         if self.pattern is not None:
             return f"no completion as a whole matches the pattern {self.pattern!r}"
-        marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
-        end = look.prompt_end.rstrip()
-        opened = next((mark for mark in marks if end.endswith(mark)), "")
-        if opened and any(self._score(opened + text) == 1.0 for text in look.completions):
-            return f"the chat template ends the prompt with {opened}, so the completions lack it"
-        missing = [mark for mark in marks if mark != opened and not any(mark in text for text in look.completions)]
-        if not missing:
-            return "no completion has every tag opened and closed once, in order and with nothing outside"
-        special = [mark for mark in missing if mark in look.written]
-        if special:
-            return f"{', '.join(special)} is a special token, which is left out of the text that rewards read"
-        return f"no completion has {', '.join(missing)}"
+        return why_without_form(self.tags, look)
 
 
 def split_tags(text: str, tags: Sequence[str] = ("think", "answer")) -> dict[str, str] | None:
@@ -102,6 +91,22 @@ def match_tags(text: str, tags: Sequence[str]) -> re.Match[str] | None:
         return None
     blocks = [rf"\s*<{re.escape(tag)}>(.*?)</{re.escape(tag)}>\s*" for tag in tags]
     return re.fullmatch("".join(blocks), text, re.DOTALL)
+
+
+def why_without_form(tags: Sequence[str], look: Look) -> str:
+    """The likely reason why no completion has the form."""
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    end = look.prompt_end.rstrip()
+    opened = next((mark for mark in marks if end.endswith(mark)), "")
+    if opened and any(match_tags(opened + text, tags) is not None for text in look.completions):
+        return f"the chat template ends the prompt with {opened}, so the completions lack it"
+    missing = [mark for mark in marks if mark != opened and not any(mark in text for text in look.completions)]
+    if not missing:
+        return "no completion has every tag opened and closed once, in order and with nothing outside"
+    special = [mark for mark in missing if mark in look.written]
+    if special:
+        return f"{', '.join(special)} is a special token, which is left out of the text that rewards read"
+    return f"no completion has {', '.join(missing)}"
 
 
 def check_tags(tags: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look
-from maestro_fast.rewards.format import FormatReward
+from maestro_fast.rewards.format import why_without_form
 from maestro_fast.rewards.perplexity import Formula, Judged, PerplexityReward
 
 
@@ -84,7 +84,7 @@ class NoverReward:
         """The likely reason why it gave nothing, see ``first_batches``."""
         if look.value is None:
             return f"the column {self.reference!r} is empty"
-        return FormatReward(self.tags).why_silent(look) if look.value == 0.0 else ""
+        return why_without_form(self.tags, look) if look.value == 0.0 else ""
 
     def _value(self, judgement: Judged | None, valid: list[Judged]) -> float:
         if judgement is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maestro_fast.records import RewardBatch, plain_text
 from maestro_fast.rewards.first_batches import Look
-from maestro_fast.rewards.format import FormatReward, check_tags, match_tags
+from maestro_fast.rewards.format import check_tags, match_tags, why_without_form
 
 Transform = Literal["neg_log", "rank"]
 Formula = Literal["paper", "released"]
@@ -112,7 +112,7 @@ class PerplexityReward:
         """The likely reason why it always abstained, see ``first_batches``."""
         if look.value is not None or not self.require_format:
             return ""
-        return f"the column {self.reference!r} is empty, or {FormatReward(self.tags).why_silent(look)}"
+        return f"the column {self.reference!r} is empty, or {why_without_form(self.tags, look)}"
 
     def judge(self, batch: RewardBatch, references: list[str]) -> list[Judged | None]:
         """-log P and len(t) of each row, or None where the reward abstains."""

@@ -121,8 +121,8 @@ def train(
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
-    check_conditions(rewards, anchor, dataset, evaluation)
     policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
+    check_conditions(rewards, anchor, policy, dataset, evaluation)
     keep_best = _keeps_best(config, args, policy.name)
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
     generation = generation_config(config.generation)

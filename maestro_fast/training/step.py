@@ -440,8 +440,8 @@ def step_record(step: int, rollouts: Rollouts, outcome: Outcome, processes: Proc
         step=step,
         reward_names=context.reward_names,
         families=processes.gather_objects(rollouts.prompts.families),
-        prompts=processes.gather_objects(rollouts.prompts.texts),
-        completions=processes.gather_objects(rollouts.completions),
+        prompts=own_copy(processes.gather_objects(rollouts.prompts.texts)),  # An observer may change its record.
+        completions=own_copy(processes.gather_objects(rollouts.completions)),
         rewards_BK=context.rewards_BK.cpu(),
         weights_BK=weights.weights_BK.cpu(),
         expected_weights_BK=weights.expected_BK.cpu(),

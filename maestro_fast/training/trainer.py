@@ -126,7 +126,7 @@ class MaestroTrainer(Trainer):
         if engine is not None:
             check_engine(engine, generator, model)
         check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
-        check_conditions(rewards, anchor, dataset, evaluation)
+        check_conditions(rewards, anchor, weights, dataset, evaluation)
         self.method = method or Method()
         self._profile = resolve_profile(self.method.profile)
         self._terms = LossTerms.of(self.method.loss, self._profile)

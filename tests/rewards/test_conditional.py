@@ -13,6 +13,7 @@ from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import FunctionReward, LabelsConfig, Where, build_anchor, build_rewards, gate
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.data import PromptDataset, check_conditions
+from maestro_fast.weighting.fixed import Equal
 from tests.rewards.conftest import MakeBatch
 
 seen: list[list[str]] = []
@@ -177,9 +178,8 @@ HELD_OUT = [{"prompt": "c", "family": "essay", "level": "1", "solution": "x"}]
 
 def check(entry: Any, *, anchor: Any = None) -> None:
     rewards = build_rewards(["entropy", entry])
-    check_conditions(
-        rewards, None if anchor is None else build_anchor(anchor), PromptDataset(ROWS), PromptDataset(HELD_OUT)
-    )
+    utility = None if anchor is None else build_anchor(anchor)
+    check_conditions(rewards, utility, Equal(), PromptDataset(ROWS), PromptDataset(HELD_OUT))
 
 
 @pytest.mark.parametrize(
