@@ -6,7 +6,8 @@ Axis suffixes: B responses, K rewards, C completion tokens (of all responses, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -166,8 +167,41 @@ class RewardBatch:
             mean_logprobs_B=some(self.mean_logprobs_B),
         )
 
+    def copied(self) -> RewardBatch:
+        """Makes the same batch with lists, dicts and tensors of its own, so a reward may change whatever it is given.
+
+        The responses to one prompt share its messages until here; in the copy each has its own.
+        """
+        return replace(self, **{item.name: own_copy(getattr(self, item.name)) for item in fields(self)})
+
     def __len__(self) -> int:
         return len(self.completions)
+
+
+_SHARED = {str, int, float, bool, type(None)}
+
+
+def own_copy(value: Any) -> Any:
+    """An equal value whose lists, dicts, sets, tensors and arrays belong to the caller alone.
+
+    A list that stands at several places becomes as many lists. (``copy.deepcopy`` would keep it one, which the
+    responses to a prompt would go on sharing.) Text and numbers, which nobody can change, and objects of other classes
+    are shared.
+    """
+    kind = type(value)
+    if kind is list:
+        if set(map(type, value)) <= _SHARED:  # this is the quick way for token ids
+            return value.copy()
+        return [own_copy(item) for item in value]
+    if kind is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    if kind is tuple:
+        return tuple(own_copy(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list | dict | set | bytearray) or kind.__module__ == "numpy":
+        return deepcopy(value)
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rewards over a batch of completions: built-in ones, any function with TRL's signature, and sets of them."""
 
 from maestro_fast.rewards.builtin import KINDS, REWARD_TYPES, EntropyReward, LengthReward
-from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, gate
+from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, gate, masks
 from maestro_fast.rewards.config import (
     AnchorConfig,
     GateConfig,
@@ -44,5 +44,6 @@ __all__ = [
     "build_rewards",
     "gate",
     "load_function",
+    "masks",
     "split_tags",
 ]

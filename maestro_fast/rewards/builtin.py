@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.format import FormatReward
 from maestro_fast.rewards.function import FunctionRewardConfig
 from maestro_fast.rewards.nover import NoverReward
@@ -51,6 +52,7 @@ class LengthReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (_is_number(self.target) and self.target >= 0):
@@ -68,6 +70,16 @@ class LengthReward:
         else:
             lengths = [len(plain_text(completion).split()) for completion in batch.completions]
         return [max(self.floor, -max(0.0, n - self.target) / self._scale) for n in lengths]
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why all lengths cost the same, see ``first_batches``."""
+        texts = look.completions
+        lengths = look.lengths if self.unit == "tokens" else [len(text.split()) for text in texts]
+        if look.value == 0.0:
+            return f"no completion is beyond the target of {self.target:g} {self.unit}, the longest has {max(lengths)}"
+        if look.value == self.floor:
+            return f"every completion is so long that it gets the floor, the shortest has {min(lengths)} {self.unit}"
+        return f"all responses to a prompt are of the same length, {min(lengths)} to {max(lengths)} {self.unit}"
 
     @property
     def _scale(self) -> float:
@@ -108,6 +120,7 @@ class EntropyReward:
 
     needs_entropy: ClassVar[bool] = True
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option, allowed in (("direction", Direction), ("estimate", Estimate), ("reduction", Reduction)):

@@ -12,14 +12,19 @@ response below those that passed the gate. Nothing is computed for the responses
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from inspect import isawaitable
 from typing import Any
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards.reward import Reward, RewardValues
+from maestro_fast.rewards.first_batches import Look, own_reason
+from maestro_fast.rewards.reward import Reward, RewardValues, blame, column_of, judge
+from maestro_fast.settings import SettingsError
+
+SHOWN = 12  # how many values of a column a message lists
 
 
 class Gate:
@@ -34,6 +39,8 @@ class Gate:
         closed: the value where the gate is closed. With None the reward abstains there.
     """
 
+    reads_only = True
+
     def __init__(self, reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> None:
         for field, given in (("reward", reward), ("on", on)):
             if isinstance(given, type) or not isinstance(given, Reward):
@@ -46,19 +53,31 @@ class Gate:
         self.needs_policy = reward.needs_policy or on.needs_policy
 
     def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
-        condition = self.on(batch)
+        role = f", the gate of {self.name!r}"
+        with blame(self.on.name, role):
+            condition = judge(self.on, batch)
         if not isawaitable(condition):
-            return _on_rows(self.reward, batch, self._open_rows(condition), self.closed)
+            return _on_rows(self.reward, batch, self._open_rows(condition, len(batch)), self.closed)
 
         async def later() -> RewardValues:
-            found = _on_rows(self.reward, batch, self._open_rows(await condition), self.closed)
+            with blame(self.on.name, role):
+                values = await condition
+            found = _on_rows(self.reward, batch, self._open_rows(values, len(batch)), self.closed)
             return await found if isawaitable(found) else found
 
         return later()
 
-    def _open_rows(self, values: RewardValues) -> list[int]:
-        items = values.tolist() if hasattr(values, "tolist") else values
-        return [i for i, item in enumerate(items) if item is not None and item >= self.threshold]
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it taught nothing, see ``first_batches``."""
+        if look.value != self.closed:
+            return own_reason(self.reward, look)
+        return (
+            f"its gate never opened ({self.on.name!r} stayed below {self.threshold:g}), or the same came from behind it"
+        )
+
+    def _open_rows(self, values: RewardValues, count: int) -> list[int]:
+        items = column_of(self.on.name, values, count).tolist()
+        return [i for i, item in enumerate(items) if item >= self.threshold]  # False for NaN, an abstention
 
 
 def gate(reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> Gate:
@@ -78,6 +97,8 @@ class Where:
         ValueError: the mask is empty. When called: the data lack a column.
     """
 
+    reads_only = True
+
     def __init__(self, reward: Reward, mask: str | Mapping[str, Any]) -> None:
         check_mask(mask)
         self.reward, self.mask = reward, mask
@@ -85,21 +106,83 @@ class Where:
         self.needs_entropy, self.needs_policy = reward.needs_entropy, reward.needs_policy
 
     def __call__(self, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
-        return _on_rows(self.reward, batch, [row for row in range(len(batch)) if self._counts(batch, row)], None)
+        for name in self.columns:
+            if name not in batch.columns:
+                listed = ", ".join(sorted(batch.columns)) or "none"
+                raise ValueError(f"where: no column {name!r}, the columns are {listed}")
+        values = {name: batch.columns[name] for name in self.columns}
+        rows = [i for i in range(len(batch)) if self._counts({name: values[name][i] for name in values})]
+        return _on_rows(self.reward, batch, rows, None)
 
-    def _counts(self, batch: RewardBatch, row: int) -> bool:
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it taught nothing, see ``first_batches``."""
+        reason = own_reason(self.reward, look)
+        if look.value is not None:
+            return reason
+        return f"no prompt of these batches has {self.mask!r}{', or ' + reason if reason else ''}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the mask reads."""
+        return (self.mask,) if isinstance(self.mask, str) else tuple(self.mask)
+
+    def _counts(self, row: Mapping[str, Any]) -> bool:
+        """Whether the reward counts in a row of the data, given by column."""
         if isinstance(self.mask, str):
-            return bool(self._column(batch, self.mask)[row])
-        for name, wanted in self.mask.items():
-            options = wanted if isinstance(wanted, list | tuple) else (wanted,)
-            if self._column(batch, name)[row] not in options:
-                return False
-        return True
+            return bool(row.get(self.mask))
+        return all(row.get(name) in _options(wanted) for name, wanted in self.mask.items())
 
-    def _column(self, batch: RewardBatch, name: str) -> list[Any]:
-        if name not in batch.columns:
-            raise ValueError(f"where: no column {name!r}, the columns are {', '.join(sorted(batch.columns)) or 'none'}")
-        return batch.columns[name]
+    def check_rows(self, rows: Sequence[Mapping[str, Any]], path: str) -> None:
+        """Checks that the mask fits the data; otherwise the reward would abstain for ever, without a word.
+
+        Args:
+            rows: all rows of a run, those of training and the held-out ones, without their prompts.
+            path: the dotted name of the mask, for messages.
+
+        Raises:
+            SettingsError: a column or a value is in no row, or no row has all of them together.
+        """
+        for name in self.columns:
+            if not any(name in row for row in rows):
+                listed = ", ".join(sorted({column for row in rows for column in row})) or "none"
+                raise SettingsError(f"{path}: no column {name!r} in the data, the columns are {listed}")
+        if isinstance(self.mask, Mapping):
+            for name, wanted in self.mask.items():
+                _check_values(_options(wanted), [row.get(name) for row in rows], f"{path}.{name}")
+        if not any(self._counts(row) for row in rows):
+            raise SettingsError(
+                f"{path}: {self.mask!r} is met by none of the {len(rows)} rows of the data, expected at least one: the "
+                "reward would always abstain"
+            )
+
+
+def _options(wanted: Any) -> Sequence[Any]:
+    return wanted if isinstance(wanted, list | tuple) else (wanted,)
+
+
+def _check_values(options: Sequence[Any], held: Sequence[Any], path: str) -> None:
+    """Raises SettingsError if one of ``options`` is not among ``held``, the values of a column of the data."""
+    for option in options:
+        if option in held:
+            continue
+        counts = Counter(map(repr, held))
+        listed = ", ".join(value for value, _ in counts.most_common(SHOWN))
+        listed += f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+        alike = next((value for value in held if str(value) == str(option)), None)
+        hint = "" if alike is None else f"; write {alike!r} ({type(alike).__name__}) for {option!r}"
+        raise SettingsError(
+            f"{path}: {option!r} ({type(option).__name__}) is in no row of the data, expected one of {listed}{hint}"
+        )
+
+
+def masks(reward: Reward, path: str) -> Iterator[tuple[str, Where]]:
+    """The masks of a reward and of the rewards inside it, each with its dotted name in a config."""
+    if isinstance(reward, Where):
+        yield f"{path}.where", reward
+    if isinstance(reward, Gate):
+        yield from masks(reward.on, f"{path}.gate.on")
+    if isinstance(reward, Where | Gate | Labelled):
+        yield from masks(reward.reward, path)
 
 
 def check_mask(mask: object) -> None:
@@ -158,6 +241,8 @@ class Labelled:
         ValueError: when called with a batch that has no step.
     """
 
+    reads_only = True
+
     def __init__(self, reward: Reward, labels: LabelsConfig) -> None:
         self.reward, self.labels = reward, labels
         self.name = reward.name
@@ -181,7 +266,7 @@ def _on_rows(
     """
     if not rows and not reward.needs_policy:
         return [otherwise] * len(batch)
-    found = reward(batch.select(rows))
+    found = judge(reward, batch.select(rows))
     if not isawaitable(found):
         return _spread(found, rows, len(batch), otherwise)
 

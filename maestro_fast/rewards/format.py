@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.rewards.first_batches import Look
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class FormatReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_tags(self.tags)
@@ -68,6 +70,14 @@ class FormatReward:
             return 0.0
         return 0.5 * sum(_well_formed(text, tag) for tag in self.tags) / len(self.tags)
 
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why no completion has the form, see ``first_batches``."""
+        if look.value == 1.0:
+            return "every completion has the wanted form already"
+        if self.pattern is not None:
+            return f"no completion as a whole matches the pattern {self.pattern!r}"
+        return why_without_form(self.tags, look)
+
 
 def split_tags(text: str, tags: Sequence[str] = ("think", "answer")) -> dict[str, str] | None:
     """What stands in each tag, without the whitespace around it, or None if ``text`` does not have the form."""
@@ -81,6 +91,22 @@ def match_tags(text: str, tags: Sequence[str]) -> re.Match[str] | None:
         return None
     blocks = [rf"\s*<{re.escape(tag)}>(.*?)</{re.escape(tag)}>\s*" for tag in tags]
     return re.fullmatch("".join(blocks), text, re.DOTALL)
+
+
+def why_without_form(tags: Sequence[str], look: Look) -> str:
+    """The likely reason why no completion has the form."""
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    end = look.prompt_end.rstrip()
+    opened = next((mark for mark in marks if end.endswith(mark)), "")
+    if opened and any(match_tags(opened + text, tags) is not None for text in look.completions):
+        return f"the chat template ends the prompt with {opened}, so the completions lack it"
+    missing = [mark for mark in marks if mark != opened and not any(mark in text for text in look.completions)]
+    if not missing:
+        return "no completion has every tag opened and closed once, in order and with nothing outside"
+    special = [mark for mark in missing if mark in look.written]
+    if special:
+        return f"{', '.join(special)} is a special token, which is left out of the text that rewards read"
+    return f"no completion has {', '.join(missing)}"
 
 
 def check_tags(tags: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from maestro_fast.functions import load_function
-from maestro_fast.records import RewardBatch
+from maestro_fast.records import RewardBatch, own_copy
+from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.reward import RewardValues
 from maestro_fast.settings import REST
 
@@ -51,8 +52,10 @@ class FunctionRewardConfig:
 class FunctionReward:
     """Calls a function with prompts, completions, completion_ids and every data column, B entries each.
 
-    All are keyword arguments. A function without ``**kwargs`` gets only the arguments that it names. An ``async def``
-    function, or an object whose ``__call__`` is one, works as well: ``RewardSet`` awaits the awaitable that it returns.
+    All are keyword arguments. A function without ``**kwargs`` gets only the arguments that it names. Each call gets
+    lists and dicts of its own, so the function may change them; TRL hands the same ones to all functions. An
+    ``async def`` function, or an object whose ``__call__`` is one, works as well: ``RewardSet`` awaits the awaitable
+    that it returns.
 
     Args:
         function: the function, which returns B values, with None where it abstains.
@@ -67,6 +70,7 @@ class FunctionReward:
 
     needs_entropy = False
     needs_policy = False
+    reads_only = True  # what the function gets are copies
 
     def __init__(
         self, function: Callable[..., Any], name: str | None = None, options: Mapping[str, Any] | None = None
@@ -102,8 +106,16 @@ class FunctionReward:
                 )
         if self._accepted is not None:
             given = {argument: given[argument] for argument in self._accepted if argument in given}
-        result: RewardValues | Awaitable[RewardValues] = self.function(**given)
+        copies = {argument: value if argument in self.options else own_copy(value) for argument, value in given.items()}
+        result: RewardValues | Awaitable[RewardValues] = self.function(**copies)
         return result
+
+    def why_silent(self, look: Look) -> str:
+        """Says where to look, see ``first_batches``."""
+        name = callable_name(self.function)
+        if look.value is None:
+            return f"does {name} find what it needs, in the text and in the columns?"
+        return f"{name} returned the same number every time; does it find in the text what it looks for?"
 
 
 def callable_name(function: Callable[..., Any]) -> str:

@@ -21,6 +21,8 @@ from itertools import groupby
 from typing import ClassVar
 
 from maestro_fast.records import RewardBatch
+from maestro_fast.rewards.first_batches import Look
+from maestro_fast.rewards.format import why_without_form
 from maestro_fast.rewards.perplexity import Formula, Judged, PerplexityReward
 
 
@@ -55,6 +57,7 @@ class NoverReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = True
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option in ("reasoning_weight", "efficiency_weight"):
@@ -76,6 +79,12 @@ class NoverReward:
             for row in members:
                 values.append(self._value(judged[row], valid) if references[row] else None)
         return values
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it gave nothing, see ``first_batches``."""
+        if look.value is None:
+            return f"the column {self.reference!r} is empty"
+        return why_without_form(self.tags, look) if look.value == 0.0 else ""
 
     def _value(self, judgement: Judged | None, valid: list[Judged]) -> float:
         if judgement is None:

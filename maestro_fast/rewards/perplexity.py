@@ -23,7 +23,8 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from maestro_fast.records import RewardBatch, plain_text
-from maestro_fast.rewards.format import check_tags, match_tags
+from maestro_fast.rewards.first_batches import Look
+from maestro_fast.rewards.format import check_tags, match_tags, why_without_form
 
 Transform = Literal["neg_log", "rank"]
 Formula = Literal["paper", "released"]
@@ -85,6 +86,7 @@ class PerplexityReward:
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = True
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_tags(self.tags)
@@ -105,6 +107,12 @@ class PerplexityReward:
             return values
         groups = groupby(range(len(batch)), key=lambda row: (batch.prompts[row], references[row]))
         return [rank for _, group in groups for rank in _ranks([values[row] for row in group])]
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why it always abstained, see ``first_batches``."""
+        if look.value is not None or not self.require_format:
+            return ""
+        return f"the column {self.reference!r} is empty, or {why_without_form(self.tags, look)}"
 
     def judge(self, batch: RewardBatch, references: list[str]) -> list[Judged | None]:
         """-log P and len(t) of each row, or None where the reward abstains."""

@@ -33,7 +33,8 @@ class PreferenceConfig:
         model: the reward model, as a local directory or a hub name, for ``AutoModelForSequenceClassification`` and
             ``AutoTokenizer``.
         batch_size: the number of rows in a forward.
-        max_length: the largest number of tokens in a conversation; longer ones lose tokens at their beginning.
+        max_length: the largest number of tokens in a conversation; longer ones lose tokens at their beginning. Where
+            the model has fewer positions (BERT has 512), these are the limit, and the log says so.
         dtype: the dtype of the weights; "auto" keeps that of the checkpoint. Scores are float32.
         device: the model's device, such as "cuda:1" or "cpu"; null takes the device on which the process trains its
             policy (outside training, the CPU).
@@ -89,9 +90,9 @@ class PreferenceReward(PreferenceConfig):
     is: a causal model never sees such padding, and an encoder masks it. So a score does not depend on the rest of the
     batch, beyond rounding.
 
-    A conversation of more than ``max_length`` tokens loses tokens at its beginning, behind the special tokens that open
-    it. The end of the completion, the template's closing tokens and an encoder's first token, where its score is read,
-    stay. The first such conversation is logged.
+    A conversation of more than ``max_length`` tokens, or of more than the model has positions for, loses tokens at its
+    beginning, behind the special tokens that open it. The end of the completion, the template's closing tokens and an
+    encoder's first token, where its score is read, stay. The first such conversation is logged.
 
     Args:
         model, batch_size, max_length, dtype, device, label, separator, name: as in ``PreferenceConfig``.
@@ -106,11 +107,13 @@ class PreferenceReward(PreferenceConfig):
 
     needs_entropy: ClassVar[bool] = False
     needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._device = None if self.device is None else _device(self.device)
         self._model, self._tokenizer, self._column = self._load()
+        self._limit = self._limited(positions_of(self._model))
         self._special = frozenset(self._tokenizer.all_special_ids)
         self._warned = False
 
@@ -131,18 +134,31 @@ class PreferenceReward(PreferenceConfig):
 
     def _ids(self, prompt: Text, completion: Text) -> list[int]:
         ids = conversation_ids(self._tokenizer, prompt, completion, self.separator)
-        if len(ids) <= self.max_length:
+        if len(ids) <= self._limit:
             return ids
         if not self._warned:
             self._warned = True
             logger.warning(
-                "reward %r: a conversation has %d tokens, more than max_length %d, and loses the beginning of its "
-                "prompt. This is said once.",
+                "reward %r: a conversation has %d tokens, more than %s %d, and loses the beginning of its prompt. "
+                "This is said once.",
                 self.name,
                 len(ids),
-                self.max_length,
+                "max_length" if self._limit == self.max_length else "the model's positions,",
+                self._limit,
             )
-        return truncate(ids, self.max_length, self._special)
+        return truncate(ids, self._limit, self._special)
+
+    def _limited(self, positions: int | None) -> int:
+        """``max_length``, or the model's positions if these are fewer."""
+        if positions is None or self.max_length <= positions:
+            return self.max_length
+        logger.warning(
+            "reward %r: max_length is %d, but the model has %d positions; longer conversations lose their beginning",
+            self.name,
+            self.max_length,
+            positions,
+        )
+        return positions
 
     @torch.inference_mode()
     def _score(self, rows: Sequence[list[int]], device: torch.device) -> Tensor:
@@ -165,10 +181,9 @@ class PreferenceReward(PreferenceConfig):
         with _loading(path):
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        column = _label_column(config, self.label)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and self.max_length > positions:
-            raise ValueError(f"max_length: {self.max_length}, expected at most the model's {positions} positions")
+        # A checkpoint without a score head has no outputs to choose from: its complaint is that it lacks weights.
+        if any("SequenceClassification" in name for name in config.architectures or ()):
+            _label_column(config, self.label)
         with _loading(path):
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 path,
@@ -176,7 +191,7 @@ class PreferenceReward(PreferenceConfig):
                 output_loading_info=True,
             )
         _check_model(path, model, tokenizer, sorted(found["missing_keys"]))
-        return model.eval().requires_grad_(False), tokenizer, column
+        return model.eval().requires_grad_(False), tokenizer, _label_column(config, self.label)
 
 
 def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: str = "\n") -> list[int]:
@@ -188,9 +203,23 @@ def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: 
         separator: stands between the two where there is no template.
     """
     if tokenizer.chat_template is None:
-        return list(tokenizer(plain_text(prompt) + separator + plain_text(completion))["input_ids"])
+        text = plain_text(prompt) + separator + plain_text(completion)
+        return list(tokenizer(text, verbose=False)["input_ids"])  # ``truncate`` does what its warning asks for
     messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+
+
+def positions_of(model: Any) -> int | None:
+    """The greatest number of tokens that a model has positions for, or None if it does not say.
+
+    Models of RoBERTa's kind count positions from behind the padding token's, so a table of 514 serves 512 tokens.
+    """
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if positions is not None and name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            positions = min(positions, module.num_embeddings - before)
+    return positions
 
 
 def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
@@ -225,7 +254,7 @@ def _check_model(path: str, model: Any, tokenizer: Any, missing: list[str]) -> N
     if missing:
         raise ValueError(
             f"model: {path} lacks the weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a "
-            f"{type(model).__name__}: its scores would be random"
+            f"{type(model).__name__}: its scores would be random. Expected a reward model, whose score head is trained"
         )
     config = model.config.get_text_config()
     if config.pad_token_id is None:

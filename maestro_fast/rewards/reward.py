@@ -44,6 +44,9 @@ class Reward(Protocol):
         name: the reward's name, which is unique within a run.
         needs_entropy: whether the reward reads ``batch.mean_entropies_B``.
         needs_policy: whether the reward calls ``batch.score_texts``.
+
+    A reward may also have ``reads_only``: True says that it changes nothing of the batch, which is then not copied for
+    it. And it may have the method ``why_silent``, see ``rewards.first_batches``.
     """
 
     @property
@@ -97,6 +100,9 @@ class RewardSet:
     def __call__(self, batch: RewardBatch) -> Tensor:
         """Computes all rewards of a batch. The asynchronous ones run concurrently, after the others.
 
+        Each reward of the user's own gets a copy of the batch. So it may change the conversations, ids and columns that
+        it is given, now or after it has returned: neither another reward nor the data set sees that.
+
         Returns:
             float32 [B, K] on the CPU, NaN exactly where a reward returned None.
 
@@ -106,7 +112,7 @@ class RewardSet:
             Exception: a reward raised it; a note names the reward.
         """
         values = _await_all(self.names, self._call_all(batch))
-        columns = [_column(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
+        columns = [column_of(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
         rewards_BK = torch.stack(columns, dim=1)
         if len(batch) and not self._warned and bool(rewards_BK.isnan().all()):
             self._warned = True
@@ -123,8 +129,8 @@ class RewardSet:
         values: list[object] = []
         try:
             for reward in self.rewards:
-                with _blame(reward.name):
-                    values.append(reward(batch))
+                with blame(reward.name):
+                    values.append(judge(reward, batch))
         except BaseException:
             for value in values:  # Python would warn of coroutines that nobody awaited
                 if iscoroutine(value):
@@ -133,11 +139,16 @@ class RewardSet:
         return values
 
 
+def judge(reward: Reward, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
+    """Calls one reward, with a copy of the batch unless it is known to change nothing."""
+    return reward(batch if getattr(reward, "reads_only", False) else batch.copied())
+
+
 def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
     """``values``, with the result of each awaitable in its place."""
 
     async def awaited(name: str, value: Awaitable[object]) -> object:
-        with _blame(name):
+        with blame(name):
             return await value
 
     pending = {i: awaited(names[i], value) for i, value in enumerate(values) if isawaitable(value)}
@@ -149,16 +160,19 @@ def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
 
 
 @contextmanager
-def _blame(name: str) -> Iterator[None]:
-    """Notes on an error which reward raised it."""
+def blame(name: str, role: str = "") -> Iterator[None]:
+    """Notes on an error which reward raised it, and its ``role`` if it has one.
+
+    The error itself goes on with its traceback, whose last frame is the line that failed.
+    """
     try:
         yield
     except Exception as error:
-        error.add_note(f"raised by reward {name!r}")
+        error.add_note(f"raised by reward {name!r}{role}")
         raise
 
 
-def _column(name: str, values: object, batch: int) -> Tensor:
+def column_of(name: str, values: object, batch: int) -> Tensor:
     """float32 [B] on the CPU from what a reward returned: a list, a tuple, a tensor or a numpy array."""
     items = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):

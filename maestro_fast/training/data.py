@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.model.text_scorer import encode_prompt
 from maestro_fast.records import Prompts, Text
+from maestro_fast.rewards import RewardSet, masks
+from maestro_fast.weighting import WeightPolicy
 
 Row = dict[str, Any]
 
@@ -108,6 +110,44 @@ class PromptDataset(Dataset[Row]):
                 )
             longest = max(longest, tokens)
         return longest
+
+
+def check_conditions(
+    rewards: RewardSet,
+    anchor: RewardSet | None,
+    weights: WeightPolicy,
+    dataset: PromptDataset,
+    evaluation: PromptDataset | None,
+) -> None:
+    """Checks what rewards and the weight policy expect of the columns of the data, which are known before the run.
+
+    These are the conditions ``where`` of all rewards, whose values may stand in held-out prompts alone, and the columns
+    that the weight policy reads.
+
+    Raises:
+        ValueError: the data have no such column or value, so that a reward would abstain for ever, or the policy would
+            fail at some batch.
+    """
+    rows = _rows_of_columns(dataset)
+    both = rows + ([] if evaluation is None else _rows_of_columns(evaluation))
+    named = [(f"rewards[{i}]", reward) for i, reward in enumerate(rewards.rewards)]
+    named += [("anchor", reward) for reward in (() if anchor is None else anchor.rewards)]
+    for path, reward in named:
+        for where, mask in masks(reward, path):
+            mask.check_rows(both, where)
+    columns = sorted({name for row in rows for name in row})
+    for name in weights.needs_columns:
+        if name not in columns:
+            listed = ", ".join(columns) or "none"
+            raise ValueError(f"weights: policy {weights.name!r} reads the column {name!r}, the data has {listed}")
+    check = getattr(weights, "check_rows", None)
+    if check is not None:
+        check(rows)
+
+
+def _rows_of_columns(dataset: PromptDataset) -> list[Row]:
+    """The rows of a data set without their prompts, which are no column for a reward."""
+    return [{name: value for name, value in row.items() if name != dataset.prompt_column} for row in dataset.rows]
 
 
 def load_prompts(config: DataConfig) -> PromptDataset:

@@ -32,7 +32,7 @@ from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import default_learning_rate, mixed_precision, training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import TrainConfig
-from maestro_fast.training.data import PromptDataset, load_prompts
+from maestro_fast.training.data import PromptDataset, check_conditions, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
 from maestro_fast.training.run_directory import open_run_directory, staged
 from maestro_fast.training.trainer import MaestroTrainer
@@ -67,6 +67,7 @@ def train(
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
     policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
+    check_conditions(rewards, anchor, policy, dataset, evaluation)
     keep_best = _keeps_best(config, args, policy.name)
     check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
     generation = generation_config(config.generation)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,8 +34,18 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
+from maestro_fast.records import (
+    PolicyOutputs,
+    Prompts,
+    RewardBatch,
+    Rollouts,
+    StepRecord,
+    Text,
+    own_copy,
+    response_means,
+)
 from maestro_fast.rewards import RewardSet
+from maestro_fast.rewards.first_batches import FirstBatches
 from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
@@ -190,6 +200,7 @@ class Step:
         with clock.stage("conductor_update"):
             learn(outcome)
         record = step_record(sampled.step, rollouts, outcome, processes)
+        self.judges.watch_first(record, rollouts, self.sampler.group_size)
         metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
         metrics |= policy_metrics(rollouts, outputs, processes.gather) | rollouts.metrics
         logprobs = TokenLogprobs(
@@ -370,6 +381,22 @@ class Judges:
         batch = self._reward_batch(model, rollouts, outputs, number)
         return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
 
+    @cached_property
+    def _first_batches(self) -> FirstBatches:
+        return FirstBatches(self.rewards.rewards)
+
+    def watch_first(self, record: StepRecord, rollouts: Rollouts, group_size: int) -> None:
+        """Has the main process report rewards that teach nothing over the first batches, see ``FirstBatches``."""
+
+        def tokens_of(row: int) -> tuple[str, str]:
+            if row >= len(rollouts):  # The rows of the main process come first; those of others have no tokens here.
+                return "", ""
+            prompt_ids, completion_ids = rollouts.prompts.token_ids[row], rollouts.completion_ids[row]
+            return str(self.tokenizer.decode(completion_ids)), str(self.tokenizer.decode(prompt_ids[-32:]))
+
+        if self.processes.rank == 0:
+            self._first_batches.see(record, group_size, tokens_of)
+
     def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
         """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together."""
         forward = partial(self.scorer, model, temperature=1.0)
@@ -398,7 +425,7 @@ class Judges:
 
 
 def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes) -> dict[str, list[Any]]:
-    """The data set columns that a weight policy asked for, over all processes.
+    """The data set columns that a weight policy asked for, over all processes, as copies that it may change.
 
     Raises:
         ValueError: the data has no such column.
@@ -409,7 +436,7 @@ def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes
                 f"weights: policy {weights.name!r} reads the column {name!r}, the data has "
                 f"{', '.join(sorted(prompts.columns)) or 'none beside the prompts'}"
             )
-    return {name: processes.gather_objects(prompts.columns[name]) for name in weights.needs_columns}
+    return {name: own_copy(processes.gather_objects(prompts.columns[name])) for name in weights.needs_columns}
 
 
 def sampling_logprobs(rollouts: Rollouts, terms: LossTerms, *, scored: bool) -> Tensor | None:
@@ -441,8 +468,8 @@ def step_record(step: int, rollouts: Rollouts, outcome: Outcome, processes: Proc
         step=step,
         reward_names=context.reward_names,
         families=processes.gather_objects(rollouts.prompts.families),
-        prompts=processes.gather_objects(rollouts.prompts.texts),
-        completions=processes.gather_objects(rollouts.completions),
+        prompts=own_copy(processes.gather_objects(rollouts.prompts.texts)),  # An observer may change its record.
+        completions=own_copy(processes.gather_objects(rollouts.completions)),
         rewards_BK=context.rewards_BK.cpu(),
         weights_BK=weights.weights_BK.cpu(),
         expected_weights_BK=weights.expected_BK.cpu(),

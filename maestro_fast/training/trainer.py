@@ -45,7 +45,7 @@ from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
 from maestro_fast.training.best_policy import BestPolicy, check_best
 from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_complete
-from maestro_fast.training.data import PromptDataset
+from maestro_fast.training.data import PromptDataset, check_conditions
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, StageProgress
@@ -126,6 +126,7 @@ class MaestroTrainer(Trainer):
         if engine is not None:
             check_engine(engine, generator, model)
         check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
+        check_conditions(rewards, anchor, weights, dataset, evaluation)
         self.method = method or Method()
         self._profile = resolve_profile(self.method.profile)
         self._terms = LossTerms.of(self.method.loss, self._profile)

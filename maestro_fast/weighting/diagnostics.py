@@ -9,6 +9,8 @@ responses.
     diagnostics/between_prompts    share of the variance of the expected weights that lies between prompts
     diagnostics/pareto_inversions  share of inverted pairs, among the pairs of a group of which one is better in every
                                    reward; a pair is inverted if the better response has the lower score
+    diagnostics/abstained_weight   mean share of a response's expected weight that lies on rewards that abstain from it
+    diagnostics/abstained_excess   that share beyond what equal weights put there, in the prompt where it is greatest
     advantage_share/<name>         sum of w_k r'_k A divided by that of s A: what a reward contributes; they add up to 1
     rewards_correlation/mean, min  mean and least correlation of two rewards within groups
 
@@ -41,6 +43,13 @@ class Range:
     remedy: str
 
 
+_ABSTAINED = (
+    "on some prompts the weights favour a reward that abstains there. Its weight goes to the other rewards of the "
+    "response (profile maestro) or is lost (profiles of TRL and verl); compare families/<family>/weights/<reward> with "
+    "rewards/<reward>/abstained, then mend the reward or its `where`, or give it less weight there"
+)
+
+
 def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
     """The ranges by the name of the figure. They are rules of thumb; the module's docstring defines the figures."""
     K = len(reward_names)
@@ -65,6 +74,8 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
             "responses that are better in every reward score lower; lower alpha, or use mode 'soft' or one weighting "
             "per prompt",
         ),
+        "diagnostics/abstained_excess": Range(0.0, 0.15, _ABSTAINED),
+        "conductor/abstained_weight": Range(0.0, 1 / K + 0.15, _ABSTAINED),
         "frac_reward_zero_std": Range(
             0.0, 0.6, "most groups have no spread, so nothing is learnt from them; use harder prompts or larger groups"
         ),
@@ -98,7 +109,9 @@ def diagnose(outcome: Outcome) -> dict[str, float]:
     figures = {"diagnostics/self_flattery": _flattery(w_BK, standard_BK)[used_B].mean()}
     if K > 1:
         figures |= _agreement(w_BK, standard_BK) | _spread(expected_BK, context.group_size)
-        figures |= _correlations(standard_BK)
+        figures |= _correlations(standard_BK) | abstained_weight(
+            context.rewards_BK.isnan(), expected_BK, context.group_size
+        )
     figures |= _inversions(context.rewards_BK, w_BK, outcome)
     figures |= _shares(outcome, used_B)
     values = torch.stack([value.double() for value in figures.values()]).tolist()
@@ -150,6 +163,20 @@ def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
     between = (mean_N1K - mean_N1K.mean(0, keepdim=True)).square().mean((0, 1)).sum()
     share = torch.where(within + between > 1e-12, between / (within + between), float("nan"))
     return {"diagnostics/entropy": share_of_ln_k, "diagnostics/between_prompts": share}
+
+
+def abstained_weight(absent_BK: Tensor, expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
+    """The weight on rewards that abstain, and how far it is beyond the share of rewards that abstain.
+
+    A response from which every reward abstains has no other place for its weight and does not count in the second.
+    """
+    size_BK = expected_BK.abs()
+    share_B = torch.where(absent_BK, size_BK, 0.0).sum(1) / size_BK.sum(1).clamp(min=1e-30)
+    excess_B = torch.where(absent_BK.all(1), 0.0, share_B - absent_BK.float().mean(1))
+    return {
+        "diagnostics/abstained_weight": share_B.mean(),
+        "diagnostics/abstained_excess": excess_B.view(-1, group_size).mean(1).amax().clamp(min=0.0),
+    }
 
 
 def _correlations(standard_BK: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
     w    = (1 - alpha) / K + alpha onehot(a)
     d    = mean over rewards of (mean_k(next batch) - mean_k(this batch)) / std_k(this batch)
     x    = 1 / (1 + exp(-sharpness d))  in (0, 1)       the gain of a, known once the next batch is there
-    s_a <- s_a + gamma x / (K p_a)
+    s_a <- s_a + gamma x / (K p_a)                      unless reward a abstained from the whole batch
 
 Auer, Cesa-Bianchi, Freund and Schapire, The nonstochastic multiarmed bandit problem (SIAM J. Comput. 2002). The paper
 leaves open what a gain is; x is our choice.
@@ -106,9 +106,11 @@ class Exp3(WithoutContext):
         mean_K, std_K = live_mean_and_std(outcome.context.rewards_BK.double().cpu(), 0, correction=0)
         gain_K = (mean_K - state["mean"]) / state["std"]
         scores = state["scores"].clone()
-        if int(state["arm"]) >= 0 and (comparable := gain_K.isfinite()).any():
+        drawn = int(state["arm"])
+        # An arm whose reward abstained throughout changed nothing, so it gets no credit.
+        if drawn >= 0 and not state["mean"][drawn].isnan() and (comparable := gain_K.isfinite()).any():
             x = torch.sigmoid(self.config.sharpness * gain_K[comparable].mean())
-            scores[int(state["arm"])] += self.config.gamma * x / (len(scores) * state["chance"])
+            scores[drawn] += self.config.gamma * x / (len(scores) * state["chance"])
         assert outcome.weights.actions_B is not None
         arm = int(outcome.weights.actions_B[0])
         self._state = {

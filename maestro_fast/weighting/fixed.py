@@ -11,7 +11,8 @@ function   whatever the user's function returns
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from maestro_fast.functions import load_function
 from maestro_fast.ops.philox import uniform
 from maestro_fast.weighting.policy import Stateless, WeightContext, Weights, in_reward_order, same_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,24 @@ class Router(Stateless):
         rows = [self._route(str(value)) for value in context.columns[self.column]]
         weights_BK = context.rewards_BK.new_tensor(rows).view(context.rewards_BK.shape)
         return Weights(weights_BK, weights_BK)
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Checks that every row of the training data has a route, and names routes that none of them takes.
+
+        Raises:
+            ValueError: a value of the column has no route and there is no default.
+        """
+        values = dict.fromkeys(str(row.get(self.column)) for row in rows)
+        for value in values:
+            self._route(value)
+        unused = [route for route in self.routes if route not in values]
+        if unused:
+            logger.warning(
+                "weights.routes: no prompt takes %s, the column %r holds %s",
+                ", ".join(map(repr, unused)),
+                self.column,
+                ", ".join(map(repr, list(values)[:12])) + (", ..." if len(values) > 12 else ""),
+            )
 
     def _route(self, value: str) -> tuple[float, ...]:
         row = self.routes.get(value, self.default)

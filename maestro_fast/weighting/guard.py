@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +81,12 @@ class Guarded:
         self._statistics = RunningStatistics(len(reward_names))
         self._history: list[tuple[float, float]] = []  # utility and score of each batch with held-back labels
         self._metrics: dict[str, float] = {}
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lets the policy check the rows of the data, if it does so (``Router`` does)."""
+        check = getattr(self.policy, "check_rows", None)
+        if check is not None:
+            check(rows)
 
     @property
     def should_stop(self) -> bool:

@@ -11,6 +11,9 @@ import yaml
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import FunctionReward, LabelsConfig, Where, build_anchor, build_rewards, gate
+from maestro_fast.settings import SettingsError
+from maestro_fast.training.data import PromptDataset, check_conditions
+from maestro_fast.weighting.fixed import Equal
 from tests.rewards.conftest import MakeBatch
 
 seen: list[list[str]] = []
@@ -164,6 +167,63 @@ def test_errors_name_the_entry(entry: Any, words: str) -> None:
 def test_a_missing_column_is_named(make_batch: MakeBatch) -> None:
     with pytest.raises(ValueError, match=r"^where: no column 'x', the columns are none"):
         values(Where(FunctionReward(length), "x"), make_batch(TEXTS))
+
+
+ROWS = [
+    {"prompt": "a", "family": "poem", "level": "1", "hard": False},
+    {"prompt": "b", "family": "fact", "level": "2", "hard": 0},
+]
+HELD_OUT = [{"prompt": "c", "family": "essay", "level": "1", "solution": "x"}]
+
+
+def check(entry: Any, *, anchor: Any = None) -> None:
+    rewards = build_rewards(["entropy", entry])
+    utility = None if anchor is None else build_anchor(anchor)
+    check_conditions(rewards, utility, Equal(), PromptDataset(ROWS), PromptDataset(HELD_OUT))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            {"where": {"family": ["poem", "typo"]}},
+            r"rewards\[1\]\.where\.family: 'typo' \(str\) is in no row .*, expected one of 'poem', 'fact', 'essay'$",
+        ),
+        ({"where": {"family": "Fact"}}, r"rewards\[1\]\.where\.family: 'Fact'"),
+        ({"where": {"level": [1]}}, r"rewards\[1\]\.where\.level: 1 \(int\) .*; write '1' \(str\) for 1$"),
+        ({"where": "hard"}, r"rewards\[1\]\.where: 'hard' is met by none of the 3 rows"),
+        ({"where": {"family": "fact", "level": "1"}}, r"rewards\[1\]\.where: \{.*\} is met by none of the 3 rows"),
+        ({"where": "mask"}, r"rewards\[1\]\.where: no column 'mask' in the data, the columns are family, hard, level"),
+        ({"where": "prompt"}, r"rewards\[1\]\.where: no column 'prompt'"),
+        (
+            {"gate": {"on": {"type": "format", "where": {"family": "typo"}}, "threshold": 1}},
+            r"rewards\[1\]\.gate\.on\.where\.family: 'typo'",
+        ),
+    ],
+)
+def test_a_mask_that_no_prompt_meets_is_refused_before_the_run(entry: Any, words: str) -> None:
+    """Such a reward would abstain for ever, without a word."""
+    with pytest.raises(SettingsError, match=f"^{words}"):
+        check({"type": "length", "target": 3, **entry})
+
+
+def test_the_mask_of_the_anchor_is_checked_too() -> None:
+    anchor = {"type": "length", "target": 3, "labels": {"share": 0.5}, "where": {"family": "typo"}}
+    with pytest.raises(SettingsError, match=r"^anchor\.where\.family: 'typo'"):
+        check("format", anchor=anchor)
+
+
+@pytest.mark.parametrize("where", [{"family": ["essay"]}, {"family": "poem", "level": "1"}, "solution", {"hard": [0]}])
+def test_a_mask_may_fit_held_out_prompts_alone(where: Any) -> None:
+    check({"type": "length", "target": 3, "where": where})
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [1.0] * 5])
+def test_what_opens_a_gate_gives_one_number_for_each_completion(values: list[float], make_batch: MakeBatch) -> None:
+    """With fewer numbers the gate stayed closed for the last completions."""
+    gated = gate(FunctionReward(length), on=FunctionReward(lambda completions: values, "on"), threshold=1)
+    with pytest.raises(ValueError, match=rf"reward 'on': returned {len(values)} values for 4 completions"):
+        build_rewards([gated])(make_batch(TEXTS))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -254,7 +255,6 @@ def test_an_empty_batch(chat_model: Path, make_batch: MakeBatch) -> None:
         ({"batch_size": 0}, ValueError, "batch_size: 0, expected at least 1"),
         ({"batch_size": 2.0}, TypeError, r"batch_size: 2.0, expected an integer"),
         ({"max_length": 1}, ValueError, "max_length: 1, expected at least 2"),
-        ({"max_length": 257}, ValueError, "max_length: 257, expected at most the model's 256 positions"),
         ({"dtype": "int8"}, ValueError, r"dtype: 'int8', expected one of \('auto'"),
         ({"device": "gpu"}, ValueError, "device: 'gpu', expected a name such as"),
         ({"separator": None}, TypeError, "separator: None, expected a string"),
@@ -275,10 +275,38 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_a_language_model_has_no_score_head(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="label: missing, the model has 2 outputs"):
-        reward(folder)
-    with pytest.raises(ValueError, match=r"lacks the weights score\.weight of a Qwen3.*: its scores would be random"):
-        reward(folder, label=0)
+    for label in (None, 0):  # without a head there is nothing to choose from
+        with pytest.raises(
+            ValueError, match=r"lacks the weights score\.weight of a Qwen3.*: its scores would be random"
+        ):
+            reward(folder, label=label)
+
+
+@pytest.mark.parametrize(("kind", "table"), [("Bert", 16), ("Roberta", 18)])
+def test_an_encoder_with_few_positions_scores_the_end_of_what_is_too_long(
+    kind: str, table: int, tmp_path: Path, make_batch: MakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both have 16 positions: RoBERTa's table also holds those up to the padding token's."""
+    tokenizer = tiny_tokenizer()
+    sizes = SIZES | {"max_position_embeddings": table, "num_attention_heads": 4, "pad_token_id": 1}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(num_labels=1, initializer_range=0.5, **sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+
+    with caplog.at_level(logging.WARNING, logger="maestro_fast"):
+        judge = PreferenceReward(str(tmp_path))
+        texts = ["red", "the sea was wide and the night was long " * 4]
+        scores = judge(make_batch(texts))
+
+    ids = [tokenizer(f"Why?\n{text}")["input_ids"] for text in texts]
+    assert len(ids[0]) < 16 < len(ids[1])
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([row[-16:]])).logits.item() for row in ids]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert [text for text in caplog.messages if "max_length is 2048, but the model has 16 positions" in text]
 
 
 def test_padding_token(tmp_path: Path, make_batch: MakeBatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from inspect import CORO_CLOSED, getcoroutinestate
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import Reward, RewardSet
+from maestro_fast.rewards import FunctionReward, Reward, RewardSet, gate
 
 
 @dataclass
@@ -146,6 +147,30 @@ def test_what_a_reward_raises_comes_through_with_its_name() -> None:
         RewardSet([Constant("fine", [1]), Constant("broken", fault)])(batch_of(1))
     assert caught.value is fault
     assert caught.value.__notes__ == ["raised by reward 'broken'"]
+
+
+def fails(completions: Any) -> list[float]:
+    return [1 / 0]  # the line that a user looks for
+
+
+async def fails_later(completions: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return fails(completions)
+
+
+@pytest.mark.parametrize("function", [fails, fails_later])
+def test_an_error_keeps_its_line_and_names_the_reward(function: Any) -> None:
+    broken, name = FunctionReward(function), function.__name__
+    behind = gate(FunctionReward(lambda completions: [1.0], "style"), on=broken, threshold=1)
+    for rewards, notes in (
+        ([broken], [f"raised by reward {name!r}"]),
+        ([behind], [f"raised by reward {name!r}, the gate of 'style'", "raised by reward 'style'"]),
+    ):
+        with pytest.raises(ZeroDivisionError) as caught:
+            RewardSet(rewards)(batch_of(1))
+        frame = traceback.extract_tb(caught.value.__traceback__)[-1]
+        assert (frame.filename, frame.name) == (__file__, "fails") and "the line that a user" in (frame.line or "")
+        assert caught.value.__notes__ == notes
 
 
 def test_a_batch_without_any_reward_is_allowed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

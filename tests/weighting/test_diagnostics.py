@@ -109,6 +109,24 @@ def test_abstentions_and_single_rewards() -> None:
     assert single["advantage_share/a"] == pytest.approx(1.0)
 
 
+def test_weight_on_what_abstains_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """In the second prompt reward a abstains; there it has 0.8 of the weight, where equal weights would give it 0.5."""
+    nan = float("nan")
+    rewards = [[1.0, 2.0], [3.0, 1.0], [nan, 1.0], [nan, 2.0]]
+    found = diagnose(outcome(rewards, [[0.8, 0.2]] * 4))
+    assert found["diagnostics/abstained_weight"] == pytest.approx(0.4)
+    assert found["diagnostics/abstained_excess"] == pytest.approx(0.3)
+    equal = diagnose(outcome(rewards, [[0.5, 0.5]] * 4))
+    assert (equal["diagnostics/abstained_weight"], equal["diagnostics/abstained_excess"]) == (0.25, 0.0)
+    nothing = diagnose(outcome([[nan, nan]] * 2, [[0.8, 0.2]] * 2))
+    assert (nothing["diagnostics/abstained_weight"], nothing["diagnostics/abstained_excess"]) == (1.0, 0.0)
+
+    watch = Watch(healthy_ranges(NAMES))
+    for figures in [equal] * 9 + [found] * 5:
+        watch.see({name: figures[name] for name in figures if "abstained" in name})
+    assert ["abstains there" in record.message for record in caplog.records] == [True]
+
+
 def test_the_watch_warns_once_and_names_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
     watch = Watch(healthy_ranges(NAMES), patience=3)
     for value in (0.2, 0.2, 0.01, 0.2, 0.2):

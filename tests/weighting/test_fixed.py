@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from maestro_fast.rewards import build_rewards
 from maestro_fast.settings import SettingsError
+from maestro_fast.training.data import PromptDataset, check_conditions
 from maestro_fast.weighting import Equal, Random, Static, WeightContext, WeightPolicy, build_weight_policy
 from tests.weighting.helpers import NAMES, context
 
@@ -173,6 +175,19 @@ def test_router() -> None:
     torch.testing.assert_close(found.weights_BK, torch.tensor([[0.9, 0.1], [0.0, 1.0], [0.5, 0.5]]))
     with pytest.raises(ValueError, match=r"^weights\.routes: none for kind 'essay', expected one of poem, 1, or"):
         build("router", column="kind", routes=routes).weights(at([[0.0, 0.0]], columns={"kind": ["essay"]}))
+
+
+def test_routes_are_compared_with_the_data_before_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt without a route would end the run at some batch, and a misspelt one would never be taken."""
+    routes, guard = {"poem": {"a": 0.9, "b": 0.1}, "eassy": {"a": 0, "b": 1}}, {"held_back": 0.5}
+    rewards, data = build_rewards(["format"]), PromptDataset([{"prompt": "p", "kind": "poem"}] * 3)
+    guarded = build("router", column="kind", routes=routes, guard=guard)
+    check_conditions(rewards, None, guarded, data, None)
+    assert ["no prompt takes 'eassy', the column 'kind' holds 'poem'" in text for text in caplog.messages] == [True]
+    with pytest.raises(ValueError, match=r"^weights\.routes: none for kind 'essay', expected one of poem, eassy"):
+        check_conditions(rewards, None, guarded, PromptDataset([*data.rows, {"prompt": "p", "kind": "essay"}]), None)
+    with pytest.raises(ValueError, match=r"^weights: policy 'router' reads the column 'sort', the data has kind"):
+        check_conditions(rewards, None, build("router", column="sort", routes=routes), data, None)
 
 
 @pytest.mark.parametrize(

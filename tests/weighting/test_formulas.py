@@ -116,6 +116,18 @@ def test_exp3_by_hand() -> None:
     assert policy.metrics()[f"exp3/prob/{NAMES[arm]}"] == pytest.approx(p, rel=1e-9)
 
 
+def test_exp3_gives_no_credit_to_an_arm_whose_reward_abstained() -> None:
+    """The drawn reward changed nothing in the batch, though the other one rises afterwards."""
+    policy = build("exp3", gamma=0.4, alpha=0.5, seed=3)
+    arm = policy.arm(0)  # type: ignore[attr-defined]
+    rows = [[0.0, 0.0], [2.0, 4.0]]
+    for row in rows:
+        row[arm] = NAN
+    see(policy, at(rows))
+    see(policy, at([[3.0, 3.0], [4.0, 5.0]], step=1))
+    assert policy.metrics() == {"exp3/prob/a": 0.5, "exp3/prob/b": 0.5}
+
+
 def test_exp3_finds_the_arm_that_pays() -> None:
     policy, level = build("exp3", gamma=0.2, sharpness=5.0), 0.0
     for step in range(150):

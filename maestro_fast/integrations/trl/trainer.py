@@ -39,6 +39,7 @@ from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, pa
 from maestro_fast.model import causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
+from maestro_fast.weighting.diagnostics import abstained_weight
 from maestro_fast.weighting.families import family_metrics
 from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy, save_weight_policy
 
@@ -317,6 +318,9 @@ def weight_metrics(outcome: Outcome, families: Sequence[str], lengths_B: Tensor)
     for k, name in enumerate(context.reward_names):
         metrics[f"rewards/{name}/abstained"] = context.rewards_BK[:, k].isnan().float().mean().item()
         metrics[f"weights/{name}"] = expected_BK[:, k].mean().item()
+    absent_BK = context.rewards_BK.isnan()
+    for name, value in abstained_weight(absent_BK, expected_BK, context.group_size).items():
+        metrics[name] = value.item()
     return metrics | family_metrics(families, context.reward_names, context.rewards_BK, expected_BK, lengths_B)
 
 

@@ -6,9 +6,11 @@ them. The weights that are learnt there serve every prompt, since they are a fun
     w(x) = softmax(b + V tanh(H x + c) / sqrt(hidden))                    x: the prompt's standardised context
     J    = mean over labelled groups of  rho(w(x) . r', U)  +  entropy_coef * H(w)  -  l2 * sum(V^2) / K
 
-r' are the rewards standardised within the group. rho is the correlation over the responses of the group: the mean of
-the product of the two standardised values. GRPO's advantage is the standardised score, so rho says how well advantages
-under w order the responses as the utility does. b and V start at 0, so the weights start equal.
+r' are the rewards standardised within the group. A reward that abstains from all responses of a group takes no part
+there: the softmax and H are over the other rewards, so its weight goes to them and it gets no credit. Where it abstains
+from some of them, those are scored as the advantage profile says. rho is the correlation over the responses of the
+group: the mean of the product of the two standardised values. GRPO's advantage is the standardised score, so rho says
+how well advantages under w order the responses as the utility does. b and V start at 0, so the weights start equal.
 
 Each labelled group is kept for good (see ``replay``), and after every batch the Conductor learns from all of them
 again. It may, because nothing that is kept (context, standardised rewards, utilities) depends on the current policy.
@@ -23,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.ops.group_advantages import group_advantages, live_weights
+from maestro_fast.specs import PROFILES, AdvantageProfile, resolve_profile
 from maestro_fast.weighting.anchored.replay import Replay
 from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
 from maestro_fast.weighting.diagnostics import self_flattery
@@ -105,11 +108,15 @@ class AnchoredParams:
         """The tensors by name."""
         return dict(vars(self))
 
-    def weights(self, x_Nd: Tensor) -> Tensor:
-        """w(x) [N, K] of contexts that ``standardised`` returned."""
+    def logits(self, x_Nd: Tensor) -> Tensor:
+        """The logits [N, K] of contexts that ``standardised`` returned."""
         hidden = torch.tanh(x_Nd @ self.hidden_weight.T + self.hidden_bias)
         logits_NK: Tensor = self.bias + hidden @ self.weight.T / float(self.weight.shape[1]) ** 0.5
-        return logits_NK.softmax(-1)
+        return logits_NK
+
+    def weights(self, x_Nd: Tensor) -> Tensor:
+        """w(x) [N, K] where no reward abstains."""
+        return self.logits(x_Nd).softmax(-1)
 
 
 def standardised(x_Nd: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -117,19 +124,36 @@ def standardised(x_Nd: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return ((x_Nd - mean) * rstd).clamp(-CLIP, CLIP)
 
 
-def correlation(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> Tensor:
-    """rho [N]: the mean over the group of z(w . r') z(U). The arguments r' and z(U) are standardised already."""
-    scores_NG = (weights_NK[:, None] * rewards_NGK).sum(-1)
-    centred_NG = scores_NG - scores_NG.mean(1, keepdim=True)
-    variance_N1 = centred_NG.square().sum(1, keepdim=True) / max(1, scores_NG.shape[1] - 1)
+def weights_of_present(logits_NK: Tensor, present_NK: Tensor) -> Tensor:
+    """softmax [N, K] over the rewards that are present, 0 for the others; over all of them where none is present."""
+    absent_NK = ~present_NK & present_NK.any(1, keepdim=True)
+    return logits_NK.masked_fill(absent_NK, float("-inf")).softmax(-1)
+
+
+def correlation(
+    weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor, profile: AdvantageProfile = PROFILES["maestro"]
+) -> Tensor:
+    """rho [N]: the mean over the group of z(w . r') z(U). The arguments r' and z(U) are standardised already.
+
+    r' is NaN where a reward abstained. ``profile`` says what that means for the score of the response.
+    """
+    weights_NGK, scored_NG = live_weights(weights_NK[:, None].expand_as(rewards_NGK), ~rewards_NGK.isnan(), profile)
+    scores_NG = torch.where(scored_NG, (weights_NGK * rewards_NGK.nan_to_num(0.0)).sum(-1), 0.0)
+    count_N1 = scored_NG.sum(1, keepdim=True)
+    mean_N1 = scores_NG.sum(1, keepdim=True) / count_N1.clamp(min=1)
+    centred_NG = torch.where(scored_NG, scores_NG - mean_N1, 0.0)
+    variance_N1 = centred_NG.square().sum(1, keepdim=True) / (count_N1 - 1).clamp(min=1)
     positive_N1 = variance_N1 > 0  # The inner ``where`` keeps sqrt away from 0, where its derivative is infinite.
     std_N1 = torch.where(positive_N1, torch.where(positive_N1, variance_N1, 1.0).sqrt(), 0.0)
     return (centred_NG / (std_N1 + SCORE_EPS) * utilities_NG).mean(1)
 
 
-def first_order(weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> Tensor:
-    """[N]: sum_k w_k times the mean over the group of r'_k z(U). It is linear in w."""
-    return (weights_NK * (rewards_NGK * utilities_NG[..., None]).mean(1)).sum(-1)
+def first_order(
+    weights_NK: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor, profile: AdvantageProfile = PROFILES["maestro"]
+) -> Tensor:
+    """[N]: sum_k w_k times the mean over the group of r'_k z(U), which is linear in w unless a reward abstained."""
+    weights_NGK, _ = live_weights(weights_NK[:, None].expand_as(rewards_NGK), ~rewards_NGK.isnan(), profile)
+    return (weights_NGK * rewards_NGK.nan_to_num(0.0) * utilities_NG[..., None]).mean(1).sum(-1)
 
 
 class Anchored:
@@ -162,11 +186,20 @@ class Anchored:
         return len(self.replay)
 
     def weights(self, context: WeightContext) -> Weights:
-        """w(x) for each group. With ``hybrid``, labelled groups are marked to be scored by their utility instead."""
+        """w(x) for each group, over the rewards that do not abstain from all of its responses.
+
+        The figure ``conductor/abstained_weight`` is the mean weight that has so moved from absent rewards to the
+        others. With ``hybrid``, labelled groups are marked to be scored by their utility instead.
+        """
         x_Nd = self._contexts(context)
+        present_NK = ~context.rewards_BK.isnan().cpu().view(len(x_Nd), context.group_size, -1).all(1)
         with torch.no_grad():
-            weights_NK = self.weights_of(x_Nd)
+            logits_NK = self.params.logits(self._standardised(x_Nd))
+        weights_NK = weights_of_present(logits_NK, present_NK)
+        kept_NK = present_NK | ~present_NK.any(1, keepdim=True)
+        moved_N = torch.where(kept_NK, 0.0, logits_NK.softmax(-1)).sum(1)
         self._metrics = {
+            "conductor/abstained_weight": moved_N.mean().item(),
             "conductor/entropy": entropy(weights_NK).mean().item(),
             "conductor/labelled_groups": float(self.labelled),
         }
@@ -177,7 +210,7 @@ class Anchored:
         return Weights(weights_BK, weights_BK, direct_B=direct_B)
 
     def weights_of(self, x_Nd: Tensor) -> Tensor:
-        """w(x) [N, K] of contexts as the model gives them, before they are standardised."""
+        """w(x) [N, K] of contexts as the model gives them, before they are standardised, where no reward abstains."""
         return self.params.weights(self._standardised(x_Nd))
 
     def _standardised(self, x_Nd: Tensor) -> Tensor:
@@ -197,25 +230,27 @@ class Anchored:
         self.statistics.update(x_Nd)
         self._remember(context, x_Nd)
         if self.labelled and self.config.learning_rate > 0:
-            self._learn()
+            self._learn(resolve_profile(outcome.profile))
 
     def _remember(self, context: WeightContext, x_Nd: Tensor) -> None:
         """Adds the labelled groups of the batch to the replay."""
         labelled_N = labelled_groups(context)
         shape = (-1, context.group_size)
         rewards_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
+        rewards_BK = torch.where(context.rewards_BK.isnan(), float("nan"), rewards_BK)
         rewards_NGK = rewards_BK.float().cpu().view(*shape, rewards_BK.shape[1])
         utilities_NG = standardised_utilities(context).view(shape)
         self.replay.add(x_Nd[labelled_N], rewards_NGK[labelled_N], utilities_NG[labelled_N])
 
-    def _learn(self) -> None:
+    def _learn(self, profile: AdvantageProfile) -> None:
         """Takes ``steps`` Adam steps on J over everything in the replay."""
         config, replay = self.config, self.replay
         x_Pd = self._standardised(replay.contexts)
+        present_NK = ~replay.rewards.isnan().all(1)
         surrogate = correlation if config.surrogate == "correlation" else first_order
         for _ in range(config.steps):
-            weights_NK = self.params.weights(x_Pd)[replay.index]
-            value = surrogate(weights_NK, replay.rewards, replay.utilities).mean()
+            weights_NK = weights_of_present(self.params.logits(x_Pd)[replay.index], present_NK)
+            value = surrogate(weights_NK, replay.rewards, replay.utilities, profile).mean()
             penalty = config.l2 * self.params.weight.square().sum() / len(self.reward_names)
             objective = value + config.entropy_coef * entropy(weights_NK).mean() - penalty
             self._optimizer.zero_grad()

@@ -25,7 +25,7 @@ class Replay:
     Attributes:
         contexts: float32 [P, d], the different contexts.
         index: int32 [n], the row of ``contexts`` for each group.
-        rewards: float32 [n, G, K], standardised within their group.
+        rewards: float32 [n, G, K], standardised within their group, NaN where a reward abstained.
         utilities: float32 [n, G], standardised within their group.
     """
 

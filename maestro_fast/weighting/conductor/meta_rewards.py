@@ -51,7 +51,9 @@ def experience(
 ) -> dict[str, Tensor]:
     """What the buffer keeps of a batch, on the device of the contexts.
 
-    Responses from which nothing can be learnt are left out: they are in a group without spread, or have no meta-reward.
+    Responses from which nothing can be learnt are left out: they are in a group without spread, or have no meta-reward,
+    or their action emphasised a reward that abstained from them. Such an action changed nothing, so it gets no credit;
+    ``all_actions`` gives it the mean of the other actions, which has next to no gradient.
 
     Args:
         outcome: the batch and its advantages.
@@ -84,15 +86,25 @@ def experience(
         live_B = chosen_B.isfinite().to(device) & ~outcome.advantages.degenerate.to(device)
     assert outcome.weights.actions_B is not None
     actions_B = outcome.weights.actions_B.to(device)
+    live_BK = ~outcome.context.rewards_BK.isnan().to(device)
+    if estimator != "all_actions":
+        live_B = live_B & live_BK.gather(1, actions_B[:, None])[:, 0]
     meta = chosen_B.to(device)
     if needs_every_action:
         assert every_BK is not None
-        every_BK = every_BK.to(device)
+        every_BK = _without_credit(every_BK.to(device), probs_BK, live_BK)
         meta = every_BK if estimator == "all_actions" else meta - (probs_BK * every_BK).sum(-1)
     batch = {"h": h_Bd, "meta": meta, "actions": actions_B}
     if keep_drawn_probs:
         batch["drawn_probs"] = probs_BK.gather(1, actions_B[:, None])[:, 0]
     return {name: tensor[live_B] for name, tensor in batch.items()}
+
+
+def _without_credit(every_BK: Tensor, probs_BK: Tensor, live_BK: Tensor) -> Tensor:
+    """Meta-rewards of all actions, in which a reward that abstained has the expectation over the others."""
+    probs_BK = torch.where(live_BK, probs_BK, 0.0)
+    mean_B1 = (probs_BK * every_BK).sum(-1, keepdim=True) / probs_BK.sum(-1, keepdim=True).clamp(min=1e-30)
+    return torch.where(live_BK, every_BK, mean_B1)
 
 
 def _of_advantages(outcome: Outcome, objective: Objective, alpha: float | None) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maestro_fast.ops import group_advantages
+from maestro_fast.specs import PROFILES, AdvantageProfile
 from maestro_fast.weighting import Anchored, AnchoredConfig, Outcome, WeightContext, Weights, scored
 from maestro_fast.weighting.anchored.anchored import AnchoredParams, correlation, first_order, standardised
 from tests.weighting.helpers import NAMES, K, normal
@@ -116,6 +117,44 @@ def test_it_learns_which_reward_each_kind_of_prompt_needs(surrogate: str) -> Non
     assert weights_BK[family_B == 0].mean(0).argmax() == 0 and weights_BK[family_B == 1].mean(0).argmax() == 2
     assert weights_BK[family_B == 0, 0].mean() > 0.6 and weights_BK[family_B == 1, 2].mean() > 0.6
     assert torch.equal(weights_BK, weights_BK[::G].repeat_interleave(G, 0))  # one weighting per prompt: no flattery
+
+
+def absent_world(step: int) -> WeightContext:
+    """One kind of prompt: reward 0 runs against the utility, reward 1 always abstains, and reward 2 agrees weakly."""
+    rewards_BK = normal(B, K, seed=3000 + step)
+    utilities_B = -rewards_BK[:, 0] + 0.3 * rewards_BK[:, 2]
+    rewards_BK[:, 1] = float("nan")
+    x_Bd = (normal(N, D, seed=step) * 0.1).repeat_interleave(G, 0)
+    return WeightContext(NAMES, G, step, rewards_BK, x_Bd, utilities_B)
+
+
+@pytest.mark.parametrize("surrogate", ["correlation", "first_order"])
+def test_weight_does_not_hide_on_a_reward_that_abstains(surrogate: str) -> None:
+    """Weight on it used to count as weight on nothing, while the policy was trained on reward 0 in its place."""
+    policy = anchored(surrogate=surrogate)
+    for step in range(4):
+        weights = run(policy, absent_world(step))
+        assert weights.weights_BK[:, 1].max() == 0.0
+        torch.testing.assert_close(weights.weights_BK.sum(1), torch.ones(B))
+        assert policy.metrics()["conductor/abstained_weight"] > 0.05  # it is seen before it is moved
+    assert policy.weights(absent_world(9)).weights_BK[:, 2].min() > 0.6
+    gradients = policy.params.weight.grad, policy.params.bias.grad
+    assert gradients[1] is not None and gradients[1][1] == 0.0, "no credit for a reward that abstained"
+
+
+@pytest.mark.parametrize("profile", ["maestro", "grpo"])
+def test_the_objective_scores_as_the_profile_does_where_rewards_abstain(profile: str) -> None:
+    """The correlation is that of the utility with the advantages under the same weights."""
+    nan = float("nan")
+    rewards_BK = normal(G, K, seed=5)
+    rewards_BK[1:3, 0], rewards_BK[4, 1], rewards_BK[5] = nan, nan, nan
+    weights_NK, utilities_NG = torch.tensor([[0.5, 0.3, 0.2]]), normal(1, G, seed=6)
+    normalised_BK = group_advantages(rewards_BK, None, G).normalized_rewards
+    normalised_BK = torch.where(rewards_BK.isnan(), nan, normalised_BK)
+    scores_only = AdvantageProfile("none", "none", "group", "group", missing=PROFILES[profile].missing, score_eps=1e-2)
+    expected = group_advantages(normalised_BK, weights_NK.expand(G, K), G, profile=scores_only).advantages
+    found = correlation(weights_NK, normalised_BK[None], utilities_NG, PROFILES[profile])
+    torch.testing.assert_close(found, (expected * utilities_NG[0]).mean()[None])
 
 
 def test_only_whole_labelled_groups_with_spread_are_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from maestro_fast.specs import resolve_profile
 from maestro_fast.weighting.anchored.anchored import correlation, entropy, standardised
 from maestro_fast.weighting.anchored.replay import Replay
 from tests.weighting.anchored.test_anchored import anchored, run, world
@@ -76,7 +77,7 @@ def test_a_repeated_prompt_counts_at_every_visit() -> None:
     objective = value - policy.config.l2 * params.weight.square().sum() / 3
     expected = torch.autograd.grad(-objective, list(params.named().values()))
     state = policy.state_dict()
-    policy._learn()
+    policy._learn(resolve_profile("maestro"))
     policy.load_state_dict(state)  # loading leaves the gradients of the last step where they are
     for gradient, parameter in zip(expected, params.named().values(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

@@ -19,7 +19,8 @@ from maestro_fast.ops import (
     group_advantages,
 )
 from maestro_fast.ops.conductor_update import logit_gradient
-from maestro_fast.weighting.conductor.meta_rewards import pathwise_slopes
+from maestro_fast.weighting import Outcome, WeightContext, Weights
+from maestro_fast.weighting.conductor.meta_rewards import experience, pathwise_slopes
 from tests.weighting.helpers import normal
 
 TAU, FLOOR, COEF, ALPHA = 0.7, 0.08, 0.2, 0.6
@@ -278,3 +279,36 @@ def test_std_scaling_leaves_a_small_residual() -> None:
     residual = max(meta_gradient("reinforce", "maestro", seed) for seed in range(3))
     print(f"largest meta-gradient of a prompt context under std scaling: {residual:.2e}")
     assert 1e-6 < residual < 0.05
+
+
+# --- rewards that abstain ---
+
+
+@pytest.mark.parametrize("estimator", DRAWN)
+def test_an_action_whose_reward_abstained_gets_no_credit(estimator: str) -> None:
+    rewards_BK = normal(4, 3, seed=1)
+    rewards_BK[1, 0] = rewards_BK[2, 1] = float("nan")
+    actions_B = torch.tensor([0, 0, 0, 1])  # the second response emphasised what abstained from it
+    weights_BK = (1 - ALPHA) / 3 + ALPHA * torch.eye(3)[actions_B]
+    context = WeightContext(("a", "b", "c"), 4, 0, rewards_BK)
+    advantages = group_advantages(rewards_BK, weights_BK, 4)
+    probs_BK = torch.tensor([[0.5, 0.3, 0.2]]).expand(4, 3)
+    found = experience(
+        Outcome(context, Weights(weights_BK, weights_BK, actions_B), advantages),
+        torch.arange(4.0)[:, None],
+        probs_BK,
+        objective="advantage",
+        estimator=estimator,  # type: ignore[arg-type]
+        alpha=ALPHA,
+        meta_reward=None,
+        keep_drawn_probs=False,
+    )
+    if estimator != "all_actions":
+        assert found["h"][:, 0].tolist() == [0.0, 2.0, 3.0] and found["actions"].tolist() == [0, 0, 1]
+        return
+    every_BK = found["meta"]
+    slopes_BK = every_BK - (probs_BK * every_BK).sum(1, keepdim=True)  # by the logits, up to the factor p
+    assert slopes_BK[[1, 2], [0, 1]].abs().max() < 1e-6 and slopes_BK[0].abs().min() > 1e-3
+    whole = counterfactual_advantages(rewards_BK, weights_BK, (1 - ALPHA) / 3 + ALPHA * torch.eye(3), 4)
+    live_BK = ~rewards_BK.isnan()
+    torch.testing.assert_close(every_BK[live_BK], whole[live_BK])
