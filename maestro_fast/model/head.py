@@ -99,7 +99,8 @@ def head_of(model: nn.Module) -> LanguageHead:
         )
     if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
         raise ValueError(
-            "model.lora: an adapter on the output head is not supported, leave the head out of its targets"
+            "model.lora: an adapter on the output head is not supported, leave the head out of its targets, or merge "
+            "it (model.adapter: merge)"
         )
     config = language_model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

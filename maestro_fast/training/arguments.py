@@ -22,9 +22,9 @@ TRAINER_DEFAULTS: dict[str, tuple[Any, str]] = {
         "about ten times the rate of full training (LoRA Without Regret, Schulman et al. 2025).",
     ),
     "bf16": (
-        "auto",
-        "Mixed precision: matrix products in bfloat16 while the weights stay float32; by default on GPUs that can, "
-        "unless ``fp16`` or a ``model.dtype`` in half precision is set.",
+        False,
+        "Mixed precision: matrix products in bfloat16 while the weights that train stay float32; true by default on "
+        "GPUs that can, unless ``fp16`` or a ``model.dtype`` in half precision is set.",
     ),
     "lr_scheduler_type": ("constant", "The schedule of the learning rate."),
     "num_train_epochs": (1, "The number of passes over the prompts."),

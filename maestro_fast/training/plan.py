@@ -74,6 +74,12 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
         raise ValueError(
             f"model: {type(language_model).__name__}.forward takes no logits_to_keep, so it would form all logits"
         )
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"model: adapters of type {adapter.peft_type.value} add tokens to the prompt, which shifts the states; "
+            "expected LoRA or others that change weights"
+        )
     head_of(model)
     check_trainable(model)
     return plan

@@ -161,3 +161,15 @@ def test_a_model_of_which_nothing_trains_is_refused(
     with pytest.raises(ValueError, match=r"^model: none of the parameters of Qwen3ForCausalLM .* requires a gradient"):
         run(raw_config)
     assert not (Path(raw_config["run_dir"]) / "config.yaml").exists()
+
+
+def test_adapters_that_add_to_the_prompt_are_refused(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
+) -> None:
+    peft = pytest.importorskip("peft")
+    base: Any = AutoModelForCausalLM.from_pretrained(checkpoint())
+    tuned = peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    monkeypatch.setattr("maestro_fast.training.run.load_policy", lambda *_, **__: (tuned, tiny_tokenizer()))
+
+    with pytest.raises(ValueError, match=r"^model: adapters of type PROMPT_TUNING add tokens to the prompt"):
+        run(raw_config)
