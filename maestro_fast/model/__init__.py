@@ -18,6 +18,7 @@ from maestro_fast.model.attention import (
     register_varlen,
     use_attention,
 )
+from maestro_fast.model.chat import ChatConfig, encode_prompt, prefilled
 from maestro_fast.model.forward import (
     choose_layout,
     completion_logprobs,
@@ -31,12 +32,13 @@ from maestro_fast.model.forward import (
 from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of
 from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
 from maestro_fast.model.rows import Sequences
-from maestro_fast.model.text_scorer import encode_prompt, text_scorer
+from maestro_fast.model.text_scorer import text_scorer
 
 __all__ = [
     "VARLEN",
     "Attention",
     "AttentionPath",
+    "ChatConfig",
     "LanguageHead",
     "Layout",
     "PromptContexts",
@@ -55,6 +57,7 @@ __all__ = [
     "frozen_copy",
     "head_of",
     "last_hidden",
+    "prefilled",
     "prompt_mean",
     "reference_policy",
     "register_varlen",

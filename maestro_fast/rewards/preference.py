@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from maestro_fast.records import Message, RewardBatch, Text, plain_text
+from maestro_fast.records import Message, RewardBatch, Text, content_text, plain_text
 from maestro_fast.settings import SettingsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -201,7 +201,9 @@ def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
 
 
 def _messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    return [message | {"content": content_text(message)} for message in text]
 
 
 def _label_column(config: Any, label: int | str | None) -> int:

@@ -15,7 +15,7 @@ What each of these does stands below, in functions that take what they need. The
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,25 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
 from maestro_fast.model.attention import Layout
+from maestro_fast.model.chat import ChatConfig, encode_prompt
 from maestro_fast.model.forward import score as score_forward
-from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.head import LanguageHead, causal_lm
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.records import PolicyOutputs, Prompts, RewardBatch, Rollouts, StepRecord, Text, response_means
+from maestro_fast.records import (
+    PolicyOutputs,
+    Prompt,
+    Prompts,
+    RewardBatch,
+    Rollouts,
+    StepRecord,
+    Text,
+    plain_text,
+    response_means,
+)
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
@@ -321,7 +332,7 @@ class Judges:
     Attributes:
         rewards: the rewards that the policy is trained on.
         anchor: the utility that a weight policy learns from, or None.
-        tokenizer, scorer, processes: serve the rewards that ask the policy for log-probs of texts.
+        tokenizer, scorer, processes, chat: serve the rewards that ask the policy for log-probs of texts.
     """
 
     rewards: RewardSet
@@ -329,6 +340,7 @@ class Judges:
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     processes: Processes
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def __call__(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
@@ -342,10 +354,33 @@ class Judges:
         batch = self._reward_batch(model, rollouts, outputs, number)
         return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
 
-    def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
-        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together."""
-        forward = partial(self.scorer, model, temperature=1.0)
-        return text_scorer(self.tokenizer, forward, self.processes.gather, self.processes.device)
+    def text_scorer(
+        self, model: nn.Module, prompts: Prompts | None = None
+    ) -> Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[Tensor]]:
+        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together.
+
+        A text that is one of ``prompts`` is read as the policy read it there, with the tools of its row.
+        """
+        return text_scorer(
+            self.tokenizer,
+            partial(self.scorer, model, temperature=1.0),
+            self.processes.gather,
+            self.processes.device,
+            encode_text=partial(self._encode, prompts),
+            vocabulary=causal_lm(model).get_input_embeddings().num_embeddings,
+        )
+
+    def _encode(self, prompts: Prompts | None, text: Text) -> list[int]:
+        if prompts is not None:
+            ids = [own for known, own in zip(prompts.texts, prompts.token_ids, strict=True) if known == text]
+            if any(own != ids[0] for own in ids):
+                raise ValueError(
+                    f"score_texts: the prompt {plain_text(text)[:40]!r} stands in the batch with several sets of tools "
+                    "or template options, expected its entry of batch.prompt_ids"
+                )
+            if ids:
+                return ids[0]
+        return encode_prompt(self.tokenizer, text, None, self.chat.template_kwargs)
 
     def _reward_batch(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
@@ -362,10 +397,12 @@ class Judges:
             rollouts.completion_ids,
             rollouts.prompts.columns,
             entropies_B,
-            self.text_scorer(model) if needs_policy else None,
+            self.text_scorer(model, rollouts.prompts) if needs_policy else None,
             self.processes.device,
             logprobs_B,
             number,
+            rollouts.prompts.token_ids,
+            rollouts.prompts.prefills,
         )
 
 

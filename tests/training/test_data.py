@@ -88,13 +88,13 @@ def test_a_named_family_column_has_to_exist() -> None:
 def test_prompt_lengths_are_checked() -> None:
     dataset = PromptDataset([{"prompt": "red"}, {"prompt": "the quick brown fox"}])
 
-    assert dataset.check_lengths(tiny_tokenizer(), None) == max(
+    assert dataset.check_prompts(tiny_tokenizer()) == max(
         len(encode_prompt(tiny_tokenizer(), row["prompt"])) for row in dataset.rows
     )
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens: the prompt of row 1 has \d+ tokens"):
-        dataset.check_lengths(tiny_tokenizer(), 3)
+        dataset.check_prompts(tiny_tokenizer(), 3)
     with pytest.raises(ValueError, match=r"data\.path: the prompt of row 0 has no tokens"):
-        PromptDataset([{"prompt": ""}]).check_lengths(tiny_tokenizer(), None)
+        PromptDataset([{"prompt": ""}]).check_prompts(tiny_tokenizer())
 
 
 def test_a_column_that_some_rows_leave_out_is_none_there() -> None:
