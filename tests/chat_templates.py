@@ -20,7 +20,8 @@ QWEN3 = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}"
     "{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}"
     "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}"
-    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}"
+    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
+    "{% endif %}"
     "{% for m in messages %}{% if m.content is string %}{% set content = m.content %}{% else %}{% set content = '' %}"
     "{% endif %}{% if m.role == 'user' %}{{ '<|im_start|>user\\n' + content + '<|im_end|>\\n' }}"
     "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
@@ -35,8 +36,8 @@ QWEN3 = (
 
 # As GLM-4.5: even an earlier turn shows an empty block of reasoning.
 GLM = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{{ '<think></think>\\n' }}{% endif %}"
-    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think></think>\\n' }}{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
 

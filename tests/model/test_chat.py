@@ -106,7 +106,11 @@ def test_messages_without_content_and_with_parts_are_served(template: str) -> No
 @pytest.mark.parametrize(
     ("template", "prompt", "words"),
     [
-        (STRICT, [{"role": "system", "content": "Be brief."}], "the chat template refuses it: System role not supported"),
+        (
+            STRICT,
+            [{"role": "system", "content": "Be brief."}],
+            "the chat template refuses it: System role not supported",
+        ),
         (ONE_TURN, [*ASK, *ASK], r"the chat template refuses it: One message$"),
         (CHATML, [{"role": None, "content": "a"}], "the chat template refuses it: "),
         (None, ASK, "it is a conversation, and the tokenizer has no chat template, expected text"),
@@ -122,7 +126,7 @@ def test_refusals_are_one_sentence(template: str | None, prompt: Any, words: str
 def test_keyword_arguments_that_the_template_never_reads_are_refused() -> None:
     tokenizer = chat_tokenizer(QWEN3)
     check_template_kwargs(tokenizer, {"enable_thinking": False, "chat_template": QWEN3})
-    with pytest.raises(ValueError, match="^enable_thinkin is nothing that the tokenizer's chat template reads"):
+    with pytest.raises(ValueError, match=r"^enable_thinkin is nothing that the tokenizer's chat template reads"):
         check_template_kwargs(tokenizer, {"enable_thinkin": False})
     with pytest.raises(ValueError, match=r"template_kwargs: tokenize is set by the run"):
         ChatConfig(template_kwargs={"tokenize": False})
