@@ -37,7 +37,8 @@ QWEN3 = (
 # As GLM-4.5: even an earlier turn shows an empty block of reasoning.
 GLM = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
-    "{% if m.role == 'assistant' %}{{ '<think></think>\\n' }}{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think></think>\\n' }}{% endif %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
 

@@ -186,11 +186,18 @@ def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: 
         tokenizer: the reward model's tokenizer. Its chat template is used if it has one.
         prompt, completion: a string, or a list of {"role", "content"} messages.
         separator: stands between the two where there is no template.
+
+    Raises:
+        ValueError: the template refuses the conversation, for example one with a system message.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(plain_text(prompt) + separator + plain_text(completion))["input_ids"])
     messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except Exception as error:  # A template is a program of its own, which may fail in any way.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the chat template of the reward model refuses a conversation: {reason}") from error
 
 
 def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
