@@ -116,6 +116,8 @@ def prefilled(
     text: Text,
     tools: Sequence[Tool] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    headers: dict[str, str] | None = None,
 ) -> str:
     """The part of the reply that stands in the prompt already, or "".
 
@@ -126,15 +128,19 @@ def prefilled(
 
     Args:
         tokenizer, text, tools, template_kwargs: as ``encode_prompt`` takes them.
+        headers: keeps the headers, so that calls for many prompts with one tokenizer read each off the template once.
     """
     if isinstance(text, str):
         return _trailing_tag(text)
     opened = rendered(tokenizer, text, tools, template_kwargs)
+    known, key = {} if headers is None else headers, repr(template_kwargs)
     try:
         opening = _beyond(opened, rendered(tokenizer, text, tools, template_kwargs, opened=False))
-        return _beyond(opening, _assistant_header(tokenizer, template_kwargs)) if opening else ""
+        if key not in known:
+            known[key] = _assistant_header(tokenizer, template_kwargs)
     except ValueError:
         return _trailing_tag(opened)
+    return _beyond(opening, known[key])
 
 
 def check_template_kwargs(

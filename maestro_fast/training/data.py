@@ -100,12 +100,13 @@ class PromptDataset(Dataset[Row]):
         texts: list[Text] = [row[self.prompt_column] for row in rows]
         options = [self._template_options(row) for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
+        headers: dict[str, str] = {}
         return Prompts(
             texts,
             [encode_prompt(tokenizer, text, *own) for text, own in zip(texts, options, strict=True)],
             columns,
             self._families(rows),
-            [prefilled(tokenizer, text, *own) for text, own in zip(texts, options, strict=True)],
+            [prefilled(tokenizer, text, *own, headers=headers) for text, own in zip(texts, options, strict=True)],
         )
 
     @property
