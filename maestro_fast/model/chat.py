@@ -176,7 +176,9 @@ def _apply(
     """
     kwargs = dict(template_kwargs or {})
     if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in kwargs:
-        raise ValueError("it is a conversation, and the tokenizer has no chat template, expected text")
+        raise ValueError(
+            "it is a conversation, and the tokenizer has no chat template, expected text without chat.system_prompt"
+        )
 
     def apply(conversation: list[Message]) -> Any:
         return tokenizer.apply_chat_template(
