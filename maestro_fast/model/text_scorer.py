@@ -6,7 +6,8 @@ A reward has texts, but the policy reads token ids. ``text_scorer`` returns the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,31 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.model.chat import encode_prompt
 from maestro_fast.model.rows import Sequences
-from maestro_fast.records import PolicyOutputs, Prompt, Text
+from maestro_fast.records import PolicyOutputs, Prompt, Prompts, Text, plain_text
+
+
+def encode_known(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts | None, template_kwargs: Mapping[str, Any], text: Text
+) -> list[int]:
+    """The token ids of a prompt. One of ``prompts`` has those that the policy read there, with the tools of its row.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        prompts: the prompts of the batch; None knows none.
+        template_kwargs: what the chat template gets for any other prompt that is a conversation.
+        text: the prompt.
+
+    Raises:
+        ValueError: ``prompts`` has it with several sets of tools or template options.
+    """
+    known = [] if prompts is None else zip(prompts.texts, prompts.token_ids, strict=True)
+    ids = [own for other, own in known if other == text]
+    if any(own != ids[0] for own in ids):
+        raise ValueError(
+            f"score_texts: the prompt {plain_text(text)[:40]!r} stands in the batch with several sets of tools or "
+            "template options, expected its entry of batch.prompt_ids"
+        )
+    return ids[0] if ids else encode_prompt(tokenizer, text, None, template_kwargs)
 
 
 def text_scorer(

@@ -25,25 +25,15 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
 from maestro_fast.model.attention import Layout
-from maestro_fast.model.chat import ChatConfig, encode_prompt
+from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead, causal_lm
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
-from maestro_fast.model.text_scorer import text_scorer
+from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.records import (
-    PolicyOutputs,
-    Prompt,
-    Prompts,
-    RewardBatch,
-    Rollouts,
-    StepRecord,
-    Text,
-    plain_text,
-    response_means,
-)
+from maestro_fast.records import PolicyOutputs, Prompt, Prompts, RewardBatch, Rollouts, StepRecord, response_means
 from maestro_fast.rewards import RewardSet
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
@@ -366,21 +356,9 @@ class Judges:
             partial(self.scorer, model, temperature=1.0),
             self.processes.gather,
             self.processes.device,
-            encode_text=partial(self._encode, prompts),
+            encode_text=partial(encode_known, self.tokenizer, prompts, self.chat.template_kwargs),
             vocabulary=causal_lm(model).get_input_embeddings().num_embeddings,
         )
-
-    def _encode(self, prompts: Prompts | None, text: Text) -> list[int]:
-        if prompts is not None:
-            ids = [own for known, own in zip(prompts.texts, prompts.token_ids, strict=True) if known == text]
-            if any(own != ids[0] for own in ids):
-                raise ValueError(
-                    f"score_texts: the prompt {plain_text(text)[:40]!r} stands in the batch with several sets of tools "
-                    "or template options, expected its entry of batch.prompt_ids"
-                )
-            if ids:
-                return ids[0]
-        return encode_prompt(self.tokenizer, text, None, self.chat.template_kwargs)
 
     def _reward_batch(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
