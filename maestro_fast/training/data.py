@@ -169,8 +169,8 @@ class PromptDataset(Dataset[Row]):
                 if self.chat.template_kwargs:
                     raise ValueError(
                         f"chat.template_kwargs: {', '.join(self.chat.template_kwargs)}, but the prompt of row {i} in "
-                        f"{self._field} is text, to which no template is applied: expected messages, or a chat.system_prompt "
-                        "beside it"
+                        f"{self._field} is text, to which no template is applied: expected messages, or a "
+                        "chat.system_prompt beside it"
                     )
                 if tools and not warned:
                     warned = True
