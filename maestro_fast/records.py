@@ -5,6 +5,7 @@ Axis suffixes: B responses, K rewards, C completion tokens (of all responses, on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Message = dict[str, str]
-Text = str | list[Message]  # plain text, or a conversation of {"role", "content"} messages
+# A message has a "role", and mostly a "content": text, a list of {"type": "text", "text"} parts, or None. It may have
+# fields that only the chat template reads, such as "tool_calls".
+Message = dict[str, Any]
+Text = str | list[Message]  # plain text, or a conversation
+Prompt = Text | list[int]  # a prompt, or its token ids
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,19 @@ class Prompts:
     """Prompts ready for generation, one entry for each response or for each group.
 
     Attributes:
-        texts: the prompts as in the data set, each a string or a list of messages.
+        texts: the prompts as in the data set, each a string or a list of messages, with the system prompt of the run.
         token_ids: what the policy reads, after the chat template was applied.
         columns: every other column of the data set, by name.
         families: the task family of each prompt, "" where the data names none. Only logs and reports read it.
+        prefills: the part of each reply that stands in the prompt already, such as ``<think>``, see
+            ``model.chat.prefilled``; an empty list stands for none.
     """
 
     texts: list[Text]
     token_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     families: list[str] = field(default_factory=list)
+    prefills: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,6 +54,7 @@ class Prompts:
             each(self.token_ids),
             {k: each(v) for k, v in self.columns.items()},
             each(self.families),
+            each(self.prefills),
         )
 
     def split(self, parts: int) -> list[Prompts]:
@@ -54,7 +62,13 @@ class Prompts:
         size = len(self) // parts
         bounds = [slice(first, first + size) for first in range(0, len(self), size)]
         return [
-            Prompts(self.texts[b], self.token_ids[b], {k: v[b] for k, v in self.columns.items()}, self.families[b])
+            Prompts(
+                self.texts[b],
+                self.token_ids[b],
+                {k: v[b] for k, v in self.columns.items()},
+                self.families[b],
+                self.prefills[b],
+            )
             for b in bounds
         ]
 
@@ -66,8 +80,8 @@ class Rollouts:
     Attributes:
         prompts: B entries; a group's prompt stands once for each of its responses.
         completion_ids: the sampled token ids, with the end-of-sequence token where one was sampled.
-        completions: the decoded text without special tokens; a list with one assistant message where the prompt is a
-            list of messages.
+        completions: the text of the sampled tokens, see ``sampling.skip_special_tokens``; a list with one assistant
+            message where the prompt is a list of messages. What the prompt has of the reply is not part of it.
         truncated_B: bool [B], True where the token limit ended the response.
         sampling_logprobs_C: float32 [C], log-probs in nats under the distribution that was sampled from, or None.
         metrics: figures of the generation for the log, by name.
@@ -128,14 +142,17 @@ class RewardBatch:
             if no reward asked for it.
         score_texts: ``score_texts(prompts, prefixes, continuations)`` takes three sequences of one length, which may be
             0. For each triple it returns a float32 CPU tensor with the policy's log-probs in nats of the continuation's
-            tokens, after the prompt (as in the data; the chat template is applied to it) and the beginning of an
-            assistant's reply. All processes may have to take part, so call it exactly once per batch. None outside
-            training.
+            tokens, after the prompt and the beginning of an assistant's reply. A prompt is token ids, such as those of
+            ``prompt_ids``, or text or messages, to which the chat template is applied. All processes may have to take
+            part, so call it exactly once per batch. None outside training.
         device: where this process trains its policy; None outside training.
         mean_logprobs_B: float32 [B] on the CPU, the mean log-prob in nats of each response's tokens under the policy,
             at the sampling temperature; None where mean_entropies_B is None.
         step: the number of the generation batch, which counts from 0 and is negative in evaluations; None outside
             training.
+        prompt_ids: B entries, the token ids that the policy read; an empty list outside training.
+        prefills: B entries, the part of each reply that stands in the prompt already, as in ``Prompts``; an empty list
+            stands for none.
     """
 
     prompts: list[Text]
@@ -143,16 +160,24 @@ class RewardBatch:
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     mean_entropies_B: Tensor | None = None
-    score_texts: Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]] | None = None
+    score_texts: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[Tensor]] | None = None
     device: torch.device | None = None
     mean_logprobs_B: Tensor | None = None
     step: int | None = None
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    prefills: list[str] = field(default_factory=list)
+
+    @property
+    def replies(self) -> list[str]:
+        """The assistant's replies, B entries: what the prompt has of each, and then what the policy wrote."""
+        texts = [plain_text(completion) for completion in self.completions]
+        return [a + b for a, b in zip(self.prefills, texts, strict=True)] if self.prefills else texts
 
     def select(self, rows: Sequence[int]) -> RewardBatch:
         """Makes the batch that holds these rows, in this order."""
 
         def each(values: list[Any]) -> list[Any]:
-            return [values[row] for row in rows]
+            return [values[row] for row in rows] if values else []
 
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[list(rows)]
@@ -165,6 +190,8 @@ class RewardBatch:
             columns={name: each(values) for name, values in self.columns.items()},
             mean_entropies_B=some(self.mean_entropies_B),
             mean_logprobs_B=some(self.mean_logprobs_B),
+            prompt_ids=each(self.prompt_ids),
+            prefills=each(self.prefills),
         )
 
     def copied(self) -> RewardBatch:
@@ -244,9 +271,29 @@ def cumulative(lengths_B: Tensor) -> Tensor:
     return bounds
 
 
+def content_text(message: Message) -> str:
+    """The text of a message: its content, the joined text of its parts, or "" where it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+    if content is None or isinstance(content, str):
+        return content or ""
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
 def plain_text(text: Text) -> str:
-    """Returns a string as it is, and of a list of messages their contents, each on a line of its own."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    """Returns a string as it is, and of a list of messages what they say, each on a line of its own.
+
+    A message that calls tools has the calls behind its content, each as JSON on a line of its own.
+    """
+    if isinstance(text, str):
+        return text
+    lines = []
+    for message in text:
+        calls = [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls") or ()]
+        content = content_text(message)
+        lines += [content, *calls] if content or not calls else calls
+    return "\n".join(lines)
 
 
 def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:

@@ -6,7 +6,7 @@ weights, in this process or behind a server; the trainer wraps it into a generat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,8 @@ class SamplingConfig:
         top_k: The number of tokens kept by top-k truncation; 0 turns it off. The remark on ``top_p`` holds here too.
         stop: The strings that end a response, which keeps the first of them in its text. Only the response is searched,
             so a string that begins in the prompt does not count.
+        skip_special_tokens: Whether the text of a response, which the rewards read, leaves out the tokenizer's special
+            tokens. False keeps them, all but those that end the response; tags that are special tokens need this.
     """
 
     group_size: int = 8
@@ -39,6 +41,7 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0
     stop: list[str] = field(default_factory=list)
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -135,14 +138,37 @@ class Engine(Protocol):
 
 
 def completion_texts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, completion_ids: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    completion_ids: list[list[int]],
+    *,
+    skip_special_tokens: bool = True,
+    stop_ids: Collection[int] = (),
 ) -> list[Text]:
-    """The text of the sampled tokens, without special tokens.
+    """The text of the sampled tokens.
 
     If a prompt is a conversation, its completion is a list that holds one assistant message.
+
+    Args:
+        tokenizer: The tokenizer that decodes them.
+        prompts: The prompts, one for each completion.
+        completion_ids: The sampled tokens.
+        skip_special_tokens: Whether special tokens are left out. If not, the tokens at the end that end a response or
+            pad it are left out all the same.
+        stop_ids: The token ids that end a response, beside the tokenizer's own.
     """
-    decoded = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if not skip_special_tokens:
+        ends = {*stop_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        completion_ids = [_without_end(ids, ends) for ids in completion_ids]
+    decoded = tokenizer.batch_decode(completion_ids, skip_special_tokens=skip_special_tokens)
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts.texts, decoded, strict=True)
     ]
+
+
+def _without_end(ids: list[int], ends: Collection[int | None]) -> list[int]:
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    return ids[:length]

@@ -54,7 +54,7 @@ class TransformersGenerator:
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
         """See ``Generator.generate``. ``model`` is a causal language model of transformers and is left as it was."""
         stops = stop_ids(model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(stops)
+        pad = padding_id(model, self.tokenizer)
         device = next(model.parameters()).device
         input_ids, attention_mask = left_padded(prompts.token_ids, pad)
         recorder = _LogprobRecorder()
@@ -111,7 +111,13 @@ class TransformersGenerator:
             truncated.append(not ends)
             completion_ids.append(row[:length])
             kept.append(row_logprobs[:length])
-        completions = completion_texts(self.tokenizer, prompts, completion_ids)
+        completions = completion_texts(
+            self.tokenizer,
+            prompts,
+            completion_ids,
+            skip_special_tokens=self.sampling.skip_special_tokens,
+            stop_ids=stops,
+        )
         return Rollouts(prompts, completion_ids, completions, torch.tensor(truncated), torch.cat(kept))
 
 
@@ -202,6 +208,16 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if not ids:
         raise ValueError("tokenizer: has no eos_token_id, and neither has the model's generation config")
     return ids
+
+
+def padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id for padding. It is masked, but the model embeds it, so it has to be one that the model knows.
+
+    It is the tokenizer's own if the model has a row for it: a token that was added to the tokenizer alone has none.
+    """
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    known = [i for i in (tokenizer.pad_token_id, *sorted(stop_ids(model, tokenizer))) if i is not None and i < rows]
+    return known[0] if known else 0
 
 
 def left_padded(token_ids: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,13 @@ class VllmEngine:
         return Rollouts(
             prompts,
             completion_ids,
-            completion_texts(self._tokenizer, prompts, completion_ids),
+            completion_texts(
+                self._tokenizer,
+                prompts,
+                completion_ids,
+                skip_special_tokens=self._sampling.skip_special_tokens,
+                stop_ids=self._stop_ids,
+            ),
             torch.tensor([out.finish_reason == "length" for out in chosen]),
             torch.tensor(logprobs, dtype=torch.float32),
         )

@@ -90,7 +90,13 @@ class VllmServer:
         answers = [self._response(choice) for choices in self._parallel(bodies) for choice in choices]
         self._check_version()
         completion_ids = [answer.token_ids for answer in answers]
-        completions = completion_texts(self.tokenizer, prompts, completion_ids)
+        completions = completion_texts(
+            self.tokenizer,
+            prompts,
+            completion_ids,
+            skip_special_tokens=self.sampling.skip_special_tokens,
+            stop_ids=self._stop_ids,
+        )
         truncated_B = torch.tensor([answer.truncated for answer in answers])
         logprobs_C = torch.tensor([value for answer in answers for value in answer.logprobs], dtype=torch.float32)
         return Rollouts(prompts, completion_ids, completions, truncated_B, logprobs_C)

@@ -18,6 +18,7 @@ from maestro_fast.model.attention import (
     register_varlen,
     use_attention,
 )
+from maestro_fast.model.chat import ChatConfig, encode_prompt, prefilled
 from maestro_fast.model.forward import (
     choose_layout,
     completion_logprobs,
@@ -32,13 +33,14 @@ from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_
 from maestro_fast.model.load import Checkpoint, LoraSettings, ModelConfig, load_policy
 from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
 from maestro_fast.model.rows import Sequences
-from maestro_fast.model.text_scorer import encode_prompt, text_scorer
+from maestro_fast.model.text_scorer import text_scorer
 from maestro_fast.model.trained import check_trainable, warn_of_half_precision
 
 __all__ = [
     "VARLEN",
     "Attention",
     "AttentionPath",
+    "ChatConfig",
     "Checkpoint",
     "LanguageHead",
     "Layout",
@@ -62,6 +64,7 @@ __all__ = [
     "head_of",
     "last_hidden",
     "load_policy",
+    "prefilled",
     "product_dtype",
     "prompt_mean",
     "reference_policy",

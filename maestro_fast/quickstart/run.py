@@ -23,7 +23,7 @@ from maestro_fast.reporting import Table, family_spread, format_table, read_json
 from maestro_fast.reporting.prompt_weights import family_table, spread_sentence
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
 from maestro_fast.settings import override
-from maestro_fast.training import DataConfig, load_prompts
+from maestro_fast.training import DataConfig, load_prompts, parse_config
 from maestro_fast.training.prompt_weights import load_conductor, prompt_weights
 from maestro_fast.training.run_directory import locked
 
@@ -136,7 +136,7 @@ def _conclude(out: Path, judged: HeldOut, began: float) -> None:
     """Measures all policies on held-out prompts, prints tables and sentences, and writes the report."""
     run, equal = out / "anchored", out / "equal"
     lines, raw = read_jsonl(run / "metrics.jsonl"), example_config(out)
-    held_out = load_prompts(DataConfig(str(out / "held_out.jsonl")))
+    held_out = load_prompts(DataConfig(str(out / "held_out.jsonl")), parse_config(raw).chat)
     models = {"warm start": out / "model", "equal weights": equal / "final", "anchored": run / "final"}
     found = {label: utilities(raw, model, held_out) for label, model in models.items()}
     save(found, out / "held_out_utilities.json")

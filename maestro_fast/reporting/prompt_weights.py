@@ -54,7 +54,7 @@ def show_conductor(
     require_matplotlib()
     saved = load_conductor(folder)
     try:
-        dataset = load_prompts(data)
+        dataset = load_prompts(data, None if saved.run is None else saved.run.chat)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"--on: {str(error).removeprefix('data.')}") from error
     found = prompt_weights(saved, dataset, model=model, samples=samples, seed=seed)

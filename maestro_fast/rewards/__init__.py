@@ -10,7 +10,7 @@ from maestro_fast.rewards.config import (
     build_anchor,
     build_rewards,
 )
-from maestro_fast.rewards.format import FormatReward, split_tags
+from maestro_fast.rewards.format import FormatReward, check_tags_are_seen, split_tags
 from maestro_fast.rewards.function import FunctionReward, FunctionRewardConfig, load_function
 from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
@@ -42,6 +42,7 @@ __all__ = [
     "Where",
     "build_anchor",
     "build_rewards",
+    "check_tags_are_seen",
     "gate",
     "load_function",
     "masks",

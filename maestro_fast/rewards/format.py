@@ -7,13 +7,16 @@ By default the form is
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class FormatReward:
     surroundings. The tag counts of open-r1 and the soft format rewards in wide use are of this kind, and like them this
     one never needs the answer to be right.
 
+    What the prompt has of the reply counts: where a chat template ends in ``<think>``, the completion closes that tag.
+
     Attributes:
         tags: the names of the tags, without brackets.
         partial: whether a completion without the form gets partial credit.
-        pattern: a regular expression in place of tags, which has to match the whole completion (a dot also matches a
-            line break).
+        pattern: a regular expression in place of tags, which has to match the whole reply (a dot also matches a line
+            break).
         name: the reward's name.
 
     Raises:
@@ -59,7 +64,7 @@ class FormatReward:
             raise ValueError(f"pattern: {self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, batch: RewardBatch) -> list[float]:
-        return [self._score(plain_text(completion)) for completion in batch.completions]
+        return [self._score(reply) for reply in batch.replies]
 
     def _score(self, text: str) -> float:
         if self.pattern is not None:
@@ -118,6 +123,50 @@ def check_tags(tags: Sequence[str]) -> None:
             raise ValueError(f"tags: {tag!r}, expected a name without brackets, such as 'think'")
     if len(set(tags)) < len(tags):
         raise ValueError(f"tags: {tags!r}, expected distinct names")
+
+
+def check_tags_are_seen(rewards: Sequence[Any], tokenizer: Any, skip_special_tokens: bool) -> None:
+    """Checks that the tags which rewards look for can stand in the text of a completion.
+
+    Args:
+        rewards: the rewards, also behind gates and masks, whose attributes ``reward`` and ``on`` are looked into. Those
+            with ``tags`` or a ``pattern`` are checked.
+        tokenizer: the policy's tokenizer.
+        skip_special_tokens: whether the text of a completion leaves out special tokens, see ``SamplingConfig``.
+
+    Raises:
+        ValueError: a tag is a special token that is left out, so that no completion can have it. Where a pattern names
+            such a token there is a warning only, since a pattern may not need it.
+    """
+    remedy = "expected sampling.skip_special_tokens: false"
+    for reward in _all_rewards(rewards) if skip_special_tokens else ():
+        name, pattern = getattr(reward, "name", "?"), getattr(reward, "pattern", None)
+        if isinstance(pattern, str):
+            special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+            named = sorted(token for token in special if token in pattern or re.escape(token) in pattern)
+            if named:
+                logger.warning(
+                    "rewards: the pattern of %r names %s, a special token of the tokenizer, which the text of a "
+                    "completion leaves out; %s",
+                    name,
+                    ", ".join(named),
+                    remedy,
+                )
+            continue
+        for tag in getattr(reward, "tags", ()):
+            for text in (f"<{tag}>", f"</{tag}>"):
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if text in tokenizer.decode(ids) and text not in tokenizer.decode(ids, skip_special_tokens=True):
+                    raise ValueError(
+                        f"rewards: {name!r} looks for {text}, a special token of the tokenizer, which the text of a "
+                        f"completion leaves out, {remedy}"
+                    )
+
+
+def _all_rewards(rewards: Sequence[Any]) -> list[Any]:
+    """The rewards and those inside them."""
+    inner = [getattr(reward, name) for reward in rewards for name in ("reward", "on") if hasattr(reward, name)]
+    return [*rewards, *(_all_rewards(inner) if inner else ())]
 
 
 def _well_formed(text: str, tag: str) -> bool:

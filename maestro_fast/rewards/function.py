@@ -52,6 +52,9 @@ class FunctionRewardConfig:
 class FunctionReward:
     """Calls a function with prompts, completions, completion_ids and every data column, B entries each.
 
+    A function that names ``prefills`` gets the part of each reply that stands in the prompt already, such as
+    ``<think>``, or "", unless the data have a column of that name.
+
     All are keyword arguments. A function without ``**kwargs`` gets only the arguments that it names. Each call gets
     lists and dicts of its own, so the function may change them; TRL hands the same ones to all functions. An
     ``async def`` function, or an object whose ``__call__`` is one, works as well: ``RewardSet`` awaits the awaitable
@@ -97,6 +100,8 @@ class FunctionReward:
             "completion_ids": batch.completion_ids,
         }
         given = {**batch.columns, **standard, **self.options}
+        if "prefills" in (*self._required, *(self._accepted or ())):
+            given.setdefault("prefills", batch.prefills or [""] * len(batch))
         for argument in self._required:
             if argument not in given:
                 raise ValueError(

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from maestro_fast.records import RewardBatch, plain_text
+from maestro_fast.records import Prompt, RewardBatch
 from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.format import check_tags, match_tags, why_without_form
 
@@ -50,7 +50,7 @@ class Judged(NamedTuple):
 class PerplexityReward:
     """-log P, where P is the perplexity of the reference answer after the completion's reasoning, or its rank.
 
-    The policy scores the reference in the place of its own answer: after the prompt, and after its completion up to the
+    The policy scores the reference in the place of its own answer: after the prompt, and after its reply up to the
     opening tag of the answer and the whitespace behind that tag. Spaces at the end of that text move
     to the front of the reference, because tokenisers join a space with the word that follows. All rows go through
     ``batch.score_texts`` in exactly one call, even if there are none, because it may be a collective.
@@ -141,24 +141,28 @@ class PerplexityReward:
         return ["" if value is None else str(value).strip() for value in column]
 
     def _query(self, batch: RewardBatch, row: int, reference: str) -> _Query | None:
-        text = plain_text(batch.completions[row])
-        match = match_tags(text, self.tags)
+        reply, prefill = batch.replies[row], batch.prefills[row] if batch.prefills else ""
+        match = match_tags(reply, self.tags)
         if not reference or (match is None and self.require_format):
             return None
+        written = max(1, len(reply) - len(prefill))  # characters of the completion
         continuation = reference
         if match is None:
-            prefix, characters = text + self.separator, len(text)
+            prefix, characters = reply + self.separator, written
         else:
             answer, start = match[len(self.tags)], match.start(len(self.tags))
             blank = len(answer) - len(answer.lstrip())
-            prefix = text[: start + blank]
+            prefix = reply[: start + blank]
             characters = sum(len(part.strip()) for part in match.groups()[:-1])
             if self.formula == "released":
                 opening, closing = f"<{self.tags[-1]}>", f"</{self.tags[-1]}>"
-                prefix = text[: start - len(opening)]
+                prefix = reply[: start - len(opening)]
                 behind = answer[len(answer.rstrip()) :] if answer.strip() else ""
                 continuation = opening + answer[:blank] + reference + behind + closing
-        tokens = len(batch.completion_ids[row]) * characters / max(1, len(text))
+        # The prompt ends with the prefilled part of the reply, which may even reach into the answer.
+        continuation = continuation.removeprefix(prefill[len(prefix) :])
+        prefix = prefix[len(prefill) :]
+        tokens = len(batch.completion_ids[row]) * min(1.0, characters / written)
         spaces = len(prefix) - len(prefix.rstrip(" "))
         return _Query(row, prefix[: len(prefix) - spaces], " " * spaces + continuation, tokens)
 
@@ -168,8 +172,9 @@ class PerplexityReward:
             raise ValueError(
                 f"reward {self.name!r}: score_texts is missing: only a training step has the policy for it"
             )
+        prompts: Sequence[Prompt] = batch.prompt_ids or batch.prompts
         scored = batch.score_texts(
-            [batch.prompts[query.row] for query in queries],
+            [prompts[query.row] for query in queries],
             [query.prefix for query in queries],
             [query.continuation for query in queries],
         )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from maestro_fast.records import Message, RewardBatch, Text, plain_text
+from maestro_fast.records import Message, RewardBatch, Text, content_text, plain_text
 from maestro_fast.settings import SettingsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -201,12 +201,19 @@ def conversation_ids(tokenizer: Any, prompt: Text, completion: Text, separator: 
         tokenizer: the reward model's tokenizer. Its chat template is used if it has one.
         prompt, completion: a string, or a list of {"role", "content"} messages.
         separator: stands between the two where there is no template.
+
+    Raises:
+        ValueError: the template refuses the conversation, for example one with a system message.
     """
     if tokenizer.chat_template is None:
         text = plain_text(prompt) + separator + plain_text(completion)
         return list(tokenizer(text, verbose=False)["input_ids"])  # ``truncate`` does what its warning asks for
     messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except Exception as error:  # A template is a program of its own, which may fail in any way.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the chat template of the reward model refuses a conversation: {reason}") from error
 
 
 def positions_of(model: Any) -> int | None:
@@ -230,7 +237,9 @@ def truncate(ids: list[int], limit: int, special: frozenset[int]) -> list[int]:
 
 
 def _messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    return [message | {"content": content_text(message)} for message in text]
 
 
 def _label_column(config: Any, label: int | str | None) -> int:

@@ -16,6 +16,7 @@ import yaml
 from maestro_fast.functions import load_function
 from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
 from maestro_fast.generation.config import GENERATION
+from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.load import ModelConfig
 from maestro_fast.rewards import AnchorConfig, RewardConfig
 from maestro_fast.settings import Choice, SettingsError, build, override
@@ -66,6 +67,7 @@ class TrainConfig:
         run_dir: the directory for everything that the run produces, which must not hold another run.
         model: the policy.
         data: the prompts.
+        chat: how conversations become what the policy reads, in training and in evaluations.
         rewards: the rewards of the run, a list of entries.
         weights: the weight policy, which says how much each reward counts.
         anchor: the utility that some weight policies learn from, an entry as in ``rewards``, but no reward of the run.
@@ -89,6 +91,7 @@ class TrainConfig:
     rewards: list[RewardConfig]
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     anchor: AnchorConfig | None = None
+    chat: ChatConfig = field(default_factory=ChatConfig)
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: Annotated[GenerationConfig, GENERATION] = field(default_factory=TransformersConfig)

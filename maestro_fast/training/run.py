@@ -27,7 +27,7 @@ from maestro_fast.generation.transformers import stop_ids
 from maestro_fast.model.head import causal_lm
 from maestro_fast.model.load import Checkpoint, load_policy
 from maestro_fast.records import StepRecord
-from maestro_fast.rewards import build_anchor, build_rewards
+from maestro_fast.rewards import build_anchor, build_rewards, check_tags_are_seen
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import default_learning_rate, mixed_precision, training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
@@ -62,8 +62,9 @@ def train(
     """
     args = training_arguments(config)
     method = config.method  # A loss of the user's own is loaded here, before a model is.
-    dataset = load_prompts(config.data)
-    evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
+    dataset, evaluation = load_prompts(config.data, config.chat), None
+    if config.evaluation is not None:
+        evaluation = load_prompts(config.evaluation.data, config.chat, field="evaluation.data")
     rewards = build_rewards(config.rewards)
     anchor = None if config.anchor is None else build_anchor(config.anchor)
     policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
@@ -78,7 +79,9 @@ def train(
         model, tokenizer = load_policy(config.model, args.device, mixed=mixed_precision(args), merged=merged)
         if "learning_rate" not in config.trainer:  # Only now is it known whether a hub name stands for an adapter.
             args.learning_rate = default_learning_rate(config.model)
-        longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
+        longest = _check_prompts(config, model, tokenizer, dataset, evaluation)
+        judges = rewards.rewards + (() if anchor is None else anchor.rewards)
+        check_tags_are_seen(judges, tokenizer, config.sampling.skip_special_tokens)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
         with _engine(config, generation, model, tokenizer, args) as engine:
             if engine is not None:
@@ -136,17 +139,23 @@ def _engine(
             engine.close()
 
 
-def _check_lengths(
+def _check_prompts(
     config: TrainConfig,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dataset: PromptDataset,
     evaluation: PromptDataset | None,
 ) -> int:
-    """Checks that all prompts and responses fit into the model. Returns the number of tokens of the longest prompt."""
-    longest = dataset.check_lengths(tokenizer, config.data.max_prompt_tokens)
+    """Checks that the model can read all prompts, and that these and the responses fit into it.
+
+    Returns:
+        The number of tokens of the longest prompt.
+    """
+    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+    longest = dataset.check_prompts(tokenizer, config.data.max_prompt_tokens, vocabulary)
     if config.evaluation is not None and evaluation is not None:
-        longest = max(longest, evaluation.check_lengths(tokenizer, config.evaluation.data.max_prompt_tokens))
+        limit = config.evaluation.data.max_prompt_tokens
+        longest = max(longest, evaluation.check_prompts(tokenizer, limit, vocabulary))
     check_positions(model, longest, config.sampling)
     return longest
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,21 +26,22 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator
 from maestro_fast.model.attention import Layout
+from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import choose_layout, completion_logprobs
 from maestro_fast.model.forward import score as score_forward
-from maestro_fast.model.head import LanguageHead, check_head, head_of
+from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
-from maestro_fast.model.text_scorer import text_scorer
+from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops import AdvantageProfile
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import (
     PolicyOutputs,
+    Prompt,
     Prompts,
     RewardBatch,
     Rollouts,
     StepRecord,
-    Text,
     own_copy,
     response_means,
 )
@@ -360,7 +361,7 @@ class Judges:
     Attributes:
         rewards: the rewards that the policy is trained on.
         anchor: the utility that a weight policy learns from, or None.
-        tokenizer, scorer, processes: serve the rewards that ask the policy for log-probs of texts.
+        tokenizer, scorer, processes, chat: serve the rewards that ask the policy for log-probs of texts.
     """
 
     rewards: RewardSet
@@ -368,6 +369,7 @@ class Judges:
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     processes: Processes
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def __call__(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
@@ -397,10 +399,21 @@ class Judges:
         if self.processes.rank == 0:
             self._first_batches.see(record, group_size, tokens_of)
 
-    def text_scorer(self, model: nn.Module) -> Callable[[Sequence[Text], Sequence[str], Sequence[str]], list[Tensor]]:
-        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together."""
-        forward = partial(self.scorer, model, temperature=1.0)
-        return text_scorer(self.tokenizer, forward, self.processes.gather, self.processes.device)
+    def text_scorer(
+        self, model: nn.Module, prompts: Prompts | None = None
+    ) -> Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[Tensor]]:
+        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together.
+
+        A text that is one of ``prompts`` is read as the policy read it there, with the tools of its row.
+        """
+        return text_scorer(
+            self.tokenizer,
+            partial(self.scorer, model, temperature=1.0),
+            self.processes.gather,
+            self.processes.device,
+            encode_text=partial(encode_known, self.tokenizer, prompts, self.chat.template_kwargs),
+            vocabulary=causal_lm(model).get_input_embeddings().num_embeddings,
+        )
 
     def _reward_batch(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
@@ -417,10 +430,12 @@ class Judges:
             rollouts.completion_ids,
             rollouts.prompts.columns,
             entropies_B,
-            self.text_scorer(model) if needs_policy else None,
+            self.text_scorer(model, rollouts.prompts) if needs_policy else None,
             self.processes.device,
             logprobs_B,
             number,
+            rollouts.prompts.token_ids,
+            rollouts.prompts.prefills,
         )
 
 

@@ -187,7 +187,7 @@ class MaestroTrainer(Trainer):
             scoring=scoring,
             sampler=Sampler(generator(scorer), sampling.group_size, self.method.seed, processes),
             scorer=scorer,
-            judges=Judges(rewards, anchor, self._tokenizer, scorer, processes),
+            judges=Judges(rewards, anchor, self._tokenizer, scorer, processes, self._dataset.chat),
             weights=weights,
             reference=reference,
             prompt_contexts=PromptContexts(scorer.layout, processes.gather, processes.device),

@@ -164,6 +164,8 @@ def test_responses_come_in_the_order_of_the_prompts(connect: Callable[..., VllmS
     assert logprobs.tolist() == [-token / 8 for ids in rollouts.completion_ids for token in ids]
     assert rollouts.completions[0] == TOKENIZER.decode([1, 50], skip_special_tokens=True) == TOKENIZER.decode([50])
     assert rollouts.completions[2] == [{"role": "assistant", "content": TOKENIZER.decode([2, 50])}]
+    kept = connect(skip_special_tokens=False).sample(asked, seed=1)
+    assert kept.completions[0] == TOKENIZER.decode([1, 50]) != rollouts.completions[0]
 
 
 def test_seeds_differ_between_groups_and_calls_and_are_repeated(

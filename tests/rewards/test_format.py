@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import FormatReward, split_tags
+from maestro_fast.rewards import FormatReward, Gate, NoverReward, PerplexityReward, Where, split_tags
+from maestro_fast.rewards.format import check_tags_are_seen
+from tests.chat_templates import chat_tokenizer
 
 MakeBatch = Callable[..., RewardBatch]
 
@@ -99,3 +101,37 @@ blank = st.text(st.sampled_from(" \n\t"), max_size=2)
 def test_split_tags_inverts_the_form(think: str, answer: str, before: str, between: str, after: str) -> None:
     text = f"{before}<think>{think}</think>{between}<answer>{answer}</answer>{after}"
     assert split_tags(text) == {"think": think.strip(), "answer": answer.strip()}
+
+
+def test_the_part_of_the_reply_that_stands_in_the_prompt_counts(make_batch: MakeBatch) -> None:
+    completions = [
+        "why</think><answer>Red.</answer>",
+        "<answer>Red.</answer>",
+        "<think>why</think><answer>Red.</answer>",
+    ]
+    prefills = ["<think>\n", "<think>\n\n</think>\n\n", "<think>\n"]
+    for chat in (False, True):
+        batch = make_batch(completions, chat=chat, prefills=prefills)
+        assert FormatReward()(batch) == [1.0, 1.0, 0.0]  # The last one opens its reasoning twice.
+        assert FormatReward()(batch.select([1])) == [1.0]
+        assert FormatReward(pattern=r"<think>\n.*</answer>")(batch) == [1.0, 1.0, 1.0]
+        assert FormatReward()(make_batch(completions, chat=chat)) == [0.0, 0.0, 1.0]
+
+
+def test_tags_that_no_completion_can_have_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = chat_tokenizer(None, "</think>", "<|answer|>")
+    hidden = FormatReward()
+    check_tags_are_seen([hidden], tokenizer, skip_special_tokens=False)
+    check_tags_are_seen([FormatReward(tags=["a"]), PerplexityReward(tags=["a", "b"])], tokenizer, True)
+    for rewards in ([hidden], [Where(hidden, "x")], [Gate(FormatReward(tags=["a"]), on=hidden, threshold=1)]):
+        with pytest.raises(
+            ValueError,
+            match=r"^rewards: 'format' looks for </think>, a special token of the tokenizer, .*, expected "
+            r"sampling\.skip_special_tokens: false$",
+        ):
+            check_tags_are_seen(rewards, tokenizer, skip_special_tokens=True)
+    with pytest.raises(ValueError, match="'nover' looks for </think>"):
+        check_tags_are_seen([NoverReward()], tokenizer, skip_special_tokens=True)
+    assert not caplog.records
+    check_tags_are_seen([FormatReward(pattern=r".*<\|answer\|>.*", name="own")], tokenizer, skip_special_tokens=True)
+    assert "the pattern of 'own' names <|answer|>, a special token" in caplog.text

@@ -238,3 +238,13 @@ class TestLoadFunction:
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(ModuleNotFoundError, match="absent_dependency"):
             load_function("module_with_a_dependency:f")
+
+
+def test_a_function_that_names_prefills_gets_the_part_of_the_reply_in_the_prompt(make_batch: MakeBatch) -> None:
+    def whole(completions: list[str], prefills: list[str], **rest: Any) -> list[float]:
+        return [float(len(a + b)) for a, b in zip(prefills, completions, strict=True)]
+
+    reward = FunctionReward(whole)
+    assert reward(make_batch(["a", "b"], prefills=["<think>", ""])) == [8.0, 1.0]
+    assert reward(make_batch(["a", "b"])) == [1.0, 1.0]
+    assert reward(make_batch(["a"], prefills=["<think>"], columns={"prefills": ["own"]})) == [4.0]

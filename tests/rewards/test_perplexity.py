@@ -212,3 +212,37 @@ def test_an_impossible_reference_is_a_fault(make_batch: MakeBatch) -> None:
 def test_bad_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PerplexityReward(**options)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "text", "formula", "prefix", "continuation"),
+    [
+        ("<think>\n", "why</think><answer>b</answer>", "paper", "why</think><answer>", "Red."),
+        ("<think>\n", "why</think><answer>b</answer>", "released", "why</think>", "<answer>Red.</answer>"),
+        ("<think></think> <answer>", "b</answer>", "paper", "", "Red."),
+        ("<think></think> <answer>", "b</answer>", "released", "", "Red.</answer>"),
+    ],
+)
+def test_what_the_prompt_has_of_the_reply_is_not_scored_twice(
+    prefill: str, text: str, formula: Any, prefix: str, continuation: str, make_batch: MakeBatch
+) -> None:
+    scorer = Scorer([[-1.0]])
+    batch = make_batch(
+        [text], prefills=[prefill], prompt_ids=[[7, 8]], columns={"reference": ["Red."]}, score_texts=scorer
+    )
+    (value,) = PerplexityReward(formula=formula)(batch)
+
+    assert value is not None
+    assert scorer.calls == [([[7, 8]], [prefix], [continuation])]  # the very tokens that the policy read
+
+
+def test_prefilled_tags_count_as_no_reasoning(make_batch: MakeBatch) -> None:
+    text = "x" * 50 + "</think><answer>y</answer>"
+    batch = make_batch(
+        [text],
+        prefills=["<think>\n"],
+        completion_ids=[[1] * len(text)],
+        columns={"reference": ["z"]},
+        score_texts=Scorer([[-4.0]]),
+    )
+    assert PerplexityReward()(batch) == [pytest.approx(-4.0 / (1 + math.log(50)))]

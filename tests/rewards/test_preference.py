@@ -21,9 +21,10 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from maestro_fast.records import RewardBatch
+from maestro_fast.records import RewardBatch, Text
 from maestro_fast.rewards import PreferenceReward, RewardSet, build_rewards
 from maestro_fast.rewards.preference import conversation_ids, truncate
+from tests.chat_templates import CHATML, STRICT, chat_tokenizer
 from tests.tiny import CHAT_TEMPLATE, TEXT, tiny_checkpoint, tiny_tokenizer
 
 MakeBatch = Callable[..., RewardBatch]
@@ -352,3 +353,16 @@ def test_importing_the_rewards_imports_no_transformers() -> None:
     code = "import sys, maestro_fast.rewards; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
+
+
+def test_conversations_as_data_sets_have_them() -> None:
+    """Messages without content, and with parts of text; and a template that refuses a role."""
+    calling = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
+    plain: Text = [{"role": "user", "content": "Bern?"}, calling | {"content": ""}]
+    odd: Text = [{"role": "user", "content": [{"type": "text", "text": "Bern?"}]}, calling]
+    for template in (CHATML, CHAT_TEMPLATE, None):
+        tokenizer = chat_tokenizer(template)
+        assert conversation_ids(tokenizer, odd, "Wet.") == conversation_ids(tokenizer, plain, "Wet.")
+    refused: Text = [{"role": "system", "content": "Be brief."}, *plain]
+    with pytest.raises(ValueError, match=r"reward model refuses a conversation: System role not supported$"):
+        conversation_ids(chat_tokenizer(STRICT), refused, "Wet.")
