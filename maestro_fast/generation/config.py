@@ -57,10 +57,12 @@ class ColocateConfig:
             KV cache.
         kv_cache_gib: the size of the KV cache in GiB; null takes what ``gpu_memory_share`` leaves for it.
         sleep: the memory that vLLM gives back while the policy is trained, on CUDA devices only. 0 gives back nothing.
-            1 drops the KV cache and moves the weights to host memory. 2 drops both, and the weights are sent again.
+            1 drops the KV cache and moves the weights to host memory, where every process pins a copy. 2 drops both,
+            and the weights are sent again; take 2, since a step sends new weights anyway.
         dtype: the dtype that vLLM computes in; "auto" takes the policy's, or that of the trainer's mixed precision.
-        max_tokens: the largest number of tokens in a sequence, prompt and response together; null takes the model's
-            number of positions.
+        max_tokens: the largest number of tokens in a sequence, prompt and response together; null takes the longest
+            prompt and ``sampling.max_new_tokens``, or 512 if that is more. vLLM refuses to start if its KV cache does
+            not hold one such sequence.
         enforce_eager: turns compilation and CUDA graphs off, so that vLLM starts sooner and samples slower.
         probe: the comparison of log-probs that follows every weight sync.
     """

@@ -131,7 +131,7 @@ def train(
         model, tokenizer = load_policy(config.model, args.device)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
-        with _engine(config, generation, model, tokenizer, args) as engine:
+        with _engine(config, generation, model, tokenizer, args, longest) as engine:
             if engine is not None:
                 check_room(engine, longest, config.sampling)
             trainer = MaestroTrainer(
@@ -166,6 +166,7 @@ def _engine(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
+    longest_prompt: int,
 ) -> Iterator[Engine | None]:
     """Gives the engine that ``generation`` asks for, or None, and closes it at the end."""
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -179,6 +180,8 @@ def _engine(
             dtype=mixed or next(model.parameters()).dtype,
             device=args.device,
             processes=args.world_size,
+            longest_prompt=longest_prompt,
+            positions=getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None),
         ),
     )
     try:

@@ -21,6 +21,7 @@ from maestro_fast.generation import (
     check_generation,
     generation_config,
 )
+from maestro_fast.generation.build import longest_sequence
 from maestro_fast.generation.config import GENERATION
 from maestro_fast.generation.vllm import vllm_obstacle
 from maestro_fast.settings import SettingsError, sentences, settings_of
@@ -70,6 +71,28 @@ def test_transformers_needs_no_engine() -> None:
     check_generation(TransformersConfig(), CPU, processes=3)
     served = Served("nowhere", tiny_tokenizer(), SamplingConfig(), frozenset([0]), torch.float32, CPU)
     assert build_engine(TransformersConfig(), served) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "positions", "options", "expected"),
+    [
+        (3000, 131_072, {}, 3100),
+        (3000, None, {}, 3100),
+        (3000, 131_072, {"max_tokens": 9000}, 9000),
+        (20, 131_072, {}, 512),  # two blocks of the prefix cache, for the probe
+        (20, 256, {}, 256),
+        (20, 131_072, {"probe": ProbeConfig(tokens=2000)}, 2001),
+        (3000, 2048, {}, None),
+        (None, 131_072, {}, None),
+    ],
+)
+def test_vllm_has_room_for_the_longest_sequence_of_the_run(
+    prompt: int | None, positions: int | None, options: dict[str, Any], expected: int | None
+) -> None:
+    """By default vLLM would have to hold a sequence of 131,072 tokens, which takes 16 GiB for an 8B model."""
+    sampling = SamplingConfig(max_new_tokens=100)
+    served = Served("m", tiny_tokenizer(), sampling, frozenset([0]), torch.float32, CPU, 1, prompt, positions)
+    assert longest_sequence(ColocateConfig(**options), served) == expected
 
 
 def test_what_cannot_serve_is_refused() -> None:

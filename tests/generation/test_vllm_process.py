@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from maestro_fast.generation import ColocateConfig, SamplingConfig, VllmEngine
+from maestro_fast.generation import ColocateConfig, SamplingConfig, Served, VllmEngine, build_engine
 from maestro_fast.generation.shared_process import TorchSettings
 from tests.generation.helpers import prompts
 from tests.tiny import tiny_tokenizer
 
-BLOCK = 16
+BLOCK, CPU = 16, torch.device("cpu")
 
 
 class Params(SimpleNamespace):
@@ -103,9 +104,16 @@ def engine(**options: Any) -> tuple[VllmEngine, Llm]:
         ColocateConfig(**options),
         stop_ids=[0],
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=CPU,
     )
     return made, made._llm
+
+
+def test_vllm_is_asked_for_no_more_room_than_the_run_needs() -> None:
+    """The model's own number of positions would be vLLM's default."""
+    served = Served("m", tiny_tokenizer(), SamplingConfig(max_new_tokens=700), frozenset([0]), torch.float32, CPU)
+    made = build_engine(ColocateConfig(), replace(served, longest_prompt=50, positions=131_072))
+    assert isinstance(made, VllmEngine) and made._llm.arguments["max_model_len"] == 750
 
 
 @pytest.mark.parametrize("returns_cached_rows", [False, True], ids=["model runner V2", "model runner V1"])

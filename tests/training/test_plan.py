@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LossInputs, PolicyLossConfig
+from maestro_fast.settings import SettingsError
 from maestro_fast.specs import PROFILES
-from maestro_fast.training import MaestroTrainer, TrainConfig
-from maestro_fast.training.plan import LossTerms, has_dropout
+from maestro_fast.training import MaestroTrainer, TrainConfig, parse_config
+from maestro_fast.training.plan import LossTerms, Method, has_dropout
 from tests.training.test_step import CASES, case
 from tests.training.test_trainer import parameters
 
@@ -118,6 +120,31 @@ def test_what_is_read_of_a_loss_depends_on_where_the_kl_enters() -> None:
     assert in_loss.entropy == "grad"
     own = LossTerms.of(dapo, PROFILES["maestro"])
     assert not own.reads_reference and own.entropy == "value" and not own.needs_sampling and own.wants_sampling
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"top_p": 0.9}, r"sampling\.top_p: 0\.9"),
+        ({"top_k": 20}, r"sampling\.top_k: 20"),
+        ({"top_p": 0.5, "top_k": 3, "temperature": 0.7}, r"sampling\.top_p: 0\.5 and sampling\.top_k: 3"),
+    ],
+    ids=str,
+)
+def test_a_correction_for_a_truncated_sampler_is_refused(
+    raw_config: dict[str, Any], sampling: dict[str, Any], named: str
+) -> None:
+    raw_config["sampling"] |= sampling
+    raw_config["loss"] = {"sampler_correction": "token_truncate"}
+    words = rf"^loss\.sampler_correction: token_truncate with {named}: the sampler's log-probs are those after trunc"
+    with pytest.raises(SettingsError, match=words):
+        parse_config(raw_config)
+    loss = PolicyLossConfig(sampler_correction="sequence_mask")
+    with pytest.raises(ValueError, match=r"^loss\.sampler_correction: sequence_mask with .*expected sampler_corr"):
+        Method(SamplingConfig(**sampling), loss=loss)
+    raw_config["loss"] = "policy_loss"
+    parse_config(raw_config)
+    Method(SamplingConfig(temperature=0.7), loss=loss)  # Sampler and scorer divide by the same temperature.
 
 
 def test_a_loss_that_is_none_is_refused() -> None:
