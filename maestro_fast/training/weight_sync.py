@@ -262,11 +262,27 @@ def fingerprint(model: nn.Module) -> list[int]:
         local: Any = parameter.detach()
         if _sharded(parameter):
             sharded, local = True, local.to_local()
-        sums.append(local.view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64))
+        sums.append(_sum_of_bits(local))
     total = torch.stack(sums)
     if sharded:
         torch.distributed.all_reduce(total)
     return [int(value) for value in total.tolist()]
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, read as integers: int64, without dimensions, on the tensor's device.
+
+    Torch sums smaller integers by a copy in int64, which has four times the size of a bfloat16 tensor: 5 GB for the
+    embeddings of an 8B model. So eight bytes at a time are read as one integer, without a copy. Only the few elements
+    before the first multiple of eight bytes and behind the last are summed by themselves.
+    """
+    flat, ratio = tensor.contiguous().view(-1), 8 // tensor.element_size()
+    start = min(-flat.storage_offset() % ratio, flat.numel())
+    end = start + (flat.numel() - start) // ratio * ratio
+    edges = torch.cat([flat[:start], flat[end:]]).view(_INTEGERS[tensor.element_size()])
+    if start == end:  # An empty tensor cannot be viewed as another type at any offset.
+        return edges.sum(dtype=torch.int64)
+    return flat[start:end].view(torch.int64).sum() + edges.sum(dtype=torch.int64)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
 
 from maestro_fast.generation import ProbeConfig
 from maestro_fast.model.forward import score
@@ -151,6 +152,34 @@ def test_a_fused_optimiser_and_writes_through_data_are_noticed() -> None:
     assert second != first
     nudge(model, 1e-6)
     assert fingerprint(model) != second
+
+
+def test_the_fingerprint_copies_no_weights() -> None:
+    """Torch's own sum of bfloat16 bits in int64 would first make a copy of four times the size."""
+    model = nn.Sequential(nn.Linear(511, 2051, dtype=torch.bfloat16), nn.Linear(1024, 1024, bias=False))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        fingerprint(model)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profiled.key_averages())
+    assert 0 < allocated < 2**16 < sum(parameter.nbytes for parameter in model.parameters()) / 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("layout", ["whole", "odd offset", "transposed"])
+def test_every_element_counts_in_the_fingerprint(dtype: torch.dtype, layout: str) -> None:
+    """Also in a tensor whose bytes do not divide by 8, and in a shard that begins anywhere in its storage."""
+    values = torch.randn(1 + 7 * 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    shard = values[1:].view(7, 3) if layout == "odd offset" else values[:21].view(7, 3)
+    shard = shard.t() if layout == "transposed" else shard
+    module = nn.Module()
+    module.weight = nn.Parameter(shard, requires_grad=False)
+    found = {tuple(fingerprint(module))}
+    for row in range(shard.shape[0]):
+        for column in range(shard.shape[1]):
+            shard[row, column] = 3.0
+            found.add(tuple(fingerprint(module)))
+    assert len(found) == 22 and fingerprint(module) == fingerprint(module)
+    module.weight = nn.Parameter(shard[:0], requires_grad=False)  # a process without a share of it
+    assert fingerprint(module) == [0]
 
 
 def test_syncs_when_the_policy_has_changed_and_only_then() -> None:
