@@ -22,19 +22,24 @@ class ProbeConfig:
 
     Attributes:
         threshold: the largest difference in nats, on any token, that does not end the run; null chooses it by the
-            engine's dtype.
+            engine's dtype: 0.002 for float32, 0.3 for float16 and for TF32, 2 for bfloat16.
+        mean_threshold: the same for the mean over all tokens, which says more, since rounding is seldom large on many
+            tokens at once; null chooses it by the engine's dtype: 0.0002, 0.03 and 0.15.
         sequences: the number of sequences that are compared, made of the first prompts of the data.
         tokens: the least number of tokens in a sequence; sequences get longer if the blocks of the prefix cache need
             that.
     """
 
     threshold: float | None = None
+    mean_threshold: float | None = None
     sequences: int = 2
     tokens: int = 64
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"threshold: {self.threshold}, expected a positive number of nats")
+        for name in ("threshold", "mean_threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value}, expected a positive number of nats")
         if self.sequences < 1:
             raise ValueError(f"sequences: {self.sequences}, expected at least 1")
         if self.tokens < 2:

@@ -58,6 +58,7 @@ def test_an_engine_by_name_or_with_options() -> None:
         ({"type": "vllm", "kv_cache_gib": 0}, "generation.kv_cache_gib: 0.0, expected a positive number"),
         ({"type": "vllm", "max_tokens": 2}, "generation.max_tokens: 2, expected at least 3"),
         ({"type": "vllm", "probe": {"threshold": 0}}, "generation.probe.threshold: 0.0, expected a positive number"),
+        ({"type": "vllm", "probe": {"mean_threshold": -1}}, "generation.probe.mean_threshold: -1.0, expected a pos"),
         ({"type": "vllm", "probe": {"tokens": 1}}, "generation.probe.tokens: 1, expected at least 2"),
         ({"type": "vllm", "probe": {"sequences": 0}}, "generation.probe.sequences: 0, expected at least 1"),
     ],
