@@ -100,9 +100,7 @@ def test_a_model_that_fails_even_with_padded_rows_is_named(monkeypatch: pytest.M
         raise RuntimeError("FlashAttention only supports CUDA tensors")
 
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", fails)
-    words = (
-        r"^model: Qwen3ForCausalLM with attention sdpa fails on a few padded tokens in torch\.float32 on cpu"
-    )
+    words = r"^model: Qwen3ForCausalLM with attention sdpa fails on a few padded tokens in torch\.float32 on cpu"
     with pytest.raises(ValueError, match=words):
         choose_layout(model)
 
