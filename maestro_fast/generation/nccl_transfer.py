@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
@@ -67,6 +68,7 @@ class NcclTransfer:
 
     def _form_group(self) -> Any:
         vllm = _vllm()
+        _check_address(self.address, self.port)
         source = _source_class()([])
         workers = self.client.get("/get_world_size")["world_size"]
         info = vllm.NCCLTrainerInitInfo(
@@ -90,6 +92,23 @@ class NcclTransfer:
         self._session = _Session(self.client)
         if engine is not None:
             engine.shutdown()
+
+
+def _check_address(address: str, port: int) -> None:
+    """Checks that the group can be formed at this address, since vLLM reports that only when the workers give up.
+
+    Raises:
+        ValueError: This machine cannot listen there.
+    """
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((address, port))
+        except OSError as error:
+            raise ValueError(
+                f"generation.address: {address} and generation.port: {port}, this machine cannot listen there "
+                f"({error}), expected an address of it at which the server's workers reach it, and a free port"
+            ) from error
 
 
 def _watched(call: Callable[[], Any], failed: Future[None]) -> Any:

@@ -6,6 +6,7 @@ same order and in the same threads, as the engines of vLLM 0.32 and 0.33 do. ``t
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -189,9 +190,9 @@ def calls() -> Iterator[Calls]:
         yield calls
 
 
-def transfer(calls: Calls, chunk_bytes: int = 20) -> NcclTransfer:
+def transfer(calls: Calls, chunk_bytes: int = 20, port: int = 0) -> NcclTransfer:
     client = HttpClient(calls.url, timeout=10, retries=2, pause=0.01)
-    return NcclTransfer(client, "10.0.0.1", 29600, chunk_bytes=chunk_bytes)
+    return NcclTransfer(client, "127.0.0.1", port, chunk_bytes=chunk_bytes)
 
 
 WEIGHTS = [("a", torch.ones(4)), ("b", torch.zeros(2, 3)), ("c", torch.ones(1)), ("d", torch.ones(2))]
@@ -214,7 +215,7 @@ def test_one_update_spans_all_chunks_and_the_group_is_formed_once(calls: Calls) 
     sends.send(iter(WEIGHTS))
     assert calls.routes() == [*FORMED, *UPDATE, *UPDATE]
     (sender,) = LOG.senders
-    assert sender.info == InitInfo(rank=0, master_address="10.0.0.1", master_port=29600, world_size=5)
+    assert sender.info == InitInfo(rank=0, master_address="127.0.0.1", master_port=0, world_size=5)
     assert calls.seen[1][1] == {"init_info": {"world_size": 5, "rank_offset": 1}}
     names = [body["update_info"]["names"] for route, body in calls.seen if route == "/update_weights"]
     assert names == [["a"], ["b"], ["c", "d"]] * 2
@@ -288,6 +289,16 @@ def test_a_server_that_takes_no_weights_says_why(calls: Calls) -> None:
     WRONG["/finish_weight_update"] = [refused("no matching start_weight_update")]
     with pytest.raises(ServerRefused, match="weight transfer not configured"):
         transfer(calls).send(iter(WEIGHTS))
+
+
+def test_a_port_that_is_taken_is_named_before_the_workers_are_asked(calls: Calls) -> None:
+    """The workers would wait for it, and vLLM would wait for the workers."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = rf"^generation\.address: 127\.0\.0\.1 and generation\.port: {port}, this machine cannot listen there"
+        with pytest.raises(ValueError, match=words):
+            transfer(calls, port=port).send(iter(WEIGHTS))
+    assert "/init_weight_transfer_engine" not in calls.routes()
 
 
 def test_closing_lets_the_server_go(calls: Calls) -> None:

@@ -56,7 +56,7 @@ def test_vllms_engine_sends_every_weight_of_every_update(
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    transfer = NcclTransfer(HttpClient(calls.url, timeout=10, retries=0), "10.0.0.1", 29600, chunk_bytes=chunk_bytes)
+    transfer = NcclTransfer(HttpClient(calls.url, timeout=10, retries=0), "127.0.0.1", 0, chunk_bytes=chunk_bytes)
     for times in (1, 2):
         transfer.send(iter(WEIGHTS))
         assert [name for name, _ in group.sent] == ["a", "b", "c", "d"] * times
