@@ -54,28 +54,9 @@ class Method:
     evaluation_samples: int = 1
 
     def __post_init__(self) -> None:
+        check_correction(self.sampling, self.loss)
         if self.evaluation_samples < 1:
             raise ValueError(f"evaluation_samples: {self.evaluation_samples}, expected at least 1")
-        check_correction(self.sampling, self.loss)
-
-
-def check_correction(sampling: SamplingConfig, loss: object) -> None:
-    """Refuses a correction for the sampler that would correct for its truncation instead.
-
-    The sampler's log-probs are those after truncation: log p - log Z, with Z the probability of the tokens that were
-    kept. The trainer knows its own p and not its own Z, which would need the logits of all tokens at every position,
-    and the set that the sampler kept. So pi_old / pi_sampler would be Z even where both compute the same p.
-
-    Raises:
-        SettingsError: the loss has a ``sampler_correction`` and the sampler truncates.
-    """
-    correction = getattr(loss, "sampler_correction", "none")
-    if correction != "none" and sampling.truncation is not None:
-        raise SettingsError(
-            f"loss.sampler_correction: {correction} with {sampling.truncation}: the sampler's log-probs are those "
-            "after truncation and the policy's those before, so every ratio would be scaled by the probability that "
-            "was kept, expected sampler_correction: none, or top_p: 1.0 and top_k: 0"
-        )
 
 
 def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:
@@ -95,6 +76,25 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
         )
     head_of(model)
     return plan
+
+
+def check_correction(sampling: SamplingConfig, loss: object) -> None:
+    """Refuses a correction for the sampler that would correct for its truncation instead.
+
+    The sampler's log-probs are those after truncation: log p - log Z, with Z the probability of the tokens that were
+    kept. The trainer knows its own p and not its own Z, which would need the logits of all tokens at every position,
+    and the set that the sampler kept. So pi_old / pi_sampler would be Z even where both compute the same p.
+
+    Raises:
+        SettingsError: the loss has a ``sampler_correction`` and the sampler truncates.
+    """
+    correction = getattr(loss, "sampler_correction", "none")
+    if correction != "none" and sampling.truncation is not None:
+        raise SettingsError(
+            f"loss.sampler_correction: {correction} with {sampling.truncation}: the sampler's log-probs are those "
+            "after truncation and the policy's those before, so every ratio would be scaled by the probability that "
+            "was kept, expected sampler_correction: none, or top_p: 1.0 and top_k: 0"
+        )
 
 
 @dataclass(frozen=True)

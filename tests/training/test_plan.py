@@ -57,6 +57,31 @@ def test_dropout_is_found() -> None:
     assert has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout1d(0.1)))
 
 
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"top_p": 0.9}, r"sampling\.top_p: 0\.9"),
+        ({"top_k": 20}, r"sampling\.top_k: 20"),
+        ({"top_p": 0.5, "top_k": 3, "temperature": 0.7}, r"sampling\.top_p: 0\.5 and sampling\.top_k: 3"),
+    ],
+    ids=str,
+)
+def test_a_correction_for_a_truncated_sampler_is_refused(
+    raw_config: dict[str, Any], sampling: dict[str, Any], named: str
+) -> None:
+    raw_config["sampling"] |= sampling
+    raw_config["loss"] = {"sampler_correction": "token_truncate"}
+    words = rf"^loss\.sampler_correction: token_truncate with {named}: the sampler's log-probs are those after trunc"
+    with pytest.raises(SettingsError, match=words):
+        parse_config(raw_config)
+    loss = PolicyLossConfig(sampler_correction="sequence_mask")
+    with pytest.raises(ValueError, match=r"^loss\.sampler_correction: sequence_mask with .*expected sampler_corr"):
+        Method(SamplingConfig(**sampling), loss=loss)
+    raw_config["loss"] = "policy_loss"
+    parse_config(raw_config)
+    Method(SamplingConfig(temperature=0.7), loss=loss)  # Sampler and scorer divide by the same temperature.
+
+
 def dapo(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``PolicyLossConfig("dapo", kl_coef=0.1)`` computes on-policy, without clipping; it notes what it gets."""
     GIVEN.append(inputs)
@@ -120,31 +145,6 @@ def test_what_is_read_of_a_loss_depends_on_where_the_kl_enters() -> None:
     assert in_loss.entropy == "grad"
     own = LossTerms.of(dapo, PROFILES["maestro"])
     assert not own.reads_reference and own.entropy == "value" and not own.needs_sampling and own.wants_sampling
-
-
-@pytest.mark.parametrize(
-    ("sampling", "named"),
-    [
-        ({"top_p": 0.9}, r"sampling\.top_p: 0\.9"),
-        ({"top_k": 20}, r"sampling\.top_k: 20"),
-        ({"top_p": 0.5, "top_k": 3, "temperature": 0.7}, r"sampling\.top_p: 0\.5 and sampling\.top_k: 3"),
-    ],
-    ids=str,
-)
-def test_a_correction_for_a_truncated_sampler_is_refused(
-    raw_config: dict[str, Any], sampling: dict[str, Any], named: str
-) -> None:
-    raw_config["sampling"] |= sampling
-    raw_config["loss"] = {"sampler_correction": "token_truncate"}
-    words = rf"^loss\.sampler_correction: token_truncate with {named}: the sampler's log-probs are those after trunc"
-    with pytest.raises(SettingsError, match=words):
-        parse_config(raw_config)
-    loss = PolicyLossConfig(sampler_correction="sequence_mask")
-    with pytest.raises(ValueError, match=r"^loss\.sampler_correction: sequence_mask with .*expected sampler_corr"):
-        Method(SamplingConfig(**sampling), loss=loss)
-    raw_config["loss"] = "policy_loss"
-    parse_config(raw_config)
-    Method(SamplingConfig(temperature=0.7), loss=loss)  # Sampler and scorer divide by the same temperature.
 
 
 def test_a_loss_that_is_none_is_refused() -> None:
