@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation.config import GenerationConfig, ServerConfig, TransformersConfig
+from maestro_fast.generation.config import ColocateConfig, GenerationConfig, ServerConfig, TransformersConfig
 from maestro_fast.generation.http import HttpClient
 from maestro_fast.generation.nccl_transfer import NcclTransfer
 from maestro_fast.generation.sampling import Engine, SamplingConfig
@@ -16,6 +16,9 @@ from maestro_fast.generation.vllm import VllmEngine, check_colocate
 from maestro_fast.generation.vllm_server import VllmServer
 from maestro_fast.generation.weight_transfer import FolderTransfer, WeightTransfer
 from maestro_fast.settings import SettingsError
+
+# Tokens for two blocks of the prefix cache, which have 16 tokens on CUDA devices and 128 on the CPU, and some more.
+PROBE_ROOM = 512
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Served:
         dtype: the dtype that the trainer computes in.
         device: the device of this process's policy.
         processes: the number of processes of the run.
+        longest_prompt: the number of tokens of the longest prompt; None where that is not known.
+        positions: the number of positions that the policy has; None where it names none.
     """
 
     path: str
@@ -39,6 +44,8 @@ class Served:
     dtype: torch.dtype
     device: torch.device
     processes: int = 1
+    longest_prompt: int | None = None
+    positions: int | None = None
 
 
 def check_generation(config: GenerationConfig, device: torch.device, processes: int) -> None:
@@ -65,12 +72,28 @@ def build_engine(config: GenerationConfig, served: Served) -> Engine | None:
         served.path,
         served.tokenizer,
         served.sampling,
-        config,
+        replace(config, max_tokens=longest_sequence(config, served)),
         stop_ids=served.stop_ids,
         dtype=served.dtype,
         device=served.device,
         processes=served.processes,
     )
+
+
+def longest_sequence(config: ColocateConfig, served: Served) -> int | None:
+    """The largest number of tokens in a sequence that vLLM has to have room for; None leaves it to vLLM.
+
+    vLLM starts only if its KV cache holds one sequence of this length. By default that would be a sequence as long as
+    the model has positions, which takes 16 GiB for an 8B model with 131,072 of them. A run needs its longest prompt and
+    response, and the sequences of the probe need two blocks of the prefix cache.
+    """
+    if config.max_tokens is not None or served.longest_prompt is None:
+        return config.max_tokens
+    longest = served.longest_prompt + served.sampling.max_new_tokens
+    if served.positions is not None and longest > served.positions:
+        return None  # The run then ends with a sentence about what vLLM has room for.
+    wanted = max(longest, config.probe.tokens + 1, PROBE_ROOM)
+    return wanted if served.positions is None else min(wanted, served.positions)
 
 
 def _server(config: ServerConfig, served: Served) -> VllmServer:

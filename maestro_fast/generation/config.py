@@ -22,19 +22,24 @@ class ProbeConfig:
 
     Attributes:
         threshold: the largest difference in nats, on any token, that does not end the run; null chooses it by the
-            engine's dtype.
+            engine's dtype: 0.002 for float32, 0.3 for float16 and for TF32, 2 for bfloat16.
+        mean_threshold: the same for the mean over all tokens, which says more, since rounding is seldom large on many
+            tokens at once; null chooses it by the engine's dtype: 0.0002, 0.03 and 0.15.
         sequences: the number of sequences that are compared, made of the first prompts of the data.
         tokens: the least number of tokens in a sequence; sequences get longer if the blocks of the prefix cache need
             that.
     """
 
     threshold: float | None = None
+    mean_threshold: float | None = None
     sequences: int = 2
     tokens: int = 64
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"threshold: {self.threshold}, expected a positive number of nats")
+        for name in ("threshold", "mean_threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value}, expected a positive number of nats")
         if self.sequences < 1:
             raise ValueError(f"sequences: {self.sequences}, expected at least 1")
         if self.tokens < 2:
@@ -57,10 +62,12 @@ class ColocateConfig:
             KV cache.
         kv_cache_gib: the size of the KV cache in GiB; null takes what ``gpu_memory_share`` leaves for it.
         sleep: the memory that vLLM gives back while the policy is trained, on CUDA devices only. 0 gives back nothing.
-            1 drops the KV cache and moves the weights to host memory. 2 drops both, and the weights are sent again.
+            1 drops the KV cache and moves the weights to host memory, where every process pins a copy. 2 drops both,
+            and the weights are sent again; take 2, since a step sends new weights anyway.
         dtype: the dtype that vLLM computes in; "auto" takes the policy's, or that of the trainer's mixed precision.
-        max_tokens: the largest number of tokens in a sequence, prompt and response together; null takes the model's
-            number of positions.
+        max_tokens: the largest number of tokens in a sequence, prompt and response together; null takes the longest
+            prompt and ``sampling.max_new_tokens``, or 512 if that is more. vLLM refuses to start if its KV cache does
+            not hold one such sequence.
         enforce_eager: turns compilation and CUDA graphs off, so that vLLM starts sooner and samples slower.
         probe: the comparison of log-probs that follows every weight sync.
     """

@@ -27,7 +27,8 @@ class SamplingConfig:
         max_new_tokens: The largest number of tokens in a response.
         temperature: The number by which logits are divided, in sampling and in every log-prob of the loss.
         top_p: The probability kept by nucleus truncation; 1.0 turns it off. With truncation, the sampling distribution
-            differs from the policy whose log-probs the loss uses.
+            differs from the policy whose log-probs the loss uses, so ``loss.sampler_correction`` is refused and
+            the ``sampling/`` metrics are left out.
         top_k: The number of tokens kept by top-k truncation; 0 turns it off. The remark on ``top_p`` holds here too.
         stop: The strings that end a response, which keeps the first of them in its text. Only the response is searched,
             so a string that begins in the prompt does not count.
@@ -58,6 +59,12 @@ class SamplingConfig:
             raise ValueError(f"top_k: {self.top_k}, expected at least 0 (0: off)")
         if "" in self.stop:
             raise ValueError("stop: holds an empty string, which would end every response at once")
+
+    @property
+    def truncation(self) -> str | None:
+        """The settings that leave improbable tokens out, as in a config; None if every token can be sampled."""
+        named = {"top_p": (self.top_p, self.top_p < 1), "top_k": (self.top_k, self.top_k > 0)}
+        return " and ".join(f"sampling.{name}: {value}" for name, (value, cuts) in named.items() if cuts) or None
 
 
 class Generator(Protocol):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation.config import ColocateConfig
 from maestro_fast.generation.sampling import SamplingConfig, completion_texts
-from maestro_fast.generation.vllm_worker import repack_tied_head, threads_kept
+from maestro_fast.generation.shared_process import SharedProcess
+from maestro_fast.generation.vllm_worker import repack_tied_head
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.settings import SettingsError
 
@@ -72,6 +71,9 @@ class VllmEngine:
     With several processes, all of them take part in every call. ``tensor_parallel`` consecutive ranks form a group that
     shares one copy of the policy. Each of them brings its own prompts and gets the responses to these.
 
+    With ``sleep`` above 0 the engine sleeps from the start, so that the policy finds room on the device. With
+    ``sleep: 2`` it has no weights until ``load_weights`` brings some.
+
     The constructor sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process, so that vLLM's scheduler and model run in it.
     """
 
@@ -109,15 +111,18 @@ class VllmEngine:
         self._tokenizer, self._sampling, self._config, self._device = tokenizer, sampling, config, device
         self._stop_ids = sorted(stop_ids)
         self._asleep: set[str] = set()  # vLLM's tags of the memory that has to be woken before use
+        self._has_weights = True
+        self._process = SharedProcess(device)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         vllm = importlib.import_module("vllm")
         self._params: Callable[..., Any] = vllm.SamplingParams
-        with _random_state_kept(device), threads_kept():
+        with self._process.of_vllm():
             self._llm: Any = vllm.LLM(**self._arguments(path, processes))
         vllm_config = self._llm.llm_engine.vllm_config
         self.max_tokens = int(vllm_config.model_config.max_model_len)
         cache = vllm_config.cache_config
         self.cache_block = int(cache.block_size) if cache.enable_prefix_caching else 0
+        self.sleep()
 
     def _arguments(self, path: str, processes: int) -> dict[str, Any]:
         config = self._config
@@ -191,9 +196,11 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Engine.load_weights``."""
         self._wake("weights")
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self._device.type == "cpu":
-            self._llm.apply_model(repack_tied_head)
+        with self._process.of_vllm():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if self._device.type == "cpu":
+                self._llm.apply_model(repack_tied_head)
+        self._has_weights = True
 
     def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``.
@@ -202,7 +209,9 @@ class VllmEngine:
             RuntimeError: vLLM did not reset the cache.
         """
         self._wake()
-        if not self._llm.reset_prefix_cache():
+        with self._process.of_vllm():
+            was_reset = self._llm.reset_prefix_cache()
+        if not was_reset:
             raise RuntimeError("vllm: the prefix cache was not reset, requests still use it")
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[Tensor]:
@@ -224,7 +233,8 @@ class VllmEngine:
     def _prompt_scores(self, token_ids: list[list[int]], *, read_cache: bool) -> list[tuple[Tensor, int]]:
         """Returns for each sequence of n tokens float32 [n - 1], and how many of its first tokens came from the cache.
 
-        That many of the first values are NaN.
+        That many of the first values are NaN. vLLM's model runner of version 1 (on the CPU) has meaningless rows for
+        them. That of version 2 (on CUDA devices) has none, so rows are counted from the end.
         """
         params = self._params(
             max_tokens=1,
@@ -236,7 +246,8 @@ class VllmEngine:
         scores = []
         for ids, output in zip(token_ids, self._generate(token_ids, [params] * len(token_ids)), strict=True):
             cached = int(output.num_cached_tokens or 0)
-            rows = zip(ids[1 + cached :], output.prompt_logprobs[1 + cached :], strict=True)
+            found, tokens = output.prompt_logprobs or [], ids[1 + cached :]
+            rows = zip(tokens, found[max(0, len(found) - len(tokens)) :], strict=True)
             values = [float("nan")] * cached + [entry[token].logprob for token, entry in rows]
             scores.append((torch.tensor(values, dtype=torch.float32), cached))
         return scores
@@ -244,16 +255,19 @@ class VllmEngine:
     def sleep(self) -> bool:
         """See ``Engine.sleep``."""
         if self._config.sleep and not self._asleep:
-            self._llm.sleep(level=self._config.sleep)
+            with self._process.of_vllm():
+                self._llm.sleep(level=self._config.sleep)
             self._asleep = {"weights", "kv_cache"}
-        return self._config.sleep < 2
+            self._has_weights = self._config.sleep < 2
+        return self._has_weights
 
     def _wake(self, *tags: str) -> None:
         """Wakes the memory with these tags, or all of it if no tag is given."""
         asleep = [tag for tag in ("weights", "kv_cache") if tag in self._asleep and (not tags or tag in tags)]
         if asleep:
             torch.cuda.empty_cache()  # vLLM takes this memory from the driver, so torch's allocator must give it back.
-            self._llm.wake_up(tags=asleep)
+            with self._process.of_vllm():
+                self._llm.wake_up(tags=asleep)
             self._asleep -= set(asleep)
 
     def close(self) -> None:
@@ -263,8 +277,14 @@ class VllmEngine:
             self._llm = None
 
     def _generate(self, token_ids: list[list[int]], params: list[Any]) -> list[Any]:
-        """Returns vLLM's outputs in the order of the requests, and leaves all random generators as they were."""
-        with _random_state_kept(self._device):
+        """Returns vLLM's outputs in the order of the requests.
+
+        Raises:
+            RuntimeError: The weights were dropped in a sleep, and none have been loaded since.
+        """
+        if not self._has_weights:
+            raise RuntimeError("vllm: dropped its weights in its sleep, expected load_weights before it computes")
+        with self._process.of_vllm():
             requests = [{"prompt_token_ids": ids} for ids in token_ids]
             outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
         return outputs
@@ -284,18 +304,3 @@ class VllmEngine:
 
 def _tensor_parallel_group() -> Any:
     return importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
-
-
-@contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Restores the random generators of Python, NumPy and torch.
-
-    vLLM seeds all of them when it starts, and on the CPU it samples with torch's default generator.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

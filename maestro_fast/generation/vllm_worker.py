@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers: loading weights from a shared folder, and two repairs for vLLM 0.32 on the CPU.
+"""What runs inside vLLM's workers: loading weights from a shared folder, and a repair for vLLM 0.32 on the CPU.
 
 ``vllm serve --worker-extension-cls maestro_fast.generation.vllm_worker.MaestroWorker`` imports this file by its name in
 the server's processes, so neither the file nor the class can be renamed.
@@ -6,12 +6,9 @@ the server's processes, so neither the file nor the class can be renamed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 class MaestroWorker:
@@ -47,16 +44,3 @@ def repack_tied_head(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
-@contextlib.contextmanager
-def threads_kept() -> Iterator[None]:
-    """Keeps ``torch.set_num_threads`` working for the trainer.
-
-    On the CPU, vLLM's worker replaces that function in the whole process by one that does nothing.
-    """
-    own = torch.set_num_threads
-    try:
-        yield
-    finally:
-        torch.set_num_threads = own

@@ -228,7 +228,7 @@ def _difference(model: nn.Module, layout: Layout) -> float | str:
     probe = Sequences([ids[:9], ids[9:12], ids[12:15]], [[ids[15]]] * 3)  # When packed, the two short ones share a row.
     exact = product_dtype(next(model.parameters())) == torch.float32
     with _evaluating(model):
-        padded = _states_and_gradients(model, probe, "padded")
+        padded = _padded_states_and_gradients(model, probe)
         try:
             found = _states_and_gradients(model, probe, layout)
         except (RuntimeError, ValueError, TypeError) as error:  # A model's own attention may raise any of these.
@@ -238,6 +238,23 @@ def _difference(model: nn.Module, layout: Layout) -> float | str:
     if all(gap < tolerance for gap, tolerance in zip(gaps, (1e-4, 1e-4) if exact else (5e-2, 1e-1), strict=True)):
         return max(gaps)
     return f"it mixes packed sequences (states differ by {gaps[0]:.1e}, gradients by {gaps[1]:.1e})"
+
+
+def _padded_states_and_gradients(model: nn.Module, probe: Sequences) -> tuple[Tensor, Tensor]:
+    """What ``_states_and_gradients`` gives for the layout that every model must be able to compute.
+
+    Raises:
+        ValueError: the model cannot compute it, for example because its attention has no kernel for its device.
+    """
+    try:
+        return _states_and_gradients(model, probe, "padded")
+    except (RuntimeError, ValueError, TypeError) as error:
+        weight = next(model.parameters())
+        raise ValueError(
+            f"model: {type(causal_lm(model)).__name__} with attention {_implementation(model)} fails on a few padded "
+            f"tokens in {weight.dtype} on {weight.device}, expected an attention that works there: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,8 @@ class PolicyLossConfig:
         clip_max: upper bound of the ratio itself. With "clip" it bounds the loss of tokens with negative advantage
             (two-sided clipping, TRL's ``delta``); "cispo" needs it (TRL's ``epsilon_high``).
         sampler_correction: multiplies the policy term by pi_old / pi_sampler of a token or of a whole response, which
-            is capped ("truncate") or becomes zero past the cap ("mask").
+            is capped ("truncate") or becomes zero past the cap ("mask"). Both have to be log-probs of the whole
+            vocabulary, so a run whose sampler truncates (top_p, top_k) refuses it.
         sampler_cap: the cap of ``sampler_correction``.
         entropy_coef: coefficient of the mean entropy of the tokens, which the loss rewards.
     """

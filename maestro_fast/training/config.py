@@ -23,7 +23,7 @@ from maestro_fast.settings import Choice, SettingsError, build, override
 from maestro_fast.specs import FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
-from maestro_fast.training.plan import Method
+from maestro_fast.training.plan import Method, check_correction
 from maestro_fast.weighting import WeightsConfig
 
 LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
@@ -101,6 +101,9 @@ class TrainConfig:
     final: Literal["auto", "best", "last"] = "auto"
     evaluation: EvaluationConfig | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_correction(self.sampling, self.loss)
 
     @property
     def method(self) -> Method:

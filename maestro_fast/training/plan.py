@@ -25,6 +25,7 @@ from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.rewards import RewardSet
+from maestro_fast.settings import SettingsError
 from maestro_fast.specs import EntropyMode, LossFunction, resolve_profile
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
@@ -54,6 +55,7 @@ class Method:
     evaluation_samples: int = 1
 
     def __post_init__(self) -> None:
+        check_correction(self.sampling, self.loss)
         if self.evaluation_samples < 1:
             raise ValueError(f"evaluation_samples: {self.evaluation_samples}, expected at least 1")
         LossTerms.of(self.loss, resolve_profile(self.profile))  # raises before a model is loaded
@@ -85,6 +87,25 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
     return plan
 
 
+def check_correction(sampling: SamplingConfig, loss: object) -> None:
+    """Refuses a correction for the sampler that would correct for its truncation instead.
+
+    The sampler's log-probs are those after truncation: log p - log Z, with Z the probability of the tokens that were
+    kept. The trainer knows its own p and not its own Z, which would need the logits of all tokens at every position,
+    and the set that the sampler kept. So pi_old / pi_sampler would be Z even where both compute the same p.
+
+    Raises:
+        SettingsError: the loss has a ``sampler_correction`` and the sampler truncates.
+    """
+    correction = getattr(loss, "sampler_correction", "none")
+    if correction != "none" and sampling.truncation is not None:
+        raise SettingsError(
+            f"loss.sampler_correction: {correction} with {sampling.truncation}: the sampler's log-probs are those "
+            "after truncation and the policy's those before, so every ratio would be scaled by the probability that "
+            "was kept, expected sampler_correction: none, or top_p: 1.0 and top_k: 0"
+        )
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """What the trainer has to know of a loss, whether a ``PolicyLossConfig`` or a user's function computes it.
@@ -113,7 +134,8 @@ class LossTerms:
 
         A user's own function has no KL that could enter the scores. It gets the reference's log-probs only if its
         attribute ``needs_reference`` is true (``specs.FunctionLoss`` has it), entropies if ``wants_entropies`` says so,
-        and the sampler's log-probs where the generator returns them. Its normalizer counts the tokens of the update.
+        and the sampler's log-probs where the generator returns them and does not truncate. Its normalizer counts the
+        tokens of the update.
 
         Raises:
             TypeError: ``loss`` is neither a ``PolicyLossConfig`` nor a function.

@@ -83,7 +83,7 @@ def train(
         judges = rewards.rewards + (() if anchor is None else anchor.rewards)
         check_tags_are_seen(judges, tokenizer, config.sampling.skip_special_tokens)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
-        with _engine(config, generation, model, tokenizer, args) as engine:
+        with _engine(config, generation, model, tokenizer, args, longest) as engine:
             if engine is not None:
                 check_room(engine, longest, config.sampling)
             trainer = MaestroTrainer(
@@ -118,6 +118,7 @@ def _engine(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
+    longest_prompt: int,
 ) -> Iterator[Engine | None]:
     """Gives the engine that ``generation`` asks for, or None, and closes it at the end."""
     engine = build_engine(
@@ -130,6 +131,8 @@ def _engine(
             dtype=mixed_precision(args) or next(model.parameters()).dtype,
             device=args.device,
             processes=args.world_size,
+            longest_prompt=longest_prompt,
+            positions=getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None),
         ),
     )
     try:

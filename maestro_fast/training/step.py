@@ -15,8 +15,9 @@ What each of these does stands below, in functions that take what they need. The
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation import Generator
+from maestro_fast.generation import Generator, SamplingConfig
 from maestro_fast.model.attention import Layout
 from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import choose_layout, completion_logprobs
@@ -54,6 +55,8 @@ from maestro_fast.training.overlap import Started, run_together
 from maestro_fast.training.plan import LossTerms, Scoring, context_mode, reads_reference
 from maestro_fast.weighting import Comparison, Outcome, WeightContext, WeightPolicy, compare, weigh
 from maestro_fast.weighting.diagnostics import diagnose
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -267,17 +270,32 @@ class Sampler:
         group_size: G, the number of responses to each prompt.
         seed: the seed that, with the number of the batch and the rank of the process, fixes all random draws.
         processes: gives the rank of this process.
+        truncates: whether some tokens cannot be sampled. The generator's log-probs are then those of another
+            distribution than the policy's, and are left out.
     """
 
     generator: Generator
     group_size: int
     seed: int
     processes: Processes
+    truncates: bool = False
+
+    @staticmethod
+    def of(generator: Generator, sampling: SamplingConfig, seed: int, processes: Processes) -> Sampler:
+        """Makes the sampler of a run; the log says where its log-probs are left out."""
+        if sampling.truncation is not None:
+            logger.info(
+                "sampling/logprob_gap_* and sampling/k3 are not logged: with %s the sampler's log-probs are those "
+                "after truncation and the policy's those before",
+                sampling.truncation,
+            )
+        return Sampler(generator, sampling.group_size, seed, processes, sampling.truncation is not None)
 
     def __call__(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
         """Samples one response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
         unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
+        rollouts = self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
+        return replace(rollouts, sampling_logprobs_C=None) if self.truncates else rollouts
 
     def seed_of(self, number: int) -> int:
         """A seed that differs between batches and processes, and that a resumed run computes again."""

@@ -185,7 +185,7 @@ class MaestroTrainer(Trainer):
             terms=self._terms,
             profile=self._profile,
             scoring=scoring,
-            sampler=Sampler(generator(scorer), sampling.group_size, self.method.seed, processes),
+            sampler=Sampler.of(generator(scorer), sampling, self.method.seed, processes),
             scorer=scorer,
             judges=Judges(rewards, anchor, self._tokenizer, scorer, processes, self._dataset.chat),
             weights=weights,

@@ -21,6 +21,7 @@ from maestro_fast.generation import (
     check_generation,
     generation_config,
 )
+from maestro_fast.generation.build import longest_sequence
 from maestro_fast.generation.config import GENERATION
 from maestro_fast.generation.vllm import vllm_obstacle
 from maestro_fast.settings import SettingsError, sentences, settings_of
@@ -57,6 +58,7 @@ def test_an_engine_by_name_or_with_options() -> None:
         ({"type": "vllm", "kv_cache_gib": 0}, "generation.kv_cache_gib: 0.0, expected a positive number"),
         ({"type": "vllm", "max_tokens": 2}, "generation.max_tokens: 2, expected at least 3"),
         ({"type": "vllm", "probe": {"threshold": 0}}, "generation.probe.threshold: 0.0, expected a positive number"),
+        ({"type": "vllm", "probe": {"mean_threshold": -1}}, "generation.probe.mean_threshold: -1.0, expected a pos"),
         ({"type": "vllm", "probe": {"tokens": 1}}, "generation.probe.tokens: 1, expected at least 2"),
         ({"type": "vllm", "probe": {"sequences": 0}}, "generation.probe.sequences: 0, expected at least 1"),
     ],
@@ -70,6 +72,28 @@ def test_transformers_needs_no_engine() -> None:
     check_generation(TransformersConfig(), CPU, processes=3)
     served = Served("nowhere", tiny_tokenizer(), SamplingConfig(), frozenset([0]), torch.float32, CPU)
     assert build_engine(TransformersConfig(), served) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "positions", "options", "expected"),
+    [
+        (3000, 131_072, {}, 3100),
+        (3000, None, {}, 3100),
+        (3000, 131_072, {"max_tokens": 9000}, 9000),
+        (20, 131_072, {}, 512),  # two blocks of the prefix cache, for the probe
+        (20, 256, {}, 256),
+        (20, 131_072, {"probe": ProbeConfig(tokens=2000)}, 2001),
+        (3000, 2048, {}, None),
+        (None, 131_072, {}, None),
+    ],
+)
+def test_vllm_has_room_for_the_longest_sequence_of_the_run(
+    prompt: int | None, positions: int | None, options: dict[str, Any], expected: int | None
+) -> None:
+    """By default vLLM would have to hold a sequence of 131,072 tokens, which takes 16 GiB for an 8B model."""
+    sampling = SamplingConfig(max_new_tokens=100)
+    served = Served("m", tiny_tokenizer(), sampling, frozenset([0]), torch.float32, CPU, 1, prompt, positions)
+    assert longest_sequence(ColocateConfig(**options), served) == expected
 
 
 def test_what_cannot_serve_is_refused() -> None:

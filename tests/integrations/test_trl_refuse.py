@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,28 @@ def test_only_what_has_to_be_is_refused(settings: Make, ingredients: Make, confi
 )
 def test_with_trls_loss_they_are_served(settings: Make, ingredients: Make, config: Any) -> None:
     MaestroGRPOTrainer(args=settings(**config), **ingredients())
+
+
+@pytest.mark.parametrize(
+    ("options", "is_refused"),
+    [
+        ({}, False),
+        ({"top_k": 0, "top_p": 1.0, "generation_kwargs": {"top_k": -1, "seed": 3}}, False),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 50}, True),
+        ({"min_p": 0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"generation_kwargs": {"top_p": 0.9}}, True),
+        ({"top_p": 0.9, "vllm_importance_sampling_correction": False}, False),
+        ({"top_p": 0.9, "use_vllm": False}, False),
+    ],
+    ids=str,
+)
+def test_a_correction_for_truncated_sampling_is_refused(settings: Make, options: Any, is_refused: bool) -> None:
+    """A trainer with ``use_vllm`` cannot be made without vLLM, so the refusal is asked itself."""
+    (refusal,) = [row for row in refusals() if row.setting.startswith("vllm_importance_sampling_correction with")]
+    args = settings(**{"use_vllm": True, **options})
+    assert bool(refusal.applies(SimpleNamespace(args=args), None)) is is_refused  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_no_function(settings: Make, ingredients: Make) -> None:

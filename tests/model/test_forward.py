@@ -117,6 +117,19 @@ def test_packing_is_not_chosen_where_sequences_mix(monkeypatch: pytest.MonkeyPat
     assert choose_layout(tiny_model("qwen3")) == "padded"
 
 
+def test_a_model_that_fails_even_with_padded_rows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention fails so for a model that is still on the CPU."""
+    model = tiny_model("qwen3")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", fails)
+    words = r"^model: Qwen3ForCausalLM with attention sdpa fails on a few padded tokens in torch\.float32 on cpu"
+    with pytest.raises(ValueError, match=words):
+        choose_layout(model)
+
+
 @pytest.mark.parametrize(
     "model",
     [

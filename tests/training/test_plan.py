@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LossInputs, PolicyLossConfig
+from maestro_fast.settings import SettingsError
 from maestro_fast.specs import PROFILES
-from maestro_fast.training import MaestroTrainer, TrainConfig
+from maestro_fast.training import MaestroTrainer, TrainConfig, parse_config
 from maestro_fast.training.plan import LossTerms, Method, has_dropout
 from tests.training.test_step import CASES, case
 from tests.training.test_trainer import parameters
@@ -53,6 +55,31 @@ def test_dropout_is_found() -> None:
     attention.attention_dropout = 0.1  # type: ignore[assignment]
     assert has_dropout(model)
     assert has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout1d(0.1)))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"top_p": 0.9}, r"sampling\.top_p: 0\.9"),
+        ({"top_k": 20}, r"sampling\.top_k: 20"),
+        ({"top_p": 0.5, "top_k": 3, "temperature": 0.7}, r"sampling\.top_p: 0\.5 and sampling\.top_k: 3"),
+    ],
+    ids=str,
+)
+def test_a_correction_for_a_truncated_sampler_is_refused(
+    raw_config: dict[str, Any], sampling: dict[str, Any], named: str
+) -> None:
+    raw_config["sampling"] |= sampling
+    raw_config["loss"] = {"sampler_correction": "token_truncate"}
+    words = rf"^loss\.sampler_correction: token_truncate with {named}: the sampler's log-probs are those after trunc"
+    with pytest.raises(SettingsError, match=words):
+        parse_config(raw_config)
+    loss = PolicyLossConfig(sampler_correction="sequence_mask")
+    with pytest.raises(ValueError, match=r"^loss\.sampler_correction: sequence_mask with .*expected sampler_corr"):
+        Method(SamplingConfig(**sampling), loss=loss)
+    raw_config["loss"] = "policy_loss"
+    parse_config(raw_config)
+    Method(SamplingConfig(temperature=0.7), loss=loss)  # Sampler and scorer divide by the same temperature.
 
 
 def dapo(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:

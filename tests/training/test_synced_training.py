@@ -23,6 +23,8 @@ from tests.generation.helpers import same
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.copy_engine import CopyEngine
 
+LONGEST = 12  # tokens of the longest prompt of ``conftest.ROWS``
+
 
 @pytest.fixture
 def engines(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[CopyEngine]:
@@ -31,6 +33,7 @@ def engines(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list
 
     def build_engine(config: GenerationConfig, served: Served) -> CopyEngine:
         assert served.dtype == torch.float32 and served.stop_ids == {0} and served.processes == 1
+        assert served.longest_prompt == LONGEST and served.positions == 256
         made.append(CopyEngine(AutoModelForCausalLM.from_pretrained(served.path), served.sampling))
         return made[-1]
 
@@ -59,6 +62,19 @@ def test_every_batch_logs_its_sync_and_how_far_sampler_and_policy_lie_apart(
         assert abs(line["sampling/k3"]) < 1e-9
     timings = (Path(raw_config["run_dir"]) / "timings.jsonl").read_text().splitlines()
     assert all(json.loads(line)["sync"] > 0 for line in timings)
+
+
+def test_a_truncated_sampler_is_not_compared_with_the_policy(
+    raw_config: dict[str, Any], engines: list[CopyEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its log-probs are of another distribution. The probe still is: it compares whole distributions."""
+    raw_config["sampling"] |= {"top_k": 5, "top_p": 0.9}
+    raw_config["trainer"]["max_steps"] = 1
+    with caplog.at_level("INFO", "maestro_fast.training.step"):
+        recorded_train(raw_config)
+    (line,) = logged(raw_config)
+    assert line["sync/probe_max"] < 1e-5 and not any(name.startswith("sampling/") for name in line)
+    assert "with sampling.top_p: 0.9 and sampling.top_k: 5 the sampler's log-probs are those after" in caplog.text
 
 
 def test_the_gap_is_over_all_micro_batches_of_the_training_forward(

@@ -75,6 +75,16 @@ def _is_set(name: str, neutral: object) -> Callable[[Any, WeightPolicy], bool]:
     return lambda trainer, _policy: getattr(trainer.args, name, neutral) != neutral
 
 
+def _corrects_for_truncation(trainer: Any, _policy: WeightPolicy) -> bool:
+    """Whether the log-probs that TRL divides by are of a truncated or penalised distribution, and the policy's not."""
+    args = trainer.args
+    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+        return False
+    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
+    own = args.generation_kwargs or {}
+    return any(own.get(name, getattr(args, name, None)) not in values for name, values in neutral.items())
+
+
 def _compares_beyond_groups(trainer: Any, policy: WeightPolicy) -> bool:
     try:
         check_profile(policy, trainer.profile)
@@ -168,6 +178,13 @@ _REFUSALS = (
         NOT_TRLS_LOSS,
         "only TRL's loss caps the sampler's ratio from below",
         _is_set("vllm_importance_sampling_clip_min", None),
+    ),
+    Refusal(
+        "vllm_importance_sampling_correction with top_p, top_k, min_p or repetition_penalty",
+        OUR_LOSS,
+        "vLLM's log-probs are those after these and the policy's those before: set vllm_importance_sampling_correction "
+        "to False, or turn these off",
+        _corrects_for_truncation,
     ),
     Refusal(
         "the auxiliary loss of a mixture of experts",
