@@ -17,7 +17,6 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import ProcessorMixin
 
-from maestro_fast.integrations.trl.advantages import takes_factors
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.model import causal_lm
 from maestro_fast.ops import LossFunction
@@ -108,12 +107,6 @@ _REFUSALS = (
         OTHER_WEIGHTS,
         "they ask what other weights would have given, one group at a time",
         _compares_beyond_groups,
-    ),
-    Refusal(
-        "reward_weights that differ, where the profile normalises each reward or makes up for missing ones",
-        OTHER_WEIGHTS,
-        "they compare the policy's own weights with others, without reward_weights",
-        lambda trainer, _policy: len(set(trainer.args.reward_weights or ())) > 1 and not takes_factors(trainer.profile),
     ),
     Refusal(
         "a vision-language model",

@@ -23,7 +23,6 @@ from trl import GRPOTrainer
 from maestro_fast.integrations.trl import refuse
 from maestro_fast.integrations.trl.advantages import (
     apply_profile,
-    in_the_policys_terms,
     scales,
     set_advantages,
     weigh_scaled,
@@ -252,19 +251,13 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
                 profile=self.profile,
             )
         set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
-        outcome = Outcome(context, weighed.weights, advantages, self.profile)
+        outcome = Outcome(context, weighed.weights, advantages, self.profile, factors_K=weighed.factor_K)
         if mode == "train":
-            self.weight_policy.observe(self._in_the_policys_terms(outcome, weighed.factor_K))
+            self.weight_policy.observe(outcome)
             self._batches += 1
         families = gather_object([str(row.get("family") or "") for row in inputs])
         for name, value in {**weight_metrics(outcome, families, lengths_B), **self.weight_policy.metrics()}.items():
             self._metrics[mode][name].append(value)
-
-    def _in_the_policys_terms(self, outcome: Outcome, factor_K: Tensor) -> Outcome:
-        if not self.weight_policy.needs_group_scores:
-            return outcome
-        context, profile = in_the_policys_terms(outcome.context, self.profile, factor_K)
-        return Outcome(context, outcome.weights, outcome.advantages, profile)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:
