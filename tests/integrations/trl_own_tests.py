@@ -59,7 +59,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool
 
 
 def main(checkout: Path, trainer: str, arguments: list[str]) -> int:
-    """Makes the cache of models and starts pytest in the checkout, with this file as a plugin; returns its exit code."""
+    """Starts pytest in the checkout, with this file as a plugin and an empty cache; returns pytest's exit code."""
     with tempfile.TemporaryDirectory() as hub:
         offline = {"HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": "1", "MAESTRO_TRL_TRAINER": trainer}
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages
 from maestro_fast.specs import PROFILES, resolve_profile

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
+from maestro_fast.integrations.trl.overrides import overrides
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
 from maestro_fast.model import backbone_of, check_head, head_of
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
@@ -79,18 +80,13 @@ def why_trls_logprobs(trainer: Any) -> str | None:
         "a hook on the backbone is not sure to run in a compiled model": (
             trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod")
         ),
-        "_get_per_token_logps_and_entropies is overridden": _overrides_logprobs(trainer),
+        "_get_per_token_logps_and_entropies is overridden": bool(
+            overrides(trainer, "_get_per_token_logps_and_entropies")
+        ),
         "the model's forward takes no logits_to_keep": not keeps_logits(trainer.model),
         "virtual tokens of PEFT shift the hidden states": prompt_learning(trainer.model),
     }
     return next((reason for reason, applies in reasons.items() if applies), None) or _unreadable_head(trainer.model)
-
-
-def _overrides_logprobs(trainer: Any) -> bool:
-    """Whether a class that is neither TRL's nor ours computes the log-probs."""
-    name = "_get_per_token_logps_and_entropies"
-    owners = [owner.__module__.partition(".")[0] for owner in type(trainer).__mro__ if name in vars(owner)]
-    return not {*owners} <= {"trl", "maestro_fast"}
 
 
 def _unreadable_head(model: nn.Module) -> str | None:

@@ -35,6 +35,7 @@ from maestro_fast.integrations.trl.context import (
     scores_old_logprobs,
 )
 from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
+from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
 from maestro_fast.model import causal_lm, terminal_states
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
@@ -139,13 +140,20 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
     def _say_what_context_costs(self) -> None:
         if not self.weight_policy.needs_context or not self.accelerator.is_main_process:
             return
-        if scores_old_logprobs(self):
-            logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
-        else:
+        hidden_by = hides_ours(self, "_get_per_token_logps_and_entropies")
+        if not scores_old_logprobs(self):
             logger.warning(
                 "hidden states for the weights: one forward without log-probs is added to each generation batch, "
                 "because TRL scores no old log-probs with this gradient_accumulation_steps and steps_per_generation"
             )
+        elif hidden_by is not None:
+            logger.warning(
+                "hidden states for the weights: one forward without log-probs is added to each generation batch, "
+                "because %s does not call super(), by which they would be read off TRL's forward",
+                hidden_by,
+            )
+        else:
+            logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
 
     # TRL makes a generation batch in this order: generation, old and reference log-probs, rewards, advantages.
 
@@ -250,7 +258,8 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
                 lengths=lengths_B if self.profile.needs_lengths else None,
                 profile=self.profile,
             )
-        set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
+        if other_advantages(self) is None:
+            set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
         outcome = Outcome(context, weighed.weights, advantages, self.profile, factors_K=weighed.factor_K)
         if mode == "train":
             self.weight_policy.observe(outcome)
