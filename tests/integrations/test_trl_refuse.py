@@ -48,6 +48,8 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         ({"off_policy_mask_threshold": 0.5}, {"loss": "maestro_fast"}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.2}, {"loss": "maestro_fast"}, "top_entropy_quantile below 1"),
         ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": "maestro_fast"}, "beta with use_bias_correction_kl"),
+        ({"delta": 0.5}, {"loss": "maestro_fast"}, "delta: 0.5, expected clip_max >= 1"),
+        ({"loss_type": "cispo", "epsilon_high": 0.0}, {"loss": "maestro_fast"}, "epsilon_high: 0.0, expected"),
         ({"use_adaptive_entropy": True}, {"loss": "maestro_fast"}, "use_adaptive_entropy"),
         ({"vllm_importance_sampling_clip_min": 0.1}, {"loss": "maestro_fast"}, "vllm_importance_sampling_clip_min"),
         ({"off_policy_mask_threshold": 0.5}, {"loss": own_loss}, "off_policy_mask_threshold: not with loss="),
