@@ -6,6 +6,7 @@
     l_t    = -sg(min(rho_t, clip_max)) A log pi                                          objective="cispo"
     w_t    = pi_old / pi_sampler, capped or zeroed past sampler_cap                      sampler_correction
     k3_t   = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1       (Schulman's k3 estimator of KL(pi || pi_ref))
+    k3_t   = rho_t (exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1)                  kl_bias_correction
     loss   = sum_t c_t (w_t l_t + kl_coef k3_t) - entropy_coef * mean_t H_t
 
     normalization   c_t                                           normalizer is the number of     normalizer=None means
@@ -17,13 +18,13 @@
 Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
 values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.
 
-The formulas of l_t are ``specs.OBJECTIVES``. The functions below pass the tensors on as ``LossInputs``, the record that
-a user's own loss gets, too.
+The formulas stand in ``ops.reference_loss``, which also says what happens where a ratio overflows. The functions below
+pass the tensors on as ``LossInputs``, the record that a user's own loss gets, too.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,10 @@ from maestro_fast.ops.loss_function import (
     loss_function_gradient,
     wants_entropies,
 )
-from maestro_fast.ops.tensors import is_integer, library, readable, wide
+from maestro_fast.ops.reference_loss import reference_loss
+from maestro_fast.ops.tensors import is_integer, library, readable
 from maestro_fast.specs import (
     LOSS_METRICS,
-    OBJECTIVES,
     LossFunction,
     LossInputs,
     LossWithGradients,
@@ -200,117 +201,6 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(f"cu_seqlens: from {first} to {last}, expected non-decreasing from 0 to T = {tokens}")
-
-
-# --- PyTorch, the reference ---
-
-
-def reference_loss(inputs: LossInputs, config: PolicyLossConfig) -> PolicyLoss:
-    """The formula at the top of the module in PyTorch, differentiable. All backends are compared with it."""
-    segments = _Segments.of(inputs)
-    live_T = segments.live_T
-    advantages_T = wide(inputs.advantages)[segments.sequence_T]
-    logprobs = wide(inputs.logprobs)
-    old = logprobs.detach() if inputs.old_logprobs is None else wide(inputs.old_logprobs)
-    # A masked token may hold anything. It must not reach an exp, whose inf would become NaN in the gradient.
-    log_ratio = torch.where(live_T, logprobs - old, 0.0)
-    if config.ratio == "sequence":
-        log_ratio = segments.sums(log_ratio) / segments.lengths
-    ratio = log_ratio.exp()
-    objective = OBJECTIVES[config.objective](ratio, torch.where(live_T, logprobs, 0.0), advantages_T, config)
-    loss_T, ratio = objective.loss, ratio.detach()
-    metrics = {
-        "clip_low": segments.mean(objective.clipped_low.to(ratio.dtype)),
-        "clip_high": segments.mean(objective.clipped_high.to(ratio.dtype)),
-        "ratio": segments.mean(ratio),
-    }
-    if inputs.sampling_logprobs is not None:
-        sampler_ratio = _sampler_ratio(old.detach() - wide(inputs.sampling_logprobs), segments, config)
-        metrics["sampler_ratio"] = segments.mean(sampler_ratio)
-        if config.sampler_correction != "none":
-            loss_T = loss_T * _sampler_weight(sampler_ratio, config)
-    if inputs.ref_logprobs is not None:
-        gap = torch.where(live_T, wide(inputs.ref_logprobs) - logprobs, 0.0)
-        k3 = torch.expm1(gap) - gap
-        metrics["kl"] = segments.mean(k3.detach())
-        if config.kl_coef > 0:  # Where k3 is only a metric, an infinite one must not reach the loss as 0 * inf.
-            loss_T = loss_T + config.kl_coef * k3
-    coefficient_T = _coefficients(segments, inputs, config)
-    loss = torch.where(live_T, loss_T * coefficient_T.to(loss_T.dtype), 0.0).sum()
-    if config.entropy_coef > 0:
-        assert inputs.entropies is not None
-        loss = loss - config.entropy_coef * segments.mean(wide(inputs.entropies), inputs.entropy_normalizer)
-    return PolicyLoss(loss, metrics)
-
-
-class _Segments(NamedTuple):
-    """The responses as segments of the packed tokens.
-
-    Attributes:
-        sequence_T: int64 [T], the response that a token belongs to.
-        live_T: bool [T], whether a token counts.
-        bounds: int64 [B + 1], where the responses begin and end.
-    """
-
-    sequence_T: Tensor
-    live_T: Tensor
-    bounds: Tensor
-
-    @staticmethod
-    def of(inputs: LossInputs) -> _Segments:
-        position_T = torch.arange(inputs.logprobs.shape[0], device=inputs.cu_seqlens.device)
-        bounds, mask = inputs.cu_seqlens.to(torch.int64), inputs.token_mask
-        sequence_T = torch.bucketize(position_T, bounds[1:], right=True)
-        live_T = torch.ones_like(position_T, dtype=torch.bool) if mask is None else mask != 0
-        return _Segments(sequence_T, live_T, bounds)
-
-    def sums(self, x_T: Tensor) -> Tensor:
-        """For each token the sum over its response, [T], without atomics. Masked tokens have to be 0 already."""
-        if self.bounds.shape[0] == 1:
-            return x_T
-        return torch.segment_reduce(x_T, "sum", offsets=self.bounds, axis=0, initial=0)[self.sequence_T]
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [T], the number of live tokens of each token's response, at least 1."""
-        lengths_B = torch.zeros(self.bounds.shape[0] - 1, dtype=torch.int64, device=self.live_T.device)
-        # Integers add up to the same sum in any order.
-        lengths_B = lengths_B.index_add(0, self.sequence_T, self.live_T.long())
-        return lengths_B[self.sequence_T].clamp(min=1)
-
-    def mean(self, x_T: Tensor, count: float | Tensor | None = None) -> Tensor:
-        """The sum over the live tokens, divided by their number or by ``count``."""
-        total = torch.where(self.live_T, x_T, 0.0).sum()
-        return total / (self.live_T.sum().clamp(min=1) if count is None else count)
-
-
-def _sampler_ratio(gap: Tensor, segments: _Segments, config: PolicyLossConfig) -> Tensor:
-    """pi_old / pi_sampler [T] before the cap, from its logarithm ``gap``."""
-    gap = torch.where(segments.live_T & ~gap.isnan(), gap, 0.0)
-    return (segments.sums(gap) if config.sampler_correction.startswith("sequence") else gap).exp()
-
-
-def _sampler_weight(ratio: Tensor, config: PolicyLossConfig) -> Tensor:
-    if config.sampler_correction.endswith("truncate"):
-        return ratio.clamp(max=config.sampler_cap)
-    return torch.where(ratio > config.sampler_cap, 0.0, ratio)
-
-
-def _coefficients(segments: _Segments, inputs: LossInputs, config: PolicyLossConfig) -> Tensor:
-    """c_t [T], or a scalar where it is the same for all tokens; float64, so that no count is rounded."""
-    live_T, normalizer = segments.live_T, inputs.normalizer
-    if normalizer is None:
-        normalizer = inputs.advantages.shape[0] if config.normalization in ("grpo", "dr_grpo") else live_T.sum()
-    if isinstance(normalizer, Tensor):
-        divisor = normalizer.to(live_T.device, torch.float64)
-    else:
-        divisor = torch.full((), normalizer, dtype=torch.float64, device=live_T.device)
-    if config.normalization == "dr_grpo":
-        assert config.max_completion_length is not None
-        divisor = divisor * config.max_completion_length
-    if config.normalization == "grpo":
-        divisor = divisor * segments.lengths
-    return 1.0 / divisor.clamp(min=1e-30)
 
 
 # --- Triton: the gradient comes with the loss ---

@@ -40,10 +40,13 @@ def scope_of(loss: PolicyLossConfig | LossFunction, inputs: LossInputs, dtype: t
     """
     if not isinstance(loss, PolicyLossConfig):
         return "token" if is_row_wise(loss) and dtype is not torch.float16 else "batch"
-    if loss.ratio == "sequence" and inputs.old_logprobs is not None:
+    corrects_kl = loss.kl_coef > 0 and loss.kl_bias_correction
+    if loss.ratio == "sequence" and (inputs.old_logprobs is not None or corrects_kl):
         return "response"
-    by_sequence = loss.sampler_correction.startswith("sequence") and inputs.old_logprobs is None
-    return "response" if by_sequence else "token"
+    # Without old log-probs, a sampler's weight depends on the current ones.
+    by_sequence = loss.sampler_correction.startswith("sequence")
+    averaged = loss.ratio == "sequence" and loss.sampler_correction != "none"
+    return "response" if inputs.old_logprobs is None and (by_sequence or averaged) else "token"
 
 
 def keeps_every_gradient(loss: PolicyLossConfig | LossFunction) -> bool:

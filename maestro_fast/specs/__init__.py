@@ -24,9 +24,12 @@ from maestro_fast.specs.conductor import (
     WeightMode,
 )
 from maestro_fast.specs.loss import (
+    EXPONENT_SHIFT,
+    LARGE_EXPONENT,
     LOSS_METRICS,
     OBJECTIVES,
     EntropyMode,
+    Exponential,
     FunctionLoss,
     HeadSpec,
     LinearPolicyLoss,
@@ -46,6 +49,8 @@ from maestro_fast.specs.loss import (
 from maestro_fast.specs.text import as_text, constant_in_graphs, from_text
 
 __all__ = [
+    "EXPONENT_SHIFT",
+    "LARGE_EXPONENT",
     "LOSS_METRICS",
     "OBJECTIVES",
     "PROFILES",
@@ -59,6 +64,7 @@ __all__ = [
     "ConductorUpdateConfig",
     "ContextSource",
     "EntropyMode",
+    "Exponential",
     "FunctionLoss",
     "GroupAdvantages",
     "HeadSpec",

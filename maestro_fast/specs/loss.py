@@ -5,6 +5,7 @@ Axis suffixes: B responses, T tokens of a batch, C rows of a chunk of tokens, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -106,7 +107,8 @@ class PolicyLoss(NamedTuple):
 
     The metrics of a ``PolicyLossConfig`` are means over the live tokens. ``clip_low`` and ``clip_high`` are the shares
     of tokens that were clipped on either side, ``ratio`` is the mean policy ratio, ``kl`` the mean of k3 (only with a
-    reference), and ``sampler_ratio`` the mean of pi_old / pi_sampler before the cap (only with sampling log-probs).
+    reference; times the ratio with ``kl_bias_correction``), and ``sampler_ratio`` the mean of pi_old / pi_sampler
+    before the cap (only with sampling log-probs).
     """
 
     loss: Tensor
@@ -162,6 +164,9 @@ class PolicyLossConfig:
         normalization: how the losses of tokens are averaged, see ``ops.policy_loss``.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: coefficient of the k3 term; 0 needs no reference.
+        kl_bias_correction: whether k3 is multiplied by the ratio before any clip, whose gradient counts too. Then the
+            term estimates KL(pi || pi_ref) and its gradient without bias although pi_old sampled the tokens
+            (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``). This changes the gradient on-policy, too.
         max_completion_length: the constant number of tokens that ``dr_grpo`` divides by.
         objective: "clip", or "cispo", which treats the capped ratio as a constant, so that no token loses its gradient.
         ratio: "token", or "sequence", the geometric mean over the response's tokens (GSPO).
@@ -178,6 +183,7 @@ class PolicyLossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
+    kl_bias_correction: bool = False
     max_completion_length: int | None = None
     objective: Objective = "clip"
     ratio: Ratio = "token"
@@ -246,29 +252,78 @@ class FunctionLoss:
         return self.needs_entropy or bool(getattr(self.function, "entropies", False))
 
 
+# From this exponent on, ``Exponential`` holds e^x as e^(x - EXPONENT_SHIFT) times e^EXPONENT_SHIFT. In float32, e^x
+# itself overflows at 88.7; so held, it does not up to 152.
+LARGE_EXPONENT = 80.0
+EXPONENT_SHIFT = 64.0
+
+
+class Exponential(NamedTuple):
+    """e^x [T] as the product of two factors; ``far`` is 1 where x is at most ``LARGE_EXPONENT``.
+
+    The product with a small number may be in range where e^x alone is not.
+    """
+
+    near: Tensor
+    far: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Exponential:
+        large = x > LARGE_EXPONENT
+        near = torch.where(large, x - EXPONENT_SHIFT, x).exp()
+        return Exponential(near, torch.where(large, math.exp(EXPONENT_SHIFT), torch.ones_like(x)))
+
+    def times(self, *factors: Tensor | float) -> Tensor:
+        """e^x times the factors."""
+        product = self.near
+        for factor in factors:
+            product = product * factor
+        return product * self.far
+
+
 class TokenLosses(NamedTuple):
-    """The loss of each token before its weight [T], and whether it was clipped below or above, bool [T] each."""
+    """The loss of each token [T], its sampler's weight included, and whether it was clipped below or above, bool [T].
+
+    A ratio may be infinite. It must not enter a product whose other factor is 0, nor a graph through which a gradient
+    of 0 comes back to it: 0 * inf is NaN. So a formula says first where the ratio counts, and computes it only there.
+    """
 
     loss: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
 
 
-def _clip(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyLossConfig) -> TokenLosses:
-    capped = ratio if config.clip_max is None else ratio.clamp(max=config.clip_max)
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    low = (ratio < 1 - config.clip_low) & (advantages < 0)
-    high = (ratio > 1 + config.clip_high) & (advantages > 0)
-    return TokenLosses(-torch.minimum(capped * advantages, clipped * advantages), low, high)
+def _clip(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor | None, config: PolicyLossConfig
+) -> TokenLosses:
+    """-min(min(rho, clip_max) A, clip(rho) A), which is -clamp(rho) A with other bounds for either sign of A."""
+    ratio = log_ratio.detach().exp()
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    largest = math.inf if config.clip_max is None else config.clip_max
+    negative, zero = advantages < 0, torch.zeros_like(ratio)
+    least = torch.where(negative, zero + low, zero)
+    most = torch.where(negative, zero + max(high, largest), zero + min(high, largest))
+    moves = (ratio >= least) & (ratio <= most)
+    near, far = Exponential.of(torch.where(moves, log_ratio, 0.0))
+    clamped = Exponential(torch.where(moves, near, torch.clamp(ratio, least, most)), far)
+    loss = -clamped.times(advantages, *(() if weights is None else (weights,)))
+    return TokenLosses(loss, (ratio < low) & negative, (ratio > high) & (advantages > 0))
 
 
-def _cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyLossConfig) -> TokenLosses:
+def _cispo(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor | None, config: PolicyLossConfig
+) -> TokenLosses:
+    """-sg(min(rho, clip_max)) A log pi. It is 0 where the policy gives the token the probability 0."""
     assert config.clip_max is not None
-    capped = ratio.clamp(max=config.clip_max).detach()
-    high = (ratio > config.clip_max) & (advantages > 0)
-    return TokenLosses(-capped * advantages * logprobs, torch.zeros_like(high), high)
+    ratio = log_ratio.detach().exp()
+    high = ratio > config.clip_max
+    near, far = Exponential.of(torch.where(high | ((advantages == 0) & ratio.isinf()), 0.0, log_ratio.detach()))
+    factor = torch.where(high, config.clip_max, near) * advantages
+    logprobs = torch.where((factor == 0) & logprobs.isinf(), 0.0, logprobs)
+    loss = -Exponential(factor, far).times(logprobs, *(() if weights is None else (weights,)))
+    return TokenLosses(loss, torch.zeros_like(high), high & (advantages > 0))
 
 
-# The formula of each ``Objective``, for ratios, log-probs and advantages [T]. ``_objective`` of kernels/policy_loss.py
-# has the same formulas.
+# The formula of each ``Objective``, for log-ratios, log-probs, advantages and the sampler's weights (None without a
+# correction), all [T]. ``_objective`` of kernels/policy_loss.py has the same formulas.
 OBJECTIVES = {"clip": _clip, "cispo": _cispo}

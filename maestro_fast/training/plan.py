@@ -24,7 +24,7 @@ from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.rewards import RewardSet
-from maestro_fast.specs import EntropyMode, LossFunction
+from maestro_fast.specs import EntropyMode, LossFunction, resolve_profile
 from maestro_fast.training.batches import BatchConfig, BatchPlan
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import WeightPolicy
@@ -55,6 +55,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.evaluation_samples < 1:
             raise ValueError(f"evaluation_samples: {self.evaluation_samples}, expected at least 1")
+        LossTerms.of(self.loss, resolve_profile(self.profile))  # raises before a model is loaded
 
 
 def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, processes: int) -> BatchPlan:
@@ -108,9 +109,15 @@ class LossTerms:
 
         Raises:
             TypeError: ``loss`` is neither a ``PolicyLossConfig`` nor a function.
+            ValueError: ``loss`` corrects a KL that enters the scores, where no ratio could correct it.
         """
         if isinstance(loss, PolicyLossConfig):
             in_score = profile.kl_in == "score"
+            if in_score and loss.kl_bias_correction:
+                raise ValueError(
+                    "loss.kl_bias_correction: True, and the profile subtracts the KL from the scores; expected False, "
+                    "or a profile whose KL is in the loss (kl_in='loss')"
+                )
             corrects = loss.sampler_correction != "none"
             return LossTerms(
                 function=replace(loss, kl_coef=0.0) if in_score else loss,

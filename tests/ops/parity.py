@@ -44,6 +44,8 @@ VARIANTS: dict[str, PolicyLossConfig] = {
     "sampler sequence_mask": make("dr_grpo", sampler_correction="sequence_mask", sampler_cap=1.5),
     "entropy bonus": make("bnpo", entropy_coef=0.05),
     "k3 KL": make("grpo", kl_coef=BETA),
+    "k3 KL times ratio": make("dapo", kl_coef=BETA, kl_bias_correction=True),
+    "k3 KL times gspo's ratio": make("grpo", ratio="sequence", kl_coef=BETA, kl_bias_correction=True),
 }
 
 
@@ -220,6 +222,7 @@ def peer_loss(variant: str, profile: str, logprobs: Tensor, entropies: Tensor) -
         entropies_BT=batch.pad(entropies),
         entropy_coef=config.entropy_coef,
         importance_sampling_ratio=sampler_ratio,
+        bias_correction_kl=config.kl_bias_correction,
         max_completion_length=LONGEST,
         num_items=batch.step_tokens,
     )

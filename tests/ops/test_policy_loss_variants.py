@@ -37,7 +37,7 @@ def pad(x_T: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(x_T.split(LENGTHS)), batch_first=True)
 
 
-def compare(config: PolicyLossConfig, given: dict[str, Tensor], theirs: dict[str, Any]) -> None:
+def compare(config: PolicyLossConfig, given: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Value and gradients, of log-probs and of entropies, against TRL's."""
     logprobs, entropies = LOGPROBS.clone().requires_grad_(), ENTROPIES.clone().requires_grad_()
     if "entropies" in given:
@@ -49,21 +49,19 @@ def compare(config: PolicyLossConfig, given: dict[str, Tensor], theirs: dict[str
         ADVANTAGES,
         CU_SEQLENS,
         token_mask=MASK,
-        old_logprobs=OLD,
         normalizer=normalizer,
         config=config,
-        **given,
+        **{"old_logprobs": OLD, **given},
     )
-    expected, metrics = trl_policy_loss(
-        pad(logprobs), pad(MASK), ADVANTAGES, old_logprobs_BT=pad(OLD), max_completion_length=LONGEST, **theirs
-    )
+    theirs = {"old_logprobs_BT": pad(OLD), **theirs}
+    expected, metrics = trl_policy_loss(pad(logprobs), pad(MASK), ADVANTAGES, max_completion_length=LONGEST, **theirs)
 
     torch.testing.assert_close(ours.loss, expected, rtol=1e-11, atol=1e-13)
     leaves = [logprobs, entropies] if "entropies" in given else [logprobs]
     for mine, other in zip(torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-13)
         assert other.abs().max() > 1e-4
-    for name, value in (("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean")):
+    for name, value in (("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean"), ("kl", "kl")):
         if value in metrics:
             assert ours.metrics[name].item() == pytest.approx(metrics[value])
 
@@ -115,6 +113,34 @@ def test_entropy_bonus_equals_trl(normalization: str) -> None:
         make(normalization, entropy_coef=0.07),
         {"entropies": ENTROPIES},
         {"loss_type": normalization, "entropy_coef": 0.07},
+    )
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", [*NORMALIZATIONS, "cispo"])
+def test_bias_correction_of_the_kl_equals_trl(loss_type: str, level: Any, on_policy: bool) -> None:
+    """The ratio is that before any clip, and its gradient counts, on-policy too. The metric is multiplied as well."""
+    cispo = loss_type == "cispo"
+    reference = LOGPROBS + 0.7 * draw(TOKENS, seed=5)
+    config = make(
+        "dapo" if cispo else loss_type,
+        objective="cispo" if cispo else "clip",
+        ratio=level,
+        clip_max=1.3,  # TRL's delta: it would cap the ratio of the KL, if that were the capped one
+        kl_coef=0.3,
+        kl_bias_correction=True,
+    )
+    theirs = {"loss_type": loss_type, "level": level, "beta": 0.3, "bias_correction_kl": True}
+    compare(
+        config,
+        {"ref_logprobs": reference, "old_logprobs": None if on_policy else OLD},
+        {
+            **theirs,
+            "ref_logprobs_BT": pad(reference),
+            "old_logprobs_BT": None if on_policy else pad(OLD),
+            **({"epsilon_high": 1.3} if cispo else {"delta": 1.3}),
+        },
     )
 
 

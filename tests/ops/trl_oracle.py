@@ -123,6 +123,7 @@ def trl_policy_loss(
     entropies_BT: Tensor | None = None,
     entropy_coef: float = 0.0,
     importance_sampling_ratio: Tensor | None = None,
+    bias_correction_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of ``GRPOTrainer._compute_loss`` for given log-probs, padded [B, T].
 
@@ -140,7 +141,9 @@ def trl_policy_loss(
         accelerator=SimpleNamespace(
             num_processes=1, sync_gradients=False, gather=lambda x: x, reduce=lambda x, reduction: x
         ),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=accumulation_steps),
+        args=SimpleNamespace(
+            use_bias_correction_kl=bias_correction_kl, delta=delta, steps_per_generation=accumulation_steps
+        ),
         aux_loss_enabled=False,
         beta=beta,
         current_gradient_accumulation_steps=accumulation_steps,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maestro_fast.ops import LossInputs, PolicyLossConfig
 from maestro_fast.specs import PROFILES
 from maestro_fast.training import MaestroTrainer, TrainConfig
-from maestro_fast.training.plan import LossTerms, has_dropout
+from maestro_fast.training.plan import LossTerms, Method, has_dropout
 from tests.training.test_step import CASES, case
 from tests.training.test_trainer import parameters
 
@@ -118,6 +118,13 @@ def test_what_is_read_of_a_loss_depends_on_where_the_kl_enters() -> None:
     assert in_loss.entropy == "grad"
     own = LossTerms.of(dapo, PROFILES["maestro"])
     assert not own.reads_reference and own.entropy == "value" and not own.needs_sampling and own.wants_sampling
+
+
+def test_a_kl_in_the_score_has_no_bias_correction() -> None:
+    loss = PolicyLossConfig(kl_coef=0.1, kl_bias_correction=True)
+    with pytest.raises(ValueError, match=r"^loss\.kl_bias_correction: True, and the profile subtracts the KL from the"):
+        Method(loss=loss, profile="maestro")
+    assert LossTerms.of(loss, replace(PROFILES["maestro"], kl_in="loss")).function == loss
 
 
 def test_a_loss_that_is_none_is_refused() -> None:
