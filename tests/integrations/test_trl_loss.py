@@ -77,6 +77,7 @@ def both(trainer: Any, inputs: dict[str, Any]) -> tuple[list[tuple[Tensor, list[
     return results, logs
 
 
+CORRECTED = {"use_bias_correction_kl": True}  # The default of TRL 1.16; the KL is multiplied by the unclipped ratio.
 CASES: list[dict[str, Any]] = [
     *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
     {"loss_type": "cispo", "epsilon_high": 2.0},
@@ -85,6 +86,9 @@ CASES: list[dict[str, Any]] = [
     {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
     {"loss_type": "bnpo", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
     {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
+    *({"loss_type": name, "beta": 0.3, **CORRECTED} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
+    {"loss_type": "grpo", "beta": 0.3, **CORRECTED, "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "beta": 0.3, **CORRECTED, "delta": 1.3},
     {"loss_type": "grpo", "entropy_coef": 0.2},
     {"loss_type": "dapo", "entropy_coef": 0.2},
 ]
@@ -345,7 +349,7 @@ class Doubled(torch.nn.Linear):
     [
         ({"num_iterations": 2}, "old log-probs"),
         ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, "old log-probs"),
-        ({"beta": 0.1, "use_bias_correction_kl": False}, "beta"),
+        ({"beta": 0.1}, "beta"),
         ({}, "one sweep"),
     ],
     ids=str,

@@ -47,7 +47,6 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         ({"loss_type": "sapo"}, {"loss": "maestro_fast"}, "loss_type luspo, sapo, vespo"),
         ({"off_policy_mask_threshold": 0.5}, {"loss": "maestro_fast"}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.2}, {"loss": "maestro_fast"}, "top_entropy_quantile below 1"),
-        ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": "maestro_fast"}, "beta with use_bias_correction_kl"),
         ({"delta": 0.5}, {"loss": "maestro_fast"}, "delta: 0.5, expected clip_max >= 1"),
         ({"loss_type": "cispo", "epsilon_high": 0.0}, {"loss": "maestro_fast"}, "epsilon_high: 0.0, expected"),
         ({"use_adaptive_entropy": True}, {"loss": "maestro_fast"}, "use_adaptive_entropy"),
@@ -72,7 +71,6 @@ def test_a_setting_is_refused(settings: Make, ingredients: Make, config: Any, ar
     [
         ({}, {"weights": "conductor", "profile": "gdpo"}),
         ({"loss_type": "sapo"}, {"loss": own_loss}),
-        ({"use_bias_correction_kl": True, "beta": 0.1}, {"loss": own_loss}),
         ({"reward_weights": [1.0, 2.0]}, {"weights": BASELINE, "profile": "maestro"}),
     ],
 )

@@ -60,6 +60,7 @@ def loss_config(trainer: Any) -> PolicyLossConfig:
             clip_low=min(trainer.epsilon_low, 1.0),  # A ratio is never below 0, so a wider clip is the same.
             clip_high=trainer.epsilon_high,
             kl_coef=trainer.beta,
+            kl_bias_correction=trainer.args.use_bias_correction_kl,
             max_completion_length=trainer.max_completion_length,
             objective="cispo" if cispo else "clip",
             ratio=trainer.importance_sampling_level,

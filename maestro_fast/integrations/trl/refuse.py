@@ -175,12 +175,6 @@ _REFUSALS = (
         _is_set("top_entropy_quantile", 1.0),
     ),
     Refusal(
-        "beta with use_bias_correction_kl",
-        OUR_LOSS,
-        "ops.policy_loss has the plain k3 estimator",
-        lambda trainer, _policy: trainer.beta != 0 and trainer.args.use_bias_correction_kl,
-    ),
-    Refusal(
         "use_adaptive_entropy",
         NOT_TRLS_LOSS,
         "only TRL's loss adapts its entropy coefficient",
