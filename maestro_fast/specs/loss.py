@@ -171,7 +171,8 @@ class PolicyLossConfig:
         objective: "clip", or "cispo", which treats the capped ratio as a constant, so that no token loses its gradient.
         ratio: "token", or "sequence", the geometric mean over the response's tokens (GSPO).
         clip_max: upper bound of the ratio itself. With "clip" it bounds the loss of tokens with negative advantage
-            (two-sided clipping, TRL's ``delta``); "cispo" needs it (TRL's ``epsilon_high``).
+            (two-sided clipping, TRL's ``delta``) and is 1 at least; "cispo" needs it (TRL's ``epsilon_high``), and
+            there it may be below 1, as it is by TRL's defaults.
         sampler_correction: multiplies the policy term by pi_old / pi_sampler of a token or of a whole response, which
             is capped ("truncate") or becomes zero past the cap ("mask"). Both have to be log-probs of the whole
             vocabulary, so a run whose sampler truncates (top_p, top_k) refuses it.
@@ -212,8 +213,10 @@ class PolicyLossConfig:
             raise ValueError("max_completion_length: missing, expected a positive int with normalization='dr_grpo'")
         if self.objective == "cispo" and self.clip_max is None:
             raise ValueError("clip_max: missing, expected the cap of the ratio with objective='cispo'")
-        if self.clip_max is not None and not self.clip_max >= 1:
-            raise ValueError(f"clip_max: {self.clip_max}, expected clip_max >= 1 or None")
+        if self.objective == "cispo" and not (self.clip_max or 0.0) > 0:
+            raise ValueError(f"clip_max: {self.clip_max}, expected clip_max > 0 with objective='cispo'")
+        if self.objective == "clip" and self.clip_max is not None and not self.clip_max >= 1:
+            raise ValueError(f"clip_max: {self.clip_max}, expected clip_max >= 1 or None with objective='clip'")
         if not self.sampler_cap >= 1:
             raise ValueError(f"sampler_cap: {self.sampler_cap}, expected sampler_cap >= 1")
 

@@ -83,7 +83,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the weights: the advantages of the same batch, and how they were compared (see ``Comparison``)."""
+    """What became of the weights: the advantages of the same batch, and how they were compared (see ``Comparison``).
+
+    Attributes:
+        factors_K: [K], what the policy's weights were multiplied by before the rewards were weighed; None means by 1.
+            TRL's weights, for example, sum to K, where a policy's sum to 1.
+    """
 
     context: WeightContext
     weights: Weights
@@ -91,6 +96,11 @@ class Outcome:
     profile: str | AdvantageProfile = "maestro"
     kl_B: Tensor | None = None
     beta: float = 0.0
+    factors_K: Tensor | None = None
+
+    def multiplied(self, weights: Tensor) -> Tensor:
+        """Weights [..., K] of the policy, multiplied by the factors."""
+        return weights if self.factors_K is None else weights * self.factors_K.to(weights)
 
 
 class WeightPolicy(Protocol):

@@ -16,8 +16,9 @@ from trl import GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOMixin, MaestroGRPOTrainer
 from maestro_fast.integrations.trl.advantages import TRL_OPTIONS, scales, weigh_scaled
-from maestro_fast.ops import PROFILES, AdvantageProfile, GroupAdvantages, counterfactual_advantages, group_advantages
+from maestro_fast.ops import PROFILES, AdvantageProfile, GroupAdvantages, group_advantages
 from maestro_fast.weighting import ConductorConfig, Outcome, WeightContext, build_weight_policy
+from maestro_fast.weighting.conductor.meta_rewards import experience
 from tests.integrations.conftest import abstaining, brevity, parity, steady
 from tests.weighting.helpers import normal
 from tests.weighting.one_op import FUSED, SINGLE, apart, counted
@@ -135,6 +136,7 @@ def test_an_evaluation_uses_expected_weights_and_teaches_nothing(settings: Make,
 CONDUCTOR = {"type": "conductor", "period": 1, "learning_rate": 0.1, "alpha": 0.6}
 MIXED = AdvantageProfile(score_eps_in="variance", score_eps=1e-3)
 TOKENS = AdvantageProfile(score_center="tokens", score_scale="tokens")
+UNSCALED = AdvantageProfile(score_scale="none")
 
 
 class Keeping(MaestroGRPOTrainer):
@@ -321,37 +323,42 @@ BASELINE = {**CONDUCTOR, "estimator": "baseline"}
         ("maestro", None),
         ("rloo", None),
         (replace(MIXED, score_eps=0.1), None),
+        (UNSCALED, None),
         (None, [0.2, 3.0]),
         ("rloo", [0.2, 3.0]),
-        ("maestro", [3.0, 3.0]),
+        ("maestro", [0.2, 3.0]),
     ],
-    ids=["grpo", "dr_grpo", "maestro", "rloo", "variance", "grpo weighted", "rloo weighted", "maestro tripled"],
+    ids=["grpo", "dr_grpo", "maestro", "rloo", "variance", "unscaled", "grpo weighted", "rloo weighted", "weighted"],
 )
 def test_the_policy_compares_as_the_trainer_does(
-    settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch, profile: Any, reward_weights: Any
+    settings: Make, ingredients: Make, profile: Any, reward_weights: Any
 ) -> None:
     """Among the advantages under every action, the one under the action drawn is the advantage that is trained with.
 
-    One profile has a large epsilon, so that any other epsilon is found out.
+    One profile has a large epsilon, so that any other epsilon is found out, and one scales rewards but not scores.
     """
     args = settings(max_steps=1, reward_weights=reward_weights)
     parts = {**ingredients(), "reward_funcs": [parity, brevity]}
     (outcome,) = trained(args, parts, weights=BASELINE, profile=profile).outcomes
-    alpha, actions_B = CONDUCTOR["alpha"], outcome.weights.actions_B
-    every_BA = counterfactual_advantages(
-        outcome.context.rewards_BK,
-        outcome.weights.weights_BK,
-        (1 - alpha) / 2 + alpha * torch.eye(2),
-        outcome.context.group_size,
-        profile=outcome.profile,
+    tried = experience(
+        outcome,
+        torch.zeros(8, 1),
+        torch.full((8, 2), 0.5),
+        objective="advantage",
+        estimator="all_actions",
+        alpha=CONDUCTOR["alpha"],
+        meta_reward=None,
+        keep_drawn_probs=False,
     )
-    assert actions_B.unique().numel() == 2 and outcome.advantages.advantages.abs().max() > 0.5
-    drawn_B = every_BA.gather(1, actions_B[:, None])[:, 0]
-    torch.testing.assert_close(drawn_B, outcome.advantages.advantages, rtol=1e-4, atol=1e-4)
+    live_B = ~outcome.advantages.degenerate
+    trained_with_B = outcome.advantages.advantages[live_B]
+    assert outcome.weights.actions_B.unique().numel() == 2 and trained_with_B.abs().max() > 0.5
+    drawn_B = tried["meta"].gather(1, tried["actions"][:, None])[:, 0]
+    torch.testing.assert_close(drawn_B, trained_with_B, rtol=1e-4, atol=1e-4)
 
 
-def test_other_policies_see_the_rewards_as_they_are(settings: Make, ingredients: Make) -> None:
-    trainer = trained(settings(max_steps=1, reward_weights=[0.2, 3.0]), ingredients(), profile="rloo")
-    (outcome,) = trainer.outcomes
+def test_every_policy_sees_the_rewards_as_they_are(settings: Make, ingredients: Make) -> None:
+    args = settings(max_steps=1, reward_weights=[0.2, 3.0])
+    (outcome,) = trained(args, ingredients(), weights=BASELINE, profile="rloo").outcomes
     assert (outcome.context.rewards_BK[:, 0] % 1 == 0).all() and outcome.context.rewards_BK[:, 0].max() > 1
     assert outcome.profile == PROFILES["rloo"]

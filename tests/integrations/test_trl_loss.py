@@ -77,13 +77,20 @@ def both(trainer: Any, inputs: dict[str, Any]) -> tuple[list[tuple[Tensor, list[
     return results, logs
 
 
+CORRECTED = {"use_bias_correction_kl": True}  # The default of TRL 1.16; the KL is multiplied by the unclipped ratio.
 CASES: list[dict[str, Any]] = [
     *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
     {"loss_type": "cispo", "epsilon_high": 2.0},
+    {"loss_type": "cispo"},  # With TRL's defaults the cap of the ratio is 0.2.
+    {"loss_type": "grpo", "epsilon": 1.5},
     {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
     {"loss_type": "bnpo", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
     {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
+    *({"loss_type": name, "beta": 0.3, **CORRECTED} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
+    {"loss_type": "grpo", "beta": 0.3, **CORRECTED, "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "beta": 0.3, **CORRECTED, "delta": 1.3},
     {"loss_type": "grpo", "entropy_coef": 0.2},
+    {"loss_type": "dapo", "entropy_coef": 0.2},
 ]
 
 
@@ -102,7 +109,7 @@ def test_the_same_loss_and_gradient_as_trls(settings: Make, ingredients: Make, c
         torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-4, atol=1e-7)
     shared = logs[1].keys() & logs[0].keys()
     assert {"entropy", "kl"} & logs[0].keys() <= shared
-    assert {name for name in logs[0] if name.endswith(("_mean", "cispo_clip_ratio"))} <= shared
+    assert logs[0].keys() - shared <= {"clip_ratio/low_min", "clip_ratio/high_max"}
     if case.get("importance_sampling_level") == "sequence":
         shared -= {name for name in shared if name.startswith("clip_ratio")}  # TRL counts responses, we count tokens.
     for name in shared:
@@ -214,7 +221,7 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
 
 HEAD_CASES: list[dict[str, Any]] = [
     *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo")),
-    {"loss_type": "cispo", "epsilon_high": 2.0},
+    {"loss_type": "cispo"},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     {"loss_type": "bnpo", "epsilon_high": 0.3, "delta": 1.5},
     {"loss_type": "grpo", "entropy_coef": 0.2},
@@ -234,7 +241,27 @@ def test_the_same_loss_gradient_and_log(settings: Make, ingredients: Make, case:
     assert ours[2].keys() == present[2].keys() and ours[2]["ratio"] == [1.0]
     for name, values in present[2].items():
         assert ours[2][name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
-    assert ours[2]["entropy"] == pytest.approx(trls[2]["entropy"], rel=1e-5)
+    for name in {"entropy", "policy_loss", "entropy_coef"} & trls[2].keys():
+        assert ours[2][name] == pytest.approx(trls[2][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_coefficient_is_logged_only_at_an_update(settings: Make, ingredients: Make, train: bool) -> None:
+    """This micro-batch of a training step is not its last, and an evaluation updates nothing."""
+    trainer = make(settings, ingredients, entropy_coef=0.2)
+    inputs = on_policy(trainer)
+    trainer.model.train(train)
+    state = trainer.accelerator.gradient_state
+    state._set_sync_gradients(not train)
+    log = trainer._metrics["train" if train else "eval"]
+    log.clear()
+    for compute in (GRPOTrainer._compute_loss, MaestroGRPOTrainer._compute_loss):
+        compute(trainer, trainer.model, inputs)
+    state._set_sync_gradients(True)
+
+    assert "entropy_coef" not in log
+    theirs, ours = log["policy_loss"]
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_model_in_float64(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +349,7 @@ class Doubled(torch.nn.Linear):
     [
         ({"num_iterations": 2}, "old log-probs"),
         ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, "old log-probs"),
-        ({"beta": 0.1, "use_bias_correction_kl": False}, "beta"),
+        ({"beta": 0.1}, "beta"),
         ({}, "one sweep"),
     ],
     ids=str,

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages
 from maestro_fast.specs import PROFILES, resolve_profile
@@ -93,30 +92,6 @@ def _with_smaller_epsilon(profile: AdvantageProfile, factor: float) -> Advantage
     """The profile that divides scores under some weights as ``profile`` divides scores under ``factor`` times these."""
     in_variance = profile.score_eps_in == "variance"
     return replace(profile, score_eps=profile.score_eps / (factor**2 if in_variance else factor))
-
-
-def takes_factors(profile: AdvantageProfile) -> bool:
-    """Whether multiplying a reward by a number does the same as multiplying its weight by it.
-
-    It does not if rewards are normalised before they are weighed, or if the weights of a response's live rewards are
-    scaled up to make up for the rewards that abstained.
-    """
-    return profile.reward_scale == "none" and profile.missing == "zero"
-
-
-def in_the_policys_terms(
-    context: WeightContext, profile: AdvantageProfile, factor_K: Tensor
-) -> tuple[WeightContext, AdvantageProfile]:
-    """A context and a profile under which the policy's own weights give the advantages that are trained with.
-
-    A policy that asks what other weights would have given (``needs_group_scores``) compares under its own weights,
-    but TRL's row weights are ``factor_K`` times these. The factors go into the rewards where that is the same thing.
-    Where it is not, all factors are equal (``refuse`` sees to that) and go into the epsilon. A profile that normalises
-    rewards but not scores then gives advantages that are smaller by this factor.
-    """
-    if takes_factors(profile):
-        return replace(context, rewards_BK=context.rewards_BK * factor_K.to(context.rewards_BK)), profile
-    return context, _with_smaller_epsilon(profile, factor_K[0].item())
 
 
 def set_advantages(

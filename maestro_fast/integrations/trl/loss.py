@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
+from maestro_fast.integrations.trl.overrides import overrides
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
 from maestro_fast.model import backbone_of, check_head, head_of, product_dtype
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
@@ -36,24 +37,46 @@ _Loss = PolicyLossConfig | LossFunction
 
 
 def loss_config(trainer: Any) -> PolicyLossConfig:
-    """Translates the trainer's options into those of ``ops.policy_loss``."""
+    """Translates the trainer's options into those of ``ops.policy_loss``.
+
+    Raises:
+        ValueError: ``ops.policy_loss`` does not take the value of an option; the message has TRL's name of it.
+    """
     cispo = trainer.loss_type == "cispo"
     normalization: _Normalization = "dapo" if cispo else trainer.loss_type
     corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-    cap = getattr(trainer, "vllm_importance_sampling_clip_max", getattr(trainer, "vllm_importance_sampling_cap", None))
-    return PolicyLossConfig(
-        normalization=normalization,
-        clip_low=trainer.epsilon_low,
-        clip_high=trainer.epsilon_high,
-        kl_coef=trainer.beta,
-        max_completion_length=trainer.max_completion_length,
-        objective="cispo" if cispo else "clip",
-        ratio=trainer.importance_sampling_level,
-        clip_max=trainer.epsilon_high if cispo else trainer.args.delta,
-        sampler_correction=trainer.vllm_importance_sampling_mode if corrects else "none",
-        sampler_cap=math.inf if cap is None else cap,
-        entropy_coef=getattr(trainer, "entropy_coef", 0.0),
-    )
+    cap_name = _first_of(trainer, "vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap")
+    cap = getattr(trainer, cap_name, None)
+    trl_names = {
+        "clip_low": "epsilon",
+        "clip_high": "epsilon_high",
+        "kl_coef": "beta",
+        "clip_max": "epsilon_high" if cispo else "delta",
+        "sampler_cap": cap_name,
+    }
+    try:
+        return PolicyLossConfig(
+            normalization=normalization,
+            clip_low=min(trainer.epsilon_low, 1.0),  # A ratio is never below 0, so a wider clip is the same.
+            clip_high=trainer.epsilon_high,
+            kl_coef=trainer.beta,
+            kl_bias_correction=trainer.args.use_bias_correction_kl,
+            max_completion_length=trainer.max_completion_length,
+            objective="cispo" if cispo else "clip",
+            ratio=trainer.importance_sampling_level,
+            clip_max=trainer.epsilon_high if cispo else trainer.args.delta,
+            sampler_correction=trainer.vllm_importance_sampling_mode if corrects else "none",
+            sampler_cap=math.inf if cap is None else cap,
+            entropy_coef=getattr(trainer, "entropy_coef", 0.0),
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        raise ValueError(f'{trl_names.get(name, name)}:{rest} ({name} is its name in loss="maestro_fast")') from None
+
+
+def _first_of(trainer: Any, *names: str) -> str:
+    """The first of TRL's names for an option that this version has; the last one if it has none."""
+    return next((name for name in names if hasattr(trainer, name)), names[-1])
 
 
 def takes_hidden_states(trainer: Any) -> bool:
@@ -79,18 +102,13 @@ def why_trls_logprobs(trainer: Any) -> str | None:
         "a hook on the backbone is not sure to run in a compiled model": (
             trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod")
         ),
-        "_get_per_token_logps_and_entropies is overridden": _overrides_logprobs(trainer),
+        "_get_per_token_logps_and_entropies is overridden": bool(
+            overrides(trainer, "_get_per_token_logps_and_entropies")
+        ),
         "the model's forward takes no logits_to_keep": not keeps_logits(trainer.model),
         "virtual tokens of PEFT shift the hidden states": prompt_learning(trainer.model),
     }
     return next((reason for reason, applies in reasons.items() if applies), None) or _unreadable_head(trainer.model)
-
-
-def _overrides_logprobs(trainer: Any) -> bool:
-    """Whether a class that is neither TRL's nor ours computes the log-probs."""
-    name = "_get_per_token_logps_and_entropies"
-    owners = [owner.__module__.partition(".")[0] for owner in type(trainer).__mro__ if name in vars(owner)]
-    return not {*owners} <= {"trl", "maestro_fast"}
 
 
 def _unreadable_head(model: nn.Module) -> str | None:
@@ -130,6 +148,7 @@ def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[
     tokens = lengths.sum()
     mean_entropy = entropies[counted].detach().sum() / tokens.clamp(min=1)
     _log(trainer, config, {**out.metrics, "entropy": mean_entropy}, tokens)
+    _log_entropy_bonus(trainer, config, out.loss, mean_entropy)
     return out.loss
 
 
@@ -159,6 +178,7 @@ def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[st
         config=config,
     )
     _log(trainer, config, out.metrics, lengths.sum())
+    _log_entropy_bonus(trainer, config, out.loss, out.metrics["entropy"])
     return out.loss
 
 
@@ -276,3 +296,22 @@ def _log(trainer: Any, config: _Loss, metrics: dict[str, Tensor], tokens: Tensor
     log = trainer._metrics["train" if trainer.model.training else "eval"]
     for name, total in zip(named, sums, strict=True):
         log[name].append(total / max(count, 1.0))
+
+
+def _log_entropy_bonus(trainer: Any, config: _Loss, loss: Tensor, mean_entropy: Tensor) -> None:
+    """Logs the loss without its entropy bonus as ``policy_loss``, and the coefficient, if there is a bonus.
+
+    As in TRL, the mean over a micro-batch is not divided by the steps of accumulation here, but the sum that dapo and
+    cispo divide by the tokens of the update is. The coefficient is logged once for each update.
+    """
+    if not isinstance(config, PolicyLossConfig) or not config.entropy_coef:
+        return
+    training = trainer.model.training
+    steps = trainer.current_gradient_accumulation_steps if training else 1
+    policy_loss = loss.detach() + config.entropy_coef * mean_entropy / steps
+    if config.normalization != "dapo":
+        policy_loss = policy_loss * steps
+    log = trainer._metrics["train" if training else "eval"]
+    log["policy_loss"].append(trainer.accelerator.gather(policy_loss).nanmean().item())
+    if training and trainer.accelerator.sync_gradients:
+        log["entropy_coef"].append(config.entropy_coef)

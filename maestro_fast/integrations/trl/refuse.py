@@ -17,8 +17,8 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import ProcessorMixin
 
-from maestro_fast.integrations.trl.advantages import takes_factors
 from maestro_fast.integrations.trl.context import scores_old_logprobs
+from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages, other_loss
 from maestro_fast.model import causal_lm
 from maestro_fast.ops import LossFunction
 from maestro_fast.weighting import Static, WeightPolicy, check_profile
@@ -60,14 +60,14 @@ class Refusal:
     Attributes:
         setting: what the user has set, by TRL's name for it.
         where: the part of maestro_fast that does not work with the setting.
-        reason: why it does not.
-        applies: whether a trainer with a weight policy has the setting.
+        reason: why it does not, and what to do about it where that is not plain.
+        applies: whether a trainer with a weight policy has the setting; a string says what it is in this trainer.
     """
 
     setting: str
     where: str
     reason: str
-    applies: Callable[[Any, WeightPolicy], bool]
+    applies: Callable[[Any, WeightPolicy], bool | str | None]
 
 
 def _is_set(name: str, neutral: object) -> Callable[[Any, WeightPolicy], bool]:
@@ -96,11 +96,33 @@ def _compares_beyond_groups(trainer: Any, policy: WeightPolicy) -> bool:
 EVERYTHING = "everything"
 STATIC = "weights: static"
 OTHER_WEIGHTS = "the Conductor's estimators baseline, all_actions and pathwise"
+OUR_PROFILE = "a profile that is not TRL's"
 CONTEXT = "a weight policy that reads hidden states"
 OUR_LOSS = 'loss="maestro_fast"'
 NOT_TRLS_LOSS = 'loss="maestro_fast" or a function'
 
+
+def _hides_ours(trainer: Any, policy: WeightPolicy) -> str | None:
+    methods = ["_generate_and_score_completions", "_calculate_rewards", "_save_checkpoint"]
+    methods += ["_load_optimizer_and_scheduler", *(["_generate"] if policy.needs_context else [])]
+    return hides_ours(trainer, *methods)
+
+
 _REFUSALS = (
+    Refusal(
+        "a method of your subclass that does not call super()",
+        EVERYTHING,
+        "ours would never run: let it call super(), or put it into a subclass of trl.GRPOTrainer and write "
+        "class Mine(MaestroGRPOMixin, ThatSubclass)",
+        _hides_ours,
+    ),
+    Refusal(
+        "a _generate_and_score_completions of your own that sets advantages",
+        OUR_PROFILE,
+        "the profile would replace them: leave out profile, or put MaestroGRPOTrainer behind your class and call "
+        "super() first",
+        lambda trainer, _policy: other_advantages(trainer),
+    ),
     Refusal(
         "no reward function",
         EVERYTHING,
@@ -118,12 +140,6 @@ _REFUSALS = (
         OTHER_WEIGHTS,
         "they ask what other weights would have given, one group at a time",
         _compares_beyond_groups,
-    ),
-    Refusal(
-        "reward_weights that differ, where the profile normalises each reward or makes up for missing ones",
-        OTHER_WEIGHTS,
-        "they compare the policy's own weights with others, without reward_weights",
-        lambda trainer, _policy: len(set(trainer.args.reward_weights or ())) > 1 and not takes_factors(trainer.profile),
     ),
     Refusal(
         "a vision-language model",
@@ -144,6 +160,13 @@ _REFUSALS = (
         lambda trainer, _policy: not scores_old_logprobs(trainer) and not keeps_logits(trainer.model),
     ),
     Refusal(
+        "a _compute_loss or compute_loss of your own",
+        NOT_TRLS_LOSS,
+        "only one of them can be the loss: drop loss= to train with yours, or write yours as a function of LossInputs "
+        "and give that as loss=",
+        lambda trainer, _policy: other_loss(trainer),
+    ),
+    Refusal(
         "loss_type luspo, sapo, vespo or any other than grpo, bnpo, dr_grpo, dapo, cispo",
         OUR_LOSS,
         "ops.policy_loss has no such objective",
@@ -160,12 +183,6 @@ _REFUSALS = (
         NOT_TRLS_LOSS,
         "only TRL's loss has a mask for the policy term alone",
         _is_set("top_entropy_quantile", 1.0),
-    ),
-    Refusal(
-        "beta with use_bias_correction_kl",
-        OUR_LOSS,
-        "ops.policy_loss has the plain k3 estimator",
-        lambda trainer, _policy: trainer.beta != 0 and trainer.args.use_bias_correction_kl,
     ),
     Refusal(
         "use_adaptive_entropy",
@@ -189,7 +206,7 @@ _REFUSALS = (
     Refusal(
         "the auxiliary loss of a mixture of experts",
         NOT_TRLS_LOSS,
-        "only TRL's loss adds it",
+        "only TRL's loss adds it: set router_aux_loss_coef=0 to train without it, or drop loss= to keep it",
         lambda trainer, _policy: getattr(trainer, "aux_loss_enabled", False),
     ),
     Refusal(
@@ -231,6 +248,7 @@ def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
         raise ValueError(f"loss: {loss!r}, expected 'trl', 'maestro_fast' or a function of LossInputs")
     used = {
         EVERYTHING: True,
+        OUR_PROFILE: not trainer._trl_aggregates,
         STATIC: True,
         OTHER_WEIGHTS: policy.needs_group_scores,
         CONTEXT: policy.needs_context,
@@ -238,8 +256,9 @@ def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
         NOT_TRLS_LOSS: loss != "trl",
     }
     for refusal in _REFUSALS:
-        if used[refusal.where] and refusal.applies(trainer, policy):
-            raise ValueError(f"{refusal.setting}: not with {refusal.where}: {refusal.reason}")
+        if used[refusal.where] and (found := refusal.applies(trainer, policy)):
+            what = f"{refusal.setting} ({found})" if isinstance(found, str) else refusal.setting
+            raise ValueError(f"{what}: not with {refusal.where}: {refusal.reason}")
 
 
 def prompt_learning(model: Any) -> bool:

@@ -23,7 +23,6 @@ from trl import GRPOTrainer
 from maestro_fast.integrations.trl import refuse
 from maestro_fast.integrations.trl.advantages import (
     apply_profile,
-    in_the_policys_terms,
     scales,
     set_advantages,
     weigh_scaled,
@@ -36,6 +35,7 @@ from maestro_fast.integrations.trl.context import (
     scores_old_logprobs,
 )
 from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
+from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
 from maestro_fast.model import causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
@@ -144,13 +144,20 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
     def _say_what_context_costs(self) -> None:
         if not self.weight_policy.needs_context or not self.accelerator.is_main_process:
             return
-        if scores_old_logprobs(self):
-            logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
-        else:
+        hidden_by = hides_ours(self, "_get_per_token_logps_and_entropies")
+        if not scores_old_logprobs(self):
             logger.warning(
                 "hidden states for the weights: one forward without log-probs is added to each generation batch, "
                 "because TRL scores no old log-probs with this gradient_accumulation_steps and steps_per_generation"
             )
+        elif hidden_by is not None:
+            logger.warning(
+                "hidden states for the weights: one forward without log-probs is added to each generation batch, "
+                "because %s does not call super(), by which they would be read off TRL's forward",
+                hidden_by,
+            )
+        else:
+            logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
 
     # TRL makes a generation batch in this order: generation, old and reference log-probs, rewards, advantages.
 
@@ -255,20 +262,15 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
                 lengths=lengths_B if self.profile.needs_lengths else None,
                 profile=self.profile,
             )
-        set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
-        outcome = Outcome(context, weighed.weights, advantages, self.profile)
+        if other_advantages(self) is None:
+            set_advantages(self, output, advantages, mode, trl_aggregates=self._trl_aggregates)
+        outcome = Outcome(context, weighed.weights, advantages, self.profile, factors_K=weighed.factor_K)
         if mode == "train":
-            self.weight_policy.observe(self._in_the_policys_terms(outcome, weighed.factor_K))
+            self.weight_policy.observe(outcome)
             self._batches += 1
         families = gather_object([str(row.get("family") or "") for row in inputs])
         for name, value in {**weight_metrics(outcome, families, lengths_B), **self.weight_policy.metrics()}.items():
             self._metrics[mode][name].append(value)
-
-    def _in_the_policys_terms(self, outcome: Outcome, factor_K: Tensor) -> Outcome:
-        if not self.weight_policy.needs_group_scores:
-            return outcome
-        context, profile = in_the_policys_terms(outcome.context, self.profile, factor_K)
-        return Outcome(context, outcome.weights, outcome.advantages, profile)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:

@@ -170,8 +170,8 @@ class Buffer:
             if name.startswith("buffer."):
                 kind = name.split(".")[2]
                 columns = {"h": (size,), "rewards": (num_rewards,), "meta": tuple(tensor.shape[1:])}.get(kind, ())
-                one_number = kind in ("step", "used", "group_size")
-                shapes[name] = () if one_number else (*tensor.shape[:1], *columns)
+                whole = {"step": (), "used": (), "group_size": (), "factors": (num_rewards,)}
+                shapes[name] = whole.get(kind, (*tensor.shape[:1], *columns))
         return shapes
 
     def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:

@@ -122,8 +122,8 @@ def _of_advantages(outcome: Outcome, objective: Objective, alpha: float | None) 
         action_weights_KK = ((1.0 - alpha) / K + alpha * torch.eye(K)).to(rewards_BK.device)
         every_BK = counterfactual_advantages(
             rewards_BK,
-            outcome.weights.weights_BK,
-            action_weights_KK,
+            outcome.multiplied(outcome.weights.weights_BK),
+            outcome.multiplied(action_weights_KK),
             outcome.context.group_size,
             kl=outcome.kl_B,
             beta=outcome.beta,
@@ -161,7 +161,8 @@ def _pathwise_experience(outcome: Outcome, h_Bd: Tensor, meta_reward: MetaReward
 
     Returns:
         ``h`` [n, d]; ``meta`` [n], the coefficient c of each response, 0 where it has none; ``rewards`` [n, K];
-        ``kl_penalty`` [n], which is beta times the KL, if the score has a KL in it; ``group_size``.
+        ``kl_penalty`` [n], which is beta times the KL, if the score has a KL in it; ``group_size``; ``factors`` [K], if
+        the weights were multiplied by factors.
     """
     context = outcome.context
     if meta_reward is None:
@@ -174,6 +175,8 @@ def _pathwise_experience(outcome: Outcome, h_Bd: Tensor, meta_reward: MetaReward
     if outcome.kl_B is not None:
         batch["kl_penalty"] = outcome.beta * outcome.kl_B.float()
     kept = {name: tensor.to(h_Bd.device)[kept_B] for name, tensor in batch.items()}
+    if outcome.factors_K is not None:
+        kept["factors"] = outcome.factors_K.to(h_Bd.device)
     return {**kept, "group_size": torch.tensor(context.group_size)}
 
 
@@ -209,6 +212,7 @@ def update_batch(
                 profile=profile,
                 kl_B=batch.get("kl_penalty"),
                 beta=float("kl_penalty" in batch),
+                factors_K=batch.get("factors"),
             )
             for batch in batches
         ]
@@ -232,6 +236,7 @@ def pathwise_slopes(
     profile: str | AdvantageProfile = "maestro",
     kl_B: Tensor | None = None,
     beta: float = 0.0,
+    factors_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The values c_j A_j(p) [B], and the derivative [B, K] of their sum by p.
 
@@ -244,10 +249,12 @@ def pathwise_slopes(
         rewards_BK: the rewards, NaN where one abstained.
         group_size: G; the B responses are consecutive groups.
         profile, kl_B, beta: see ``group_advantages``.
+        factors_K: what p is multiplied by before the rewards are weighed; None means by 1.
     """
     with torch.enable_grad():
         weights_BK = probs_BK.detach().requires_grad_()
-        out = group_advantages(rewards_BK, weights_BK, group_size, kl=kl_B, beta=beta, profile=profile)
+        row_weights_BK = weights_BK if factors_K is None else weights_BK * factors_K.to(weights_BK)
+        out = group_advantages(rewards_BK, row_weights_BK, group_size, kl=kl_B, beta=beta, profile=profile)
         values_B = coefficients_B.detach() * out.advantages
         (slopes_BK,) = torch.autograd.grad(values_B.sum(), weights_BK)
     return values_B.detach(), slopes_BK

@@ -207,22 +207,26 @@ def test_variance_falls_from_reinforce_to_all_actions() -> None:
     assert ratios["reinforce"] > ratios["baseline"] > 1
 
 
+@pytest.mark.parametrize("factors", [None, (3.0, 3.0, 3.0), (0.5, 2.0, 6.0)])
 @pytest.mark.parametrize("kl", [False, True])
-def test_pathwise_is_autograd_through_the_soft_weights(kl: bool) -> None:
+def test_pathwise_is_autograd_through_the_soft_weights(kl: bool, factors: tuple[float, ...] | None) -> None:
     """The slopes are those of central differences of the value, which is formed by hand."""
     logits_BK = normal(4, 3, seed=3).double().requires_grad_()
     rewards_BK, worth_B = normal(4, 3, seed=4).double(), worth(4)
     kl_B = normal(4, seed=5).double().abs() if kl else None
     beta = 0.3 if kl else 0.0
+    factors_K = torch.tensor(factors or (1.0, 1.0, 1.0)).double()
 
     def value(z_BK: Tensor) -> Tensor:
         p_BK = probabilities(z_BK)
         x = (rewards_BK - rewards_BK.mean(0)) / (rewards_BK.std(0) + 1e-4)
-        s = (p_BK * x).sum(-1) - (0.0 if kl_B is None else beta * kl_B)
+        s = (factors_K * p_BK * x).sum(-1) - (0.0 if kl_B is None else beta * kl_B)
         return (worth_B * (s - s.mean()) / (s.std() + 1e-4)).mean() - COEF * (p_BK * p_BK.log()).sum(-1).mean()
 
     p_BK = probabilities(logits_BK.detach())
-    values_B, slopes_BK = pathwise_slopes(p_BK, worth_B, rewards_BK, 4, kl_B=kl_B, beta=beta)
+    values_B, slopes_BK = pathwise_slopes(
+        p_BK, worth_B, rewards_BK, 4, kl_B=kl_B, beta=beta, factors_K=None if factors is None else factors_K
+    )
     found, gradient_BK = closed_form(logits_BK, None, slopes_BK)
     found = found + (values_B - (p_BK * slopes_BK).sum(-1)).mean()
     torch.testing.assert_close(found, value(logits_BK.detach()), rtol=1e-12, atol=1e-12)
