@@ -21,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from maestro_fast.config_file import absolute_paths
 from maestro_fast.generation import (
     Engine,
     GenerationConfig,
@@ -34,6 +35,7 @@ from maestro_fast.generation import (
 from maestro_fast.generation.transformers import stop_ids
 from maestro_fast.model.attention import attention_choice, use_attention
 from maestro_fast.model.head import causal_lm
+from maestro_fast.model_path import check_model_path, loading_model
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError
@@ -111,11 +113,12 @@ def train(
 
     Args:
         config: the run.
-        raw: the mapping that ``config`` was read from; it is written to config.yaml as it is.
+        raw: the mapping that ``config`` was read from; it is written to config.yaml, with absolute paths.
         resume: go on from the last checkpoint of the run directory.
         observers, timing_observers, callbacks: as ``MaestroTrainer`` takes them.
     """
     args = training_arguments(config)
+    check_model_path(config.model.path)
     method = config.method  # A loss of the user's own is loaded here, before a model is.
     dataset = load_prompts(config.data)
     evaluation = None if config.evaluation is None else load_prompts(config.evaluation.data)
@@ -128,7 +131,8 @@ def train(
     check_generation(generation, args.device, args.world_size)
     with open_run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # New adapters are drawn at random.
-        model, tokenizer = load_policy(config.model, args.device)
+        with loading_model(config.model.path):
+            model, tokenizer = load_policy(config.model, args.device)
         longest = _check_lengths(config, model, tokenizer, dataset, evaluation)
         width = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
         with _engine(config, generation, model, tokenizer, args) as engine:
@@ -153,7 +157,8 @@ def train(
             )
             _check_layout(config.model.attention, trainer.step.scorer.layout)
             if trainer.is_world_process_zero():
-                (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+                written = yaml.safe_dump(absolute_paths(raw, Path.cwd()), sort_keys=False)
+                (run_dir / "config.yaml").write_text(written, encoding="utf-8")
             trainer.train(resume_from_checkpoint=resume or None)
             _save_final(trainer, run_dir)
     return trainer
