@@ -167,9 +167,9 @@ def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
         if not label or not equals or not path:
             raise ValueError(f"--compare: {entry!r}, expected LABEL=RUN_DIR")
         others[label] = Path(path)
-    for folder in (run_dir, *others.values()):
+    for name, folder in {"run_dir": run_dir, **{f"--compare {label}": path for label, path in others.items()}}.items():
         if not folder.is_dir():
-            raise ValueError(f"{folder}: there is no such run directory")
+            raise ValueError(f"{name}: there is no directory {folder}, expected that of a run")
     from maestro_fast.reporting import write_report
 
     print(f"Report: {write_report(run_dir, title=title, compare=others)}")

@@ -120,8 +120,9 @@ def _located(value: Any, name: str, place: Callable[[str, str], str]) -> Any:
     if isinstance(value, dict):
         own = re.fullmatch(_ENTRY, name) is not None and "function" in value
         keep = {"model"} if own else set()
+        names = {key: "on" if key is True else str(key) for key in value}  # YAML 1.1 reads a key `on` as true.
         return {
-            key: item if key in keep else _located(item, f"{name}.{key}" if name else str(key), place)
+            key: item if key in keep else _located(item, f"{name}.{names[key]}" if name else names[key], place)
             for key, item in value.items()
         }
     if isinstance(value, list):

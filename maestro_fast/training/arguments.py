@@ -128,6 +128,8 @@ def _checked(name: str, value: Any) -> Any:
     options = [item.value for kind in kinds for item in kind]
     if options and value is False and "no" in options:  # YAML 1.1 reads a plain `no` as false.
         value = "no"
+    if name == "report_to" and value is None:  # transformers takes the word alone.
+        value = "none"
     found = convert(value, hint, path)
     if options and (found.value if isinstance(found, Enum) else found) not in options:
         raise SettingsError(f"{path}: {value!r}, expected one of {', '.join(options)}{near(value, options)}")
