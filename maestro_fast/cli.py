@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_fast import __version__
-from maestro_fast.config_file import read_config
+from maestro_fast.config_file import check_paths, read_config
 from maestro_fast.error_report import explain
 
 _VERBOSE = ("-v", "--verbose")
@@ -152,7 +152,8 @@ def _quickstart(out: Path | None, resume: bool) -> int:
 
 
 def _train(config: Path, resume: bool, overrides: list[str]) -> int:
-    raw = read_config(config, overrides)  # A wrong path is found here, before the imports that take seconds.
+    raw = read_config(config, overrides)
+    check_paths(raw)  # A wrong path is found here, before the imports that take seconds.
     from maestro_fast.reporting.recorded_run import recorded_train, try_report
 
     if recorded_train(raw, resume=resume).is_world_process_zero():

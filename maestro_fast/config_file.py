@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from maestro_fast.model_path import check_model_path
 from maestro_fast.peer_names import our_name
 from maestro_fast.settings import SettingsError, override
 
@@ -139,6 +140,28 @@ def absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """A copy of a run's mapping in which all paths are absolute. Relative ones start at ``base``."""
     located: dict[str, Any] = _located(values, "", lambda text, name: _absolute(text, name, base))
     return located
+
+
+def check_paths(values: dict[str, Any]) -> None:
+    """Finds models, data and files of functions that are missing, before anything slow is imported to read them.
+
+    Args:
+        values: what ``read_config`` returned. Names of the hub are not looked up.
+
+    Raises:
+        SettingsError: there is no such file or folder, or the folder of the policy holds no checkpoint.
+    """
+
+    def check(text: str, name: str) -> str:
+        path, attribute = _path_in(text, name)
+        if path is not None and name == "model.path":
+            check_model_path(path)
+        elif path is not None and os.path.isabs(path) and not _PATHS.fullmatch(name) and not os.path.exists(path):
+            kind = "file" if attribute or name.endswith("data.path") else "folder"
+            raise SettingsError(f"{name}: there is no {kind} {path}")
+        return text
+
+    _located(values, "", check)
 
 
 def _in_file(text: str, name: str, folder: Path) -> str:

@@ -75,7 +75,8 @@ def test_a_run_is_trained_reported_and_resumed(
         (["--data.prompt_column", "question"], "data.prompt_column: no column 'question'"),
         (["--run_dir", "config.yaml/run"], "run_dir: cannot write to"),
         (["--weights.policy"], "weights.policy: missing its value"),
-        (["--model.path", "model/config.json"], "model.path: "),
+        (["--model.path", "nowhere/at/all"], "model.path: there is no folder"),
+        (["--data.path", "nowhere.jsonl"], "data.path: there is no file"),
         (["--trainer.report_to", "wandb"], "trainer.report_to: wandb cannot serve: WandbCallback requires wandb"),
         (["--trainer.max_grad_norm", "high"], "trainer.max_grad_norm: got str 'high', expected float"),
         (["--trainer.x", "{a: ["], "trainer.x: '{a: [', line 1, column 6: is not valid YAML: expected the node"),
@@ -160,6 +161,7 @@ def test_the_whole_traceback_is_a_word_away_anywhere(
     "words",
     [
         ["train", "nowhere.yaml"],
+        ["train", "examples/quickstart/config.yaml", "--model.path", "no/such/model"],
         ["train", "README.md", "--a", "[", "-v"],
         ["report", "nowhere"],
         ["conductor", "show", "nowhere", "--on", "x"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maestro_fast.config_file import absolute_paths, read_config
+from maestro_fast.config_file import absolute_paths, check_paths, read_config
 from maestro_fast.config_reference import sections
 from maestro_fast.settings import SettingsError
 
@@ -127,6 +127,25 @@ def test_every_setting_that_is_a_path_is_known() -> None:
         known.add(row.name)
     assert {"run_dir", "model.path", "data.path", "rewards[].model", "rewards[].function", "loss.function"} <= known
     assert {"weights.function", "weights.meta_reward", "generation.folder"} <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("data.path", "no.jsonl", r"data\.path: there is no file /.*/no\.jsonl"),
+        ("evaluation.data.path", "no.jsonl", r"evaluation\.data\.path: there is no file /.*/no\.jsonl"),
+        ("rewards", "[format, 'no.py:f']", r"rewards\[1\]: there is no file /.*/no\.py"),
+        ("rewards", "[{type: preference, model: ./no}]", r"rewards\[0\]\.model: there is no folder /.*/no"),
+        ("loss.function", "no.py:f", r"loss\.function: there is no file /.*/no\.py"),
+        ("model.path", "./no", r"model\.path: there is no folder /.*/no"),
+    ],
+)
+def test_what_is_missing_is_named_before_it_is_read(tmp_path: Path, name: str, value: str, complaint: str) -> None:
+    (tmp_path / "c.yaml").write_text("model: {path: org/model}\ndata: {path: org/data}\nrewards: [m:f, format]\n")
+    check_paths(read_config(tmp_path / "c.yaml"))
+
+    with pytest.raises(SettingsError, match=f"^{complaint}"):
+        check_paths(read_config(tmp_path / "c.yaml", [f"--{name}", value]))
 
 
 @pytest.mark.parametrize(
