@@ -20,7 +20,7 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 	@$(call in_environment,report) && "$$python" -m maestro_fast quickstart $(ARGS)
 
 test: ## Set up, then run the tests
-	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(ARGS)
+	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # The environment of `make test` holds the newest TRL. The oldest has an environment of its own, which is made once and
 # reused. It imports requests, which is not among its requirements.

@@ -1,4 +1,8 @@
-"""The command line: ``maestro-fast`` or ``python -m maestro_fast``. Each command imports only what it needs."""
+"""The command line: ``maestro-fast`` or ``python -m maestro_fast``.
+
+Each command imports only what it needs, and looks at the paths that it was given before it imports torch, which takes
+seconds. So a wrong path is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,42 @@ from pathlib import Path
 from typing import Any
 
 from maestro_fast import __version__
+from maestro_fast.config_file import check_paths, read_config
+from maestro_fast.error_report import explain
+
+_VERBOSE = ("-v", "--verbose")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 0, or 2 for bad input, whose message names the setting."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = any(word in _VERBOSE for word in words)  # It may stand anywhere, also behind the settings of a run.
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args([word for word in words if word not in _VERBOSE])
     if rest and arguments.command != "train":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("maestro_fast").setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    logging.getLogger("maestro_fast").setLevel(logging.INFO if verbose else logging.WARNING)
     try:
-        if arguments.command == "quickstart":
-            return _quickstart(arguments.out, arguments.resume)
-        if arguments.command == "train":
-            return _train(arguments.config, arguments.resume, rest)
-        if arguments.command == "report":
-            return _report(arguments.run_dir, arguments.compare, arguments.title)
-        if arguments.command == "conductor":
-            return _show_conductor(arguments)
-        return _info()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, ConnectionError) as error:
-        if arguments.verbose:
+        return _run(arguments, rest)
+    except Exception as error:
+        message = None if verbose else explain(error)
+        if message is None:
             raise
-        print("\n".join([f"maestro-fast: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        print(message, file=sys.stderr)
         return 2
+
+
+def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
+    if arguments.command == "quickstart":
+        return _quickstart(arguments.out, arguments.resume)
+    if arguments.command == "train":
+        return _train(arguments.config, arguments.resume, settings)
+    if arguments.command == "report":
+        return _report(arguments.run_dir, arguments.compare, arguments.title)
+    if arguments.command == "conductor":
+        return _show_conductor(arguments)
+    return _info()
 
 
 class _TrainHelp(argparse.Action):
@@ -44,9 +59,10 @@ class _TrainHelp(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from maestro_fast.config_reference import as_text
+        print(parser.format_help(), flush=True)
+        from maestro_fast.config_reference import as_text  # This takes seconds, so the rest is shown before.
 
-        print(f"{parser.format_help()}\n{as_text()}")
+        print(as_text())
         parser.exit()
 
 
@@ -55,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="maestro-fast", description="GRPO with adaptive weights for several rewards.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("-v", "--verbose", action="store_true", help="log choices and their reasons; show tracebacks")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="log choices and their reasons; show whole tracebacks; it may stand anywhere",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("quickstart", help="train a tiny model on bundled prompts, in a few minutes on a CPU")
     start.add_argument(
@@ -66,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="the YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
     train.add_argument("-h", "--help", action=_TrainHelp, help="show this message, and all settings of the YAML file")
-    train.epilog = "Any setting can be changed behind the file: --sampling.group_size 16 --weights equal"
+    train.epilog = (
+        "Any setting can be changed behind the file: --sampling.group_size 16 --weights equal. "
+        "Relative paths in the file start in its folder, and those on the command line in the working directory."
+    )
     report = commands.add_parser("report", help="the HTML page and the plots of a run, which may still be training")
     report.add_argument("run_dir", type=Path, help="the run directory")
     report.add_argument("--title", help="the title of the page (default: the directory's name)")
@@ -128,24 +152,27 @@ def _quickstart(out: Path | None, resume: bool) -> int:
 
 
 def _train(config: Path, resume: bool, overrides: list[str]) -> int:
-    from maestro_fast.reporting.recorded_run import recorded_train, try_report
-    from maestro_fast.training import read_config
-
     raw = read_config(config, overrides)
+    check_paths(raw)  # A wrong path is found here, before the imports that take seconds.
+    from maestro_fast.reporting.recorded_run import recorded_train, try_report
+
     if recorded_train(raw, resume=resume).is_world_process_zero():
         print(try_report(Path(raw["run_dir"])))
     return 0
 
 
 def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
-    from maestro_fast.reporting import write_report
-
-    others = {}
+    others: dict[str, Path] = {}
     for entry in compare:
         label, equals, path = entry.partition("=")
         if not label or not equals or not path:
             raise ValueError(f"--compare: {entry!r}, expected LABEL=RUN_DIR")
         others[label] = Path(path)
+    for name, folder in {"run_dir": run_dir, **{f"--compare {label}": path for label, path in others.items()}}.items():
+        if not folder.is_dir():
+            raise ValueError(f"{name}: there is no directory {folder}, expected that of a run")
+    from maestro_fast.reporting import write_report
+
     print(f"Report: {write_report(run_dir, title=title, compare=others)}")
     return 0
 
@@ -155,6 +182,8 @@ def _show_conductor(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name}: {value}, expected at least {least}")
+    if not arguments.folder.is_dir():
+        raise ValueError(f"DIR: there is no folder {arguments.folder}, expected a saved Conductor or a run directory")
     if not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"--out: there is no directory {arguments.out.absolute().parent}")
     from transformers.utils.logging import disable_progress_bar

@@ -81,6 +81,9 @@ def as_markdown() -> str:
         "stands for a type: `weights: conductor` is `weights: {type: conductor}`. A mere `file.py:name` stands for a",
         "function of your own: `{type: function, function: file.py:name}`. On the command line a setting has its",
         "dotted name, as in `--sampling.group_size 16`.",
+        "",
+        "A relative path in a config file starts in the folder of that file, and one on the command line in the",
+        "working directory. A name such as `org/model` is one of the hub, unless there is such a file or folder.",
     ]
     for section in sections():
         lines += ["", f"## {_title(section)}", "", section.about, ""]

@@ -12,11 +12,12 @@ beside what all types have in common, as in ``{type: length, target: 12, where: 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,19 @@ _said: set[str] = set()  # the keys of the warnings that ``say_once`` has logged
 
 class SettingsError(ValueError):
     """A setting is missing, unknown or of the wrong type. The message starts with its dotted name."""
+
+
+class UnknownSetting(SettingsError):
+    """A setting that there is not.
+
+    Attributes:
+        name: its dotted name.
+        value: the value that it was given.
+    """
+
+    def __init__(self, name: str, value: Any, expected: str) -> None:
+        super().__init__(f"{name}: unknown setting, {expected}")
+        self.name, self.value = name, value
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class Choice:
             own = "; a function of your own is named by function: 'package.module:name' or 'path/to/file.py:name'"
             raise SettingsError(
                 f"{_join(path, 'type')}: {got}, expected one of {', '.join(self.types)}"
-                f"{own if 'function' in self.types else ''}"
+                f"{own if 'function' in self.types else ''}{near(name, self.types)}"
             )
         return build(self.types[name], options, path)
 
@@ -155,8 +169,9 @@ def build(cls: type[T], values: Mapping[str, Any] | str, path: str = "") -> T:
     given: dict[Any, Any] = {"on" if isinstance(name, bool) and name else name: value for name, value in values.items()}
     others = {name: given.pop(name) for name in list(given) if name not in own}
     if others and taking is None:
-        expected = f"expected one of {', '.join(sorted(own))}" if own else "there are none here"
-        raise SettingsError(f"{_join(path, next(iter(others)))}: unknown setting, {expected}")
+        name, value = next(iter(others.items()))
+        expected = f"expected one of {', '.join(sorted(own))}{near(name, own)}" if own else "there are none here"
+        raise UnknownSetting(_join(path, name), value, expected)
     for name, setting in own.items():
         if name not in given and setting.required:
             raise SettingsError(f"{_join(path, name)}: missing, it has no default")
@@ -221,6 +236,12 @@ def say_once(message: str, key: str | None = None) -> None:
         logger.warning("%s", message)
 
 
+def near(name: object, names: Iterable[str]) -> str:
+    """Ends a message with the one of ``names`` that was probably meant; "" if none is close to ``name``."""
+    found = difflib.get_close_matches(name, list(names), 1) if isinstance(name, str) else []
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def _named_entry(name: str) -> dict[str, Any]:
     return {"function": name} if ":" in name else {"type": name}
 
@@ -234,11 +255,15 @@ def _show(value: Any) -> str:
 
 
 def _convert_setting(value: Any, setting: Setting, path: str) -> Any:
-    return _convert(value, setting.hint, path) if setting.choice is None else setting.choice.build(value, path)
+    return convert(value, setting.hint, path) if setting.choice is None else setting.choice.build(value, path)
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """Converts ``value`` to what the type hint asks for."""
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """Converts ``value`` to what the type hint asks for, as ``build`` does for each field.
+
+    Raises:
+        SettingsError: the value has another type. The message starts with ``path``.
+    """
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -246,7 +271,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return _convert_union(value, get_args(hint), path)
     if origin is Literal:
         if not any(value == option and type(value) is type(option) for option in get_args(hint)):  # True == 1
-            raise SettingsError(f"{path}: got {_show(value)}, expected one of {', '.join(map(str, get_args(hint)))}")
+            options = [str(option) for option in get_args(hint)]
+            raise SettingsError(
+                f"{path}: got {_show(value)}, expected one of {', '.join(options)}{near(value, options)}"
+            )
         return value
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else build(hint, value, path)
@@ -256,7 +284,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise SettingsError(f"{path}: got {_show(value)}, expected a mapping")
         inner = get_args(hint)[1] if get_args(hint) else Any
-        return {str(name): _convert(item, inner, _join(path, str(name))) for name, item in value.items()}
+        return {str(name): convert(item, inner, _join(path, str(name))) for name, item in value.items()}
     if origin is Callable:
         if not callable(value):
             raise SettingsError(f"{path}: got {_show(value)}, expected a function")
@@ -271,7 +299,7 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     refusals = []
     for option in rest:
         try:
-            return _convert(value, option, path)
+            return convert(value, option, path)
         except SettingsError as error:
             refusals.append(str(error))
     # If an option takes such a value as a whole, and refuses only something inside it, that refusal is reported.
@@ -292,7 +320,7 @@ def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
             raise SettingsError(f"{path}: got {len(value)} items, expected {len(inner)}")
     else:
         inner = inner[:1] * len(value)
-    items = [_convert(item, of, f"{path}[{i}]") for i, (item, of) in enumerate(zip(value, inner, strict=True))]
+    items = [convert(item, of, f"{path}[{i}]") for i, (item, of) in enumerate(zip(value, inner, strict=True))]
     return tuple(items) if is_tuple else items
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +24,27 @@ if find_spec("hypothesis"):
     # The same examples in every run, and no time limit per example: a busy machine is not a failure.
     settings.register_profile("maestro_fast", derandomize=True, deadline=None)
     settings.load_profile("maestro_fast")
+
+
+# `make test` gives whole files to its processes in this order. The longest come first, so that none is left alone at
+# the end, when the other processes have nothing to do.
+LONGEST = [
+    "kernels/test_interpreter.py",
+    "kernels/test_aot.py",
+    "quickstart/test_quickstart.py",
+    "test_benchmarks.py",
+    "training/test_distributed.py",
+    "training/test_checkpoint.py",
+    "integrations/test_trl_distributed.py",
+    "packaging/test_build.py",
+    "test_cli.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    rank = {folder / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ LAYERS = [
     {"specs"},
     {"kernels", "_C"},
     {"ops"},
-    {"records", "settings", "functions"},
+    {"records", "settings", "functions", "peer_names"},
+    {"model_path", "error_report"},
+    {"config_file"},
     {"model", "rewards", "weighting"},
     {"generation"},
     {"training"},
@@ -144,18 +146,12 @@ def test_importing_the_package_loads_nothing_but_the_standard_library() -> None:
     assert newly_loaded(PACKAGE, after="os") - sys.stdlib_module_names == {PACKAGE}
 
 
-def test_importing_the_ops_loads_no_heavy_library() -> None:
-    assert not newly_loaded(f"{PACKAGE}.ops", after="torch") & {"transformers", "vllm", "triton"}
+def test_importing_the_ops_loads_no_library_beyond_torch() -> None:
+    """So it takes no longer than to read our own files: neither transformers nor triton, scipy or yaml is loaded."""
+    assert newly_loaded(f"{PACKAGE}.ops", after="torch") - sys.stdlib_module_names == {PACKAGE}
 
 
 def test_the_compiled_module_is_loaded_when_an_op_first_asks_for_it() -> None:
     loaded = "'maestro_fast._C' in sys.modules"
     code = f"import sys, maestro_fast.ops as ops; print({loaded}); ops.pack_sequences([1], 1); print({loaded})"
     assert run_python(code).split() == ["False", "True"]
-
-
-def test_importing_the_ops_takes_less_than_300_ms_beyond_torch() -> None:
-    code = "import time, torch; start = time.perf_counter(); import maestro_fast.ops"
-    attempts = (float(run_python(f"{code}; print(time.perf_counter() - start)")) for _ in range(3))
-
-    assert any(seconds < 0.3 for seconds in attempts)  # the best of three: other processes may disturb one

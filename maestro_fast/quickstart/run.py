@@ -113,7 +113,7 @@ def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
 def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The config of the run ``name`` in ``out``; ``changes`` maps dotted settings to values."""
     raw = example_config(out)
-    for dotted, value in {"run_dir": str(out / name), "trainer.disable_tqdm": False, **changes}.items():
+    for dotted, value in {"run_dir": str((out / name).absolute()), "trainer.disable_tqdm": False, **changes}.items():
         override(raw, dotted, value)
     return raw
 
@@ -121,6 +121,7 @@ def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
 def example_config(out: Path) -> dict[str, Any]:
     """The bundled config, with paths into this installation and into ``out``."""
     raw: dict[str, Any] = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
+    out = out.absolute()  # Relative paths in the files that are written would start in their folders.
     override(raw, "model.path", str(out / "model"))
     override(raw, "data.path", str(out / "train.jsonl"))
     override(raw, "evaluation.data.path", str(out / "held_out.jsonl"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from enum import Enum, EnumType
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from maestro_fast.model.load import ModelConfig, trains_adapter
-from maestro_fast.settings import SettingsError
-from maestro_fast.training.config import TrainConfig
+from maestro_fast.settings import SettingsError, convert, near
+from maestro_fast.training.config import TrainConfig, known_elsewhere
 
 # The defaults of transformers suit supervised training. These suit policy gradients and our run directory. Beside
 # each default stands the sentence about it in the config reference.
@@ -50,19 +53,21 @@ _REFUSED = {
 }
 
 
+# Transformers would look at these fields only when the run has begun.
+_AT_LEAST_0 = {
+    "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
+    "num_train_epochs", "save_steps", "save_total_limit", "eval_steps", "dataloader_num_workers",
+}  # fmt: skip
+_OF_EVALUATION = ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay")
+
+
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Makes the ``TrainingArguments`` of a config.
 
     Raises:
-        SettingsError: a field is unknown, is set by another section, or cannot be served.
+        SettingsError: a field is unknown, of the wrong type, is set by another section, or cannot be served.
     """
-    known = {item.name: item.type for item in fields(TrainingArguments)}
-    for name in config.trainer:
-        if name in _DERIVED:
-            raise SettingsError(f"trainer.{name}: is set by {_DERIVED[name]}")
-        if name not in known:
-            raise SettingsError(f"trainer.{name}: transformers.TrainingArguments has no such field")
-    given = {name: _number(value, str(known[name])) for name, value in config.trainer.items()}
+    given = {name: _checked(name, value) for name, value in config.trainer.items()}
     defaults = {name: value for name, (value, _) in TRAINER_DEFAULTS.items()}
     defaults["learning_rate"] = default_learning_rate(config.model)
     full = config.model.dtype in ("auto", "float32") and not given.get("fp16") and not given.get("use_cpu")
@@ -70,12 +75,14 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     values = {**defaults, **given, "output_dir": config.run_dir, "seed": config.seed}
     if config.evaluation is not None:
         values = {"eval_strategy": "steps", "eval_steps": values["save_steps"], **values}
-    elif str(values.get("eval_strategy", "no")) != "no":
-        raise SettingsError("trainer.eval_strategy: there are no prompts for it, expected a section evaluation")
+    else:
+        for name in _OF_EVALUATION:
+            if values.get(name) and str(values[name]) != "no":
+                raise SettingsError(f"trainer.{name}: there are no prompts for it, expected a section evaluation")
     try:
         args = TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"trainer: {error}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     check_arguments(args)
     return args
 
@@ -95,11 +102,12 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuses arguments that the trainer cannot serve.
 
     Raises:
-        SettingsError: an argument cannot be served, or the process sees several GPUs.
+        SettingsError: an argument cannot be served, a tracker is not installed, or the process sees several GPUs.
     """
     for name, reason in _REFUSED.items():
         if getattr(args, name):
             raise SettingsError(f"trainer.{name}: {getattr(args, name)} is not supported: {reason}")
+    _check_trackers(args)
     if args.n_gpu > 1:
         raise SettingsError(
             f"trainer: one process sees {args.n_gpu} GPUs, expected one each: start the run with "
@@ -107,11 +115,51 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def _number(value: Any, field_type: str) -> Any:
-    """Turns text into a number if the field is a float, because YAML 1.1 reads 1e-5 as text."""
-    if not isinstance(value, str) or "float" not in field_type:
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+def _check_trackers(args: TrainingArguments) -> None:
+    """Makes the callback of each tracker, which finds out whether its package is installed, and drops it."""
+    for name in args.report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", "all", *INTEGRATION_TO_CALLBACK])
+            raise SettingsError(
+                f"trainer.report_to: {name!r}, expected one of {known}{near(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise SettingsError(
+                f"trainer.report_to: {name} cannot serve: {' '.join(str(error).split())} Or report to none."
+            ) from error
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """The type of each field. That of ``fsdp`` leaves out what transformers takes, because of its command line."""
+    hints = get_type_hints(TrainingArguments) | {"fsdp": bool | str | list[str] | None}
+    return {item.name: hints[item.name] for item in fields(TrainingArguments) if item.init}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a field, with text such as "1e-5", which YAML 1.1 does not read as a number, turned into one.
+
+    Raises:
+        SettingsError: there is no such field, another section sets it, or the value is of the wrong type or too small.
+    """
+    path = f"trainer.{name}"
+    if name in _DERIVED:
+        raise SettingsError(f"{path}: is set by {_DERIVED[name]}")
+    if name not in _hints():
+        hint = known_elsewhere(path, value) or near(name, _hints()).removeprefix("; ")
+        raise SettingsError(f"{path}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}")
+    hint = _hints()[name]
+    kinds: list[Any] = [kind for kind in get_args(hint) if isinstance(kind, EnumType)]
+    options = [item.value for kind in kinds for item in kind]
+    if options and value is False and "no" in options:  # YAML 1.1 reads a plain `no` as false.
+        value = "no"
+    if name == "report_to" and value is None:  # transformers takes the word alone.
+        value = "none"
+    found = convert(value, hint, path)
+    if options and (found.value if isinstance(found, Enum) else found) not in options:
+        raise SettingsError(f"{path}: {value!r}, expected one of {', '.join(options)}{near(value, options)}")
+    if name in _AT_LEAST_0 and isinstance(found, int | float) and not found >= 0:
+        raise SettingsError(f"{path}: {value}, expected at least 0")
+    return value if isinstance(value, int) else found  # A whole number stays one: some fields are a count or a share.

@@ -6,25 +6,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
+from transformers import TrainingArguments
 
 from maestro_fast.functions import load_function
 from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
 from maestro_fast.generation.config import GENERATION
 from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.load import ModelConfig
+from maestro_fast.peer_names import our_name
 from maestro_fast.rewards import AnchorConfig, RewardConfig
-from maestro_fast.settings import Choice, SettingsError, build, override
-from maestro_fast.specs import FunctionLoss, PolicyLossConfig
+from maestro_fast.settings import Choice, Setting, SettingsError, UnknownSetting, build, near, settings_of
+from maestro_fast.specs import PROFILES, FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
 from maestro_fast.training.plan import Method, check_correction
-from maestro_fast.weighting import WeightsConfig
+from maestro_fast.weighting import AnchoredConfig, ConductorConfig, WeightsConfig
 
 LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
 
@@ -38,6 +38,11 @@ class AdvantagesConfig:
     """
 
     profile: str = "maestro"
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            known = ", ".join(PROFILES)
+            raise ValueError(f"profile: {self.profile!r}, expected one of {known}{near(self.profile, PROFILES)}")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed: {self.seed}, expected 0 <= seed < 2**32")
+        if self.anchor is None and (needing := _needs_anchor(self.weights)):
+            raise SettingsError(f"anchor: missing, {needing} needs a known utility, expected a section anchor")
         check_correction(self.sampling, self.loss)
 
     @property
@@ -120,6 +129,16 @@ class TrainConfig:
             loss = replace(loaded, needs_entropy=loaded.entropies)
         samples = 1 if self.evaluation is None else self.evaluation.samples
         return Method(self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples)
+
+
+def _needs_anchor(weights: WeightsConfig) -> str:
+    """The setting that makes no sense without a known utility; "" if there is none."""
+    policy = weights.policy
+    if isinstance(policy, AnchoredConfig):
+        return "weights: anchored"
+    if isinstance(policy, ConductorConfig) and policy.objective == "first_order":
+        return "weights.objective: first_order"
+    return "" if weights.guard is None else "weights.guard"
 
 
 def _check_loss_function(function: Callable[..., Any], name: str) -> None:
@@ -140,34 +159,45 @@ def _check_loss_function(function: Callable[..., Any], name: str) -> None:
         ) from error
 
 
-def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads the mapping of a YAML file, and sets the ``--a.b value`` pairs of the command line in it.
+def parse_config(values: dict[str, Any]) -> TrainConfig:
+    """Builds a ``TrainConfig`` from a mapping.
 
     Raises:
-        SettingsError: there is no such file, it holds no mapping, or an override lacks its value.
+        SettingsError: a setting is wrong. The message begins with its name; for one that there is not, it says what
+            was probably meant, also where the name is one of TRL or verl, or stands in another section here.
     """
-    if not path.is_file():
-        raise SettingsError(f"config: no file {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"config: {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"config: {path} holds {type(values).__name__}, expected a mapping")
-    rest = list(overrides)
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--") or len(name) == 2:
-            raise SettingsError(f"{name}: expected --section.setting VALUE")
-        name, equals, text = name[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise SettingsError(f"{name}: missing its value")
-            text = rest.pop(0)
-        override(values, name, yaml.safe_load(text))
-    return values
+        return build(TrainConfig, values)
+    except UnknownSetting as error:
+        hint = known_elsewhere(error.name, error.value)
+        if not hint:
+            raise
+        raise SettingsError(f"{error.name}: unknown setting; {hint}") from error
 
 
-def parse_config(values: dict[str, Any]) -> TrainConfig:
-    """Builds a ``TrainConfig`` from a mapping. Errors are ``SettingsError`` and name the setting."""
-    return build(TrainConfig, values)
+def known_elsewhere(name: str, value: Any = None) -> str:
+    """Says where a setting belongs that stands in the wrong section, or that has this name in TRL or verl only.
+
+    Args:
+        name: its dotted name.
+        value: its value.
+
+    Returns:
+        Words such as "here TRL's beta is loss.kl_coef"; "" if no section and neither library has such a setting.
+    """
+    own, sections = name.rpartition(".")[2], settings_of(TrainConfig)
+    hint = our_name(name, value)
+    if hint and not hint.endswith("has no equal here"):
+        return hint
+    places = [f"{section}.{own}" for section, setting in sections.items() if own in _names(setting)]
+    places += [own] if own in sections else []
+    places += [f"trainer.{own}"] if own in {item.name for item in fields(TrainingArguments)} and not places else []
+    return f"it is {' or '.join(places)}" if places and name not in places else hint
+
+
+def _names(setting: Setting) -> set[str]:
+    """The names of the settings in a section."""
+    kinds = setting.choice.types.values() if setting.choice is not None else [setting.hint, *get_args(setting.hint)]
+    return {
+        name for kind in kinds if is_dataclass(kind) for name, own in settings_of(kind).items() if not own.takes_rest
+    }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from maestro_fast.config_file import read_config
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
 from maestro_fast.model.forward import (
     choose_layout,
@@ -26,9 +27,10 @@ from maestro_fast.model.forward import (
 )
 from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.model.rows import Sequences
+from maestro_fast.model_path import check_model_path, loading_model
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
-from maestro_fast.training.config import TrainConfig, parse_config, read_config
+from maestro_fast.training.config import TrainConfig, parse_config
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.plan import context_mode
 from maestro_fast.weighting import (
@@ -171,7 +173,9 @@ def prompt_weights(
     inner = saved.inner
     config, origin = saved.model(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, tokenizer = load_policy(config, device)
+    check_model_path(config.path, "--model")
+    with loading_model(config.path, "--model"):
+        network, tokenizer = load_policy(config, device)
     network = network.to(device).eval()
     width, expected = network.config.get_text_config().hidden_size, inner.statistics.mean.numel()  # type: ignore[union-attr,operator]
     if width != expected:

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from maestro_fast.config_file import absolute_paths
 from maestro_fast.generation import (
     Engine,
     GenerationConfig,
@@ -26,6 +27,7 @@ from maestro_fast.generation import (
 from maestro_fast.generation.transformers import stop_ids
 from maestro_fast.model.head import causal_lm
 from maestro_fast.model.load import Checkpoint, load_policy
+from maestro_fast.model_path import check_model_path, loading_model
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import build_anchor, build_rewards, check_tags_are_seen
 from maestro_fast.settings import SettingsError
@@ -56,11 +58,12 @@ def train(
 
     Args:
         config: the run.
-        raw: the mapping that ``config`` was read from; it is written to config.yaml as it is.
+        raw: the mapping that ``config`` was read from; it is written to config.yaml, with absolute paths.
         resume: go on from the last checkpoint of the run directory.
         observers, timing_observers, callbacks: as ``MaestroTrainer`` takes them.
     """
     args = training_arguments(config)
+    check_model_path(config.model.path)
     method = config.method  # A loss of the user's own is loaded here, before a model is.
     dataset, evaluation = load_prompts(config.data, config.chat), None
     if config.evaluation is not None:
@@ -76,7 +79,8 @@ def train(
     with open_run_directory(Path(config.run_dir), args, resume=resume) as run_dir:
         set_seed(config.seed)  # New adapters are drawn at random.
         merged = run_dir / MERGED if args.process_index == 0 else None
-        model, tokenizer = load_policy(config.model, args.device, mixed=mixed_precision(args), merged=merged)
+        with loading_model(config.model.path):
+            model, tokenizer = load_policy(config.model, args.device, mixed=mixed_precision(args), merged=merged)
         if "learning_rate" not in config.trainer:  # Only now is it known whether a hub name stands for an adapter.
             args.learning_rate = default_learning_rate(config.model)
         longest = _check_prompts(config, model, tokenizer, dataset, evaluation)
@@ -105,7 +109,8 @@ def train(
             )
             _check_layout(config.model.attention, trainer.step.scorer.layout)
             if trainer.is_world_process_zero():
-                (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+                written = yaml.safe_dump(absolute_paths(raw, Path.cwd()), sort_keys=False)
+                (run_dir / "config.yaml").write_text(written, encoding="utf-8")
             trainer.train(resume_from_checkpoint=resume or None)
             _save_final(trainer, run_dir)
     return trainer

@@ -2,7 +2,7 @@
 start.
 
 The interpreter cannot be switched on in a running process (Triton decides when it is imported), so
-``test_interpreter.py`` starts one process for each of the other files, and this one marks their tests as ``gpu``.
+``test_interpreter.py`` starts processes for the other files, and this one marks their tests as ``gpu``.
 """
 
 from __future__ import annotations

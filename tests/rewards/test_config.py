@@ -107,7 +107,7 @@ def test_objects_pass_through(make_batch: MakeBatch) -> None:
         (
             {"type": "length", "name": "brevity", "target": 3, "unit": "tokens", "taget": 3},
             ValueError,
-            r"rewards\[1\]\.taget: unknown setting, expected one of floor, name, scale, target, unit$",
+            r"rewards\[1\]\.taget: unknown setting, expected one of floor, name, scale, target, unit; did you",
         ),
         ("length", ValueError, r"rewards\[1\]\.target: missing, it has no default"),
         ({"type": "length", "target": -2}, ValueError, r"rewards\[1\]\.target: -2.0, expected"),

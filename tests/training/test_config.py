@@ -70,12 +70,12 @@ def test_overrides_reach_nested_settings(config_file: Path) -> None:
 
 def test_every_section_is_read_into_its_dataclass(config_file: Path) -> None:
     """Nothing is loaded yet, neither models nor files."""
-    words = ["--anchor", "{function: 'judge.py:utility', labels: {share: 0.25}, where: family}"]
+    words = ["--anchor", "{function: '/j/judge.py:utility', labels: {share: 0.25}, where: family}"]
     words += ["--generation", "{type: vllm, tensor_parallel: 2}", "--weights", "{type: exp3, guard: {window: 3}}"]
     words += ["--rewards", "[{type: preference, model: m, gate: {on: format, threshold: 1}}]"]
     config = parse_config(read_config(config_file, words))
 
-    utility = FunctionRewardConfig("judge.py:utility")
+    utility = FunctionRewardConfig("/j/judge.py:utility")
     assert config.anchor == AnchorConfig(utility, where="family", labels=LabelsConfig(0.25))
     assert config.generation == ColocateConfig(tensor_parallel=2)
     assert config.weights == WeightsConfig(Exp3Config(), GuardConfig(window=3))
@@ -256,7 +256,22 @@ def test_a_loss_that_cannot_be_loaded_is_named(config_file: Path, name: str, com
             ["--loss", "{type: policy_loss, function: 'a:b'}"],
             r"^loss\.function: unknown setting, expected one of clip_",
         ),
+        (["--seed", "-1"], r"^seed: -1, expected 0 <= seed < 2\*\*32"),
+        (["--advantages.profile", "gdop"], r"^advantages\.profile: 'gdop', expected one of maestro, .*'gdpo'\?$"),
+        (["--sampling.temprature", "1"], r"^sampling\.temprature: unknown setting, .*; did you mean 'temperature'\?$"),
+        (["--num_generations", "8"], r"^num_generations: unknown setting; here TRL's num_generations is sampling\."),
+        (["--loss.beta", "0.1"], r"^loss\.beta: unknown setting; here TRL's beta is loss\.kl_coef"),
+        (
+            ["--max_completion_length", "9"],
+            r"^max_completion_length: .*TRL's max_completion_length is sampling\.max_new",
+        ),
+        (["--rollout.n", "8"], r"^rollout: unknown setting; here verl's rollout\.n is sampling\.group_size"),
+        (["--algorithm.gamma", "1"], r"^algorithm: unknown setting; algorithm is a section of verl's config"),
+        (["--learning_rate", "1"], r"^learning_rate: unknown setting; it is trainer\.learning_rate"),
+        (["--batch.group_size", "8"], r"^batch\.group_size: unknown setting; it is sampling\.group_size"),
+        (["--sampling.seed", "8"], r"^sampling\.seed: unknown setting; it is seed"),
         (["--seed"], r"^seed: missing its value"),
+        (["--seed", "--final", "last"], r"^seed: missing its value"),
         (["seed", "3"], r"^seed: expected --section\.setting VALUE"),
     ],
 )
@@ -281,7 +296,23 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ({"learnin_rate": 1e-5}, r"^trainer\.learnin_rate: transformers\.TrainingArguments has no such field"),
         ({"gradient_accumulation_steps": 4}, r"^trainer\.gradient_accumulation_steps: is set by batch\.micro_batch"),
         ({"output_dir": "x"}, r"^trainer\.output_dir: is set by run_dir"),
-        ({"lr_scheduler_type": "none_such"}, r"^trainer: "),
+        (
+            {"lr_scheduler_type": "cosin"},
+            r"^trainer\.lr_scheduler_type: 'cosin', expected one of linear, .*'cosine'\?$",
+        ),
+        ({"max_grad_norm": "high"}, r"^trainer\.max_grad_norm: got str 'high', expected float"),
+        ({"max_steps": 1.5}, r"^trainer\.max_steps: got float 1\.5, expected int"),
+        ({"bf16": "yes"}, r"^trainer\.bf16: got str 'yes', expected bool"),
+        ({"learning_rate": None}, r"^trainer\.learning_rate: got nothing, expected float"),
+        ({"learning_rate": -1}, r"^trainer\.learning_rate: -1, expected at least 0"),
+        ({"dataloader_num_workers": -1}, r"^trainer\.dataloader_num_workers: -1, expected at least 0"),
+        ({"report_to": ["none", "wandbb"]}, r"^trainer\.report_to: 'none', expected one of none, all, .*"),
+        ({"report_to": "wandbb"}, r"^trainer\.report_to: 'wandbb', expected one of none, all, .*'wandb'\?$"),
+        ({"eval_steps": 5}, r"^trainer\.eval_steps: there are no prompts for it, expected a section evaluation"),
+        ({"learing_rate": 1}, r"^trainer\.learing_rate: .* has no such field; did you mean 'learning_rate'\?"),
+        ({"beta": 0.1}, r"^trainer\.beta: .* has no such field; here TRL's beta is loss\.kl_coef"),
+        ({"group_size": 4}, r"^trainer\.group_size: .* has no such field; it is sampling\.group_size"),
+        ({"total_epochs": 2}, r"^trainer\.total_epochs: .*; here verl's trainer\.total_epochs is trainer\.num_train"),
         ({"save_only_model": True}, r"^trainer\.save_only_model: True is not supported: .*optimiser"),
         ({"ignore_data_skip": True}, r"^trainer\.ignore_data_skip: True is not supported"),
         ({"auto_find_batch_size": True}, r"^trainer\.auto_find_batch_size: .*batch\.micro_batch"),
@@ -293,6 +324,27 @@ def test_trainer_settings_are_checked(config_file: Path, values: dict[str, Any],
 
     with pytest.raises(SettingsError, match=complaint):
         training_arguments(config)
+
+
+def test_what_yaml_reads_otherwise_reaches_the_trainer(config_file: Path) -> None:
+    values = {"save_strategy": False, "learning_rate": "1e-5", "warmup_steps": 10, "report_to": None}
+    args = training_arguments(parse_config({**read_config(config_file), "trainer": values}))
+
+    assert (args.save_strategy, args.learning_rate, args.warmup_steps) == ("no", 1e-5, 10)
+
+
+@pytest.mark.parametrize(
+    ("section", "missing"),
+    [
+        ("anchored", "weights: anchored"),
+        ("{type: conductor, objective: first_order}", r"weights\.objective: first_order"),
+        ("{type: equal, guard: {}}", r"weights\.guard"),
+    ],
+)
+def test_a_policy_that_learns_from_a_utility_needs_an_anchor(config_file: Path, section: str, missing: str) -> None:
+    with pytest.raises(SettingsError, match=f"^anchor: missing, {missing} needs a known utility"):
+        parse_config(read_config(config_file, ["--weights", section]))
+    parse_config(read_config(config_file, ["--weights", section, "--anchor", "format"]))
 
 
 def test_one_process_takes_one_gpu(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
