@@ -154,8 +154,9 @@ def train(
             _check_layout(config.model.attention, trainer.step.scorer.layout)
             if trainer.is_world_process_zero():
                 (run_dir / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-            trainer.train(resume_from_checkpoint=resume or None)
-            _save_final(trainer, run_dir)
+            with trainer.interrupts.caught(f"Training had ended; its policy is in {run_dir / 'final'}."):
+                trainer.train(resume_from_checkpoint=resume or None)
+                _save_final(trainer, run_dir)
     return trainer
 
 
@@ -244,6 +245,7 @@ def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bo
 def _save_final(trainer: MaestroTrainer, run_dir: Path) -> None:
     if trainer.best is not None:
         trainer.best.load_into(trainer.model, trainer.accelerator)
+    trainer.health.check_parameters(trainer.state.global_step)
     with staged(run_dir, trainer.accelerator) as folder:
         trainer.save_model(str(folder / "final"))
         if trainer.is_world_process_zero():
