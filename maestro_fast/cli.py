@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,12 @@ from maestro_fast import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0, or 2 for bad input, whose message names the setting."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0; 2 for bad input, whose message names the setting, or a run that is not finite any more; or
+        128 plus the number of the signal that stopped the command.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
@@ -33,8 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, ConnectionError) as error:
         if arguments.verbose:
             raise
-        print("\n".join([f"maestro-fast: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2
+        return _told(error, 2)
+    except KeyboardInterrupt as stopped:
+        return _told(stopped, 128 + getattr(stopped, "signal", signal.SIGINT))
+
+
+def _told(error: BaseException, status: int) -> int:
+    """Prints the error with its notes, and returns the exit status."""
+    print("\n".join([f"maestro-fast: {error or 'stopped'}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return status
 
 
 class _TrainHelp(argparse.Action):

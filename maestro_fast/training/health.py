@@ -24,7 +24,7 @@ _NO_GAP = (0.0, "", "")
 _WIDE = 40.0  # nats; two log-probs that lie further apart have a ratio or a k3 beyond 1e17
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(ValueError):
     """A loss, a gradient or a parameter is not finite.
 
     Attributes:

@@ -136,12 +136,8 @@ def how_to_go_on(error: BaseException, step: int, saved: str | None, last: str |
         return f"The run as it was after step {step} is in {saved}; {then}."
     if last is not None:
         return f"Nothing was saved after step {step}. The last checkpoint is {last}; {then}."
-    change = (
-        f" {error.remedy[0].upper()}{error.remedy[1:]}, and start it again."
-        if isinstance(error, NonFiniteError)
-        else ""
-    )
-    return f"The run has no checkpoint to go on from.{change}"
+    before = f"first {error.remedy}, then " if isinstance(error, NonFiniteError) else ""
+    return f"The run has no checkpoint to go on from; {before}start it again."
 
 
 @dataclass(frozen=True)
