@@ -270,13 +270,14 @@ def use_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
     The optimiser and the schedule of transformers bring the old rate back with their state. A schedule multiplies its
     base rates by a factor, so both are scaled alike. Schedules without base rates keep what they have learnt.
     """
-    bases = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    bases = getattr(schedule, "base_lrs", None)
     if not bases or bases[0] in (0.0, rate):
         return
     logger.warning("trainer.learning_rate: %g from here on, the checkpoint was made with %g", rate, bases[0])
     factor = rate / bases[0]
-    inner = getattr(scheduler, "scheduler", scheduler)
-    inner.base_lrs = [base * factor for base in bases]
+    schedule.base_lrs = [base * factor for base in bases]
+    schedule._last_lr = [last * factor for last in schedule.get_last_lr()]
     for group in optimizer.param_groups:
         for name in ("lr", "initial_lr"):
             if name in group:
