@@ -82,7 +82,7 @@ def test_every_axis_has_a_label_with_a_unit(name: str, history: History) -> None
 
 def test_stage_times_have_labels_with_units(timings: History) -> None:
     left, right = stage_times(timings).axes
-    assert (left.get_xlabel(), left.get_ylabel()) == ("step (optimiser updates)", "time (seconds per step)")
+    assert (left.get_xlabel(), left.get_ylabel()) == ("step (optimiser updates)", "time (seconds per batch)")
     assert right.get_xlabel() == "share of the time (%)"
     assert "weight_sync" in [tick.get_text() for tick in right.get_yticklabels()]
 

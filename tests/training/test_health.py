@@ -32,9 +32,8 @@ def loss(inputs):
     return value, {{}}
 """
 INFINITE = "value * float('inf')"
-NAN_GRADIENT = (
-    "value + (inputs.logprobs - inputs.logprobs.detach()).abs().sum().sqrt()"  # 0, with a gradient of 0 * inf
-)
+# This adds 0, whose gradient is 0 * inf.
+NAN_GRADIENT = "value + (inputs.logprobs - inputs.logprobs.detach()).abs().sum().sqrt()"
 
 
 def broken_loss(raw: dict[str, Any], path: Path, broken: str, call: int) -> None:
@@ -140,7 +139,7 @@ def test_parameters_that_are_not_finite_are_never_saved(
 
 def test_the_final_policy_is_finite(raw_config: dict[str, Any]) -> None:
     raw_config["trainer"]["save_strategy"] = "no"
-    with pytest.raises(NonFiniteError, match="^step 2: the parameter"):
+    with pytest.raises(NonFiniteError, match=r"^step 2: the parameter"):
         train(parse_config(raw_config), raw_config, callbacks=[Spoil(2)])
     assert not (Path(raw_config["run_dir"]) / "final").exists()
 
