@@ -60,20 +60,18 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Sources:
+class Origins:
     """Where the responses of a generation batch come from.
 
     Attributes:
         rows_N: the data set's indices of the prompts, over all processes.
         group_size: the number of responses to each.
         first: the index of this process's first response among those of all processes.
-        record: what the batch produced; None in the first batch after a resume, whose record was not saved.
     """
 
     rows_N: list[int]
     group_size: int
     first: int
-    record: StepRecord | None = None
 
 
 class Health:
@@ -97,7 +95,7 @@ class Health:
         """Forgets the micro-batches of a step that failed."""
         self._trained = []
 
-    def check(self, norm: Tensor | float | None, step: int, sources: Sources) -> None:
+    def check(self, norm: Tensor | float | None, step: int, origins: Origins, record: StepRecord | None = None) -> None:
         """Checks the losses of an optimiser step and the norm of its gradient; all processes call it together.
 
         A norm that overflowed because the gradient scaler of fp16 multiplies the loss is none of its business: the
@@ -106,7 +104,8 @@ class Health:
         Args:
             norm: the norm over all parameters; None if it is not known.
             step: the number of the step, from 1.
-            sources: where its responses come from.
+            origins: where its responses come from.
+            record: what their batch produced; None in the first batch after a resume, because it is not saved.
 
         Raises:
             NonFiniteError: one of them is not finite.
@@ -123,7 +122,7 @@ class Health:
         if not found:
             return
         what = f"the loss of {_micro_batches(len(broken))}" if broken else f"the norm of the gradient ({value})"
-        own = self._finding(what, broken or trained, bool(broken), sources) if broken or bad_norm else None
+        own = self._finding(what, broken or trained, bool(broken), origins, record) if broken or bad_norm else None
         # A process whose loss is not finite knows more than one that only sees the gradient of all.
         known = sorted(filter(None, self._processes.gather_objects([own])), key=lambda finding: not finding[0])
         _, words, remedy = known[0]
@@ -147,11 +146,11 @@ class Health:
         return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1.0
 
     def _finding(
-        self, what: str, trained: Sequence[Trained], broken_loss: bool, sources: Sources
+        self, what: str, trained: Sequence[Trained], broken_loss: bool, origins: Origins, record: StepRecord | None
     ) -> tuple[bool, str, str]:
         """Whether a loss of this process is broken; what was found, the likely cause and the responses; the remedy."""
         cause, remedy = self._cause(trained, broken_loss)
-        lines = [line for each in trained for line in _responses(each, sources)]
+        lines = [line for each in trained for line in _responses(each, origins, record)]
         lines.sort(key=lambda line: line[0])
         rest = len(lines) - _ROWS
         shown = [text for _, text in lines[:_ROWS]] + ([f"  and {rest} more"] if rest > 0 else [])
@@ -237,9 +236,9 @@ def _gap(logprobs_C: Tensor, other_C: Tensor) -> float:
     return math.inf if not bool(difference.isfinite().all()) else max(difference.tolist(), default=0.0)
 
 
-def _responses(trained: Trained, sources: Sources) -> list[tuple[tuple[float, ...], str]]:
+def _responses(trained: Trained, origins: Origins, record: StepRecord | None) -> list[tuple[tuple[float, ...], str]]:
     """A line for each response of a micro-batch, with a key by which the likeliest culprits come first."""
-    batch, record = trained.batch, sources.record
+    batch = trained.batch
     bounds = batch.cu_seqlens.tolist()
     lines: list[tuple[tuple[float, ...], str]] = []
     for i, advantage in enumerate(batch.advantages_B.tolist()):
@@ -250,8 +249,8 @@ def _responses(trained: Trained, sources: Sources) -> list[tuple[tuple[float, ..
             words.append(f"log-probs {own_C.min().item():.4g} to {own_C.max().item():.4g}")
         place = "response"
         if batch.members:
-            index = sources.first + batch.members[i]
-            place = f"data row {sources.rows_N[index // sources.group_size]}, response {index % sources.group_size}"
+            index = origins.first + batch.members[i]
+            place = f"data row {origins.rows_N[index // origins.group_size]}, response {index % origins.group_size}"
             if record is not None:
                 rewards = zip(record.reward_names, record.rewards_BK[index].tolist(), strict=True)
                 words = [", ".join(f"{name} {value:.4g}" for name, value in rewards), *words]

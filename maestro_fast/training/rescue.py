@@ -54,7 +54,8 @@ class Rescue:
         """
         self._trainer, self._model, self._weights, self._lessons = trainer, model, weights, lessons
         self._before: Snapshot | None = None
-        self._at = 0  # the number of optimiser steps before ``_before``
+        self._waiting: tuple[Outcome, ...] = ()  # the lessons that waited then
+        self._at = 0  # the number of optimiser steps done then
         self._told: BaseException | None = None  # the last error that got its note
 
     def remember(self, lessons: Sequence[Outcome] | None = None) -> None:
@@ -64,9 +65,8 @@ class Rescue:
             lessons: the outcomes that wait in the state; None takes those that do wait.
         """
         if self._saves:
-            lessons = self._lessons.waiting if lessons is None else lessons
-            step, device = self._trainer.step_state(), self._trainer.args.device
-            self._before = Snapshot.take(self._weights, step, lessons, device)
+            self._before = Snapshot.take(self._weights, self._trainer.step_state(), self._trainer.args.device)
+            self._waiting = tuple(self._lessons.waiting if lessons is None else lessons)
             self._at = self._trainer.state.global_step
 
     @property
@@ -109,7 +109,7 @@ class Rescue:
         if step == 0 or self._trainer.saved_at == step or not self._saves or self._before is None or self._at != step:
             return
         self._before.restore(self._weights, self._trainer.args.device)
-        self._lessons.restore(self._before.lessons)
+        self._lessons.restore(self._waiting)
         self._trainer.take_over(self._before.step.copy())
         self._trainer.save_checkpoint()
 
@@ -145,25 +145,22 @@ class Snapshot:
     """The state that an optimiser step changes apart from the policy itself, as it was before the step.
 
     If something fails in the step, the run is saved as it was then. The fields hold the state of the weight policy,
-    the step in progress, the outcomes from which the weight policy has still to learn, and the state of this process's
-    random generators.
+    the step in progress, and the state of this process's random generators.
     """
 
     weights: dict[str, Tensor]
     step: StepState
-    lessons: tuple[Outcome, ...]
     python: Any
     numpy: Any
     host: Tensor
     device: Tensor | None
 
     @staticmethod
-    def take(weights: WeightPolicy, step: StepState, lessons: Sequence[Outcome], device: torch.device) -> Snapshot:
+    def take(weights: WeightPolicy, step: StepState, device: torch.device) -> Snapshot:
         """Copies the state; ``device`` is where the policy's random numbers are drawn."""
         return Snapshot(
             weights.state_dict(),
             step.copy(),
-            tuple(lessons),
             random.getstate(),
             np.random.get_state(),
             torch.get_rng_state(),

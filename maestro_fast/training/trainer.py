@@ -52,7 +52,7 @@ from maestro_fast.training.checkpoint import (
 )
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
-from maestro_fast.training.health import Health, Sources
+from maestro_fast.training.health import Health, Origins
 from maestro_fast.training.interrupt import Interrupts
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, divergence
@@ -113,6 +113,7 @@ class MaestroTrainer(Trainer):
     _restored: StepState | None = None  # what a checkpoint held, until transformers has set its own counters
     _staging: Path | None = None  # the folder in which a checkpoint is being written
     saved_at: int | None = None  # the step of the last checkpoint
+    _record: StepRecord | None = None  # of the current generation batch; None behind a resume
     _evaluating = False  # whether an evaluation of the training loop goes on, or has failed
 
     def __init__(
@@ -178,7 +179,7 @@ class MaestroTrainer(Trainer):
         self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
         self._rescue = Rescue(self, model, weights, self._lessons)
         self.health = Health(self.step.processes, model, self.args.learning_rate)
-        self._sources = Sources([], self.method.sampling.group_size, 0)  # where the current responses come from
+        self._origins = Origins([], self.method.sampling.group_size, 0)  # where the current responses come from
 
     def _build_step(
         self,
@@ -258,7 +259,7 @@ class MaestroTrainer(Trainer):
         """Checks the losses and the norm of the gradient, just before the optimiser applies the gradient."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         with self._rescue.saved_if_it_fails():
-            self.health.check(norm, self.state.global_step + 1, self._sources)
+            self.health.check(norm, self.state.global_step + 1, self._origins, self._record)
         return norm
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -293,7 +294,7 @@ class MaestroTrainer(Trainer):
             )
         self._watch.see(metrics)
         self._means.add(metrics)
-        self._sources = self._sources_of(sampled.number, record)
+        self._origins, self._record = self._origins_of(sampled.number), record
         for observer in self._observers if self.is_world_process_zero() else ():
             observer(record)
         if self.best is not None:  # This comes last: if something above fails, the batch does not count.
@@ -301,9 +302,9 @@ class MaestroTrainer(Trainer):
             self._means.add(self.best.see(sampled.number, record, self.model))
         return micro_batches
 
-    def _sources_of(self, number: int, record: StepRecord | None) -> Sources:
+    def _origins_of(self, number: int) -> Origins:
         own = self.step.processes.rank * self.step.plan.responses
-        return Sources(self._sampler.rows(number), self.method.sampling.group_size, own, record)
+        return Origins(self._sampler.rows(number), self.method.sampling.group_size, own)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -442,10 +443,11 @@ class MaestroTrainer(Trainer):
         state, self._restored = self._restored, None
         self._lessons.restore()
         self.health.forget()
-        self._micro_batches, self._means, self._evaluating, self.saved_at = [], MetricMeans(), False, None
+        self._micro_batches, self._means, self._evaluating = [], MetricMeans(), False
+        self.saved_at = self._record = None
         if state is not None:
             self.saved_at = self.state.global_step
-            self._sources = self._sources_of((self.state.global_step - 1) // self.step.plan.updates, None)
+            self._origins = self._origins_of((self.state.global_step - 1) // self.step.plan.updates)
             self.take_over(state)
 
     def step_state(self) -> StepState:

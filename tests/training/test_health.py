@@ -18,7 +18,7 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.records import StepRecord
 from maestro_fast.training import parse_config, train
 from maestro_fast.training.batches import MicroBatch, TokenLogprobs
-from maestro_fast.training.health import Health, NonFiniteError, Sources, broken_parameter
+from maestro_fast.training.health import Health, NonFiniteError, Origins, broken_parameter
 from tests.training.test_trainer import run
 
 LOSS = """
@@ -182,7 +182,7 @@ def message(model: nn.Module, batch: MicroBatch, logprobs_C: list[float], loss: 
     health = Health(processes(), model, 1e-3)
     health.see(torch.tensor(loss), batch, torch.tensor(logprobs_C))
     with pytest.raises(NonFiniteError) as caught:
-        health.check(torch.tensor(torch.nan), 7, Sources([5, 9], 1, 0))
+        health.check(torch.tensor(torch.nan), 7, Origins([5, 9], 1, 0))
     return caught.value
 
 
@@ -220,9 +220,9 @@ def test_the_scaler_of_fp16_may_overflow(scale: float | None, stops: bool) -> No
     health.see(torch.tensor(0.5), micro_batch([1.0]), torch.tensor([-1.0, -1.0]))
     if stops:
         with pytest.raises(NonFiniteError):
-            health.check(torch.tensor(torch.inf), 1, Sources([0], 1, 0))
+            health.check(torch.tensor(torch.inf), 1, Origins([0], 1, 0))
     else:
-        health.check(torch.tensor(torch.inf), 1, Sources([0], 1, 0))
+        health.check(torch.tensor(torch.inf), 1, Origins([0], 1, 0))
 
 
 def test_all_processes_stop_alike() -> None:
@@ -232,7 +232,7 @@ def test_all_processes_stop_alike() -> None:
     )
     health.see(torch.tensor(0.5), micro_batch([1.0]), torch.tensor([-1.0, -1.0]))
     with pytest.raises(NonFiniteError, match=r"^step 4: the loss of a micro-batch is not finite\.$") as caught:
-        health.check(torch.tensor(1.0), 4, Sources([0], 1, 0))
+        health.check(torch.tensor(1.0), 4, Origins([0], 1, 0))
     assert caught.value.remedy == "less"
     with pytest.raises(NonFiniteError, match="the parameter theirs is not finite"):
         Health(processes(others=["theirs"]), nn.Linear(2, 2), 1e-3).check_parameters(4)
