@@ -17,12 +17,20 @@ class StageProgress(ProgressCallback):
     """transformers' progress bar with the current stage in front, and a few figures instead of the whole log line."""
 
     @classmethod
-    def replace_bar(cls, trainer: Trainer, clock: StageClock) -> None:
-        """Puts this bar in the place of transformers' own."""
-        trainer.remove_callback(ProgressCallback)
+    def replace_bar(cls, trainer: Trainer, clock: StageClock) -> StageProgress:
+        """Puts this bar in the place of transformers' own, if that is to be shown at all."""
         progress = cls()
-        clock.on_stage = progress.show
-        trainer.add_callback(progress)
+        if not trainer.args.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            clock.on_stage = progress.show
+            trainer.add_callback(progress)
+        return progress
+
+    def close(self) -> None:
+        """Closes the bar of a run that was stopped, so that what is printed next stands below it."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
     training_bar: Any
 

@@ -15,6 +15,7 @@ transformers calls them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -166,8 +167,7 @@ class MaestroTrainer(Trainer):
             check_best(anchor, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.best = BestPolicy(holds=self.is_world_process_zero()) if keep_best else None
         self._observers = tuple(observers)
-        if not self.args.disable_tqdm:
-            StageProgress.replace_bar(self, self.clock)
+        self._progress = StageProgress.replace_bar(self, self.clock)
         self.add_callback(StepEvents(self, timing_observers))
         reference = reference_policy(model, frozen, self.accelerator) if needs_reference else None
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
@@ -241,7 +241,7 @@ class MaestroTrainer(Trainer):
             Interrupted: SIGINT or SIGTERM has come.
             NonFiniteError: a loss, a gradient or a parameter is not finite.
         """
-        with self.interrupts.caught("Training had ended."):
+        with self.interrupts.caught("Training had ended."), contextlib.closing(self._progress):
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
