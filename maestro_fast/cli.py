@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,12 @@ _VERBOSE = ("-v", "--verbose")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0, or 2 for bad input, whose message names the setting."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0; 2 for bad input, whose message names the setting, or a run that is not finite any more; or
+        128 plus the number of the signal that stopped the command.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = any(word in _VERBOSE for word in words)  # It may stand anywhere, also behind the settings of a run.
     parser = _parser()
@@ -38,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(message, file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print("\n".join([f"maestro-fast: {stopped or 'stopped'}", *getattr(stopped, "__notes__", [])]), file=sys.stderr)
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
 
 
 def _run(arguments: argparse.Namespace, settings: list[str]) -> int:

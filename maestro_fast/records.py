@@ -236,7 +236,8 @@ class StepRecord:
     """Everything that one generation batch produced, over all processes. Observers get it; its tensors are on the CPU.
 
     Attributes:
-        step: the number of optimiser steps done before the batch.
+        step: the number of the first optimiser step that trains on the batch. Steps count from 1, as in the log, where
+            the line of this step has the means of the batch.
         reward_names: the names of the K rewards.
         families, prompts, completions: B entries each.
         rewards_BK: the rewards, NaN where one abstained.

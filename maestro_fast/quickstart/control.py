@@ -92,9 +92,14 @@ def main(arguments: list[str]) -> None:
     # These imports take seconds, so the pipe is watched before they begin.
     from maestro_fast.reporting.recorded_run import recorded_train, try_report
     from maestro_fast.training import read_config
+    from maestro_fast.training.interrupt import Interrupted
 
     run = read_config(Path(arguments[0]))
-    recorded_train(run, resume="--resume" in arguments)
+    try:
+        recorded_train(run, resume="--resume" in arguments)
+    except Interrupted as stopped:
+        print("\n".join([str(stopped), *stopped.__notes__]))
+        sys.exit(128 + stopped.signal)
     print(try_report(Path(run["run_dir"])))
 
 

@@ -57,7 +57,7 @@ def quickstart(
         raise FileExistsError(f"--out: {out} is not empty, expected a new directory, or --resume")
     disable_progress_bar()  # hides the bars of loading and saving; every long part has its own bar
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "--out") as lock, _one_thread():
+    with locked(out, "--out") as lock, _one_thread(), _resumable(out):
         print(f"1/4  A tiny Qwen3, warm-started on the drafts in {EXAMPLE.name}/prompts.jsonl", flush=True)
         loss = _made(out / "model", lambda folder: make_checkpoint(EXAMPLE / "prompts.jsonl", folder, epochs=epochs))
         print(f"     {loss:.2f} nats a token at the end")
@@ -93,6 +93,16 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Tells who stops the quickstart how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.add_note(f"Go on with: maestro-fast quickstart --out {out} --resume")
+        raise
 
 
 def _made(folder: Path, make: Callable[[Path], Any]) -> Any:

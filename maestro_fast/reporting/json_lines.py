@@ -65,6 +65,17 @@ class JsonLines:
             file.write(data)
             file.truncate()
 
+    def count_from_one(self) -> None:
+        """Adds 1 to the step of every line if the first one is of step 0, see ``counts_from_zero``."""
+        if not counts_from_zero(self.path):
+            return
+        renumbered = self.path.with_name(f".{self.path.name}")
+        with self.path.open("rb") as old, renumbered.open("wb") as new:
+            for number, line in enumerate(old, 1):
+                row = _decoded(line, self.path, f"line {number}")
+                new.write(_encoded(row | {"step": _step_of(line, self.path, number) + 1}))
+        renumbered.replace(self.path)
+
     def drop_from(self, step: int) -> int:
         """Cuts the file off before the first line of ``step`` or a later one, since a resumed run repeats these steps.
 
@@ -88,6 +99,18 @@ class JsonLines:
         if dropped:
             logger.warning("%s: dropped %d lines of step %d and later", self.path.name, dropped, step)
         return dropped
+
+
+def counts_from_zero(path: Path) -> bool:
+    """Whether a log of responses is one of version 0.1, whose steps were the numbers of optimiser steps done before.
+
+    Since then a response has the number of the first optimiser step that trains on it, as in metrics.jsonl.
+    """
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        line = file.readline()
+    return line.endswith(b"\n") and _step_of(line, path, 1) == 0
 
 
 def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

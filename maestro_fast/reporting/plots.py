@@ -112,13 +112,15 @@ def family_weights(history: History, others: Mapping[str, History] | None = None
 
 
 def rewards(history: History) -> Figure:
-    """The mean of each reward over time, a panel for each, in a band of one standard deviation to either side."""
+    """The mean of each reward and of their weighted sum over time, each in a band of one standard deviation."""
     names = [name for name in history.rewards if history.has(f"rewards/{name}/mean")]
     _need(history, *(f"rewards/{name}/mean" for name in names), says="rewards/<name>/mean")
     style = styles(history.rewards, REWARD_COLOURS)
     shown = [(_with_abstentions(history, n), f"rewards/{n}/mean", f"rewards/{n}/std", style[n]) for n in names]
     if history.has("reward"):
-        shown.append(("total, as logged", "reward", "reward_std", Style(INK)))
+        # A run of version 0.1 logged the mean of the scores under this name, and has no score_std.
+        title = "weighted sum of the rewards" if history.has("score_std") else "mean score"
+        shown.append((title, "reward", "reward_std", Style(INK)))
     figure = panels([title for title, *_ in shown], steps=history.steps)
     for ax, (_, mean, std, line) in zip(figure.axes, shown, strict=True):
         band(ax, history.steps, history.get(mean), history.get(std), line, figure.window)

@@ -85,24 +85,29 @@ class RolloutsLog:
     """Observes step records, and writes one line for each response to ``run_dir``/rollouts.jsonl.
 
     A line holds step, family, prompt, completion, rewards {name: value, or null if the reward abstained}, weights
-    {name: value}, advantage, score, length (in tokens), truncated and degenerate.
+    {name: value}, advantage, score, length (in tokens), truncated and degenerate. The step is the first optimiser step
+    that trains on the response; the line of that step in metrics.jsonl has the means of its batch.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._log = _StepLog(Path(run_dir) / ROLLOUTS_FILE)
+        self._log = _StepLog(Path(run_dir) / ROLLOUTS_FILE, counts_from_one=True)
 
     def __call__(self, record: StepRecord) -> None:
         self._log.append(record.step, *rollout_rows(record))
 
 
 class TimingsLog:
-    """Writes a line {"step", <stage>: seconds, ..., "total": seconds} for each step to ``run_dir``/timings.jsonl."""
+    """Writes the seconds by stage of each generation batch to ``run_dir``/timings.jsonl.
+
+    A line is {"step", <stage>: seconds, ..., "total": seconds}. ``step`` is the first optimiser step that trains on the
+    batch, as in rollouts.jsonl.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
         self._log = _StepLog(Path(run_dir) / TIMINGS_FILE)
 
     def __call__(self, timings: Mapping[str, float]) -> None:
-        """Writes the line of one step.
+        """Writes the line of one batch.
 
         Raises:
             ValueError: ``timings`` has no step.
@@ -116,13 +121,15 @@ class TimingsLog:
 class _StepLog:
     """Appends lines of ascending steps. Before the first ones it drops old lines of their step and of later steps."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, counts_from_one: bool = False) -> None:
+        self._path, self._counts_from_one = path, counts_from_one
         self._lines: JsonLines | None = None
 
     def append(self, step: int, *rows: Mapping[str, Any]) -> None:
         if self._lines is None:
             self._lines = JsonLines(self._path)
+            if self._counts_from_one:
+                self._lines.count_from_one()
             self._lines.drop_from(step)
         self._lines.append(*rows)
 

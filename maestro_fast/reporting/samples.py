@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from maestro_fast.reporting.json_lines import iter_jsonl, read_tail
+from maestro_fast.reporting.json_lines import counts_from_zero, iter_jsonl, read_tail
 
 Row = dict[str, Any]
 
@@ -37,8 +37,9 @@ def sample_pairs(path: Path, count: int = PAIRS) -> list[Pair]:
     the steps and a late one from the last fifth. The late response of a pair answers the same prompt if there is one,
     else another prompt of the family.
     """
-    head = _first_of_groups(islice(iter_jsonl(path), _WINDOW))
-    tail = _first_of_groups(read_tail(path, _TAIL_BYTES)[-_WINDOW:])
+    more = int(counts_from_zero(path))
+    head = _first_of_groups(islice(iter_jsonl(path), _WINDOW), more)
+    tail = _first_of_groups(read_tail(path, _TAIL_BYTES)[-_WINDOW:], more)
     if not head or not tail:
         return []
     first, last = head[0]["step"], tail[-1]["step"]
@@ -51,11 +52,12 @@ def sample_pairs(path: Path, count: int = PAIRS) -> list[Pair]:
     return [Pair(row, _take_partner(row, late)) for row in _in_turns(early)[:count]]
 
 
-def _first_of_groups(rows: Iterable[Row]) -> list[Row]:
+def _first_of_groups(rows: Iterable[Row], more: int) -> list[Row]:
+    """The first row of each group, with ``more`` added to its step."""
     groups: dict[tuple[int, str], Row] = {}
     for row in rows:
         groups.setdefault((row["step"], row["prompt"]), row)
-    return list(groups.values())
+    return [row | {"step": row["step"] + more} for row in groups.values()]
 
 
 def _in_turns(rows: Sequence[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The plot of where the time of a step goes: seconds of each stage over the run, and their shares."""
+"""The plot of where the time of a generation batch goes: seconds of each stage over the run, and their shares."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OUTSIDE = "outside the stages"
 
 
 def stage_times(timings: History) -> Figure:
-    """Draws stacked areas of seconds per step, and beside them each stage's mean time and share.
+    """Draws stacked areas of seconds per generation batch, and beside them each stage's mean time and share.
 
     Raises:
         MissingData: ``timings`` has no stage.
@@ -45,9 +45,9 @@ def stage_times(timings: History) -> Figure:
     palette = {**_COLOURS, **{n: _MORE[i % len(_MORE)] for i, n in enumerate(unknown)}, _OUTSIDE: "#CFCFCF"}
     areas = min(len(timings), MAX_AREAS)
     per_area = -(-len(timings) // areas)
-    left = "Seconds per step" if per_area == 1 else f"Seconds per step (means over {per_area})"
+    left = "Seconds per batch" if per_area == 1 else f"Seconds per batch (means over {per_area})"
     usual, without = _usual_steps(timings.steps, seconds)
-    figure = panels([left, f"Mean per step, share of time{without}"], height=1.6 + 0.19 * len(seconds))
+    figure = panels([left, f"Mean per batch, share of time{without}"], height=1.6 + 0.19 * len(seconds))
     _stack(figure.axes[0], timings.steps, seconds, palette, per_area)
     _shares(figure.axes[1], {name: values[usual] for name, values in seconds.items()}, palette)
     return figure.finish()
@@ -88,7 +88,7 @@ def _stack(
         bottom = top
     step_axis(ax, edges, STEP_LABEL, margin=0.0)
     ax.set_ylim(0, ax.get_ylim()[1])
-    ax.set_ylabel("time (seconds per step)")
+    ax.set_ylabel("time (seconds per batch)")
     _cap(ax, x, bottom)
 
 

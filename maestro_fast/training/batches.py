@@ -139,8 +139,6 @@ class GroupSampler(Sampler[int]):
     """
 
     def __init__(self, size: int, block: int, repeat: int, seed: int) -> None:
-        if size < block:
-            raise ValueError(f"prompts_per_batch: {block} over all processes, but the data holds {size} prompts only")
         self.size, self.block, self.repeat, self.seed = size, block, repeat, seed
         self.epoch = 0
 
@@ -152,9 +150,18 @@ class GroupSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def rows(self, number: int) -> list[int]:
+        """The indices of the prompts of generation batch ``number``, which counts from 0 over all epochs."""
+        epoch, place = divmod(number, self.blocks)
+        return self._order(epoch)[place * self.block : (place + 1) * self.block]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return order
+
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = self._order(self.epoch)
         for start in range(0, self.size - self.block + 1, self.block):
             for _ in range(self.repeat):
                 yield from order[start : start + self.block]
@@ -186,7 +193,8 @@ class MicroBatch:
 
     ``_C`` tensors hold the completion tokens, response after response. ``advantages_B`` and ``cu_seqlens`` lie on the
     CPU, where the loss reads which rows have no gradient. ``normalizer`` and ``entropy_normalizer`` divide the sums of
-    ``policy_loss``, whose documentation explains them.
+    ``policy_loss``, whose documentation explains them. ``members`` are the indices of the responses among those of this
+    process; they are empty where a checkpoint of version 0.1 did not hold them.
     """
 
     sequences: Sequences
@@ -195,6 +203,7 @@ class MicroBatch:
     logprobs: TokenLogprobs
     normalizer: float
     entropy_normalizer: float
+    members: tuple[int, ...] = ()
 
 
 def split_micro_batches(
@@ -235,6 +244,7 @@ def split_micro_batches(
                 logprobs.select(tokens.to(device)),
                 _normalizer(plan, normalization, tokens.numel(), update_tokens),
                 update_tokens,
+                tuple(members),
             )
         )
     return batches

@@ -76,7 +76,7 @@ class BestPolicy:
             mean = sum(self.recent) / len(self.recent)
             better = self.utility is None or mean > self.utility
             if better and number >= self.first and len(self.recent) == self.window:
-                self.utility, self.step = mean, record.step
+                self.utility, self.step = mean, record.step - 1
                 self.parameters = {n: p.detach().to("cpu", copy=True) for n, p in _trained(model)} if self.holds else {}
         return {} if self.utility is None else {"best/utility": self.utility}
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -55,7 +53,6 @@ class Checkpoints:
         """
         self._weights, self._best, self._sizes = weights, best, sizes
         self._reward_names, self._args = reward_names, args
-        self._before: Snapshot | None = None
 
     def save(self, folder: Path, published: Path, step: StepState, state: TrainerState) -> None:
         """Writes our part into ``folder``, on every process.
@@ -107,19 +104,6 @@ class Checkpoints:
         """Loads the state of the weight policy alone."""
         load_weight_policy(folder, self._weights, self._reward_names)
 
-    def remember(self, means: MetricMeans) -> None:
-        """Keeps the state for ``roll_back``, before something that may fail."""
-        self._before = Snapshot.take(self._weights, means, self._args.device)
-
-    @property
-    def can_roll_back(self) -> bool:
-        return self._before is not None
-
-    def roll_back(self) -> MetricMeans:
-        """Puts back the state that ``remember`` kept, and returns the figures that had not been logged then."""
-        assert self._before is not None
-        return self._before.restore(self._weights, self._args.device)
-
 
 def batch_sizes(plan: BatchPlan, group_size: int, processes: int) -> dict[str, int]:
     """The sizes by which a generation batch is divided, by their names in a config."""
@@ -151,6 +135,7 @@ class StepState:
         means: the figures since the last log line.
         loss: the sum of the losses since the last log line.
         logged_step: the step of that line.
+        evaluation_due: whether the evaluation after the last step was broken off, so that it has to be made again.
         sizes: the ``batch_sizes`` of the run that made ``micro_batches``.
     """
 
@@ -158,7 +143,12 @@ class StepState:
     means: MetricMeans = field(default_factory=MetricMeans)
     loss: float = 0.0
     logged_step: int = 0
+    evaluation_due: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> StepState:
+        """A copy that training does not change."""
+        return replace(self, micro_batches=[*self.micro_batches], means=MetricMeans.of(self.means.state()))
 
     def check_sizes(self, expected: dict[str, int]) -> None:
         """Checks that this run may train on ``micro_batches``.
@@ -184,6 +174,7 @@ def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -
         "means": state.means.state(),
         "loss": state.loss,
         "logged_step": state.logged_step,
+        "evaluation_due": state.evaluation_due,
         "sizes": state.sizes,
     }
     save_file(tensors, _file(folder, rank, processes), metadata={"numbers": json.dumps(numbers)})
@@ -203,7 +194,8 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
         tensors, numbers = _read(file)
         batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
         means = MetricMeans.of(numbers["means"])
-        return StepState(batches, means, numbers["loss"], numbers["logged_step"], numbers["sizes"])
+        due = bool(numbers.get("evaluation_due"))  # Checkpoints of version 0.1 do not have it.
+        return StepState(batches, means, numbers["loss"], numbers["logged_step"], due, numbers["sizes"])
     others = sorted(folder.glob("step_state_*.safetensors"))
     if not others:
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")
@@ -238,6 +230,7 @@ def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
         "old_logprobs": logprobs.old_C,
         "ref_logprobs": logprobs.ref_C,
         "sampling_logprobs": logprobs.sampling_C,
+        "members": torch.tensor(batch.members, dtype=torch.int64) if batch.members else None,
     }
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -255,6 +248,7 @@ def _micro_batch(
         own["cu_seqlens"],
         TokenLogprobs(*(None if tensor is None else tensor.to(device) for tensor in logprobs)),
         *normalizers,
+        tuple(own["members"].tolist()) if "members" in own else (),
     )
 
 
@@ -270,39 +264,21 @@ def _ragged(flat: Tensor, lengths: Tensor) -> list[list[int]]:
     return [part.tolist() for part in flat.split(lengths.tolist())]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The state that a generation batch changes apart from the policy itself, as it was before the batch.
+def use_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
+    """Lets a resumed run train with the learning rate of its config, should it differ from that of the checkpoint.
 
-    If something fails in the batch, the run is saved as it was then. The fields hold the state of the weight policy,
-    the figures that had not been logged, and the state of this process's random generators.
+    The optimiser and the schedule of transformers bring the old rate back with their state. A schedule multiplies its
+    base rates by a factor, so both are scaled alike. Schedules without base rates keep what they have learnt.
     """
-
-    weights: dict[str, Tensor]
-    means: dict[str, tuple[float, int]]
-    python: Any
-    numpy: Any
-    host: Tensor
-    device: Tensor | None
-
-    @staticmethod
-    def take(weights: WeightPolicy, means: MetricMeans, device: torch.device) -> Snapshot:
-        """Copies the state; ``device`` is where the policy's random numbers are drawn."""
-        return Snapshot(
-            weights.state_dict(),
-            means.state(),
-            random.getstate(),
-            np.random.get_state(),
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        )
-
-    def restore(self, weights: WeightPolicy, device: torch.device) -> MetricMeans:
-        """Puts the state back, and returns the figures."""
-        weights.load_state_dict(self.weights)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.host)
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.device, device)
-        return MetricMeans.of(self.means)
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    bases = getattr(schedule, "base_lrs", None)
+    if not bases or bases[0] in (0.0, rate):
+        return
+    logger.warning("trainer.learning_rate: %g from here on, the checkpoint was made with %g", rate, bases[0])
+    factor = rate / bases[0]
+    schedule.base_lrs = [base * factor for base in bases]
+    schedule._last_lr = [last * factor for last in schedule.get_last_lr()]
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = group[name] * factor

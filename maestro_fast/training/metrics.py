@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.records import PolicyOutputs, Rollouts, StepRecord
@@ -27,11 +25,14 @@ LOSS_METRICS = {  # the name in the log for each metric of ``ops.policy_loss``
 
 
 def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, float]:
-    """The figures of a generation batch over all processes, most of them means over its responses."""
+    """The figures of a generation batch over all processes, most of them means over its responses.
+
+    ``reward`` and ``reward_std`` are those of ``reward_figures``. ``score_std`` is the mean over the responses of the
+    standard deviation by which their scores are compared; a score is the weighted sum of normalised rewards.
+    """
     lengths = record.lengths_B.float()
-    metrics = {
-        "reward": record.scores_B.mean().item(),
-        "reward_std": advantages.std.mean().item(),
+    metrics = reward_figures(record.rewards_BK, record.weights_BK) | {
+        "score_std": advantages.std.mean().item(),
         "frac_reward_zero_std": record.degenerate_B.float().mean().item(),
         "advantages/std": record.advantages_B.std(correction=0).item(),
         "advantages/abs_mean": record.advantages_B.abs().mean().item(),
@@ -59,6 +60,25 @@ def batch_metrics(record: StepRecord, advantages: GroupAdvantages) -> dict[str, 
     return metrics | by_family | _family_spread(record)
 
 
+def reward_figures(rewards_BK: Tensor, weights_BK: Tensor) -> dict[str, float]:
+    """The weighted sum of the raw rewards of a response, as TRL's GRPOTrainer logs it.
+
+    A response has sum_k w_k r_k over the rewards that did not abstain; one from which all abstained is left out. Here
+    the weights of a policy add up to 1, where TRL's are 1 each by default.
+
+    Args:
+        rewards_BK, weights_BK: float32 [B, K]; a NaN is an abstention.
+
+    Returns:
+        ``reward``, the mean over the responses, and ``reward_std``, their standard deviation with Bessel's correction.
+        Both are left out if no response has a reward, and the second also if only one has.
+    """
+    live_B = ~rewards_BK.isnan().all(1)
+    reward = (rewards_BK * weights_BK).double().nansum(1)[live_B]
+    figures = {"reward": reward.mean().item()} if reward.numel() else {}
+    return figures | ({"reward_std": reward.std().item()} if reward.numel() > 1 else {})
+
+
 def _family_spread(record: StepRecord) -> dict[str, float]:
     """How far the families' mean expected weights lie apart, and how far they do on average after eight shuffles.
 
@@ -74,12 +94,33 @@ def _family_spread(record: StepRecord) -> dict[str, float]:
 
 
 def policy_metrics(
-    rollouts: Rollouts, outputs: PolicyOutputs | None, gather: Callable[[Tensor], Tensor]
+    rollouts: Rollouts,
+    outputs: PolicyOutputs | None,
+    gather: Callable[[Tensor], Tensor],
+    ref_logprobs_C: Tensor | None = None,
 ) -> dict[str, float]:
-    """The mean entropy of the policy, and ``sampler_metrics``; nothing if no forward has scored the responses."""
+    """The mean entropy of the policy, and ``sampler_metrics``; nothing if no forward has scored the responses.
+
+    With the reference's log-probs, float32 [C], there is also ``kl``, the mean of ``divergence`` over all tokens.
+    """
     if outputs is None:
         return {}
-    return sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, gather, outputs.entropies_C)
+    metrics = sampler_metrics(outputs.logprobs_C, rollouts.sampling_logprobs_C, gather, outputs.entropies_C)
+    if ref_logprobs_C is not None:
+        sums = divergence(outputs.logprobs_C, ref_logprobs_C)
+        tokens, kl = gather(sums[None].to(outputs.logprobs_C.device)).cpu().sum(0).tolist()
+        metrics |= {"kl": kl / tokens} if tokens else {}
+    return metrics
+
+
+def divergence(logprobs_C: Tensor, ref_logprobs_C: Tensor) -> Tensor:
+    """The number of tokens, and the sum over them of k3, an estimate of KL(policy || reference) in nats, float64 [2].
+
+    k3 is r - 1 - log r with r = reference / policy (J. Schulman, "Approximating KL divergence", 2020). The loss and
+    TRL log its mean over the tokens as ``kl``.
+    """
+    gap_C = (ref_logprobs_C - logprobs_C).detach().double()
+    return torch.stack([gap_C.new_tensor(gap_C.numel()), (gap_C.expm1() - gap_C).sum()])
 
 
 def sampler_metrics(
@@ -221,33 +262,3 @@ class StageClock:
         self._seconds.clear()
         self._began = now
         return seconds
-
-
-class StageProgress(ProgressCallback):
-    """transformers' progress bar with the current stage in front, and two figures instead of the whole log line."""
-
-    @classmethod
-    def replace_bar(cls, trainer: Trainer, clock: StageClock) -> None:
-        """Puts this bar in the place of transformers' own."""
-        trainer.remove_callback(ProgressCallback)
-        progress = cls()
-        clock.on_stage = progress.show
-        trainer.add_callback(progress)
-
-    def show(self, stage: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_description(f"{stage:>16}")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.training_bar is None or not logs or "reward" not in logs:
-            return
-        self.training_bar.set_postfix(
-            reward=f"{logs['reward']:.3f}", tokens=f"{logs['completions/mean_length']:.0f}", refresh=False
-        )

@@ -31,7 +31,7 @@ class Started:
         parts: callables that each wait for the responses of one part, which holds whole groups.
         wait: a callable that returns once no part is being sampled any more, whether or not one has failed.
         number: the number of the generation batch, from 0.
-        step: the number of optimiser steps done before the batch.
+        step: the number of the first optimiser step that trains on the batch, from 1.
     """
 
     prompts: Prompts
@@ -75,11 +75,12 @@ class Lessons:
             self.learn()
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._waiting)
+    def waiting(self) -> tuple[Outcome, ...]:
+        return tuple(self._waiting)
 
-    def forget(self) -> None:
-        self._waiting.clear()
+    def restore(self, outcomes: Sequence[Outcome] = ()) -> None:
+        """Lets ``outcomes``, or nothing, wait in place of what does."""
+        self._waiting = [*outcomes]
 
     def learn(self) -> dict[str, float]:
         """Lets the policy learn from the waiting outcome, if any. This comes before the next weights and before saving.

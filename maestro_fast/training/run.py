@@ -111,8 +111,9 @@ def train(
             if trainer.is_world_process_zero():
                 written = yaml.safe_dump(absolute_paths(raw, Path.cwd()), sort_keys=False)
                 (run_dir / "config.yaml").write_text(written, encoding="utf-8")
-            trainer.train(resume_from_checkpoint=resume or None)
-            _save_final(trainer, run_dir)
+            with trainer.interrupts.caught(f"Training had ended; its policy is in {run_dir / 'final'}."):
+                trainer.train(resume_from_checkpoint=resume or None)
+                _save_final(trainer, run_dir)
     return trainer
 
 
@@ -209,6 +210,7 @@ def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bo
 def _save_final(trainer: MaestroTrainer, run_dir: Path) -> None:
     if trainer.best is not None:
         trainer.best.load_into(trainer.model, trainer.accelerator)
+    trainer.health.check_parameters(trainer.state.global_step)
     with staged(run_dir, trainer.accelerator) as folder:
         trainer.save_model(str(folder / "final"))
         if trainer.is_world_process_zero():

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 STAGING = ".saving"
 _REPLACED = ".old-"
 _LOCK = ".lock"
+_OF_A_STEP = ("metrics.jsonl", "final")  # A run that ended before its first step leaves none of these, and starts anew.
 _PATIENCE = 5.0  # seconds to wait for the lock, because a child of a killed process may hold it for a moment longer
 
 
@@ -61,12 +62,12 @@ def _claim(path: Path, resume: bool, stack: contextlib.ExitStack) -> None:
         raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from")
     _prove_writable(path)
     stack.enter_context(locked(path, "run_dir"))
-    if not resume and (path / "config.yaml").exists():
+    recover(path)
+    finished = get_last_checkpoint(str(path)) is not None
+    if resume and not finished:
+        raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from, start the run without --resume")
+    if not resume and (finished or any((path / name).exists() for name in _OF_A_STEP)):
         raise SettingsError(f"run_dir: {path} holds a run already, expected a new directory, or --resume")
-    if resume:
-        recover(path)
-        if get_last_checkpoint(str(path)) is None:
-            raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from")
 
 
 def _prove_writable(path: Path) -> None:

@@ -66,7 +66,7 @@ class Sampled:
     Attributes:
         rollouts: the responses.
         number: the number of the generation batch, from 0.
-        step: the number of optimiser steps done before the batch.
+        step: the number of the first optimiser step that trains on the batch, from 1.
         rewards_BK, utilities_B: what the judges gave them while other parts were being sampled; None where nothing has
             judged them yet, and ``utilities_B`` also without an anchor.
     """
@@ -109,7 +109,7 @@ class Step:
     clock: StageClock
 
     def start(self, model: nn.Module, prompts: Prompts, number: int, step: int) -> Started:
-        """Begins generation batch ``number`` (from 0), made after ``step`` optimiser steps.
+        """Begins generation batch ``number`` (from 0), which optimiser step ``step`` (from 1) is the first to train on.
 
         A generator that works elsewhere begins at once. One that works in this process waits until ``collect``.
 
@@ -206,7 +206,8 @@ class Step:
         record = step_record(sampled.step, rollouts, outcome, processes)
         self.judges.watch_first(record, rollouts, self.sampler.group_size)
         metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
-        metrics |= policy_metrics(rollouts, outputs, processes.gather) | rollouts.metrics
+        in_score = None if self.terms.needs_reference else ref_logprobs_C  # Otherwise the loss logs the KL.
+        metrics |= policy_metrics(rollouts, outputs, processes.gather, in_score) | rollouts.metrics
         logprobs = TokenLogprobs(
             outputs.logprobs_C if outputs is not None and self.plan.updates > 1 else None,
             ref_logprobs_C if self.terms.needs_reference else None,

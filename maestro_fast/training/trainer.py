@@ -8,14 +8,16 @@ scored before             Rewards, weights and advantages are known before the t
 judged in the training    One micro-batch holds the whole batch. Its training forward gives log-probs, entropies and
 forward                   hidden states; then the responses are judged, weighed and compared; then the loss follows.
 
-Saving and resuming stand in ``training/checkpoint.py``; the methods below are the places where transformers calls it.
+Saving and resuming stand in ``training/checkpoint.py``, what stops a run in ``training/interrupt.py`` and
+``training/health.py``, and how it is saved then in ``training/rescue.py``. The methods below are the places where
+transformers calls them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
@@ -44,13 +44,23 @@ from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
 from maestro_fast.training.best_policy import BestPolicy, check_best
-from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_complete
+from maestro_fast.training.checkpoint import (
+    Checkpoints,
+    StepState,
+    batch_sizes,
+    check_complete,
+    use_learning_rate,
+)
 from maestro_fast.training.data import PromptDataset, check_conditions
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
+from maestro_fast.training.health import Health, Origins
+from maestro_fast.training.interrupt import Interrupts
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
-from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, StageProgress
+from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, divergence
 from maestro_fast.training.overlap import Lessons, check_parts
 from maestro_fast.training.plan import LossTerms, Method, checked_plan, choose_scoring, context_mode, reads_reference
+from maestro_fast.training.progress import StageProgress, StepEvents
+from maestro_fast.training.rescue import Rescue
 from maestro_fast.training.run_directory import staged
 from maestro_fast.training.step import Judges, Sampled, Sampler, Scorer, Step
 from maestro_fast.training.weight_sync import check_engine, synced_generator
@@ -96,11 +106,16 @@ class MaestroTrainer(Trainer):
         checkpoints: our part of every checkpoint.
         best: the best policy so far; None where the run does not keep it.
         clock: adds up the seconds of each stage.
+        interrupts: catches the signals that stop a run, see ``training/interrupt.py``.
+        health: stops a run that is not finite any more, see ``training/health.py``.
     """
 
     loss_is_scaled_for_ga = True  # Gradient accumulation is in the normalizer of the loss already.
     _restored: StepState | None = None  # what a checkpoint held, until transformers has set its own counters
     _staging: Path | None = None  # the folder in which a checkpoint is being written
+    saved_at: int | None = None  # the step of the last checkpoint
+    _record: StepRecord | None = None  # of the current generation batch; None behind a resume
+    _evaluating = False  # whether an evaluation of the training loop goes on, or has failed
 
     def __init__(
         self,
@@ -147,13 +162,13 @@ class MaestroTrainer(Trainer):
         # A transformers that does not know loss_is_scaled_for_ga looks at this attribute instead, and never calls it.
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
+        self.interrupts = Interrupts(alone=self.args.world_size == 1, speaks=self.is_world_process_zero())
         if keep_best:
             check_best(anchor, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.best = BestPolicy(holds=self.is_world_process_zero()) if keep_best else None
-        self._observers, self._timing_observers = tuple(observers), tuple(timing_observers)
-        if not self.args.disable_tqdm:
-            StageProgress.replace_bar(self, self.clock)
-        self.add_callback(StepEvents(self))
+        self._observers = tuple(observers)
+        self._progress = StageProgress.replace_bar(self, self.clock)
+        self.add_callback(StepEvents(self, timing_observers))
         warn_of_half_precision(model, args.learning_rate, self.accelerator)
         reference = reference_policy(model, self.accelerator) if needs_reference else None
         choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
@@ -163,6 +178,9 @@ class MaestroTrainer(Trainer):
         self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
         self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
         self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
+        self._rescue = Rescue(self, model, weights, self._lessons)
+        self.health = Health(self.step.processes, model, self.args.learning_rate)
+        self._origins = Origins([], self.method.sampling.group_size, 0)  # where the current responses come from
 
     def _build_step(
         self,
@@ -211,20 +229,38 @@ class MaestroTrainer(Trainer):
 
     # ---- a generation batch -------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
-        del train_dataset
-        block, seed = self.method.batch.prompts_per_batch, self.method.seed
-        self._sampler = GroupSampler(len(self._dataset), block, self.step.plan.micro_steps, seed)
+    def _get_train_sampler(self, _dataset: Any = None) -> GroupSampler:
+        block, repeat = self.method.batch.prompts_per_batch, self.step.plan.micro_steps
+        self._sampler = GroupSampler(len(self._dataset), block, repeat, self.method.seed)
         return self._sampler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as ``transformers.Trainer.train`` does, and saves the run before a signal stops it.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM has come.
+            NonFiniteError: a loss, a gradient or a parameter is not finite.
+        """
+        with self.interrupts.caught("Training had ended."), contextlib.closing(self._progress):
+            return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trains on one micro-batch; for the first one of a generation batch, it samples the batch."""
         if not self._micro_batches:
             self._micro_batches = self._next_batch(model, inputs)
-        micro_batch = self._micro_batches.pop(0)
-        with self.clock.stage("train"):
+        elif len(self._micro_batches) % self.step.plan.accumulation == 0:
+            self._rescue.remember()  # The next optimiser step of this generation batch begins.
+        with self._rescue.saved_if_it_fails(), self.clock.stage("train"):
+            micro_batch = self._micro_batches.pop(0)
             loss: Tensor = super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[arg-type]
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Checks the losses and the norm of the gradient, just before the optimiser applies the gradient."""
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        with self._rescue.saved_if_it_fails():
+            self.health.check(norm, self.state.global_step + 1, self._origins, self._record)
+        return norm
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs if isinstance(inputs, (MicroBatch, Sampled)) else super()._prepare_inputs(inputs)
@@ -233,32 +269,42 @@ class MaestroTrainer(Trainer):
         """Samples a generation batch. Unless the training forward is to be read, it is judged here, too."""
         step, updates = self.state.global_step, self.step.plan.updates
         prompts = self._dataset.prompts(rows, self._tokenizer)
-        started = self.step.start(model, prompts, step // updates, step)
+        with self._rescue.saved_if_it_fails():
+            self.health.check_parameters(step)
+        started = self.step.start(model, prompts, step // updates, step + 1)
         try:
-            self._remember()
-            with self._saved_if_it_fails(model):
-                sampled = self.step.collect(model, started)
-                if self.step.scoring.source == "training":
-                    return [sampled]
-                return [*self._prepared(model, sampled, self.step.score(model, sampled))]
+            self.learn()
+            self._rescue.remember()
+            with self._rescue.saved_if_it_fails():
+                with self.interrupts.may_stop():
+                    sampled = self.step.collect(model, started)
+                    if self.step.scoring.source == "training":
+                        return [sampled]
+                    outputs = self.step.score(model, sampled)
+                return [*self._prepared(model, sampled, outputs)]
         finally:
             started.wait()  # If one part failed, no other may still use the engine when it is closed.
 
     def _prepared(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
         """Judges, weighs and compares a batch, and tells the log and the observers about it."""
         postpone = self.step.sampler.generator.concurrent_parts > 0
-        micro_batches, record, metrics = self.step.prepare(
-            model, sampled, outputs, lambda outcome: self._lessons.add(outcome, postpone=postpone)
-        )
+        with self.interrupts.may_stop():
+            micro_batches, record, metrics = self.step.prepare(
+                model, sampled, outputs, lambda outcome: self._lessons.add(outcome, postpone=postpone)
+            )
         self._watch.see(metrics)
         self._means.add(metrics)
-        if self.is_world_process_zero():
-            for observer in self._observers:
-                observer(record)
+        self._origins, self._record = self._origins_of(sampled.number), record
+        for observer in self._observers if self.is_world_process_zero() else ():
+            observer(record)
         if self.best is not None:  # This comes last: if something above fails, the batch does not count.
             assert isinstance(self.model, nn.Module)
             self._means.add(self.best.see(sampled.number, record, self.model))
         return micro_batches
+
+    def _origins_of(self, number: int) -> Origins:
+        own = self.step.processes.rank * self.step.plan.responses
+        return Origins(self._sampler.rows(number), self.method.sampling.group_size, own)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -266,13 +312,17 @@ class MaestroTrainer(Trainer):
         """Computes the policy loss of a micro-batch; an optimiser step has the sum over its micro-batches."""
         hidden = last_hidden(model, inputs.sequences, self.step.scorer.layout)
         if isinstance(inputs, MicroBatch):
-            loss, metrics = self._loss_scored_before(hidden, inputs)
+            batch, (loss, metrics, logprobs) = inputs, self._loss_scored_before(hidden, inputs)
         else:
-            loss, metrics = self._loss_judged_in_forward(model, hidden, inputs)
+            batch, (loss, metrics, logprobs) = self._loss_judged_in_forward(model, hidden, inputs)
+        self.health.see(loss, batch, logprobs)
+        if batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
+            tokens, total = divergence(logprobs, batch.logprobs.ref_C)
+            metrics = {**metrics, "kl": total / tokens.clamp(min=1)}
         self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
 
-    def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> _Found:
         """Computes the loss from packed hidden states [T, d] and advantages that are known, in one sweep."""
         scorer = self.step.scorer
         with scorer.autocast():
@@ -280,28 +330,24 @@ class MaestroTrainer(Trainer):
         if self.step.scoring.source == "none":
             last = not self._micro_batches
             self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
-        return found.loss, found.metrics
+        return found.loss, found.metrics, found.logprobs
 
-    def _loss_judged_in_forward(
-        self, model: nn.Module, hidden: Tensor, sampled: Sampled
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_judged_in_forward(self, model: nn.Module, hidden: Tensor, sampled: Sampled) -> tuple[MicroBatch, _Found]:
         """Judges responses by what their training forward gives, and computes the loss from its states [T, d]."""
-        scorer, terms = self.step.scorer, self.step.terms
-        logprobs, entropies = scorer.logprobs(hidden, sampled.sequences, terms.entropy)
+        scorer, terms, sequences = self.step.scorer, self.step.terms, sampled.sequences
+        logprobs, entropies = scorer.logprobs(hidden, sequences, terms.entropy)
         mode = context_mode(self.step.weights) or "last"
-        outputs = policy_outputs(hidden, sampled.sequences, logprobs, entropies, mode)
-        with self._saved_if_it_fails(model):
-            (batch,) = self._prepared(model, sampled, outputs)
+        outputs = policy_outputs(hidden, sequences, logprobs, entropies, mode)
+        (batch,) = self._prepared(model, sampled, outputs)
         found = loss_of_logprobs(logprobs, entropies, batch, terms.function)
-        return found.loss, found.metrics
+        return batch, (found.loss, found.metrics, logprobs.detach())
 
     def learn(self) -> None:
         """Lets the weight policy catch up with the last batch. Its figures go to the next line of the log."""
         if not self._lessons.waiting:
             return
-        if self._saves_failures:
-            self.checkpoints.remember(self._means)  # If learning fails, the run is saved as it was before.
-        with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("conductor_update"):
+        self._rescue.remember(lessons=())  # If learning fails, the run is saved as it was before.
+        with self._rescue.saved_if_it_fails(), self.clock.stage("conductor_update"):
             learnt = self._lessons.learn()
         self._watch.see(learnt)
         self._means.add(learnt)
@@ -316,22 +362,12 @@ class MaestroTrainer(Trainer):
             self._means = MetricMeans()
         super().log({**logs, **means.pop()}, start_time)
 
-    def emit_timings(self) -> None:
-        """Gives the timing observers the seconds by stage of the generation batch that has just ended."""
-        timings = {"step": float(self.state.global_step), **self.clock.lap()}
-        if self.is_world_process_zero():
-            for observer in self._timing_observers:
-                observer(timings)
-
     def floating_point_ops(self, inputs: Any) -> int:
         """Returns 0: the rows that come from the data loader are prompts, not the sequences that are trained on."""
         return 0
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Computes mean rewards and utility on held-out prompts, see ``evaluation.evaluate_rewards``.
 
@@ -342,8 +378,10 @@ class MaestroTrainer(Trainer):
         dataset = eval_dataset or self.eval_dataset
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
-        self._remember()
-        with self._saved_if_it_fails(self.model_wrapped), self.clock.stage("evaluate"):
+        self.learn()
+        self._evaluating = self.is_in_train
+        self._rescue.remember()
+        with self._rescue.saved_if_it_fails(), self.interrupts.may_stop(), self.clock.stage("evaluate"):
             metrics = evaluate_rewards(
                 self.step.sampler,
                 self.step.judges,
@@ -354,6 +392,7 @@ class MaestroTrainer(Trainer):
                 prefix=metric_key_prefix,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )
+        self._evaluating = False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -367,14 +406,14 @@ class MaestroTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self.learn()
+        self.health.check_parameters(self.state.global_step)
         with self.clock.stage("save"), staged(run_dir, self.accelerator) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
-                unused = [batch for batch in self._micro_batches if isinstance(batch, MicroBatch)]
-                step = StepState(unused, self._means, self._tr_loss.item(), self._globalstep_last_logged)
-                self.checkpoints.save(self._staging / name, run_dir / name, step, self.state)
+                self.checkpoints.save(self._staging / name, run_dir / name, self.step_state(), self.state)
             finally:
                 self._staging = None
+        self.saved_at = self.state.global_step
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -387,6 +426,7 @@ class MaestroTrainer(Trainer):
             check_complete(Path(checkpoint), deepspeed=self.is_deepspeed_enabled)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            use_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
             self._restored = self.checkpoints.load(Path(checkpoint), self.state.global_step)
 
     def _load_best_model(self) -> None:
@@ -397,15 +437,35 @@ class MaestroTrainer(Trainer):
         self.checkpoints.load_weights(Path(self.state.best_model_checkpoint))
 
     def restore_step(self) -> None:
-        """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters."""
+        """Takes over what a checkpoint held of the step in progress, once transformers has set its own counters.
+
+        Nothing of an earlier ``train``, which may have failed, reaches this one.
+        """
         state, self._restored = self._restored, None
-        self._lessons.forget()  # An earlier ``train`` that failed may have left one.
-        if state is None:  # Nothing of an earlier ``train`` may reach this one.
-            self._micro_batches, self._means = [], MetricMeans()
-            return
+        self._lessons.restore()
+        self.health.forget()
+        self._micro_batches, self._means, self._evaluating = [], MetricMeans(), False
+        self.saved_at = self._record = None
+        if state is not None:
+            self.saved_at = self.state.global_step
+            self._origins = self._origins_of((self.state.global_step - 1) // self.step.plan.updates)
+            self.take_over(state)
+
+    def step_state(self) -> StepState:
+        """The step in progress, for a checkpoint."""
+        unused = [batch for batch in self._micro_batches if isinstance(batch, MicroBatch)]
+        loss, logged = self._tr_loss.item(), self._globalstep_last_logged
+        return StepState(unused, self._means, loss, logged, self._evaluating)
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of the run as it is."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def take_over(self, state: StepState) -> None:
+        """Goes on from the step in progress that ``state`` holds."""
         self._micro_batches, self._means = [*state.micro_batches], state.means
         self._tr_loss = torch.full_like(self._tr_loss, state.loss)
-        self._globalstep_last_logged = state.logged_step
+        self._globalstep_last_logged, self._evaluating = state.logged_step, state.evaluation_due
 
     def begin_epoch(self) -> None:
         """Tells the sampler its epoch, because transformers does not do so when several processes resume."""
@@ -413,86 +473,28 @@ class MaestroTrainer(Trainer):
         self._sampler.set_epoch(self.state.global_step // steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Runs no epoch after ``max_steps``. transformers itself checks only after a step, so it would run one more."""
+        """Runs no epoch after ``max_steps``. transformers itself checks only after a step, so it would run one more.
+
+        An evaluation that was broken off when the run was saved is made before the first step.
+        """
+        if self._evaluating and self.eval_dataset is not None:
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self.control.should_evaluate = self.control.should_save = True  # The new checkpoint replaces the old one.
+            after = {name: kwargs[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")}
+            self._maybe_log_save_evaluate(self._tr_loss, None, **after)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _remember(self) -> None:
-        """Keeps the state for ``_saved_if_it_fails``, before something that may fail."""
-        self.learn()
-        if self._saves_failures:
-            self.checkpoints.remember(self._means)
-
-    @property
-    def _saves_failures(self) -> bool:
-        """Whether the run is saved when something fails. Several processes cannot: the others do not take part then."""
-        return self.is_in_train and self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO
-
-    @contextlib.contextmanager
-    def _saved_if_it_fails(self, model: nn.Module) -> Iterator[None]:
-        """Saves the run as it was at the last ``_remember`` if the body of the ``with`` fails.
-
-        So a faulty reward late in a run does not cost the steps since the last checkpoint.
-        """
-        try:
-            yield
-        except Exception as error:
-            step = self.state.global_step
-            if step > 0 and self._saves_failures and self.checkpoints.can_roll_back:
-                folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
-                if not folder.exists():
-                    self._means = self.checkpoints.roll_back()
-                    self._save_checkpoint(model, None)
-                error.add_note(
-                    f"The run as it was after step {step} is in {folder}; mend the cause and go on with --resume."
-                )
-            raise
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the run behind an optimiser step if a signal has come to any process, and saves it before."""
+        with self._rescue.saved_if_it_fails():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if self.interrupts.agreed(self.step.processes):
+                if self.args.save_strategy != SaveStrategy.NO and self.saved_at != self.state.global_step:
+                    self.save_checkpoint()
+                self.interrupts.check()
 
 
-class StepEvents(TrainerCallback):
-    """Tells the trainer where training, an epoch and a generation batch begin and end.
-
-    The seconds of a batch are complete only where the next one begins, because saving and evaluation come after its
-    last step.
-    """
-
-    def __init__(self, trainer: MaestroTrainer) -> None:
-        self._trainer = trainer
-        self._stepped = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stepped = False
-        self._trainer.clock.lap()
-        self._trainer.restore_step()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.begin_epoch()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step % self._trainer.step.plan.updates == 0:
-            self._emit()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stepped = True
-        control.should_training_stop |= self._trainer.step.weights.should_stop
-        if control.should_training_stop or state.global_step >= state.max_steps:
-            self._trainer.learn()  # No later batch would do it, and its figures belong into the last line of the log.
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.learn()  # A callback may have ended the run after its last step.
-        self._emit()
-
-    def _emit(self) -> None:
-        if self._stepped:
-            self._stepped = False
-            self._trainer.emit_timings()
+_Found = tuple[Tensor, dict[str, Tensor], Tensor]  # a loss, its metrics, and the policy's log-probs [C]

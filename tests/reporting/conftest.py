@@ -79,7 +79,13 @@ def metrics_row(
     lengths = 180 * np.exp(-0.8 * done) + 20 * rng.normal(size=len(families)) + 15 * np.arange(len(families))
     row: dict[str, Any] = {"step": step, "loss": 0.1 * rng.normal()}
     row |= {"grad_norm": 0.4 + 0.1 * rng.random(), "learning_rate": 1e-5 * (1 - done), "epoch": done}
-    row |= {"reward": means.mean(), "reward_std": 0.3 * means.std(), "entropy": 2.2 - done, "kl": 0.02 * done}
+    row |= {
+        "reward": means.mean(),
+        "reward_std": 0.3 * means.std(),
+        "score_std": 0.5,
+        "entropy": 2.2 - done,
+        "kl": 0.02 * done,
+    }
     for k, name in enumerate(rewards):
         row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = means[:, k].mean(), 0.25 * scales[k]
         row[f"rewards/{name}/abstained"] = 0.12 if k == 0 else 0.0

@@ -82,7 +82,7 @@ def test_every_axis_has_a_label_with_a_unit(name: str, history: History) -> None
 
 def test_stage_times_have_labels_with_units(timings: History) -> None:
     left, right = stage_times(timings).axes
-    assert (left.get_xlabel(), left.get_ylabel()) == ("step (optimiser updates)", "time (seconds per step)")
+    assert (left.get_xlabel(), left.get_ylabel()) == ("step (optimiser updates)", "time (seconds per batch)")
     assert right.get_xlabel() == "share of the time (%)"
     assert "weight_sync" in [tick.get_text() for tick in right.get_yticklabels()]
 
@@ -279,3 +279,13 @@ def test_pyplot_is_left_alone(history: History) -> None:
 
     plots.rewards(history)
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("more", "title"), [({"score_std": 0.5}, "weighted sum of the rewards"), ({}, "mean score")], ids=["today", "0.1"]
+)
+def test_the_total_says_what_it_shows(more: dict[str, float], title: str) -> None:
+    """Version 0.1 logged the mean of the scores as ``reward``."""
+    line = {"rewards/a/mean": 0.5, "rewards/a/std": 0.1, "reward": 0.2, "reward_std": 0.1, **more}
+    figure = plots.rewards(History.of({"step": step, **line} for step in (1, 2, 3)))
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["a", title]

@@ -110,12 +110,27 @@ def test_rollouts_have_one_line_per_response(tmp_path: Path, make_record: Callab
 
 def test_resumed_rollouts_repeat_no_step(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:
     rollouts = RolloutsLog(tmp_path)
-    for step in (0, 1, 1, 2):  # Step 1 has two generation batches.
+    for step in (1, 2, 2, 3):  # Step 2 has two generation batches.
         rollouts(make_record(step))
     resumed = RolloutsLog(tmp_path)
-    resumed(make_record(1))
-    resumed(make_record(1))
-    assert steps_of(tmp_path / "rollouts.jsonl") == [0] * 16 + [1] * 32
+    resumed(make_record(2))
+    resumed(make_record(2))
+    assert steps_of(tmp_path / "rollouts.jsonl") == [1] * 16 + [2] * 32
+
+
+def test_a_run_of_version_0_1_goes_on_in_the_steps_of_today(
+    tmp_path: Path, make_record: Callable[[int], StepRecord]
+) -> None:
+    """Its responses had the number of optimiser steps done before them, so they count from 0."""
+    rollouts = RolloutsLog(tmp_path)
+    for step in (0, 1, 2):
+        rollouts(make_record(step))
+    before = read_jsonl(tmp_path / "rollouts.jsonl")
+    RolloutsLog(tmp_path)(make_record(3))  # The checkpoint was made after two steps.
+
+    after = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert [row["step"] for row in after] == [1] * 16 + [2] * 16 + [3] * 16
+    assert after[:32] == [row | {"step": row["step"] + 1} for row in before[:32]]
 
 
 def test_timings_resume_and_need_a_step(tmp_path: Path) -> None:

@@ -20,14 +20,18 @@ def pairs_of(path: Path, *rows: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def test_the_same_prompt_is_preferred_then_the_same_family(tmp_path: Path) -> None:
-    rows = [row(0, "x", "x1"), row(0, "x", "x2"), row(0, "y", "y1"), row(0, "z", "z1")]
+    rows = [row(1, "x", "x1"), row(1, "x", "x2"), row(1, "y", "y1"), row(1, "z", "z1")]
     rows += [row(50, "x", "x2"), row(99, "x", "x3"), row(99, "x", "x2"), row(99, "x", "x4"), row(99, "y", "y2")]
     assert pairs_of(tmp_path, *rows) == [
-        ("x2", 0, ("x2", 99)),
-        ("y1", 0, ("y2", 99)),
-        ("z1", 0, None),
-        ("x1", 0, ("x4", 99)),
+        ("x2", 1, ("x2", 99)),
+        ("y1", 1, ("y2", 99)),
+        ("z1", 1, None),
+        ("x1", 1, ("x4", 99)),
     ]
+
+
+def test_a_file_of_version_0_1_counts_from_0_and_is_shown_from_1(tmp_path: Path) -> None:
+    assert pairs_of(tmp_path, row(0, "x", "p"), row(7, "x", "p")) == [("p", 1, ("p", 8))]
 
 
 def test_the_first_response_of_a_group_counts(tmp_path: Path) -> None:

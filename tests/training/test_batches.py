@@ -121,6 +121,12 @@ def test_epochs_differ_and_repeat() -> None:
     assert first != list(GroupSampler(size=32, block=4, repeat=1, seed=1))
 
 
-def test_fewer_prompts_than_a_block_are_refused() -> None:
-    with pytest.raises(ValueError, match="prompts_per_batch: 8 over all processes, but the data holds 5"):
-        GroupSampler(size=5, block=8, repeat=1, seed=0)
+def test_the_rows_of_a_batch_are_those_that_the_sampler_gives() -> None:
+    """Batches count over all epochs, and the last two of the eleven prompts are left out in each."""
+    sampler, given = GroupSampler(size=11, block=3, repeat=2, seed=4), []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        given += [indices[i : i + 3] for i in range(0, len(indices), 6)]
+
+    assert [sampler.rows(number) for number in range(6)] == given

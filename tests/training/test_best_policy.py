@@ -24,11 +24,12 @@ from tests.training.test_checkpoint import assert_same_run, killed_and_resumed
 NAN = float("nan")
 
 
-def record(step: int, utilities: list[float]) -> StepRecord:
+def record(done: int, utilities: list[float]) -> StepRecord:
+    """The record of a batch that a policy of ``done`` optimiser steps sampled."""
     empty = torch.zeros(len(utilities))
     names, none = ["x"] * len(utilities), empty[:, None]
     return StepRecord(
-        step,
+        done + 1,
         ("r",),
         names,
         names,
@@ -117,11 +118,11 @@ def raw(raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_final_holds_the_policy_of_the_best_step(raw: dict[str, Any]) -> None:
     seen: list[StepRecord] = []
     trainer = train(parse_config(raw), raw, observers=[seen.append])
-    labelled = []  # (step, mean)
+    labelled = []  # (the number of steps behind the policy, mean)
     for item in seen:
         assert item.utilities_B is not None
         values = [u for u in item.utilities_B.tolist() if not math.isnan(u)]
-        labelled += [(item.step, sum(values) / len(values))] if values else []
+        labelled += [(item.step - 1, sum(values) / len(values))] if values else []
     windows = [(step, (a + b) / 2) for (_, a), (step, b) in itertools.pairwise(labelled)]
     step, utility = max(windows, key=lambda window: window[1])
     assert 0 < step < 5, "the first or the last is the best: this shows nothing"

@@ -71,7 +71,7 @@ def test_memory_may_be_saved_between_batches(raw: dict[str, Any]) -> None:
     run(raw)
     trainer, records = run(raw, resume=True, trainer__max_steps=5, batch__micro_batch=4)
 
-    assert ([record.step for record in records], trainer.state.global_step) == ([3, 4], 5)
+    assert ([record.step for record in records], trainer.state.global_step) == ([4, 5], 5)
 
 
 def test_a_second_training_starts_anew(raw: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_a_second_training_starts_anew(raw: dict[str, Any]) -> None:
     trainer.train()
 
     assert left == 2
-    assert [record.step for record in records] == [0, 2, 0, 2]
+    assert [record.step for record in records] == [1, 3, 1, 3]
 
 
 @pytest.mark.parametrize("dies_at", ["the new one", "nothing"])

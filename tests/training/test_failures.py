@@ -53,7 +53,7 @@ def test_the_checkpoint_of_a_failure_knows_nothing_of_the_batch_that_failed(
         train(
             config,
             raw_config,
-            observers=[failing(at=3), RolloutsLog(config.run_dir)],
+            observers=[failing(at=4), RolloutsLog(config.run_dir)],
             callbacks=[MetricsCallback(config.run_dir)],
         )
     recorded_train(raw_config, resume=True)
@@ -83,4 +83,4 @@ def test_an_evaluation_that_fails_costs_no_finished_step(raw_config: dict[str, A
 
     (tmp_path / "own.py").write_text(source.replace("calls == 3", "False"), encoding="utf-8")
     _, records = run(raw_config, resume=True)
-    assert [record.step for record in records] == [2, 3]
+    assert [record.step for record in records] == [3, 4]

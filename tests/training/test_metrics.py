@@ -2,15 +2,99 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from maestro_fast.records import PolicyOutputs, Prompts, Rollouts
 from maestro_fast.training import metrics, parse_config, train
-from maestro_fast.training.metrics import MetricMeans, SamplerGaps, StageClock, policy_metrics, sampler_metrics
+from maestro_fast.training.metrics import (
+    MetricMeans,
+    SamplerGaps,
+    StageClock,
+    policy_metrics,
+    reward_figures,
+    sampler_metrics,
+)
+from maestro_fast.training.progress import StageProgress, bar_figures
+from tests.training.test_trainer import run
+
+NAN = float("nan")
+
+
+def test_the_reward_is_the_one_that_trl_logs() -> None:
+    """A reward that abstains adds nothing; a response from which all abstain is left out."""
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    rewards_BK = torch.tensor([[1.0, 2.0], [NAN, 4.0], [NAN, NAN], [0.5, -1.0]])
+    weights_BK = torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.5, 0.5], [1.0, 0.0]])
+    totals_B = (rewards_BK * weights_BK).nansum(dim=1)  # This and the next four lines are what TRL does.
+    totals_B[rewards_BK.isnan().all(dim=1)] = NAN
+    found = reward_figures(rewards_BK, weights_BK)
+
+    assert found["reward"] == pytest.approx(totals_B.nanmean().item()) == pytest.approx((1.5 + 3.2 + 0.5) / 3)
+    assert found["reward_std"] == pytest.approx(nanstd(totals_B).item())
+    assert reward_figures(rewards_BK[2:3], weights_BK[2:3]) == {}
+    assert reward_figures(rewards_BK[:1], weights_BK[:1]) == {"reward": 1.5}
+
+
+def test_the_log_has_the_reward_of_the_batch_and_counts_steps_as_the_responses_do(raw_config: dict[str, Any]) -> None:
+    """Two optimiser steps from a batch: the line of the first has the batch's means, and the responses its number."""
+    raw_config["batch"] |= {"updates_per_batch": 2}
+    trainer, records = run(raw_config, trainer__max_steps=4)
+    lines = {line["step"]: line for line in trainer.state.log_history if "reward" in line}
+
+    assert [record.step for record in records] == sorted(lines) == [1, 3]
+    for record in records:
+        reward = (record.rewards_BK * record.weights_BK).sum(1).mean().item()
+        assert lines[record.step]["reward"] == pytest.approx(reward) and abs(reward) > 0.1
+        assert lines[record.step]["rewards/brevity/mean"] == pytest.approx(record.rewards_BK[:, 1].mean().item())
+
+
+@pytest.mark.parametrize("where", ["score", "loss", "own loss", "own loss, judged in the training forward"])
+def test_the_kl_is_logged_wherever_there_is_one(raw_config: dict[str, Any], tmp_path: Any, where: str) -> None:
+    """It is 0 before the first update, and a mean of k3, so never negative."""
+    raw_config["advantages"] = {"profile": "maestro" if where == "score" else "grpo"}
+    raw_config["loss"] = {"kl_coef": 0.1}
+    if where.startswith("own loss"):
+        (tmp_path / "own.py").write_text(
+            "def loss(inputs):\n"
+            "    assert inputs.ref_logprobs is not None\n"
+            "    advantages = inputs.advantages.repeat_interleave(inputs.cu_seqlens.diff())\n"
+            "    return -(inputs.logprobs * advantages).sum() / inputs.normalizer, {}\n",
+            encoding="utf-8",
+        )
+        raw_config["loss"] = {"type": "function", "function": f"{tmp_path}/own.py:loss", "needs_reference": True}
+    raw_config["batch"]["micro_batch"] = 16 if where.endswith("forward") else 8
+    trainer, _ = run(raw_config, trainer__learning_rate=0.02)
+    kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
+
+    assert len(kl) == 2 and kl[0] == pytest.approx(0, abs=1e-9) and kl[1] > 1e-5
+
+
+def test_the_bar_shows_rewards_that_mean_something() -> None:
+    means = {"rewards/format/mean": 0.75, "rewards/brevity/mean": -0.25}
+    line = {"reward": 0.512, **means, "completions/mean_length": 31.4}
+    assert bar_figures(line) == "reward 0.512, format 0.75, brevity -0.25, 31 tokens"
+    assert bar_figures(line | {"anchor/utility": 0.3, "kl": 0.0123}) == (
+        "reward 0.512, format 0.75, brevity -0.25, utility 0.3, kl 0.0123, 31 tokens"
+    )
+    del line["rewards/brevity/mean"]
+    assert bar_figures(line) == "reward 0.512, 31 tokens"
+
+
+def test_the_bar_of_a_resumed_run_starts_where_the_run_does() -> None:
+    bar, state = StageProgress(), TrainerState(max_steps=10, global_step=6)
+    args, control = SimpleNamespace(), TrainerControl()
+    bar.on_train_begin(args, state, control)  # type: ignore[arg-type]
+    assert (bar.training_bar.n, bar.training_bar.initial, bar.training_bar.total) == (6, 6, 10)
+    state.global_step = 7
+    bar.on_step_end(args, state, control)  # type: ignore[no-untyped-call]
+    assert bar.training_bar.n == 7
+    bar.training_bar.close()
 
 
 def share(lengths: list[int], seed: int) -> tuple[Rollouts, PolicyOutputs]:
@@ -123,7 +207,7 @@ def test_saving_and_evaluation_count_to_the_batch_before_them(raw_config: dict[s
     lines: list[dict[str, float]] = []
     train(parse_config(raw_config), raw_config, timing_observers=[lines.append])
 
-    assert [line["step"] for line in lines] == [2, 3]
+    assert [line["step"] for line in lines] == [1, 3]
     for line in lines:  # transformers evaluates and saves after the last step too
         assert {"generate", "train", "evaluate", "save"} < line.keys()
         assert sum(line.values()) - line["step"] - line["total"] <= line["total"]

@@ -36,6 +36,7 @@ def test_an_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
 
     for resume, complaint in ((False, "holds a run already"), (True, "holds no checkpoint to resume from")):
         with (

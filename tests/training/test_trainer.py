@@ -42,7 +42,7 @@ def test_a_local_checkpoint_is_trained_and_saved(
     final = Path(raw_config["run_dir"]) / "final"
     before = AutoModelForCausalLM.from_pretrained(path)
 
-    assert [record.step for record in records] == [0, 1]
+    assert [record.step for record in records] == [1, 2]
     assert (final / "weight_policy.safetensors").is_file()
     if lora:
         adapter = load_file(final / "adapter_model.safetensors")
@@ -178,7 +178,7 @@ def test_several_updates_per_batch_use_the_log_probs_of_the_sampling_policy(raw_
     trainer, records = run(raw_config, batch__updates_per_batch=2)
     ratios = [line["ratio/mean"] for line in trainer.state.log_history if "ratio/mean" in line]
 
-    assert [record.step for record in records] == [0, 2]
+    assert [record.step for record in records] == [1, 3]
     assert ratios[0] == pytest.approx(1.0, abs=1e-5)
     assert abs(ratios[1] - 1.0) > 1e-3
 
@@ -289,7 +289,7 @@ def test_a_reward_that_fails_late_costs_no_finished_step(raw_config: dict[str, A
 
     (tmp_path / "own.py").write_text(source.replace("calls == 3", "False"), encoding="utf-8")
     trainer, records = run(raw_config, resume=True)
-    assert [record.step for record in records] == [2, 3]
+    assert [record.step for record in records] == [3, 4]
     assert trainer.state.global_step == 4
 
 

@@ -67,7 +67,7 @@ def test_every_step_is_sampled_with_its_own_policy(
 
 def test_a_run_whose_server_is_killed_goes_on_with_a_new_one(raw: dict[str, Any], vllm_serving: Serving) -> None:
     def kill(record: StepRecord) -> None:
-        if record.step == 2:
+        if record.step == 3:
             vllm_serving.kill()
 
     config, url = parse_config(raw), vllm_serving.url
@@ -91,5 +91,5 @@ def test_a_run_whose_server_is_killed_goes_on_with_a_new_one(raw: dict[str, Any]
     lines = [line for line in logged(raw) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["sync/probe_max"] < 1e-3 for line in lines)
-    assert sorted({line["step"] for line in logged(raw, "rollouts.jsonl")}) == [0, 1, 2, 3, 4]
+    assert sorted({line["step"] for line in logged(raw, "rollouts.jsonl")}) == [1, 2, 3, 4, 5]
     assert (Path(raw["run_dir"]) / "final" / "model.safetensors").is_file()

@@ -160,7 +160,7 @@ def best(checkpoint: str, out: Path, micro_batches: int) -> None:
             parameter.data.fill_(float(step))
         utilities = torch.tensor([utility])
         record = StepRecord(
-            step, ("r",), names, names, names, *[empty[:, None]] * 3, *[empty] * 5, utilities_B=utilities
+            step + 1, ("r",), names, names, names, *[empty[:, None]] * 3, *[empty] * 5, utilities_B=utilities
         )
         keeper.see(step, record, model)
     held = len(keeper.parameters)
