@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from maestro_fast.model.rows import Sequences
 from maestro_fast.training.batches import Processes
 from maestro_fast.training.data import PromptDataset, Row
-from maestro_fast.training.step import Judges, Sampler
+from maestro_fast.training.parts import Judges, Sampler
 
 
 @torch.no_grad()

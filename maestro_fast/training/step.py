@@ -9,54 +9,37 @@ are the order of a batch:
     prepare   The rewards judge the responses; the weight policy weighs the rewards; within each group the weighted
               scores are compared, which gives the advantages; the responses are cut into micro-batches.
 
-What each of these does stands below, in functions that take what they need. The losses are in ``training/loss.py``.
+The sampler, the scorer and the judges stand in ``training/parts.py``, and the losses in ``training/loss.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation import Generator, SamplingConfig
-from maestro_fast.model.attention import Layout
-from maestro_fast.model.chat import ChatConfig
-from maestro_fast.model.forward import choose_layout, completion_logprobs
-from maestro_fast.model.forward import score as score_forward
-from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
-from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops import AdvantageProfile
-from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import (
     PolicyOutputs,
-    Prompt,
     Prompts,
-    RewardBatch,
     Rollouts,
     StepRecord,
     own_copy,
     response_means,
 )
-from maestro_fast.rewards import RewardSet
-from maestro_fast.rewards.first_batches import FirstBatches
-from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
 from maestro_fast.training.overlap import Started, run_together
+from maestro_fast.training.parts import Judges, Sampler, Scorer
 from maestro_fast.training.plan import LossTerms, Scoring, context_mode, reads_reference
 from maestro_fast.weighting import Comparison, Outcome, WeightContext, WeightPolicy, compare, weigh
 from maestro_fast.weighting.diagnostics import diagnose
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -259,202 +242,6 @@ class Step:
             self.terms.normalization,
             order,
             processes.device,
-        )
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Samples responses.
-
-    Attributes:
-        generator: generates the responses.
-        group_size: G, the number of responses to each prompt.
-        seed: the seed that, with the number of the batch and the rank of the process, fixes all random draws.
-        processes: gives the rank of this process.
-        truncates: whether some tokens cannot be sampled. The generator's log-probs are then those of another
-            distribution than the policy's, and are left out.
-    """
-
-    generator: Generator
-    group_size: int
-    seed: int
-    processes: Processes
-    truncates: bool = False
-
-    @staticmethod
-    def of(generator: Generator, sampling: SamplingConfig, seed: int, processes: Processes) -> Sampler:
-        """Makes the sampler of a run; the log says where its log-probs are left out."""
-        if sampling.truncation is not None:
-            logger.info(
-                "sampling/logprob_gap_* and sampling/k3 are not logged: with %s the sampler's log-probs are those "
-                "after truncation and the policy's those before",
-                sampling.truncation,
-            )
-        return Sampler(generator, sampling.group_size, seed, processes, sampling.truncation is not None)
-
-    def __call__(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
-        """Samples one response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
-        unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
-        rollouts = self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
-        return replace(rollouts, sampling_logprobs_C=None) if self.truncates else rollouts
-
-    def seed_of(self, number: int) -> int:
-        """A seed that differs between batches and processes, and that a resumed run computes again."""
-        return ((self.seed * 1_000_003 + number) * 65_537 + self.processes.rank) % 2**63
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Runs a forward without a gradient, of the policy or the reference, over any number of responses.
-
-    Attributes:
-        head: the policy's LM head.
-        layout: how the sequences are laid out as rows of the model's input.
-        micro_batch: the number of responses in one forward.
-        temperature: the number that divides the logits.
-        autocast: makes the context of mixed precision in which the policy is trained, so that it is scored in the same.
-    """
-
-    head: LanguageHead
-    layout: Layout
-    micro_batch: int
-    temperature: float
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-    @staticmethod
-    def of(
-        model: nn.Module,
-        micro_batch: int,
-        temperature: float,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-    ) -> Scorer:
-        """Reads head and layout off a policy, and tries both on a few tokens in the precision of the training.
-
-        Raises:
-            ValueError: the head cannot be read, see ``check_head``.
-        """
-        head = head_of(model)
-        with autocast():
-            check_head(model, head)
-            return Scorer(head, choose_layout(model), micro_batch, temperature, autocast)
-
-    def logprobs(self, hidden: Tensor, sequences: Sequences, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropies [C] of the completion tokens, from packed states [T, d] of a training forward."""
-        with self.autocast():
-            return completion_logprobs(hidden, sequences, self.head, self.temperature, entropy)
-
-    def __call__(
-        self,
-        model: nn.Module,
-        sequences: Sequences,
-        *,
-        head: LanguageHead | None = None,
-        temperature: float | None = None,
-        entropy: bool = False,
-        context: PoolMode | None = None,
-    ) -> PolicyOutputs:
-        """Computes the log-probs of the completions, as ``model.forward.score`` does.
-
-        Args:
-            head, temperature: take the place of the scorer's own; None keeps those.
-            entropy: whether to return entropies as well.
-            context: how each response's hidden states are pooled into its context; None returns no contexts.
-        """
-        with self.autocast():
-            return score_forward(
-                model,
-                sequences,
-                head or self.head,
-                layout=self.layout,
-                micro_batch=self.micro_batch,
-                temperature=self.temperature if temperature is None else temperature,
-                entropy=entropy,
-                context=context,
-            )
-
-
-@dataclass(frozen=True)
-class Judges:
-    """Everything that judges responses.
-
-    Attributes:
-        rewards: the rewards that the policy is trained on.
-        anchor: the utility that a weight policy learns from, or None.
-        tokenizer, scorer, processes, chat: serve the rewards that ask the policy for log-probs of texts.
-    """
-
-    rewards: RewardSet
-    anchor: RewardSet | None
-    tokenizer: PreTrainedTokenizerBase
-    scorer: Scorer
-    processes: Processes
-    chat: ChatConfig = field(default_factory=ChatConfig)
-
-    def __call__(
-        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Judges the responses of this process.
-
-        Returns:
-            Rewards, float32 [B, K], NaN where a reward abstained; and utilities, float32 [B], NaN where none is known,
-            or None without an anchor. Both are on the CPU.
-        """
-        batch = self._reward_batch(model, rollouts, outputs, number)
-        return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
-
-    @cached_property
-    def _first_batches(self) -> FirstBatches:
-        return FirstBatches(self.rewards.rewards)
-
-    def watch_first(self, record: StepRecord, rollouts: Rollouts, group_size: int) -> None:
-        """Has the main process report rewards that teach nothing over the first batches, see ``FirstBatches``."""
-
-        def tokens_of(row: int) -> tuple[str, str]:
-            if row >= len(rollouts):  # The rows of the main process come first; those of others have no tokens here.
-                return "", ""
-            prompt_ids, completion_ids = rollouts.prompts.token_ids[row], rollouts.completion_ids[row]
-            return str(self.tokenizer.decode(completion_ids)), str(self.tokenizer.decode(prompt_ids[-32:]))
-
-        if self.processes.rank == 0:
-            self._first_batches.see(record, group_size, tokens_of)
-
-    def text_scorer(
-        self, model: nn.Module, prompts: Prompts | None = None
-    ) -> Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[Tensor]]:
-        """Makes ``RewardBatch.score_texts``, which scores texts under ``model``, on all processes together.
-
-        A text that is one of ``prompts`` is read as the policy read it there, with the tools of its row.
-        """
-        return text_scorer(
-            self.tokenizer,
-            partial(self.scorer, model, temperature=1.0),
-            self.processes.gather,
-            self.processes.device,
-            encode_text=partial(encode_known, self.tokenizer, prompts, self.chat.template_kwargs),
-            vocabulary=causal_lm(model).get_input_embeddings().num_embeddings,
-        )
-
-    def _reward_batch(
-        self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
-    ) -> RewardBatch:
-        entropies_B = logprobs_B = None
-        if self.rewards.needs_entropy:
-            assert outputs is not None and outputs.entropies_C is not None
-            entropies_B = response_means(outputs.entropies_C, rollouts).cpu()
-            logprobs_B = response_means(outputs.logprobs_C, rollouts).cpu()
-        needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
-        return RewardBatch(
-            rollouts.prompts.texts,
-            rollouts.completions,
-            rollouts.completion_ids,
-            rollouts.prompts.columns,
-            entropies_B,
-            self.text_scorer(model, rollouts.prompts) if needs_policy else None,
-            self.processes.device,
-            logprobs_B,
-            number,
-            rollouts.prompts.token_ids,
-            rollouts.prompts.prefills,
         )
 
 

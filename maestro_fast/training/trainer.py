@@ -58,11 +58,12 @@ from maestro_fast.training.interrupt import Interrupts
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, divergence
 from maestro_fast.training.overlap import Lessons, check_parts
+from maestro_fast.training.parts import Judges, Sampler, Scorer
 from maestro_fast.training.plan import LossTerms, Method, checked_plan, choose_scoring, context_mode, reads_reference
 from maestro_fast.training.progress import StageProgress, StepEvents
 from maestro_fast.training.rescue import Rescue
 from maestro_fast.training.run_directory import staged
-from maestro_fast.training.step import Judges, Sampled, Sampler, Scorer, Step
+from maestro_fast.training.step import Sampled, Step
 from maestro_fast.training.weight_sync import check_engine, synced_generator
 from maestro_fast.weighting import WeightPolicy, check_profile
 from maestro_fast.weighting.diagnostics import Watch, healthy_ranges
@@ -97,12 +98,11 @@ class MaestroTrainer(Trainer):
         callbacks: the callbacks of ``transformers.Trainer``.
 
     Raises:
-        ValueError: sizes do not divide, or the arguments or the model cannot be served. It is raised before training
-            starts.
+        ValueError: sizes do not divide, or the arguments or the model cannot be served. Nothing has trained by then.
 
     Attributes:
         method: what is done in a step.
-        step: the parts of every generation batch, see ``training/step.py``.
+        step: the order and the parts of every generation batch, see ``training/step.py``.
         checkpoints: our part of every checkpoint.
         best: the best policy so far; None where the run does not keep it.
         clock: adds up the seconds of each stage.

@@ -30,7 +30,7 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.metrics import StageClock
-from maestro_fast.training.step import Scorer
+from maestro_fast.training.parts import Scorer
 
 PolicyLogprobs = Callable[[nn.Module, list[list[int]]], list[Tensor]]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -70,7 +70,7 @@ def test_a_truncated_sampler_is_not_compared_with_the_policy(
     """Its log-probs are of another distribution. The probe still is: it compares whole distributions."""
     raw_config["sampling"] |= {"top_k": 5, "top_p": 0.9}
     raw_config["trainer"]["max_steps"] = 1
-    with caplog.at_level("INFO", "maestro_fast.training.step"):
+    with caplog.at_level("INFO", "maestro_fast.training.parts"):
         recorded_train(raw_config)
     (line,) = logged(raw_config)
     assert line["sync/probe_max"] < 1e-5 and not any(name.startswith("sampling/") for name in line)
