@@ -1,6 +1,19 @@
 """The policy loss in PyTorch: the formula that all backends are compared with. ``ops.policy_loss`` is its public door.
 
 The formulas of a token's loss are ``specs.OBJECTIVES``. The others stand here.
+
+Log-probs may be hundreds of nats apart, so a ratio may overflow float32, which ends at e^88.7. On every backend:
+
+- A ratio counts only where it is not clipped, capped, or multiplied by an advantage or a weight of 0. Elsewhere it adds
+  nothing to the loss but the bound, and its gradient is 0.
+- A term of a token, before it is multiplied by c_t, is right wherever it fits into the dtype, although the ratio or
+  e^(log pi_ref - log pi) may not: e^x is held as two factors. So is its gradient. Only where A w is not 0 but smaller
+  than 1e-27, a ratio beyond e^152 counts as infinite.
+- A term that does not fit is infinite, as in TRL, and so is the loss. Nothing that fits is clamped. (verl clamps
+  log pi_ref - log pi to +-20 and k3 to +-10, so the tokens that are furthest away have no gradient.)
+- A sampler's weight is a number of the dtype: 0 if it is too small for it, infinite if it is too large and has no cap.
+- A token to which the policy gives probability 0 has a ratio of 0, or of 1 if the old policy gives it 0, too. Its ratio
+  has no gradient. A log-prob that is NaN makes the loss NaN.
 """
 
 from __future__ import annotations

@@ -285,8 +285,8 @@ class Exponential(NamedTuple):
 class TokenLosses(NamedTuple):
     """The loss of each token [T], its sampler's weight included, and whether it was clipped below or above, bool [T].
 
-    A ratio may be infinite. It must not enter a product whose other factor is 0, nor a graph through which a gradient
-    of 0 comes back to it: 0 * inf is NaN. So a formula says first where the ratio counts, and computes it only there.
+    Its gradient must not meet an infinite ratio, since 0 * inf is NaN. So each formula finds out first where the ratio
+    counts, and computes e^x with a graph only there. ``ops.reference_loss`` says what is right where a ratio overflows.
     """
 
     loss: Tensor

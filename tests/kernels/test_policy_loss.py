@@ -18,8 +18,8 @@ from maestro_fast.ops.policy_loss import policy_loss as reference
 from maestro_fast.specs import LOSS_METRICS, LossWithGradients, Objective
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
+from tests.ops.overflow import IMPOSSIBLE, check_impossible, check_nan_is_seen, check_overflow
 from tests.ops.overflow import VARIANTS as AWKWARD_VARIANTS
-from tests.ops.overflow import check_overflow
 
 EPSILON = 1e-6
 LENGTHS = [13, 1, 40, 0, 7]
@@ -356,6 +356,8 @@ def by_the_kernel(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor,
     return out.loss, out.gradients[0]
 
 
+# NumPy warns of overflows and of inf - inf, also in the lanes of a ``where`` that are not taken.
+ignore_numpy = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 REACHING_EVERY_BRANCH = [
     "two-sided clip",
     "no clip",
@@ -368,7 +370,18 @@ REACHING_EVERY_BRANCH = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # by NumPy, where a product overflows
+@ignore_numpy
 @pytest.mark.parametrize("variant", REACHING_EVERY_BRANCH if INTERPRETED else AWKWARD_VARIANTS)
 def test_right_wherever_it_fits(variant: str) -> None:
     check_overflow(by_the_kernel, variant, count=32 if INTERPRETED else 400, device=DEVICE)
+
+
+@ignore_numpy
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_token_of_probability_zero(name: str) -> None:
+    check_impossible(by_the_kernel, name, DEVICE)
+
+
+@ignore_numpy
+def test_what_is_not_a_number_is_seen() -> None:
+    check_nan_is_seen(by_the_kernel, DEVICE)

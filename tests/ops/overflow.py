@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mpmath import exp, mp, mpf
+from pytest import approx
 from torch import Tensor
 
 from maestro_fast.ops import LossInputs, PolicyLossConfig
@@ -193,3 +194,54 @@ def check_overflow(
     if beyond:
         loss, _ = loss_and_gradient(packed([given[i] for i in beyond], device), config)
         assert loss.item() == math.inf
+
+
+class Impossible(NamedTuple):
+    """One token to which one of the policies gives the probability 0, and what the loss has to make of it."""
+
+    config: PolicyLossConfig
+    advantage: float
+    logprob: float
+    old: float | None
+    other: float  # under the reference, or as the sampler reported it
+    loss: float
+    slope: float
+
+
+ZERO = -math.inf
+KL = make(kl_coef=0.5, kl_bias_correction=True)
+IMPOSSIBLE = {
+    "now, clip": Impossible(make(), 1.0, ZERO, -1.0, -1.0, 0.0, 0.0),
+    "now, clipped": Impossible(make(), -1.0, ZERO, -1.0, -1.0, 0.8, 0.0),
+    "now, cispo": Impossible(make(objective="cispo", clip_max=2.0), -1.0, ZERO, -1.0, -1.0, 0.0, 0.0),
+    "on-policy": Impossible(make(), -2.0, ZERO, None, -1.0, 2.0, 0.0),
+    "now and then": Impossible(make(), -2.0, ZERO, ZERO, -1.0, 2.0, 0.0),
+    "then": Impossible(make(), 1.0, -1.0, ZERO, -1.0, -1.2, 0.0),
+    "for the sampler": Impossible(make(sampler_correction="token_truncate"), 1.0, -1.0, -1.0, ZERO, -3.0, -3.0),
+    "now and for the reference": Impossible(make(kl_coef=0.5), 0.0, ZERO, -1.0, ZERO, 0.0, 0.0),
+    "now, KL times ratio": Impossible(KL, 0.0, ZERO, -1.0, -2.0, 0.5 * math.exp(-1.0), 0.0),
+}
+
+
+def check_impossible(
+    loss_and_gradient: Callable[[LossInputs, PolicyLossConfig], tuple[Tensor, Tensor]], name: str, device: str = "cpu"
+) -> None:
+    config, advantage, logprob, old, other, loss, slope = IMPOSSIBLE[name]
+    given = packed([Response(advantage, [logprob], [0.0 if old is None else old], [other], [other])], device)
+    if old is None:
+        given = given._replace(old_logprobs=None)
+    if config.kl_coef == 0:
+        given = given._replace(ref_logprobs=None)
+    found, gradient = loss_and_gradient(given, config)
+    assert found.item() == approx(loss) and gradient.item() == approx(slope)
+
+
+def check_nan_is_seen(
+    loss_and_gradient: Callable[[LossInputs, PolicyLossConfig], tuple[Tensor, Tensor]], device: str = "cpu"
+) -> None:
+    """A number that is none makes the loss NaN, although no comparison with a bound tells it."""
+    whole = Response(1.0, [-1.0], [-1.25], [-1.0], [-1.0])
+    nan = math.nan
+    for broken in (whole._replace(logprobs=[nan]), whole._replace(old=[nan]), whole._replace(advantage=nan)):
+        for options in ({"clip_max": 3.0}, {"ratio": "sequence"}, {"objective": "cispo", "clip_max": 3.0}):
+            assert loss_and_gradient(packed([broken], device), make(**options))[0].isnan(), (broken, options)
