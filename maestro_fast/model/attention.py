@@ -79,7 +79,7 @@ def attention_paths(device: torch.device, dtype: torch.dtype | None = None) -> t
     """All four paths, in the order in which "auto" prefers them.
 
     Args:
-        dtype: the dtype of the model's weights; None if it is not known yet.
+        dtype: the dtype in which the model computes, of its weights or of autocast; None if it is not known yet.
     """
     flash = {name: flash_obstacle(name, device, dtype) for name in _FLASH}
     blocked = None if None in flash.values() else flash["flash_attention_2"]
@@ -92,7 +92,7 @@ def attention_paths(device: torch.device, dtype: torch.dtype | None = None) -> t
 
 
 def flash_obstacle(implementation: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why flash-attn cannot serve a model with weights of ``dtype`` on ``device``; None if it can."""
+    """Why flash-attn cannot serve a model that computes in ``dtype`` on ``device``; None if it can."""
     module, accepted = _FLASH[implementation]
     if importlib.util.find_spec(module) is None:
         return f"{module} cannot be imported"
@@ -102,7 +102,7 @@ def flash_obstacle(implementation: str, device: torch.device, dtype: torch.dtype
 
 
 def varlen_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why torch's varlen kernel cannot serve a model with weights of ``dtype`` on ``device``; None if it can."""
+    """Why torch's varlen kernel cannot serve a model that computes in ``dtype`` on ``device``; None if it can."""
     if "window_size" not in inspect.signature(torch_varlen.varlen_attn).parameters:
         return f"varlen_attn of torch {torch.__version__} takes no window_size, so it cannot be told to be causal"
     return _kernel_obstacle("torch.nn.attention.varlen", device, dtype)
@@ -127,7 +127,8 @@ def attention_choice(
     Args:
         wanted: one of ``Attention``; "auto" takes the first of flash-attn, varlen and sdpa that can serve.
         device: where the model will run; None means a CUDA device if there is one.
-        dtype: the dtype of the model's weights; None if it is not known yet, and then every dtype counts as right.
+        dtype: the dtype in which the model computes, of its weights or of autocast; None if it is not known yet, and
+            then every dtype counts as right.
 
     Returns:
         The name of the implementation in transformers, and the reason in words.

@@ -118,19 +118,31 @@ def trains_adapter(config: ModelConfig) -> bool:
     """Whether an adapter trains, and the weights below it stay as they are.
 
     It does not ask the hub, so it knows of an adapter there once ``load_policy`` has loaded it.
+
+    Raises:
+        SettingsError: the path is no folder, and cannot be the name of a model on the hub.
     """
     if config.lora is not None:
         return True
-    return config.adapter == "continue" and find_adapter_config_file(config.path, local_files_only=True) is not None
+    return config.adapter == "continue" and _adapter_file(config.path, local_files_only=True) is not None
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
+def _adapter_file(path: str, *, local_files_only: bool) -> str | None:
+    try:
+        found: str | None = find_adapter_config_file(path, local_files_only=local_files_only)
+    except OSError as error:  # The hub's client refuses what cannot be a name there.
+        raise SettingsError(f"model.path: {path!r} is no folder here, and no name of a model on the hub") from error
+    return found
+
+
 def _adapter_config(path: str) -> dict[str, Any] | None:
-    cached = Path(path).is_dir() or _has_file(path, "config.json", local_files_only=True)
-    file = find_adapter_config_file(path, local_files_only=cached)
+    file = _adapter_file(path, local_files_only=True)
+    if file is None and not Path(path).is_dir() and not _has_file(path, "config.json", local_files_only=True):
+        file = _adapter_file(path, local_files_only=False)
     if file is None:
         return None
     adapter: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maestro_fast.model.load import LoraSettings, ModelConfig, load_policy
+from maestro_fast.model.load import LoraSettings, ModelConfig, load_policy, trains_adapter
 from maestro_fast.model.trained import trained_parameters
 from maestro_fast.settings import SettingsError
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -194,6 +194,15 @@ def test_an_adapter_that_adds_to_the_prompt_is_refused(folders: Path, tmp_path: 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=rf"^model\.path: {tmp_path} cannot be loaded: "):
         load_policy(ModelConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "runs/one/final", "../no_such_model", "my model"])
+def test_a_path_that_is_not_there_is_named(path: str) -> None:
+    for use in (load_policy, trains_adapter):
+        with pytest.raises(
+            SettingsError, match=r"^model\.path: '.*' is no folder here, and no name of a model on the hub"
+        ):
+            use(ModelConfig(path))
 
 
 # --- dtypes ---
