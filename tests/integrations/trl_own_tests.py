@@ -33,7 +33,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 4,
     "max_position_embeddings": 1024,
+    "vocab_size": 4096,  # Large enough that a random model hardly ever ends a response.
     "pad_token_id": 0,
+    "eos_token_id": 2,
     "bos_token_id": None,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -134,20 +136,20 @@ def make_checkpoint(hub: Path, name: str, model_type: str, changes: dict[str, An
     (repository / "refs" / "main").write_text("0")
     text = tokenizer("qwen3" if model_type.startswith("qwen3") else "qwen2_5")
     torch.manual_seed(0)
-    ids = {"vocab_size": len(text), "eos_token_id": text.eos_token_id}
-    config = AutoConfig.for_model(model_type, **{**SIZES, **ids, **changes})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     kind = AutoModelForSequenceClassification if "Sequence" in name else AutoModelForCausalLM
     kind.from_config(config).to(torch.bfloat16).save_pretrained(snapshot)
     text.save_pretrained(snapshot)
 
 
 def tokenizer(template: str) -> Any:
-    """Byte-level BPE without merges, and one of the chat templates that TRL installs."""
+    """A token for each byte, none for words, and one of the chat templates that TRL installs."""
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<{i}>" for i in range(len(names), SIZES["vocab_size"])]
     bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     bpe.add_special_tokens(SPECIAL)
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
