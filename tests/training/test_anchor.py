@@ -72,9 +72,3 @@ def test_a_guard_can_stop_the_run(raw: dict[str, Any], monkeypatch: pytest.Monke
     raw["trainer"]["max_steps"] = 4
     trainer, records = run(raw)
     assert trainer.state.global_step == 1 and len(records) == 1
-
-
-def test_without_an_anchor_it_is_refused(raw: dict[str, Any]) -> None:
-    del raw["anchor"]
-    with pytest.raises(ValueError, match=r"^utilities_B: missing, this weight policy needs an anchor"):
-        run(raw)
