@@ -34,7 +34,7 @@ class PreferenceConfig:
             ``AutoTokenizer``.
         batch_size: the number of rows in a forward.
         max_length: the largest number of tokens in a conversation; longer ones lose tokens at their beginning. Where
-            the model has fewer positions (BERT has 512), these are the limit, and the log says so.
+            the model has fewer positions (BERT has 512), these are the limit, and longer conversations are warned of.
         dtype: the dtype of the weights; "auto" keeps that of the checkpoint. Scores are float32.
         device: the model's device, such as "cuda:1" or "cpu"; null takes the device on which the process trains its
             policy (outside training, the CPU).
@@ -152,7 +152,7 @@ class PreferenceReward(PreferenceConfig):
         """``max_length``, or the model's positions if these are fewer."""
         if positions is None or self.max_length <= positions:
             return self.max_length
-        logger.warning(
+        logger.info(  # ``_ids`` warns if a conversation is longer.
             "reward %r: max_length is %d, but the model has %d positions; longer conversations lose their beginning",
             self.name,
             self.max_length,

@@ -297,7 +297,7 @@ def test_an_encoder_with_few_positions_scores_the_end_of_what_is_too_long(
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
 
-    with caplog.at_level(logging.WARNING, logger="maestro_fast"):
+    with caplog.at_level(logging.INFO, logger="maestro_fast"):
         judge = PreferenceReward(str(tmp_path))
         texts = ["red", "the sea was wide and the night was long " * 4]
         scores = judge(make_batch(texts))
@@ -307,7 +307,9 @@ def test_an_encoder_with_few_positions_scores_the_end_of_what_is_too_long(
     with torch.no_grad():
         expected = [model(input_ids=torch.tensor([row[-16:]])).logits.item() for row in ids]
     assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert [text for text in caplog.messages if "max_length is 2048, but the model has 16 positions" in text]
+    found = {record.levelname: record.message for record in caplog.records if record.name.endswith("preference")}
+    assert "max_length is 2048, but the model has 16 positions" in found["INFO"]
+    assert "more than the model's positions, 16" in found["WARNING"]  # only once a conversation is longer
 
 
 def test_padding_token(tmp_path: Path, make_batch: MakeBatch) -> None:
