@@ -15,11 +15,10 @@ Weights that train are float32, unless ``model.dtype`` says otherwise: ``model/t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from maestro_fast.model.attention import Attention, attention_choice, use_attention
+from maestro_fast.model_path import loading_model
 from maestro_fast.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -169,15 +169,11 @@ def _base_of(path: str, adapter: dict[str, Any]) -> str:
     return str(named)
 
 
-@contextlib.contextmanager
-def _named_if_missing(checkpoint: Checkpoint) -> Iterator[None]:
-    """Names the setting if transformers does not find the model, or does not know it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        source = "" if checkpoint.adapter is None else f" (base_model_name_or_path of the adapter {checkpoint.path})"
-        raise SettingsError(f"model.path: {checkpoint.base}{source} cannot be loaded: {reason}") from error
+def _loading(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """Says in one sentence why the model cannot be loaded, and whether it is the base of an adapter."""
+    if checkpoint.adapter is None:
+        return loading_model(checkpoint.base)
+    return loading_model(checkpoint.base, f"model.path: base_model_name_or_path of the adapter {checkpoint.path}")
 
 
 # --- the policy ---
@@ -208,7 +204,7 @@ def load_policy(
     checkpoint = Checkpoint.at(config.path)
     _check_adapter(config, checkpoint)
     tokenizer = _tokenizer(checkpoint)
-    with _named_if_missing(checkpoint):
+    with _loading(checkpoint):
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.base,
             dtype=_dtype(config, checkpoint),
@@ -239,7 +235,7 @@ def _dtype(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype | Literal
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer beside the adapter, or else that of its base."""
     own = checkpoint.adapter is None or _has_file(checkpoint.path, "tokenizer_config.json")
-    with _named_if_missing(checkpoint):
+    with _loading(checkpoint):
         return AutoTokenizer.from_pretrained(checkpoint.path if own else checkpoint.base)
 
 
@@ -326,7 +322,7 @@ def _check_adapter(config: ModelConfig, checkpoint: Checkpoint) -> None:
 def _targets(checkpoint: Checkpoint, modules: Any) -> set[str]:
     """The names of the modules that get LoRA, by peft's own rules, on a model without memory for its weights."""
     peft = _peft()
-    with _named_if_missing(checkpoint), torch.device("meta"):
+    with _loading(checkpoint), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.base))
     lora = peft.LoraConfig(r=1, target_modules=modules, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(skeleton, lora, low_cpu_mem_usage=True)

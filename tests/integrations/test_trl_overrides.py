@@ -17,6 +17,7 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOMixin, MaestroGRPOTrainer
+from maestro_fast.integrations.trl.overrides import other_advantages
 from maestro_fast.ops import LossInputs
 from tests.integrations.conftest import steady
 from tests.integrations.test_trl_training import FREE
@@ -151,6 +152,50 @@ def test_advantages_of_a_subclass_are_kept(settings: Make, ingredients: Make) ->
     output = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
 
     assert output["advantages"].tolist() == list(range(8))
+
+
+def read(batch: Any) -> Any:
+    if batch["advantages"].sum() and batch.get("advantages") is not None:
+        print(batch["advantages"].clone())
+    return batch
+
+
+def store(batch: Any) -> None:
+    batch["advantages"] = 1
+
+
+def multiply(batch: Any) -> None:
+    batch["advantages"] *= 2
+
+
+def mask_rows(batch: Any) -> None:
+    batch["advantages"][0] = 0
+
+
+def in_place(batch: Any) -> None:
+    batch["advantages"].mul_(2)
+
+
+def by_name(batch: Any) -> None:
+    advantages = batch["advantages"]
+    advantages += 1
+
+
+def by_keyword(batch: Any) -> None:
+    batch.update(advantages=1)
+
+
+def by_loop(batch: Any) -> Any:
+    return {key: batch[key] for key in ("advantages",)}
+
+
+@pytest.mark.parametrize("method", [store, multiply, mask_rows, in_place, by_name, by_keyword, by_loop, read])
+def test_only_a_method_that_reads_advantages_leaves_them_to_the_profile(method: Any) -> None:
+    mine = type("Mine", (GRPOTrainer,), {"_generate_and_score_completions": method, "__module__": "mine"})
+    trainer = object.__new__(type("Behind", (MaestroGRPOMixin, mine), {"__module__": "mine"}))
+
+    expected = None if method is read else "Mine._generate_and_score_completions"
+    assert other_advantages(trainer) == expected
 
 
 def test_the_log_says_who_keeps_hidden_states_away(

@@ -16,7 +16,7 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.reporting import prompt_weights as shown_page
 from maestro_fast.reporting.run_log import RolloutsLog
-from maestro_fast.training import step as step_page
+from maestro_fast.training import parts
 from maestro_fast.training.config import parse_config
 from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.prompt_weights import SavedConductor
@@ -74,13 +74,13 @@ def test_a_perfect_answer_has_the_format_in_training_and_in_the_evaluation(
     chat_config: dict[str, Any], perfect: list[Prompts], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scored: list[Sequences] = []
-    original = step_page.score_forward
+    original = parts.score_forward
 
     def spy(model: Any, sequences: Sequences, *rest: Any, **options: Any) -> Any:
         scored.append(sequences)
         return original(model, sequences, *rest, **options)
 
-    monkeypatch.setattr(step_page, "score_forward", spy)
+    monkeypatch.setattr(parts, "score_forward", spy)
     trainer = train(parse_config(chat_config), chat_config, observers=[RolloutsLog(tmp_path / "run")])
     log = trainer.state.log_history
     tokenizer = trainer.processing_class

@@ -13,6 +13,7 @@ import pytest
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.settings import SettingsError
+from maestro_fast.training import run
 
 JUDGE = """
 def judge(prompts, completions, completion_ids, notes, **columns):
@@ -62,8 +63,11 @@ def test_rewards_change_neither_data_nor_each_other_and_silent_ones_are_named(
     assert ["'count' gave 1" in text or "'format' gave 0" in text for text in silent] == [True, True]
 
 
-def test_a_condition_that_no_prompt_meets_ends_before_the_model_is_loaded(raw: dict[str, Any]) -> None:
-    raw = copy.deepcopy(raw) | {"model": {"path": "/nowhere"}}
+def test_a_condition_that_no_prompt_meets_ends_before_the_model_is_loaded(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_policy", None)
+    raw = copy.deepcopy(raw)
     raw["rewards"][2] = {"type": "format", "where": {"family": ["fcat"]}}
     with pytest.raises(SettingsError, match=r"^rewards\[2\]\.where\.family: 'fcat' .*expected one of 'fact'$"):
         recorded_train(raw)

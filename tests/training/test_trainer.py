@@ -247,7 +247,7 @@ def test_every_weight_policy_trains(raw_config: dict[str, Any], weights: Any) ->
         ({"batch": {"prompts_per_batch": 32}}, r"^batch\.prompts_per_batch: 32, but the data holds 16 prompts"),
         ({"data": {"path": "none.jsonl"}}, r"^data\.path: no file none\.jsonl"),
         ({"rewards": ["niceness"]}, "niceness"),
-        ({"advantages": {"profile": "ppo"}}, "^profile: 'ppo', expected one of maestro"),
+        ({"advantages": {"profile": "ppo"}}, "^advantages\\.profile: 'ppo', expected one of maestro"),
     ],
 )
 def test_bad_settings_are_named_before_anything_is_trained(

@@ -22,13 +22,16 @@ The methods that only TRL's ``_compute_loss`` calls (``get_high_entropy_mask``, 
 
 from __future__ import annotations
 
+import dis
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
 _OURS = "maestro_fast."
 _KNOWN = (_OURS, "trl.trainer.", "transformers.")
+_READS = ("BINARY_SUBSCR", "BINARY_OP", "CALL")  # what follows a key that is read
 
 
 class Override(NamedTuple):
@@ -38,11 +41,13 @@ class Override(NamedTuple):
         name: the class and the method, for messages.
         before_ours: whether its class stands before ours among the bases.
         words: the names and the strings in its code.
+        sets_advantages: whether its code may change the entry "advantages" of a batch.
     """
 
     name: str
     before_ours: bool
     words: frozenset[str]
+    sets_advantages: bool
 
 
 def overrides(trainer: Any, method: str) -> list[Override]:
@@ -50,10 +55,16 @@ def overrides(trainer: Any, method: str) -> list[Override]:
     bases = type(trainer).__mro__
     ours = next(i for i, base in enumerate(bases) if base.__module__.startswith(_OURS))
     return [
-        Override(f"{base.__name__}.{method}", i < ours, frozenset(_words(vars(base)[method])))
+        _override(f"{base.__name__}.{method}", i < ours, vars(base)[method])
         for i, base in enumerate(bases)
         if method in vars(base) and not f"{base.__module__}.".startswith(_KNOWN)
     ]
+
+
+def _override(name: str, before_ours: bool, method: Any) -> Override:
+    codes = list(_codes(method))
+    words = frozenset(word for code in codes for word in _words(code))
+    return Override(name, before_ours, words, "advantages" in words and any(map(_may_change, codes)))
 
 
 def hides_ours(trainer: Any, *methods: str) -> str | None:
@@ -78,20 +89,47 @@ def other_loss(trainer: Any) -> str | None:
 
 
 def other_advantages(trainer: Any) -> str | None:
-    """The user's method behind ours that has to do with advantages, which TRL alone would have left as it made them."""
+    """The user's method behind ours that changes the advantages, which TRL alone would have left as it made them.
+
+    A method that only reads them, for a log of its own, is none.
+    """
     for found in overrides(trainer, "_generate_and_score_completions"):
-        if not found.before_ours and "advantages" in found.words:
+        if not found.before_ours and found.sets_advantages:
             return found.name
     return None
 
 
-def _words(method: Any) -> Iterator[str]:
-    """The names and the strings in a method's code and in the functions inside it; none of what is no function."""
+def _codes(method: Any) -> Iterator[CodeType]:
+    """The code of a method and of the functions inside it; none of what is no function."""
     codes: list[Any] = [getattr(inspect.unwrap(method), "__code__", None)] if callable(method) else []
     while codes:
         code = codes.pop()
         if isinstance(code, CodeType):
             codes.extend(code.co_consts)
-            yield from code.co_names
-        elif isinstance(code, str):
             yield code
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """The names and the strings in a code."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        for item in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(item, str):
+                yield item
+
+
+def _may_change(code: CodeType) -> bool:
+    """Whether a code does more with a batch than to read entries of it.
+
+    It does if it stores an entry, has an operator such as ``*=`` or a tensor method such as ``mul_``, or uses the name
+    "advantages" in another way than ``batch["advantages"]`` or ``batch.get("advantages")``. In doubt the answer is yes.
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    for step, following in itertools.pairwise(steps):
+        if step.opname == "STORE_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr.endswith("=")):
+            return True
+        if isinstance(step.argval, tuple) and "advantages" in step.argval:  # a keyword, or one key of several
+            return True
+        if step.argval == "advantages" and following.opname not in _READS:
+            return True
+    return any(name.endswith("_") and not name.startswith("_") for name in code.co_names)
