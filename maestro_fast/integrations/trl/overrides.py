@@ -124,11 +124,11 @@ def _may_change(code: CodeType) -> bool:
     It does if it stores an entry, has an operator such as ``*=`` or a tensor method such as ``mul_``, or uses the name
     "advantages" in another way than ``batch["advantages"]`` or ``batch.get("advantages")``. In doubt the answer is yes.
     """
+    if any("advantages" in constant for constant in code.co_consts if isinstance(constant, tuple)):
+        return True  # It is the name of a keyword argument, or one of several keys.
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
     for step, following in itertools.pairwise(steps):
         if step.opname == "STORE_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr.endswith("=")):
-            return True
-        if isinstance(step.argval, tuple) and "advantages" in step.argval:  # a keyword, or one key of several
             return True
         if step.argval == "advantages" and following.opname not in _READS:
             return True
