@@ -20,6 +20,7 @@ from transformers.generation import (
 )
 
 from maestro_fast.generation.sampling import SamplingConfig, completion_texts
+from maestro_fast.model.head import vocabulary_of
 from maestro_fast.records import Prompts, Rollouts
 
 
@@ -215,7 +216,7 @@ def padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
     It is the tokenizer's own if the model has a row for it: a token that was added to the tokenizer alone has none.
     """
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    rows = vocabulary_of(model)
     known = [i for i in (tokenizer.pad_token_id, *sorted(stop_ids(model, tokenizer))) if i is not None and i < rows]
     return known[0] if known else 0
 

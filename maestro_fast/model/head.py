@@ -109,6 +109,13 @@ def head_of(model: nn.Module) -> LanguageHead:
 
 
 @torch.no_grad()
+def vocabulary_of(model: Any) -> int:
+    """The number of tokens that the model's input embedding knows, also where peft has wrapped it."""
+    embedding = model.get_input_embeddings()
+    known = getattr(embedding, "num_embeddings", None)  # Sharded weights have other shapes, so this comes first.
+    return int(embedding.weight.shape[0] if known is None else known)
+
+
 def check_head(model: nn.Module, head: LanguageHead) -> None:
     """Compares log-probs that ``head`` gives with those of the model's own logits, on a few tokens.
 

@@ -20,7 +20,7 @@ from maestro_fast.model.attention import Layout
 from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import choose_layout, completion_logprobs
 from maestro_fast.model.forward import score as score_forward
-from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of
+from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of, vocabulary_of
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -210,7 +210,7 @@ class Judges:
             self.processes.gather,
             self.processes.device,
             encode_text=partial(encode_known, self.tokenizer, prompts, self.chat.template_kwargs),
-            vocabulary=causal_lm(model).get_input_embeddings().num_embeddings,
+            vocabulary=vocabulary_of(causal_lm(model)),
         )
 
     def _reward_batch(

@@ -25,7 +25,7 @@ from maestro_fast.generation import (
     generation_config,
 )
 from maestro_fast.generation.transformers import stop_ids
-from maestro_fast.model.head import causal_lm
+from maestro_fast.model.head import causal_lm, vocabulary_of
 from maestro_fast.model.load import Checkpoint, load_policy
 from maestro_fast.model_path import check_model_path, loading_model
 from maestro_fast.records import StepRecord
@@ -160,7 +160,7 @@ def _check_prompts(
     Returns:
         The number of tokens of the longest prompt.
     """
-    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_of(causal_lm(model))
     longest = dataset.check_prompts(tokenizer, config.data.max_prompt_tokens, vocabulary)
     if config.evaluation is not None and evaluation is not None:
         limit = config.evaluation.data.max_prompt_tokens

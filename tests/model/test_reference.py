@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maestro_fast.model import reference_policy
+from maestro_fast.model.head import causal_lm, vocabulary_of
 from tests.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -58,3 +59,12 @@ def test_the_reference_of_a_trained_adapter_shares_the_frozen_weights() -> None:
 
         assert shared == {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [1]}])
+def test_the_vocabulary_is_known_where_peft_wraps_the_embedding(options: dict[str, Any]) -> None:
+    model = tiny_model()
+    expected = model.get_input_embeddings().num_embeddings
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **options}))
+
+    assert vocabulary_of(causal_lm(wrapped)) == vocabulary_of(wrapped) == expected
