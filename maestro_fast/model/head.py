@@ -108,7 +108,6 @@ def head_of(model: nn.Module) -> LanguageHead:
     return LanguageHead(module, scale, softcap)
 
 
-@torch.no_grad()
 def vocabulary_of(model: Any) -> int:
     """The number of tokens that the model's input embedding knows, also where peft has wrapped it."""
     embedding = model.get_input_embeddings()
@@ -116,6 +115,7 @@ def vocabulary_of(model: Any) -> int:
     return int(embedding.weight.shape[0] if known is None else known)
 
 
+@torch.no_grad()
 def check_head(model: nn.Module, head: LanguageHead) -> None:
     """Compares log-probs that ``head`` gives with those of the model's own logits, on a few tokens.
 
