@@ -1,7 +1,7 @@
 """Rewards over a batch of completions: built-in ones, any function with TRL's signature, and sets of them."""
 
 from maestro_fast.rewards.builtin import KINDS, REWARD_TYPES, EntropyReward, LengthReward
-from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, gate, masks
+from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, gate, masks, needed_columns
 from maestro_fast.rewards.config import (
     AnchorConfig,
     GateConfig,
@@ -46,5 +46,6 @@ __all__ = [
     "gate",
     "load_function",
     "masks",
+    "needed_columns",
     "split_tags",
 ]

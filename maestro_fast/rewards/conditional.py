@@ -69,7 +69,7 @@ class Gate:
 
     def why_silent(self, look: Look) -> str:
         """The likely reason why it taught nothing, see ``first_batches``."""
-        if look.value != self.closed:
+        if not (look.abstained if self.closed is None else look.value == self.closed):
             return own_reason(self.reward, look)
         return (
             f"its gate never opened ({self.on.name!r} stayed below {self.threshold:g}), or the same came from behind it"
@@ -117,7 +117,7 @@ class Where:
     def why_silent(self, look: Look) -> str:
         """The likely reason why it taught nothing, see ``first_batches``."""
         reason = own_reason(self.reward, look)
-        if look.value is not None:
+        if not look.abstained:
             return reason
         return f"no prompt of these batches has {self.mask!r}{', or ' + reason if reason else ''}"
 
@@ -140,12 +140,8 @@ class Where:
             path: the dotted name of the mask, for messages.
 
         Raises:
-            SettingsError: a column or a value is in no row, or no row has all of them together.
+            SettingsError: a value is in no row, or no row has all of them together.
         """
-        for name in self.columns:
-            if not any(name in row for row in rows):
-                listed = ", ".join(sorted({column for row in rows for column in row})) or "none"
-                raise SettingsError(f"{path}: no column {name!r} in the data, the columns are {listed}")
         if isinstance(self.mask, Mapping):
             for name, wanted in self.mask.items():
                 _check_values(_options(wanted), [row.get(name) for row in rows], f"{path}.{name}")
@@ -173,6 +169,19 @@ def _check_values(options: Sequence[Any], held: Sequence[Any], path: str) -> Non
         raise SettingsError(
             f"{path}: {option!r} ({type(option).__name__}) is in no row of the data, expected one of {listed}{hint}"
         )
+
+
+def needed_columns(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The columns without which a reward, or one inside it, could not be called on some rows of the data."""
+    own = {*getattr(reward, "needs_columns", ())}
+    if isinstance(reward, Where):
+        own |= {*reward.columns}
+        rows = [row for row in rows if reward._counts(row)]
+        if not rows and not reward.needs_policy:
+            return own  # What it masks is never called.
+    if isinstance(reward, Gate):
+        own |= needed_columns(reward.on, rows)
+    return own | (needed_columns(reward.reward, rows) if isinstance(reward, Where | Gate | Labelled) else set())
 
 
 def masks(reward: Reward, path: str) -> Iterator[tuple[str, Where]]:

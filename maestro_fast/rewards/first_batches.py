@@ -32,6 +32,7 @@ class Look:
 
     Attributes:
         value: the one value that it gave in all of the batches; None if it always abstained, or gave several.
+        abstained: whether it abstained from every response of the batches.
         completions: the texts that it judged; all of the batch where it abstained from every one.
         lengths: their numbers of tokens.
         written: the first of them with its special tokens, as the policy wrote it.
@@ -39,6 +40,7 @@ class Look:
     """
 
     value: float | None
+    abstained: bool
     completions: list[str]
     lengths: list[int]
     written: str
@@ -91,6 +93,7 @@ class FirstBatches:
         rows = live or list(range(len(texts)))
         look = Look(
             low if low == high else None,
+            low > high,
             [texts[row] for row in rows],
             [int(record.lengths_B[row]) for row in rows],
             *tokens_of(rows[0]),

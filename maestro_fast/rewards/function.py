@@ -100,7 +100,7 @@ class FunctionReward:
             "completion_ids": batch.completion_ids,
         }
         given = {**batch.columns, **standard, **self.options}
-        if "prefills" in (*self._required, *(self._accepted or ())):
+        if self._takes_prefills:
             given.setdefault("prefills", batch.prefills or [""] * len(batch))
         for argument in self._required:
             if argument not in given:
@@ -115,11 +115,25 @@ class FunctionReward:
         result: RewardValues | Awaitable[RewardValues] = self.function(**copies)
         return result
 
+    @property
+    def needs_columns(self) -> tuple[str, ...]:
+        """The columns that the data have to have: the arguments without a default that are none of the others."""
+        given = {*STANDARD_ARGUMENTS, "prefills", *self.options}
+        return tuple(argument for argument in self._required if argument not in given)
+
+    @property
+    def _takes_prefills(self) -> bool:
+        return "prefills" in (*self._required, *(self._accepted or ()))
+
     def why_silent(self, look: Look) -> str:
         """Says where to look, see ``first_batches``."""
         name = callable_name(self.function)
-        if look.value is None:
+        if look.abstained:
             return f"does {name} find what it needs, in the text and in the columns?"
+        if not self._takes_prefills and look.prompt_end.rstrip().endswith(">"):
+            return f"the prompt may open the reply; {name} gets that part if it names the argument prefills"
+        if look.value is None:
+            return ""
         return f"{name} returned the same number every time; does it find in the text what it looks for?"
 
 

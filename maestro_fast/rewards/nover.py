@@ -80,9 +80,14 @@ class NoverReward:
                 values.append(self._value(judged[row], valid) if references[row] else None)
         return values
 
+    @property
+    def needs_columns(self) -> tuple[str, ...]:
+        """The columns that the data have to have."""
+        return (self.reference,)
+
     def why_silent(self, look: Look) -> str:
         """The likely reason why it gave nothing, see ``first_batches``."""
-        if look.value is None:
+        if look.abstained:
             return f"the column {self.reference!r} is empty"
         return why_without_form(self.tags, look) if look.value == 0.0 else ""
 

@@ -108,9 +108,14 @@ class PerplexityReward:
         groups = groupby(range(len(batch)), key=lambda row: (batch.prompts[row], references[row]))
         return [rank for _, group in groups for rank in _ranks([values[row] for row in group])]
 
+    @property
+    def needs_columns(self) -> tuple[str, ...]:
+        """The columns that the data have to have."""
+        return (self.reference,)
+
     def why_silent(self, look: Look) -> str:
         """The likely reason why it always abstained, see ``first_batches``."""
-        if look.value is not None or not self.require_format:
+        if not look.abstained or not self.require_format:
             return ""
         return f"the column {self.reference!r} is empty, or {why_without_form(self.tags, look)}"
 

@@ -46,7 +46,8 @@ class Reward(Protocol):
         needs_policy: whether the reward calls ``batch.score_texts``.
 
     A reward may also have ``reads_only``: True says that it changes nothing of the batch, which is then not copied for
-    it. And it may have the method ``why_silent``, see ``rewards.first_batches``.
+    it. With ``needs_columns``, names of columns, data that lack one are refused before the run. And it may have the
+    method ``why_silent``, see ``rewards.first_batches``.
     """
 
     @property
@@ -140,8 +141,14 @@ class RewardSet:
 
 
 def judge(reward: Reward, batch: RewardBatch) -> RewardValues | Awaitable[RewardValues]:
-    """Calls one reward, with a copy of the batch unless it is known to change nothing."""
-    return reward(batch if getattr(reward, "reads_only", False) else batch.copied())
+    """Calls one reward, with a copy of the batch unless it is known to change nothing.
+
+    A class that has a ``__call__`` of its own has to say ``reads_only`` itself; the one it inherits is about another.
+    """
+    bases = type(reward).__mro__
+    own = next((base for base in bases if {"__call__", "reads_only"} & vars(base).keys()), type(reward))
+    said = "reads_only" in vars(own) or "reads_only" in getattr(reward, "__dict__", {})
+    return reward(batch if said and getattr(reward, "reads_only", False) else batch.copied())
 
 
 def _await_all(names: Sequence[str], values: list[object]) -> list[object]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.model.chat import ChatConfig, Tool, check_template_kwargs, encode_prompt, prefilled, rendered
 from maestro_fast.records import Message, Prompts, Text
-from maestro_fast.rewards import RewardSet, masks
+from maestro_fast.rewards import RewardSet, masks, needed_columns
+from maestro_fast.settings import SettingsError
 from maestro_fast.training.data_files import Row, read_rows
 from maestro_fast.weighting import WeightPolicy
 
@@ -112,13 +113,18 @@ class PromptDataset(Dataset[Row]):
         )
 
     @property
+    def columns(self) -> list[str]:
+        """The names of the columns beside the prompts, which the rewards may read."""
+        return [*self._columns]
+
+    @property
     def families(self) -> list[str]:
         """The task family of every row, "" for a row that names none."""
         return self._families(self.rows)
 
     def _families(self, rows: Sequence[Row]) -> list[str]:
         named = [row.get(self.family_column) for row in rows]
-        return ["" if name is None else str(name) for name in named]
+        return ["" if name is None or name != name else str(name) for name in named]  # Tables hold NaN for nothing.
 
     def check_prompts(
         self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, vocabulary: int | None = None
@@ -214,8 +220,13 @@ class PromptDataset(Dataset[Row]):
         return _parsed(tools) or None, {**self.chat.template_kwargs, **(self._own_kwargs(row) or {})}
 
     def _own_kwargs(self, row: Row) -> dict[str, Any] | None:
-        kwargs: dict[str, Any] | None = _parsed(row.get(KWARGS_COLUMN))
-        return kwargs
+        kwargs: Any = _parsed(row.get(KWARGS_COLUMN))
+        # A null is an option that the row leaves alone: tables give every row all options that any row has.
+        return (
+            {name: value for name, value in kwargs.items() if value is not None}
+            if isinstance(kwargs, Mapping)
+            else kwargs
+        )
 
     def _checked(self, row: Row, i: int) -> Row:
         """The row with its prompt as text or as a list of messages."""
@@ -260,8 +271,8 @@ def check_conditions(
 ) -> None:
     """Checks what rewards and the weight policy expect of the columns of the data, which are known before the run.
 
-    These are the conditions ``where`` of all rewards, whose values may stand in held-out prompts alone, and the columns
-    that the weight policy reads.
+    These are the columns that rewards need, in the training data and in the held-out ones; the conditions ``where`` of
+    all rewards, whose values may stand in held-out prompts alone; and the columns that the weight policy reads.
 
     Raises:
         ValueError: the data have no such column or value, so that a reward would abstain for ever, or the policy would
@@ -272,6 +283,13 @@ def check_conditions(
     named = [(f"rewards[{i}]", reward) for i, reward in enumerate(rewards.rewards)]
     named += [("anchor", reward) for reward in (() if anchor is None else anchor.rewards)]
     for path, reward in named:
+        for kind, data in (("training", dataset), ("held-out", evaluation)):
+            missing = [] if data is None else sorted(needed_columns(reward, data.rows) - {*data.columns})
+            if data is not None and missing:
+                raise SettingsError(
+                    f"{path}: {reward.name!r} reads the column {missing[0]!r}, the columns of the {kind} data are "
+                    f"{', '.join(sorted(data.columns)) or 'none'}"
+                )
         for where, mask in masks(reward, path):
             mask.check_rows(both, where)
     columns = sorted({name for row in rows for name in row})

@@ -170,10 +170,10 @@ def test_a_missing_column_is_named(make_batch: MakeBatch) -> None:
 
 
 ROWS = [
-    {"prompt": "a", "family": "poem", "level": "1", "hard": False},
-    {"prompt": "b", "family": "fact", "level": "2", "hard": 0},
+    {"prompt": "a", "family": "poem", "level": "1", "hard": False, "solution": None},
+    {"prompt": "b", "family": "fact", "level": "2", "hard": 0, "solution": ""},
 ]
-HELD_OUT = [{"prompt": "c", "family": "essay", "level": "1", "solution": "x"}]
+HELD_OUT = [{"prompt": "c", "family": "essay", "level": "1", "hard": None, "solution": "x"}]
 
 
 def check(entry: Any, *, anchor: Any = None) -> None:
@@ -193,8 +193,11 @@ def check(entry: Any, *, anchor: Any = None) -> None:
         ({"where": {"level": [1]}}, r"rewards\[1\]\.where\.level: 1 \(int\) .*; write '1' \(str\) for 1$"),
         ({"where": "hard"}, r"rewards\[1\]\.where: 'hard' is met by none of the 3 rows"),
         ({"where": {"family": "fact", "level": "1"}}, r"rewards\[1\]\.where: \{.*\} is met by none of the 3 rows"),
-        ({"where": "mask"}, r"rewards\[1\]\.where: no column 'mask' in the data, the columns are family, hard, level"),
-        ({"where": "prompt"}, r"rewards\[1\]\.where: no column 'prompt'"),
+        (
+            {"where": "mask"},
+            r"rewards\[1\]: 'length' reads the column 'mask', the columns of the training data are family, hard, level",
+        ),
+        ({"where": "prompt"}, r"rewards\[1\]: 'length' reads the column 'prompt', "),
         (
             {"gate": {"on": {"type": "format", "where": {"family": "typo"}}, "threshold": 1}},
             r"rewards\[1\]\.gate\.on\.where\.family: 'typo'",
@@ -216,6 +219,41 @@ def test_the_mask_of_the_anchor_is_checked_too() -> None:
 @pytest.mark.parametrize("where", [{"family": ["essay"]}, {"family": "poem", "level": "1"}, "solution", {"hard": [0]}])
 def test_a_mask_may_fit_held_out_prompts_alone(where: Any) -> None:
     check({"type": "length", "target": 3, "where": where})
+
+
+def needs_solution(completions: list[str], solution: list[str]) -> list[float]:
+    return [float(text == wanted) for text, wanted in zip(completions, solution, strict=True)]
+
+
+NEEDS = {"function": f"{__name__}:needs_solution"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        NEEDS,
+        {"type": "length", "target": 3, "where": "solution"},
+        {"type": "length", "target": 3, "gate": {"on": f"{__name__}:needs_solution", "threshold": 1}},
+        {"type": "nover", "reference": "solution"},
+        {"type": "perplexity", "reference": "solution"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["training", "held-out"])
+def test_a_column_that_only_one_of_the_data_sets_has_is_refused_before_the_run(entry: Any, kind: str) -> None:
+    """The run would end at its first batch, or at its first evaluation."""
+    both = [{"prompt": "a", "solution": "x", "family": "poem"}], [{"prompt": "a", "family": "poem"}]
+    training, held_out = both if kind == "held-out" else both[::-1]
+    rewards = build_rewards([entry])
+    with pytest.raises(
+        SettingsError, match=rf"^rewards\[0\]: .* reads the column 'solution', .* {kind} data are family$"
+    ):
+        check_conditions(rewards, None, Equal(), PromptDataset(training), PromptDataset(held_out))
+
+
+def test_what_no_row_of_a_data_set_calls_needs_no_column_there() -> None:
+    training, held_out = [{"prompt": "a", "solution": "x", "family": "qa"}], [{"prompt": "a", "family": "poem"}]
+    rewards = build_rewards([NEEDS | {"where": {"family": "qa"}}])
+    check_conditions(rewards, None, Equal(), PromptDataset(training), PromptDataset(held_out))
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [1.0] * 5])

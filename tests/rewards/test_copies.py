@@ -127,6 +127,26 @@ def test_no_one_sees_what_a_reward_does_to_its_arguments(kind: str) -> None:
         assert found_BK[:, 0].tolist() == [1.0] * B
 
 
+class Inherits(FunctionReward):
+    """A judge of the user's, made of a reward of ours that says of itself that it only reads."""
+
+    def __call__(self, batch: RewardBatch) -> list[float]:
+        batch.columns["answer"][0] = None
+        batch.prompts[0].append({"role": "assistant", "content": "judged"})
+        return [0.0] * len(batch)
+
+
+class Says(Inherits):
+    reads_only = True
+
+
+@pytest.mark.parametrize(("judge", "changes"), [(Inherits, False), (Says, True)])
+def test_only_a_class_that_says_so_itself_gets_the_batch_uncopied(judge: Any, changes: bool) -> None:
+    batch, untouched = shared_batch(), shared_batch()
+    RewardSet([judge(spoils, "mine")])(batch)
+    assert (batch.prompts != untouched.prompts) == (batch.columns != untouched.columns) == changes
+
+
 def test_a_reward_that_goes_on_after_its_return_changes_nothing() -> None:
     batch, returned, done = shared_batch(), threading.Event(), threading.Event()
     before = copy.deepcopy(batch.prompts)

@@ -124,6 +124,28 @@ def test_the_likely_reason(
     assert f"reward {reward.name!r} " in message and f"A completion begins {shown!r}" in message
 
 
+def opened(completions: Any, prefills: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [silly, opened])
+def test_a_function_that_could_see_how_the_prompt_opens_the_reply_is_told_so(
+    function: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = report(caplog, FunctionReward(function), ZEROS, prompt_end="<|assistant|><think>\n")
+    assert ("silly gets that part if it names the argument prefills" in message) == (function is silly)
+
+
+@pytest.mark.parametrize("reward", [FunctionReward(silly), GATED, MASKED, PerplexityReward(), NoverReward()])
+def test_a_reward_that_gave_one_number_to_each_prompt_did_not_abstain(
+    reward: Reward, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = report(caplog, reward, [[-0.5, -0.5, 0.25, 0.25]] * 3)
+    assert "told no two responses of a prompt apart" in message
+    for reason in ("does silly find", "never opened", "no prompt of these batches", "is empty"):
+        assert reason not in message
+
+
 @pytest.mark.parametrize(
     "batches",
     [

@@ -125,10 +125,10 @@ def test_a_column_that_some_rows_leave_out_is_none_there() -> None:
 
 
 def test_families_keep_their_names_whatever_their_type() -> None:
-    values = [0, 0.0, False, 3, "fact", None, ""]
+    values = [0, 0.0, False, 3, "fact", None, "", float("nan")]
     dataset = PromptDataset([{"prompt": "a", "family": value} for value in values])
 
-    assert dataset.families == ["0", "0.0", "False", "3", "fact", "", ""]
+    assert dataset.families == ["0", "0.0", "False", "3", "fact", "", "", ""]
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -145,21 +145,27 @@ def test_tools_and_template_options_of_the_run_and_of_the_row_reach_the_prompt()
         {"prompt": CHAT, "tools": json.dumps([WEATHER]), "chat_template_kwargs": {"enable_thinking": True}},
         {"prompt": CHAT, "tools": None, "chat_template_kwargs": None},
         {"prompt": CHAT, "tools": []},
+        {"prompt": CHAT, "chat_template_kwargs": {"enable_thinking": None}},  # as a table that has it in other rows
     ]
     tokenizer = chat_tokenizer(QWEN3)
     dataset = PromptDataset(rows, chat=ChatConfig(template_kwargs={"enable_thinking": False}))
-    tooled, thinking, bare, empty = read(dataset, tokenizer)
+    tooled, thinking, bare, empty, null = read(dataset, tokenizer)
 
     assert json.dumps(WEATHER) in tooled and tooled.endswith("</think>\n\n")
     assert json.dumps(WEATHER) in thinking and thinking.endswith("<|im_start|>assistant\n")
-    assert bare == empty == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert (
+        bare
+        == empty
+        == null
+        == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
     prompts = dataset.prompts(rows, tokenizer)
     assert (
         prompts.repeat(2).prefills[::2]
         == prompts.prefills
-        == ["<think>\n\n</think>\n\n", "", *prompts.prefills[:1] * 2]
+        == ["<think>\n\n</think>\n\n", "", *prompts.prefills[:1] * 3]
     )
-    assert [part.prefills for part in prompts.split(2)] == [prompts.prefills[:2], prompts.prefills[2:]]
+    assert [part.prefills for part in prompts.split(5)] == [[prefill] for prefill in prompts.prefills]
     assert prompts.columns["tools"] == [row.get("tools") for row in rows]  # The rewards read them as they were.
     unseen = read(PromptDataset(rows[:1], chat=ChatConfig(tools_column=None)), tokenizer)
     assert "weather" not in unseen[0]
