@@ -402,7 +402,8 @@ def _sequences(
                 kl = _kl(gap, kl_coef)
             if HAS_KL:
                 loss += kl.value
-                slope += kl.slope
+                # A token whose log-prob is -inf has no gradient, but that of its response's mean would reach it.
+                slope += tl.where(tokens.logprob == float("-inf"), 0.0, kl.slope) if CORRECTS_KL else kl.slope
         tl.store(d_logprobs_ptr + tokens.index, tl.where(live, slope * coefficient, 0.0), mask=tokens.inside)
         loss_L += tl.where(live, loss, 0.0)
         low_L += tl.where(live, found.clipped_low, 0.0)

@@ -18,7 +18,13 @@ from maestro_fast.ops.policy_loss import policy_loss as reference
 from maestro_fast.specs import LOSS_METRICS, LossWithGradients, Objective
 from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches
 from tests.ops.helpers import outputs_and_gradients
-from tests.ops.overflow import IMPOSSIBLE, check_impossible, check_nan_is_seen, check_overflow
+from tests.ops.overflow import (
+    IMPOSSIBLE,
+    check_impossible,
+    check_impossible_in_a_response,
+    check_nan_is_seen,
+    check_overflow,
+)
 from tests.ops.overflow import VARIANTS as AWKWARD_VARIANTS
 
 EPSILON = 1e-6
@@ -380,6 +386,11 @@ def test_right_wherever_it_fits(variant: str) -> None:
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_a_token_of_probability_zero(name: str) -> None:
     check_impossible(by_the_kernel, name, DEVICE)
+
+
+@ignore_numpy
+def test_a_token_of_probability_zero_in_a_response() -> None:
+    check_impossible_in_a_response(by_the_kernel, DEVICE)
 
 
 @ignore_numpy

@@ -236,6 +236,19 @@ def check_impossible(
     assert found.item() == approx(loss) and gradient.item() == approx(slope)
 
 
+def check_impossible_in_a_response(
+    loss_and_gradient: Callable[[LossInputs, PolicyLossConfig], tuple[Tensor, Tensor]], device: str = "cpu"
+) -> None:
+    """The mean of a response's k3 moves each of its log-probs through the ratio, but not one that is -inf."""
+    ref = [-1.5, -3.0]
+    given = packed([Response(0.0, [-1.0, -2.0, ZERO], [0.0] * 3, [*ref, ZERO], [0.0] * 3)], device)
+    config = make(kl_coef=0.5, kl_bias_correction=True, ratio="sequence")
+    _, gradient = loss_and_gradient(given._replace(old_logprobs=None), config)
+    gaps = [ref[0] + 1, ref[1] + 2]
+    mean = sum(math.exp(gap) - gap - 1 for gap in gaps) / 3
+    assert gradient.tolist() == approx([0.5 * (mean + 1 - math.exp(gap)) for gap in gaps] + [0.0])
+
+
 def check_nan_is_seen(
     loss_and_gradient: Callable[[LossInputs, PolicyLossConfig], tuple[Tensor, Tensor]], device: str = "cpu"
 ) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 from maestro_fast.ops import LossInputs, PolicyLossConfig, policy_loss
 from tests.ops.helpers import assert_as_accurate
 from tests.ops.linear_policy_loss_batch import ALL_VARIANTS, CHUNK, Batch, random_batch, values_and_gradients
-from tests.ops.overflow import IMPOSSIBLE, VARIANTS, check_impossible, check_nan_is_seen, check_overflow
+from tests.ops.overflow import (
+    IMPOSSIBLE,
+    VARIANTS,
+    check_impossible,
+    check_impossible_in_a_response,
+    check_nan_is_seen,
+    check_overflow,
+)
 
 
 def by_the_reference(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
@@ -27,6 +34,10 @@ def test_right_where_it_fits_and_never_nan(variant: str) -> None:
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_a_token_of_probability_zero(name: str) -> None:
     check_impossible(by_the_reference, name)
+
+
+def test_a_token_of_probability_zero_in_a_response() -> None:
+    check_impossible_in_a_response(by_the_reference)
 
 
 def test_what_is_not_a_number_is_seen() -> None:
