@@ -198,6 +198,21 @@ def test_only_a_method_that_reads_advantages_leaves_them_to_the_profile(method: 
     assert other_advantages(trainer) == expected
 
 
+def through_a_helper(self: Any, batch: Any) -> Any:
+    return self.helper(batch)
+
+
+@pytest.mark.parametrize("helper", [store, in_place, read])
+def test_advantages_that_another_method_of_the_users_sets_are_seen(helper: Any) -> None:
+    helpers = type("Helpers", (), {"helper": staticmethod(helper)})
+    methods = {"_generate_and_score_completions": through_a_helper, "__module__": "mine"}
+    mine = type("Mine", (helpers, GRPOTrainer), methods)
+    trainer = object.__new__(type("Behind", (MaestroGRPOMixin, mine), {"__module__": "mine"}))
+
+    expected = None if helper is read else "Mine._generate_and_score_completions"
+    assert other_advantages(trainer) == expected
+
+
 def test_the_log_says_who_keeps_hidden_states_away(
     settings: Make, ingredients: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

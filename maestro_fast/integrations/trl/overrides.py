@@ -41,7 +41,8 @@ class Override(NamedTuple):
         name: the class and the method, for messages.
         before_ours: whether its class stands before ours among the bases.
         words: the names and the strings in its code.
-        sets_advantages: whether its code may change the entry "advantages" of a batch.
+        sets_advantages: whether its code, or that of another method of the user's that it calls, may change the entry
+            "advantages" of a batch. What functions outside the class do is not seen.
     """
 
     name: str
@@ -55,16 +56,23 @@ def overrides(trainer: Any, method: str) -> list[Override]:
     bases = type(trainer).__mro__
     ours = next(i for i, base in enumerate(bases) if base.__module__.startswith(_OURS))
     return [
-        _override(f"{base.__name__}.{method}", i < ours, vars(base)[method])
+        _override(f"{base.__name__}.{method}", i < ours, vars(base)[method], type(trainer))
         for i, base in enumerate(bases)
         if method in vars(base) and not f"{base.__module__}.".startswith(_KNOWN)
     ]
 
 
-def _override(name: str, before_ours: bool, method: Any) -> Override:
+def _override(name: str, before_ours: bool, method: Any, owner: type) -> Override:
     codes = list(_codes(method))
     words = frozenset(word for code in codes for word in _words(code))
-    return Override(name, before_ours, words, "advantages" in words and any(map(_may_change, codes)))
+    helpers = [code for word in words for code in _codes(getattr(owner, word, None)) if not _is_known(owner, word)]
+    reached = words.union(*map(_words, helpers))
+    return Override(name, before_ours, words, "advantages" in reached and any(map(_may_change, [*codes, *helpers])))
+
+
+def _is_known(owner: type, name: str) -> bool:
+    """Whether a method stands in TRL's trainer, in transformers' or here."""
+    return f"{getattr(getattr(owner, name), '__module__', '')}.".startswith(_KNOWN)
 
 
 def hides_ours(trainer: Any, *methods: str) -> str | None:

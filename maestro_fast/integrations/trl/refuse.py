@@ -80,7 +80,16 @@ def _corrects_for_truncation(trainer: Any, _policy: WeightPolicy) -> bool:
     args = trainer.args
     if not (args.use_vllm and args.vllm_importance_sampling_correction):
         return False
-    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
+    neutral: dict[str, tuple[Any, ...]] = {
+        "top_p": (None, 1.0),
+        "top_k": (None, 0, -1),
+        "min_p": (None, 0.0),
+        "repetition_penalty": (None, 1.0),
+        "presence_penalty": (None, 0.0),
+        "frequency_penalty": (None, 0.0),
+        "logit_bias": (None, {}),
+        "temperature": (args.temperature,),  # generation_kwargs may set another one for vLLM alone.
+    }
     own = args.generation_kwargs or {}
     return any(own.get(name, getattr(args, name, None)) not in values for name, values in neutral.items())
 
@@ -197,7 +206,7 @@ _REFUSALS = (
         _is_set("vllm_importance_sampling_clip_min", None),
     ),
     Refusal(
-        "vllm_importance_sampling_correction with top_p, top_k, min_p or repetition_penalty",
+        "vllm_importance_sampling_correction with top_p, top_k, min_p, penalties, logit_bias or vLLM's own temperature",
         OUR_LOSS,
         "vLLM's log-probs are those after these and the policy's those before: set vllm_importance_sampling_correction "
         "to False, or turn these off",
