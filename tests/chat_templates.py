@@ -62,6 +62,13 @@ ONE_TURN = (
 )
 
 
+# The header of an earlier reply is written in another way than the one at the end of the prompt.
+TWO_HEADERS = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant (think first): <think>\\n' }}{% endif %}"
+)
+
+
 def chat_tokenizer(template: str | None, *special: str) -> PreTrainedTokenizerFast:
     """The tiny tokenizer with another template, and with special tokens more. The tiny model has no rows for these."""
     tokenizer = tiny_tokenizer()

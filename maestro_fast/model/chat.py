@@ -39,7 +39,9 @@ _OWN_ARGUMENTS = (
     "truncation",
 )
 _READ_BY_TRANSFORMERS = ("chat_template", "documents")
-_OPEN_TAG = re.compile(r"<[A-Za-z][\w.:-]*>\s*$")
+# A tag inside a sentence ("put the result into <answer>") is part of the question. One that opens the reply begins a
+# line, or follows the name of the speaker ("Assistant: <think>") or another tag or token ("<|Assistant|><think>").
+_OPEN_TAG = re.compile(r"(?:\A|[\n:>])[ \t]*(<[A-Za-z][\w.:-]*>\s*)\Z")
 _BLOCK = re.compile(r"<([A-Za-z][\w.:-]*)>.*?</\1>", re.DOTALL)
 _REPLY = "Reply-7f3a"  # a text that no template holds
 
@@ -124,7 +126,7 @@ def prefilled(
     For messages it is what the template puts behind the header of the assistant's message. The header is what stands
     before the assistant's words in an earlier turn. A text has no header; there it is an opening tag at its end, such
     as ``<think>``, with the whitespace behind it. The same holds for messages if the template refuses the two turns
-    from which the header is read.
+    from which the header is read, or writes the header in another way there than at the end of a prompt.
 
     Args:
         tokenizer, text, tools, template_kwargs: as ``encode_prompt`` takes them.
@@ -140,7 +142,10 @@ def prefilled(
             known[key] = _assistant_header(tokenizer, template_kwargs)
     except ValueError:
         return _trailing_tag(opened)
-    return _beyond(opening, known[key])
+    header = known[key]
+    if not (opening.startswith(header) or header.startswith(opening)):
+        return _trailing_tag(opened)
+    return opening[len(header) :]
 
 
 def check_template_kwargs(
@@ -238,7 +243,7 @@ def _beyond(text: str, start: str) -> str:
 
 def _trailing_tag(text: str) -> str:
     found = _OPEN_TAG.search(text)
-    return found[0] if found else ""
+    return found[1] if found else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from maestro_fast.model.chat import ChatConfig, check_template_kwargs, encode_prompt, prefilled, rendered
 from maestro_fast.records import plain_text
-from tests.chat_templates import CHATML, GLM, ONE_TURN, QWEN3, R1, STRICT, chat_tokenizer
+from tests.chat_templates import CHATML, GLM, ONE_TURN, QWEN3, R1, STRICT, TWO_HEADERS, chat_tokenizer
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 WEATHER = {
@@ -41,6 +41,7 @@ def weather(city: str) -> str:
         (CHATML, {}, ""),
         (STRICT, {}, ""),
         (ONE_TURN, {}, "<think> "),
+        (TWO_HEADERS, {}, "<think>\n"),
     ],
 )
 @pytest.mark.parametrize("turns", [1, 3])
@@ -60,6 +61,9 @@ def test_what_the_template_writes_of_the_reply_is_found(
         ("Assistant: <think>so</think>", ""),
         ("Is 1 < 2 or 2 > 1", ""),
         ("<|im_start|>assistant\n", ""),
+        ("Put the result into <answer>", ""),
+        ("Reason in <think>, answer in\n  <answer>", "<answer>"),
+        ("<|Assistant|><think>\n", "<think>\n"),
         ("", ""),
     ],
 )
