@@ -298,7 +298,12 @@ def _check_adapter(config: ModelConfig, checkpoint: Checkpoint) -> None:
             raise SettingsError(f"model.adapter: merge, but {checkpoint.path} holds a whole model, expected an adapter")
         return
     kind = adapter.get("peft_type")
-    if _peft().PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM").is_prompt_learning:
+    known = _peft().PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if known is None:
+        raise SettingsError(
+            f"model.path: {checkpoint.path} is an adapter of type {kind!r}, which this peft does not know"
+        )
+    if issubclass(known, _peft().PromptLearningConfig):
         raise SettingsError(f"model.path: {checkpoint.path} is an adapter of type {kind}, which adds to the prompt")
     if config.lora is None or config.adapter == "merge":
         return

@@ -67,14 +67,14 @@ def reference_policy(model: Any, accelerator: Accelerator) -> Reference:
 
 
 def _adds_nothing(model: nn.Module) -> bool:
-    """Whether all that trains is LoRA whose B is 0, so that the model is the same with and without its adapters.
+    """Whether all that trains is LoRA, and B is 0 in all adapters, so that the model is the same without them.
 
-    That is not so of adapters that were trained already, nor of kinds of LoRA that change the base model when they
-    start, such as PiSSA.
+    That is not so of adapters that were trained already, whether or not they go on training, nor of kinds of LoRA that
+    change the base model when they start, such as PiSSA.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    is_lora = all(_LORA_A.search(name) or _LORA_B.search(name) for name, _ in trained)
-    return is_lora and not any(bool(parameter.any()) for name, parameter in trained if _LORA_B.search(name))
+    parameters = [*model.named_parameters()]
+    is_lora = all(_LORA_A.search(name) or _LORA_B.search(name) for name, p in parameters if p.requires_grad)
+    return is_lora and not any(bool(p.any()) for name, p in parameters if _LORA_B.search(name))
 
 
 class PromptContexts:

@@ -265,13 +265,18 @@ def check_syncable(model: nn.Module) -> None:
     """Checks that the policy can be written as a checkpoint of the plain model.
 
     Raises:
-        ValueError: it has adapters that cannot be merged, or quantised weights.
+        ValueError: it has adapters that cannot be merged or are rows of an embedding, or quantised weights.
     """
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise ValueError(
             f"generation: adapters of type {config.peft_type.value} add to the prompt, expected some that can be "
             "merged into the weights, or generation: transformers"
+        )
+    if any(hasattr(module, "token_adapter") for module in model.modules()):
+        raise ValueError(
+            "generation: trainable_token_indices makes a module of its own of some rows of the embedding, expected "
+            "modules_to_save, or generation: transformers"
         )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):

@@ -191,6 +191,15 @@ def test_an_adapter_that_adds_to_the_prompt_is_refused(folders: Path, tmp_path: 
         load_policy(ModelConfig(str(tmp_path / "prompt")))
 
 
+def test_an_adapter_that_peft_does_not_know_is_refused(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "adapter", tmp_path / "later")
+    settings = json.loads((tmp_path / "later" / "adapter_config.json").read_text())
+    (tmp_path / "later" / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LATER"}))
+
+    with pytest.raises(SettingsError, match=r"^model\.path: \S+/later is an adapter of type 'LATER', which this peft"):
+        load_policy(ModelConfig(str(tmp_path / "later")))
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=rf"^model\.path: {tmp_path} cannot be loaded: "):
         load_policy(ModelConfig(str(tmp_path)))

@@ -51,6 +51,19 @@ def test_the_reference_is_where_the_policy_started(options: dict[str, Any] | Non
     assert any(parameter.requires_grad for parameter in model.parameters()), "the policy still trains"
 
 
+def test_a_trained_adapter_that_is_frozen_below_a_new_one_belongs_to_the_start() -> None:
+    model = adapted(init_lora_weights=False)
+    model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second." in name)
+    start = logits(model)
+    with reference_policy(model, Accelerator(cpu=True))() as (frozen, _):
+        found = logits(frozen)
+
+    torch.testing.assert_close(found, start, rtol=0, atol=1e-6)
+
+
 def test_the_reference_of_a_trained_adapter_shares_the_frozen_weights() -> None:
     model = adapted(init_lora_weights=False)
     with reference_policy(model, Accelerator(cpu=True))() as (frozen, _):

@@ -308,4 +308,7 @@ def test_what_cannot_be_sent_is_refused() -> None:
     quantised.model.layers[0].mlp.up_proj.weight = weight
     with pytest.raises(ValueError, match=r"^generation: model\.layers\.0\.mlp\.up_proj\.weight is quantised \(torch\."):
         check_syncable(quantised)
+    rows = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    with pytest.raises(ValueError, match=r"^generation: trainable_token_indices makes .*, expected modules_to_save"):
+        check_syncable(rows)
     check_syncable(tiny_model())
