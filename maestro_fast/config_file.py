@@ -59,6 +59,17 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return located
 
 
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Reads the config.yaml that a run has written. In those of version 0.1 relative paths start where the run started.
+
+    That is taken to be the working directory. Later runs have written absolute paths.
+
+    Raises:
+        SettingsError: the file cannot be read, or it is no YAML mapping.
+    """
+    return absolute_paths(_read_file(path), Path.cwd())
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise SettingsError(f"config: no file {path}")
@@ -77,16 +88,23 @@ def _read_file(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping in which a key stands twice, where YAML would silently keep the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: list[yaml.MappingNode] = []
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolves the merges (``<<``) of a mapping, which puts the keys of others into it, so it is checked before."""
+        if not any(node is other for other in self._checked):
+            self._checked.append(node)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                        )
+                    seen.add(key.value)
+        super().flatten_mapping(node)
 
 
 def _yaml(text: str, what: str) -> Any:
@@ -184,7 +202,8 @@ def _absolute(text: str, name: str, base: Path) -> str:
     path, attribute = _path_in(text, name)
     if path is None:
         return text
-    found = os.path.normpath(base / Path(path).expanduser())
+    # The system follows a link before it goes up by "..", so the base may hold none when the text is shortened.
+    found = os.path.normpath(base.resolve() / Path(path).expanduser())
     if _PATHS_OR_NAMES.fullmatch(name) and not _FILE.match(path) and not os.path.exists(found):
         return text
     return found + attribute

@@ -69,6 +69,16 @@ def test_relative_paths_start_in_the_folder_of_the_file(folder: Path) -> None:
     }
 
 
+def test_a_folder_that_is_a_link_is_followed_before_one_goes_up(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(folder)
+    (folder / "c.yaml").write_text("model: {path: ../base}\ndata: {path: ../p.jsonl}\n")
+    (folder.parent / "base").mkdir()
+
+    read = read_config(tmp_path / "elsewhere" / "link" / "c.yaml")
+    assert read == {"model": {"path": f"{folder.parent}/base"}, "data": {"path": f"{folder.parent}/p.jsonl"}}
+
+
 def test_what_is_read_reads_the_same_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     """As config.yaml in a run directory, which is trained on with, and whose Conductor is shown."""
     values = read_config(folder / "c.yaml")
@@ -174,9 +184,16 @@ def test_a_broken_file_is_one_sentence(text: str | bytes | None, complaint: str,
 
 def test_anchors_and_merges_of_yaml_stay_legal(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("base: &b {x: 1, y: 2}\nmine: {<<: *b, y: 3}\n")
+    path.write_text(
+        "base: &b {low: 1, high: 2}\n"
+        "parts: {mine: &m {<<: *b, high: 3}}\n"  # It is merged before it is read itself.
+        "next: &n {<<: *m, wide: 4, high: 5}\n"
+        "last: {<<: [*n, *b], low: 6}\n"
+    )
 
-    assert read_config(path)["mine"] == {"x": 1, "y": 3}
+    read = read_config(path)
+    assert read["parts"] == {"mine": {"low": 1, "high": 3}} and read["next"] == {"low": 1, "high": 5, "wide": 4}
+    assert read["last"]["low"] == 6 and read["last"]["wide"] == 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.config_file import read_config
+from maestro_fast.config_file import read_run_config
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
 from maestro_fast.model.forward import (
     choose_layout,
@@ -117,7 +117,7 @@ def _of_run(folder: Path) -> SavedConductor:
             f"DIR: {folder} is of a run, but beside it there is no config.yaml, which has the Conductor's options; "
             "expected it in its run directory"
         )
-    run = parse_config(read_config(config))
+    run = parse_config(read_run_config(config))
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
         about = saved.metadata()
         names = saved.keys()

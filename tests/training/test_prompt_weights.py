@@ -94,6 +94,19 @@ def test_a_folder_of_save_pretrained_needs_the_model(raw_config: dict[str, Any],
     assert torch.equal(found.weights_NK, shown(raw_config, run_dir / "final").weights_NK)
 
 
+def test_a_run_whose_config_has_relative_paths_is_shown(
+    raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 0.1 wrote them as they were given, so they start where that run was started."""
+    options = {"type": "conductor", "period": 1, "learning_rate": 0.1, "context": "prompt_last"}
+    _, run_dir = trained(raw_config, tmp_path, options)
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/", ""))
+    monkeypatch.chdir(tmp_path)
+
+    assert load_conductor(Path(run_dir)).policy.reward_names == ("first", "last")
+
+
 def test_adapters_come_with_the_policy(raw_config: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     raw_config["model"] |= {"lora": {"r": 4}}
