@@ -7,6 +7,7 @@ not the thirty frames of the trainer around it, so only the part of the tracebac
 from __future__ import annotations
 
 import site
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from pathlib import Path
 from traceback import FrameSummary
 
 from maestro_fast.functions import loaded_files
+from maestro_fast.settings import SettingsError
 
+_LIBRARIES = {"accelerate", "datasets", "peft", "torch", "transformers", "triton", "trl", "vllm"}
 _PACKAGE = str(Path(__file__).parent)
 _SENTENCES = (ValueError, TypeError, OSError, ImportError)  # Such an error may be due to a setting, and says which.
 
@@ -22,6 +25,8 @@ _SENTENCES = (ValueError, TypeError, OSError, ImportError)  # Such an error may 
 def explain(error: BaseException) -> str | None:
     """What a command prints about an error in place of its traceback; None if the whole traceback is needed."""
     for cause in _causes(error):
+        if isinstance(cause, SettingsError) and not _in_loaded_files(cause):
+            break  # Its sentence says all, wherever the libraries on the way to it are installed.
         frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _is_users(frame.filename)]
         broken = isinstance(cause, SyntaxError) and _is_users(cause.filename or "")
         if frames or broken:
@@ -49,6 +54,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
+def _in_loaded_files(error: BaseException) -> bool:
+    return any(frame.filename in loaded_files() for frame in traceback.extract_tb(error.__traceback__))
+
+
 def _is_users(filename: str) -> bool:
     """Whether a file is neither Python's nor a library's nor ours, or holds a function that a config names."""
     if filename in loaded_files():
@@ -56,9 +65,17 @@ def _is_users(filename: str) -> bool:
     if not filename or filename.startswith("<"):
         return False
     parts = Path(filename).parts
-    if "site-packages" in parts or "dist-packages" in parts:
+    if {"site-packages", "dist-packages"} & {*parts} or any(part.startswith("torchinductor_") for part in parts):
+        return False
+    if filename in _files_of_libraries():
         return False
     return not any(Path(filename).is_relative_to(folder) for folder in _library_folders())
+
+
+def _files_of_libraries() -> set[str]:
+    """The files of the libraries that a run loads, which may be installed in an editable way, as a clone."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in _LIBRARIES]
+    return {str(module.__file__) for module in modules if getattr(module, "__file__", None)}
 
 
 def _library_folders() -> list[str]:

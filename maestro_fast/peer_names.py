@@ -38,6 +38,8 @@ TRL: dict[str, str] = {
     "vllm_importance_sampling_cap": "loss.sampler_cap",
     "scale_rewards": "advantages.profile: grpo for group, grpo_batch for batch, dr_grpo for none",
     "multi_objective_aggregation": "advantages.profile: grpo for sum_then_normalize, gdpo for normalize_then_sum",
+    "use_bias_correction_kl": "loss.kl_bias_correction",
+    "chat_template_kwargs": "chat.template_kwargs",
     "reward_weights": "weights: {type: static, values: {NAME OF THE REWARD: WEIGHT}}",
     "use_vllm": "generation: vllm",
     "vllm_mode": "generation.type: vllm for colocate, vllm_server for server",
@@ -56,14 +58,14 @@ TRL: dict[str, str] = {
 }
 # These have no equal here.
 TRL_ALONE = {
-    "cache_implementation", "cast_lm_head_to_fp32", "chat_template_kwargs", "disable_dropout",
+    "cache_implementation", "cast_lm_head_to_fp32", "disable_dropout",
     "ds3_gather_for_generation", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target",
     "generation_kwargs", "log_completions_hub_repo", "log_multimodal", "mask_truncated_completions",
     "max_tool_calling_iterations", "min_p", "num_completions_to_print", "off_policy_mask_threshold",
     "pad_to_multiple_of", "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty",
     "router_aux_loss_coef", "sapo_temperature_neg", "sapo_temperature_pos", "shuffle_dataset", "sync_ref_model",
     "top_entropy_quantile", "transformers_continuous_batching_config", "trust_remote_code", "use_adaptive_entropy",
-    "use_bias_correction_kl", "use_liger_loss", "use_transformers_continuous_batching", "use_transformers_paged",
+    "use_liger_loss", "use_transformers_continuous_batching", "use_transformers_paged",
     "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "vllm_importance_sampling_clip_min",
     "vllm_model_impl", "vllm_structured_outputs_regex",
 }  # fmt: skip
@@ -141,7 +143,8 @@ def our_name(name: str, value: Any = None) -> str:
     Returns:
         Words such as "here TRL's beta is loss.kl_coef"; "" if neither library has such a setting.
     """
-    found = [words for leaf in _leaves(name, value) if (words := _words(leaf))]
+    leaves = [name] if name.rpartition(".")[2] in TRL else _leaves(name, value)  # Some of TRL's values are mappings.
+    found = [words for leaf in leaves if (words := _words(leaf))]
     if found or not _VERL_SECTIONS & set(name.split(".")):
         return "; ".join(found[:4])
     return f"{name} is a section of verl's config, see CONFIG.md of maestro_fast.training for the sections here"

@@ -36,6 +36,9 @@ def test_the_names_lead_to_settings_that_there_are() -> None:
 def test_names_are_found_in_sections_and_in_mappings() -> None:
     assert our_name("beta") == our_name("loss.beta") == "here TRL's beta is loss.kl_coef"
     assert our_name("min_p") == "TRL's min_p has no equal here"
+    assert our_name("use_bias_correction_kl", False) == "here TRL's use_bias_correction_kl is loss.kl_bias_correction"
+    kwargs = our_name("chat_template_kwargs", {"enable_thinking": False})
+    assert kwargs == "here TRL's chat_template_kwargs is chat.template_kwargs"
     whole = our_name("actor_rollout_ref", {"rollout": {"n": 8}, "actor": {"kl_loss_coef": 1}})
     assert whole == "here verl's rollout.n is sampling.group_size; here verl's actor.kl_loss_coef is loss.kl_coef"
     assert our_name("critic", {"x": 1}).startswith("critic is a section of verl's config")

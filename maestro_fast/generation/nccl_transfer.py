@@ -100,15 +100,16 @@ def _check_address(address: str, port: int) -> None:
     Raises:
         ValueError: This machine cannot listen there.
     """
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((address, port))
-        except OSError as error:
-            raise ValueError(
-                f"generation.address: {address} and generation.port: {port}, this machine cannot listen there "
-                f"({error}), expected an address of it at which the server's workers reach it, and a free port"
-            ) from error
+    try:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]  # IPv4 or IPv6
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(place)
+    except OSError as error:
+        raise ValueError(
+            f"generation.address: {address} and generation.port: {port}, this machine cannot listen there "
+            f"({error}), expected an address of it at which the server's workers reach it, and a free port"
+        ) from error
 
 
 def _watched(call: Callable[[], Any], failed: Future[None]) -> Any:

@@ -47,6 +47,10 @@ def control_run(raw: dict[str, Any], out: Path, lock: int) -> Iterator[subproces
         )
         try:
             yield process
+        except KeyboardInterrupt:  # The control run has got the signal, too, and saves itself.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            raise
         finally:
             if process.poll() is None:
                 process.terminate()

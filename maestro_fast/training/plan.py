@@ -68,9 +68,7 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
         ValueError: the numbers do not divide, the prompts are too few, or the model cannot be served.
     """
     plan = BatchPlan.of(method.batch, method.sampling.group_size, processes)
-    block = method.batch.prompts_per_batch
-    if len(dataset) < block:
-        raise ValueError(f"batch.prompts_per_batch: {block}, but the data holds {len(dataset)} prompts")
+    check_enough(method.batch, dataset)
     language_model = causal_lm(model)
     if "logits_to_keep" not in inspect.signature(language_model.forward).parameters:
         raise ValueError(
@@ -85,6 +83,14 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
     head_of(model)
     check_trainable(model)
     return plan
+
+
+def check_enough(batch: BatchConfig, dataset: PromptDataset) -> None:
+    """Raises ValueError if the data hold too few prompts for one generation batch."""
+    if len(dataset) < batch.prompts_per_batch:
+        raise ValueError(
+            f"batch.prompts_per_batch: {batch.prompts_per_batch}, but the data holds {len(dataset)} prompts"
+        )
 
 
 def check_correction(sampling: SamplingConfig, loss: object) -> None:

@@ -64,7 +64,9 @@ def bar_figures(logs: Mapping[str, float]) -> str:
     They are the reward, the mean of each reward where there are several, utility and KL where they are known, and the
     mean length of a response in tokens.
     """
-    means = {name.split("/")[1]: logs[name] for name in logs if name.startswith("rewards/") and name.endswith("/mean")}
+    ends = "rewards/", "/mean"
+    names = [name for name in logs if name.startswith(ends[0]) and name.endswith(ends[1])]
+    means = {name.removeprefix(ends[0]).removesuffix(ends[1]): logs[name] for name in names}
     shown = {"reward": logs["reward"]} if "reward" in logs else {}
     shown |= means if len(means) > 1 else {}
     shown |= {name: logs[key] for name, key in (("utility", "anchor/utility"), ("kl", "kl")) if key in logs}

@@ -36,6 +36,7 @@ from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import TrainConfig
 from maestro_fast.training.data import PromptDataset, check_conditions, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
+from maestro_fast.training.plan import check_enough
 from maestro_fast.training.run_directory import open_run_directory, staged
 from maestro_fast.training.trainer import MaestroTrainer
 from maestro_fast.training.weight_sync import check_room
@@ -66,6 +67,7 @@ def train(
     check_model_path(config.model.path)
     method = config.method  # A loss of the user's own is loaded here, before a model is.
     dataset, evaluation = load_prompts(config.data, config.chat), None
+    check_enough(config.batch, dataset)
     if config.evaluation is not None:
         evaluation = load_prompts(config.evaluation.data, config.chat, field="evaluation.data")
     rewards = build_rewards(config.rewards)

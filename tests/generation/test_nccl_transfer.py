@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_fast.generation import nccl_transfer
 from maestro_fast.generation.http import HttpClient, ServerRefused
 from maestro_fast.generation.nccl_transfer import NcclTransfer
 from tests.generation.http_server import Answer, Calls, http_server
@@ -299,6 +300,16 @@ def test_a_port_that_is_taken_is_named_before_the_workers_are_asked(calls: Calls
         with pytest.raises(ValueError, match=words):
             transfer(calls, port=port).send(iter(WEIGHTS))
     assert "/init_weight_transfer_engine" not in calls.routes()
+
+
+@pytest.mark.parametrize("address", ["::1", "127.0.0.1", "localhost"])
+def test_an_address_may_be_a_name_or_of_either_version_of_ip(address: str) -> None:
+    try:
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as other:
+            port = other.getsockname()[1]
+    except OSError:
+        pytest.skip(f"this machine has no {address}")
+    nccl_transfer._check_address(address, port)
 
 
 def test_closing_lets_the_server_go(calls: Calls) -> None:

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from maestro_fast.quickstart.control import control_run
 from maestro_fast.quickstart.run import quickstart
 from maestro_fast.settings import SettingsError
 from maestro_fast.training import run_directory
@@ -37,6 +40,40 @@ with locked(out, "--out") as lock, run.control_run({"run_dir": str(out / "equal"
     print(control.pid, flush=True)
     time.sleep(600)
 """
+
+
+SAVING = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+time.sleep(600)
+"""
+
+
+def test_after_ctrl_c_the_control_run_saves_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return popen([sys.executable, "-c", SAVING], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    log = tmp_path / "equal.log"
+    with (
+        locked(tmp_path, "--out") as lock,
+        pytest.raises(KeyboardInterrupt),
+        control_run({"run_dir": str(tmp_path / "equal")}, tmp_path, lock) as control,
+    ):
+        assert control is not None and control.stdin is not None
+        while "training" not in log.read_text():
+            time.sleep(0.02)
+        control.send_signal(signal.SIGINT)  # A terminal sends it to both.
+        raise KeyboardInterrupt
+    control.stdin.close()
+    assert log.read_text().split() == ["training", "saved"] and control.returncode == 130
 
 
 def test_the_control_run_ends_with_a_killed_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

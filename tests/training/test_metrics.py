@@ -82,6 +82,8 @@ def test_the_bar_shows_rewards_that_mean_something() -> None:
     assert bar_figures(line | {"anchor/utility": 0.3, "kl": 0.0123}) == (
         "reward 0.512, format 0.75, brevity -0.25, utility 0.3, kl 0.0123, 31 tokens"
     )
+    slash = line | {"rewards/org/judge/mean": 0.5}
+    assert bar_figures(slash) == "reward 0.512, format 0.75, brevity -0.25, org/judge 0.5, 31 tokens"
     del line["rewards/brevity/mean"]
     assert bar_figures(line) == "reward 0.512, 31 tokens"
 

@@ -14,7 +14,7 @@ from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LossInputs, PolicyLossConfig
 from maestro_fast.settings import SettingsError
 from maestro_fast.specs import PROFILES
-from maestro_fast.training import MaestroTrainer, TrainConfig, parse_config
+from maestro_fast.training import MaestroTrainer, TrainConfig, parse_config, train
 from maestro_fast.training.plan import LossTerms, Method, has_dropout
 from tests.training.test_step import CASES, case
 from tests.training.test_trainer import parameters
@@ -31,6 +31,15 @@ def test_the_case_is_logged_with_its_reason(
     assert trainer.step.scoring.source == source
     (line,) = [record.message for record in caplog.records if record.message.startswith("log-probs and hidden states")]
     assert f": {source}, " in line and name in line and "the weight policy and an entropy reward" in line
+
+
+def test_too_few_prompts_are_found_before_a_model_loads(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maestro_fast.training.run.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    raw_config["batch"]["prompts_per_batch"] = 32
+    with pytest.raises(ValueError, match=r"^batch\.prompts_per_batch: 32, but the data holds 16 prompts"):
+        train(parse_config(raw_config), raw_config)
 
 
 def test_nothing_is_scored_for_nobody(raw_config: dict[str, Any]) -> None:
