@@ -48,6 +48,12 @@ class DataConfig:
     max_prompt_tokens: int | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}, expected at least 1 or null")
+
 
 class PromptDataset(Dataset[Row]):
     """A data set of rows with a column of prompts; the rewards may read every other column.

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.config_file import absolute_paths
 from maestro_fast.generation import (
@@ -36,7 +37,9 @@ from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import TrainConfig
 from maestro_fast.training.data import PromptDataset, check_conditions, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
+from maestro_fast.training.health import NonFiniteError
 from maestro_fast.training.plan import check_enough
+from maestro_fast.training.rescue import how_to_go_on
 from maestro_fast.training.run_directory import open_run_directory, staged
 from maestro_fast.training.trainer import MaestroTrainer
 from maestro_fast.training.weight_sync import check_room
@@ -212,7 +215,12 @@ def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bo
 def _save_final(trainer: MaestroTrainer, run_dir: Path) -> None:
     if trainer.best is not None:
         trainer.best.load_into(trainer.model, trainer.accelerator)
-    trainer.health.check_parameters(trainer.state.global_step)
+    step = trainer.state.global_step
+    try:
+        trainer.health.check_parameters(step)
+    except NonFiniteError as error:
+        error.add_note(how_to_go_on(error, step, None, get_last_checkpoint(str(run_dir))))
+        raise
     with staged(run_dir, trainer.accelerator) as folder:
         trainer.save_model(str(folder / "final"))
         if trainer.is_world_process_zero():

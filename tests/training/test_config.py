@@ -242,6 +242,8 @@ def test_a_loss_that_cannot_be_loaded_is_named(config_file: Path, name: str, com
         (["--sampling.temperature", "hot"], r"^sampling\.temperature: got str 'hot', expected float"),
         (["--loss.normalization", "mean"], r"^loss\.normalization: got str 'mean', expected one of grpo"),
         (["--batch.micro_batch", "0"], r"^batch\.micro_batch: 0, expected at least 1"),
+        (["--data.limit", "-1"], r"^data\.limit: -1, expected at least 1 or null"),
+        (["--data.max_prompt_tokens", "0"], r"^data\.max_prompt_tokens: 0, expected at least 1 or null"),
         (["--rewards", "[{type: length}]"], r"^rewards\[0\]\.target: missing, it has no default"),
         (["--rewards", "format"], r"^rewards: got str 'format', expected a list"),
         (["--rewards", "[{type: lenght}]"], r"^rewards\[0\]\.type: 'lenght', expected one of entropy, format, length"),

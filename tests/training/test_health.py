@@ -139,9 +139,11 @@ def test_parameters_that_are_not_finite_are_never_saved(
 
 def test_the_final_policy_is_finite(raw_config: dict[str, Any]) -> None:
     raw_config["trainer"]["save_strategy"] = "no"
-    with pytest.raises(NonFiniteError, match=r"^step 2: the parameter"):
+    with pytest.raises(NonFiniteError, match=r"^step 2: the parameter") as caught:
         train(parse_config(raw_config), raw_config, callbacks=[Spoil(2)])
     assert not (Path(raw_config["run_dir"]) / "final").exists()
+    (note,) = caught.value.__notes__
+    assert "has no checkpoint to go on from; first lower trainer.learning_rate (now 0.001), then start it again" in note
 
 
 def test_a_lower_learning_rate_takes_effect_at_a_resume(raw_config: dict[str, Any]) -> None:
