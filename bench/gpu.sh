@@ -88,13 +88,14 @@ headline() { # NAME SECONDS ARGUMENTS...
 # Cheap steps come first, and torch.compile, which takes the longest, comes last, so that an early end loses little.
 second() {
   local wide=4096x151936x16384 narrow=1024x151936x16384
-  ((dry)) && wide=16x70x9 narrow=24x50x6
+  local heads=$wide,$narrow
+  ((dry)) && wide=16x70x9 heads=24x50x6
   step "ceilings" 30 "$python" -m bench.gpu_ceilings
   headline "group_advantages" 40 --no-compile bench/bench_gpu_group_advantages.py
   headline "maestro_advantages" 45 --no-compile bench/bench_gpu_maestro_advantages.py
   headline "policy_loss" 40 --no-compile bench/bench_gpu_policy_loss.py
   headline "pool_hidden" 40 --no-compile bench/bench_gpu_pool_hidden.py
-  headline "token_logprobs" 100 --no-compile bench/bench_gpu_token_logprobs.py --head="$wide,$narrow"
+  headline "token_logprobs" 100 --no-compile bench/bench_gpu_token_logprobs.py --head="$heads"
   headline "linear_policy_loss" 110 --no-compile bench/bench_gpu_linear_policy_loss.py --head="$wide"
   headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
 }

@@ -98,8 +98,16 @@ def compare(
         assert_close(one, true, simple, epsilon=epsilon, what=f"output {i}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("strategy", "head"), list(product(STRATEGIES, HEADS)))
+# In the interpreter, which is slow, the heads meet 16 bits with one strategy.
+CASES = [
+    (*case, dtype)
+    for case in product(STRATEGIES, HEADS)
+    for dtype in DTYPES
+    if not INTERPRETED or dtype is torch.float32 or case[0] == "fused"
+]
+
+
+@pytest.mark.parametrize(("strategy", "head", "dtype"), CASES, ids=str)
 def test_values_and_gradients(strategy: str, head: str, dtype: torch.dtype) -> None:
     options = dict(HEADS[head])
     compare(random_inputs(9, 40, bias=options.pop("bias", False), dtype=dtype), dtype, strategy=strategy, **options)

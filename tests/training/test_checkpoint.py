@@ -127,24 +127,20 @@ main(["train", sys.argv[1]])
 """
 
 
-def command(config: Path, *more: str, code: str | None = None) -> int:
-    program = ["-m", "maestro_fast", "train"] if code is None else ["-c", code]
-    return subprocess.run([sys.executable, *program, str(config), *more], capture_output=True, timeout=240).returncode
-
-
 def test_kill_9_while_a_checkpoint_is_saved(make_raw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """The test of the quickstart kills a run between two steps."""
-    for name in ("killed", "whole"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(make_raw(name)), encoding="utf-8")
-    died = command(tmp_path / "killed.yaml", code=KILLED_WHILE_SAVING)
-    left = {path.name for path in Path(make_raw("killed")["run_dir"]).iterdir()}
+    whole, killed, config = make_raw("whole"), make_raw("killed"), tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(killed), encoding="utf-8")
+    program = [sys.executable, "-c", KILLED_WHILE_SAVING, str(config)]
+    died = subprocess.run(program, capture_output=True, timeout=240).returncode
+    left = {path.name for path in Path(killed["run_dir"]).iterdir()}
 
     assert died == -signal.SIGKILL
     assert {"checkpoint-2", "metrics.jsonl", ".saving"} <= left and not {"checkpoint-3", "final"} & left
-    assert command(tmp_path / "killed.yaml", "--resume") == 0
-    assert command(tmp_path / "whole.yaml") == 0
-    assert_same_run(make_raw("whole")["run_dir"], make_raw("killed")["run_dir"])
-    assert not (Path(make_raw("killed")["run_dir"]) / ".saving").exists()
+    recorded_train(killed, resume=True)
+    recorded_train(whole)
+    assert_same_run(whole["run_dir"], killed["run_dir"])
+    assert not (Path(killed["run_dir"]) / ".saving").exists()
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_there(
