@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,13 +75,19 @@ def recorded(launcher: Callable[[], Any]) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread: registers, and bytes of stack, which is what spilled; per program: bytes of shared memory, and how
-    often the machine code has each of ``INSTRUCTIONS``."""
+    """Per thread: registers, and bytes of stack, which is what spilled; per program: bytes of shared memory."""
 
     registers: int
     stack: int
     shared: int
-    instructions: dict[str, int] = field(default_factory=dict)
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def instructions(self) -> dict[str, int]:
+        """How often the machine code has each of ``INSTRUCTIONS``. To read it takes as long as to compile it."""
+        code = _cuobjdump("-sass", self.cubin)
+        counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+        return {name: count for name, count in counts.items() if count}
 
 
 # matrix products of a warp group (sm_90), of the tensor cores of sm_100, and of a warp; loads by tensor descriptor;
@@ -112,16 +119,16 @@ def compiled(launch: Launch, arch: int) -> Resources:
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
     source = ASTSource(launch.kernel, signature, constants, divisible)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        usage, code = _cuobjdump("--dump-resource-usage", path), _cuobjdump("-sass", path)
+    cubin = kernel.asm["cubin"]
+    usage = _cuobjdump("--dump-resource-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
-    instructions = {name: count for name, count in counts.items() if count}
-    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared, instructions)
+    return Resources(int(found[1]), int(found[2]), kernel.metadata.shared, cubin)
 
 
-def _cuobjdump(option: str, path: Path) -> str:
-    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True, env=os.environ).stdout
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
