@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -207,6 +207,7 @@ OPS = [
 ]
 
 
+# Every variant compiles for sm_90, a third of them for the others; `make gpu-rehearsal` compiles all for sm_100, too.
 # The counterfactual advantages take long to compile, and are made of what the advantages are made of.
 @pytest.mark.parametrize(
     ("op", "arch"),
@@ -214,10 +215,11 @@ OPS = [
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_compiles_without_spills(op: Callable[[], Iterator[Callable[[], Any]]], arch: int) -> None:
-    compile_all(op(), arch)
+    launchers = [*op()]
+    compile_all(launchers if arch == 90 else launchers[::-3], arch)
 
 
-def compile_all(launchers: Iterator[Callable[[], Any]], arch: int) -> dict[str, list[Resources]]:
+def compile_all(launchers: Iterable[Callable[[], Any]], arch: int) -> dict[str, list[Resources]]:
     """What every kernel needs, by its name."""
     spilled, found = [], defaultdict(list)
     for launcher in launchers:
