@@ -24,7 +24,7 @@ from maestro_fast.specs import PROFILES, FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.data import DataConfig
 from maestro_fast.training.plan import Method, check_correction
-from maestro_fast.weighting import AnchoredConfig, ConductorConfig, WeightsConfig
+from maestro_fast.weighting import WeightsConfig
 
 LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
 
@@ -110,7 +110,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed: {self.seed}, expected 0 <= seed < 2**32")
-        if self.anchor is None and (needing := _needs_anchor(self.weights)):
+        if self.anchor is None and (needing := self.weights.needs_utility):
             raise SettingsError(f"anchor: missing, {needing} needs a known utility, expected a section anchor")
         check_correction(self.sampling, self.loss)
 
@@ -129,16 +129,6 @@ class TrainConfig:
             loss = replace(loaded, needs_entropy=loaded.entropies)
         samples = 1 if self.evaluation is None else self.evaluation.samples
         return Method(self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples)
-
-
-def _needs_anchor(weights: WeightsConfig) -> str:
-    """The setting that makes no sense without a known utility; "" if there is none."""
-    policy = weights.policy
-    if isinstance(policy, AnchoredConfig):
-        return "weights: anchored"
-    if isinstance(policy, ConductorConfig) and policy.objective == "first_order":
-        return "weights.objective: first_order"
-    return "" if weights.guard is None else "weights.guard"
 
 
 def _check_loss_function(function: Callable[..., Any], name: str) -> None:

@@ -1,6 +1,13 @@
 """Weight policies decide how much each reward counts."""
 
-from maestro_fast.weighting.adaptive_step import compare, weigh, weigh_and_compare
+from maestro_fast.weighting.adaptive_step import (
+    compare,
+    compare_scaled,
+    scales,
+    weigh,
+    weigh_and_compare,
+    weigh_scaled,
+)
 from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
 from maestro_fast.weighting.build import POLICIES, WeightsConfig, build_weight_policy
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
@@ -50,9 +57,12 @@ __all__ = [
     "build_weight_policy",
     "check_profile",
     "compare",
+    "compare_scaled",
     "from_pretrained",
     "save_pretrained",
+    "scales",
     "scored",
     "weigh",
     "weigh_and_compare",
+    "weigh_scaled",
 ]

@@ -3,15 +3,28 @@
 Trainers come through here with any weight policy. A Conductor's weights and the advantages under them are one op,
 ``ops.maestro_advantages``, wherever that op has the case. Every other policy gives its weights first, and
 ``ops.group_advantages`` compares the scores afterwards. Both ways give the same bits.
+
+In TRL and verl the weights of K rewards sum to K, those of a policy sum to 1. ``weigh_scaled`` serves both: it gives
+the advantages under f times the policy's weights. Scores are linear in the weights, and so are the mean and the
+standard deviation of scores. With s, m and std under the policy's own weights, the advantages are
+
+    (f s - f m) / (f std + eps)  =  (s - m) / (std + eps / f)          where the score's standard deviation divides
+     f s - f m                   =  f (s - m)                          where it does not
+
+and an epsilon in the variance becomes eps / f^2. So the op that makes weights and advantages at once needs a smaller
+epsilon, and its scores are multiplied afterwards. The result is exact but for rounding, and exact to the last bit if f
+is a power of two.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from maestro_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from maestro_fast.ops.maestro_advantages import maestro_advantages
-from maestro_fast.specs import resolve_profile
+from maestro_fast.specs import AdvantageProfile, resolve_profile
 from maestro_fast.weighting.conductor import Conductor
 from maestro_fast.weighting.policy import Comparison, WeightContext, WeightPolicy, Weights
 from maestro_fast.weighting.utilities import scored
@@ -85,3 +98,52 @@ def _by_one_op(conductor: Conductor, context: WeightContext, comparison: Compari
         **conductor.choice(context),
     )
     return conductor.as_weights(context, sample), advantages
+
+
+# --- under a multiple of the policy's weights ---
+
+
+def scales(profile: AdvantageProfile) -> bool:
+    """Whether the advantages under f times some weights follow from those under the weights themselves.
+
+    They do not if a singleton keeps its raw score: its standard deviation counts as 1 under any weights.
+    """
+    return profile.singleton != "raw"
+
+
+def weigh_scaled(
+    policy: WeightPolicy, context: WeightContext, comparison: Comparison, factor: float
+) -> tuple[Weights, GroupAdvantages | None]:
+    """The policy's weights, as from ``weigh``, but with the advantages under ``factor`` times these weights.
+
+    Args:
+        policy: the weight policy.
+        context: the batch.
+        comparison: how scores become advantages. ``scales`` has to be true of its profile. Without lengths, the
+            advantages of a profile that needs them are left to a later op, as ``weigh`` does.
+        factor: f, above 0.
+    """
+    profile = resolve_profile(comparison.profile)
+    weights, found = weigh(policy, context, _under_smaller(comparison, profile, factor))
+    return weights, None if found is None else _larger(found, profile, factor)
+
+
+def compare_scaled(context: WeightContext, weights: Weights, comparison: Comparison, factor: float) -> GroupAdvantages:
+    """The advantages of a batch under ``factor`` times weights that are known."""
+    profile = resolve_profile(comparison.profile)
+    if scales(profile):
+        return _larger(compare(context, weights, _under_smaller(comparison, profile, factor)), profile, factor)
+    return compare(context, replace(weights, weights_BK=weights.weights_BK * factor), comparison)
+
+
+def _under_smaller(comparison: Comparison, profile: AdvantageProfile, factor: float) -> Comparison:
+    """The comparison whose advantages are those under ``factor`` times the weights, but for ``_larger``."""
+    in_variance = profile.score_eps_in == "variance"
+    smaller = replace(profile, score_eps=profile.score_eps / (factor**2 if in_variance else factor))
+    return replace(comparison, profile=smaller, beta=comparison.beta / factor)
+
+
+def _larger(found: GroupAdvantages, profile: AdvantageProfile, factor: float) -> GroupAdvantages:
+    """The results with scores that are ``factor`` times as large."""
+    larger = found._replace(scores=found.scores * factor, mean=found.mean * factor, std=found.std * factor)
+    return larger._replace(advantages=found.advantages * factor) if profile.score_scale == "none" else larger

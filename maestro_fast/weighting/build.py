@@ -76,6 +76,15 @@ class WeightsConfig:
     )
     guard: GuardConfig | None = None
 
+    @property
+    def needs_utility(self) -> str:
+        """The setting that makes no sense without a known utility; "" if there is none."""
+        if isinstance(self.policy, AnchoredConfig):
+            return "weights: anchored"
+        if isinstance(self.policy, ConductorConfig) and self.policy.objective == "first_order":
+            return "weights.objective: first_order"
+        return "" if self.guard is None else "weights.guard"
+
     def build(self, reward_names: tuple[str, ...], context_size: int, path: str = "weights") -> WeightPolicy:
         """The policy, under its guard if there is one.
 

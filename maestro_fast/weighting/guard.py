@@ -121,7 +121,7 @@ class Guarded:
     def _watch(self, context: WeightContext, weights: Weights, held_back_N: Tensor) -> None:
         """Adds the batch to the history, and steps in if there is a reason to."""
         assert context.utilities_B is not None
-        utility = context.utilities_B.float().cpu().view(-1, context.group_size)[held_back_N].mean().item()
+        utility = context.utilities_B.float().cpu().view(-1, context.group_size)[held_back_N].nanmean().item()
         rewards_BK = context.rewards_BK.float().cpu()
         if len(self._history) < self.config.window:
             self._statistics.update(rewards_BK[~rewards_BK.isnan().any(1)])

@@ -13,22 +13,28 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.policy import WeightContext, Weights
+from maestro_fast.weighting.policy import WeightContext, Weights, live_range
 
 
 def labelled_groups(context: WeightContext) -> Tensor:
     """bool [N] on the CPU: True for groups whose utilities are all known and not all the same.
 
+    A response from which every reward abstains has no part in its group's comparison, and needs no utility.
+
     Raises:
         ValueError: There is no anchor, or the utilities have a wrong shape.
     """
     utilities_NG = _utilities(context)
-    spread_N = utilities_NG.amax(1) > utilities_NG.amin(1)  # False where a utility is NaN
-    return spread_N & utilities_NG.isfinite().all(1)
+    known_NG = utilities_NG.isfinite()
+    low_N, high_N = live_range(torch.where(known_NG, utilities_NG, float("nan")), 1)
+    absent_NG = context.rewards_BK.isnan().all(1).cpu().view_as(known_NG) & utilities_NG.isnan()
+    return (high_N > low_N) & (known_NG | absent_NG).all(1)
 
 
 def standardised_utilities(context: WeightContext) -> Tensor:
     """z(U) = (U - mean) / (sample std + 1e-4) within each labelled group, NaN in the others.
+
+    It is 0 for a response of a labelled group that has neither rewards nor a utility.
 
     Returns:
         float32 [B] on the CPU.

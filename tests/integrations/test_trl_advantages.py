@@ -15,9 +15,17 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from maestro_fast.integrations.trl import MaestroGRPOMixin, MaestroGRPOTrainer
-from maestro_fast.integrations.trl.advantages import TRL_OPTIONS, scales, weigh_scaled
+from maestro_fast.integrations.trl.advantages import TRL_OPTIONS
 from maestro_fast.ops import PROFILES, AdvantageProfile, GroupAdvantages, group_advantages
-from maestro_fast.weighting import ConductorConfig, Outcome, WeightContext, build_weight_policy
+from maestro_fast.weighting import (
+    Comparison,
+    ConductorConfig,
+    Outcome,
+    WeightContext,
+    build_weight_policy,
+    scales,
+    weigh_scaled,
+)
 from maestro_fast.weighting.conductor.meta_rewards import experience
 from tests.integrations.conftest import abstaining, brevity, parity, steady
 from tests.weighting.helpers import normal
@@ -281,7 +289,7 @@ def test_scaled_advantages_are_those_of_scaled_weights(name: str, k: int) -> Non
     profile = replace(SCALED[name], score_eps=0.1, reward_eps=0.1)
     policy, context = ConductorConfig(alpha=0.6).build(batch(k).reward_names, 6), batch(k)
     policy.weight.copy_(normal(k, 6, seed=3))
-    weights, found = weigh_scaled(policy, context, profile, float(k))
+    weights, found = weigh_scaled(policy, context, Comparison(profile), float(k))
     expected = group_advantages(context.rewards_BK, k * weights.weights_BK, 4, profile=profile)
     assert found is not None and expected.advantages.abs().max() > 0.5
     truth = group_advantages(context.rewards_BK.double(), k * weights.weights_BK.double(), 4, profile=profile)
@@ -306,7 +314,7 @@ def test_raw_singletons_do_not_scale() -> None:
 
 def test_other_policies_give_weights_alone() -> None:
     policy = build_weight_policy("equal", batch(3).reward_names, 6)
-    weights, found = weigh_scaled(policy, batch(3), PROFILES["maestro"], 3.0)
+    weights, found = weigh_scaled(policy, batch(3), Comparison(PROFILES["maestro"]), 3.0)
     assert found is None and torch.equal(weights.weights_BK, torch.full((32, 3), 1 / 3))
 
 

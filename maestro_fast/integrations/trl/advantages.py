@@ -2,29 +2,16 @@
 
 TRL's ``multi_objective_aggregation`` and ``scale_rewards`` name four advantage profiles, which TRL goes on to compute
 itself. Every other profile is computed by ``ops`` and replaces TRL's advantages.
-
-TRL's reward weights sum to the number of rewards K, the weights of a policy sum to 1. So the advantages are those under
-f = K times the policy's weights. Scores are linear in the weights, and so are the mean and the standard deviation of
-scores. With s, m and std under the policy's own weights, the advantages are
-
-    (f s - f m) / (f std + eps)  =  (s - m) / (std + eps / f)          where the score's standard deviation divides
-     f s - f m                   =  f (s - m)                          where it does not
-
-and an epsilon in the variance becomes eps / f^2. So the op that makes weights and advantages at once serves TRL, too:
-it gets a smaller epsilon, and its scores are multiplied afterwards. The result is exact but for rounding, and exact to
-the last bit if f is a power of two.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages
 from maestro_fast.specs import PROFILES, resolve_profile
-from maestro_fast.weighting import Comparison, WeightContext, WeightPolicy, Weights, weigh
 
 # For each profile of TRL's: (multi_objective_aggregation, scale_rewards) in GRPOConfig.
 TRL_OPTIONS = {
@@ -60,38 +47,6 @@ def apply_profile(trainer: Any, profile: str | AdvantageProfile | None) -> tuple
             trainer.multi_objective_aggregation, trainer.scale_rewards = aggregation, scale_rewards
             return resolved, True
     return resolved, False
-
-
-def scales(profile: AdvantageProfile) -> bool:
-    """Whether the advantages under f times some weights follow from those under the weights themselves.
-
-    They do not if a singleton keeps its raw score: its standard deviation counts as 1 under any weights.
-    """
-    return profile.singleton != "raw"
-
-
-def weigh_scaled(
-    policy: WeightPolicy, context: WeightContext, profile: AdvantageProfile, factor: float
-) -> tuple[Weights, GroupAdvantages | None]:
-    """The policy's weights, as from ``weigh``, but with the advantages under ``factor`` times these weights.
-
-    Args:
-        profile: a profile for which ``scales`` is true. ``weigh`` gets no lengths here, so it leaves the advantages of
-            a profile that needs them to a later op.
-    """
-    weights, found = weigh(policy, context, Comparison(_with_smaller_epsilon(profile, factor)))
-    if found is None:
-        return weights, None
-    larger = found._replace(scores=found.scores * factor, mean=found.mean * factor, std=found.std * factor)
-    if profile.score_scale == "none":
-        larger = larger._replace(advantages=found.advantages * factor)
-    return weights, larger
-
-
-def _with_smaller_epsilon(profile: AdvantageProfile, factor: float) -> AdvantageProfile:
-    """The profile that divides scores under some weights as ``profile`` divides scores under ``factor`` times these."""
-    in_variance = profile.score_eps_in == "variance"
-    return replace(profile, score_eps=profile.score_eps / (factor**2 if in_variance else factor))
 
 
 def set_advantages(

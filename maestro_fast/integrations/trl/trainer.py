@@ -23,9 +23,7 @@ from trl import GRPOTrainer
 from maestro_fast.integrations.trl import refuse
 from maestro_fast.integrations.trl.advantages import (
     apply_profile,
-    scales,
     set_advantages,
-    weigh_scaled,
 )
 from maestro_fast.integrations.trl.context import (
     GenerationBatch,
@@ -38,7 +36,17 @@ from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, pa
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
 from maestro_fast.model import causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
-from maestro_fast.weighting import Outcome, Static, WeightContext, WeightPolicy, Weights, build_weight_policy
+from maestro_fast.weighting import (
+    Comparison,
+    Outcome,
+    Static,
+    WeightContext,
+    WeightPolicy,
+    Weights,
+    build_weight_policy,
+    scales,
+    weigh_scaled,
+)
 from maestro_fast.weighting.diagnostics import abstained_weight
 from maestro_fast.weighting.families import family_metrics
 from maestro_fast.weighting.saved import WEIGHTS_FILE, load_weight_policy, save_weight_policy
@@ -209,7 +217,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         scale = 1.0 if isinstance(self.weight_policy, Static) else float(len(self._reward_names))
         advantages: GroupAdvantages | None = None
         if training and self._compares_at_once():
-            weights, advantages = weigh_scaled(self.weight_policy, context, self.profile, scale)
+            weights, advantages = weigh_scaled(self.weight_policy, context, Comparison(self.profile), scale)
         else:
             weights = self.weight_policy.weights(context)
         if not training:  # An evaluation draws nothing: it uses the expected weights.

@@ -145,7 +145,7 @@ def correlation(
     variance_N1 = centred_NG.square().sum(1, keepdim=True) / (count_N1 - 1).clamp(min=1)
     positive_N1 = variance_N1 > 0  # The inner ``where`` keeps sqrt away from 0, where its derivative is infinite.
     std_N1 = torch.where(positive_N1, torch.where(positive_N1, variance_N1, 1.0).sqrt(), 0.0)
-    return (centred_NG / (std_N1 + SCORE_EPS) * utilities_NG).mean(1)
+    return mean_over_responses(centred_NG / (std_N1 + SCORE_EPS) * utilities_NG, rewards_NGK)
 
 
 def first_order(
@@ -153,7 +153,14 @@ def first_order(
 ) -> Tensor:
     """[N]: sum_k w_k times the mean over the group of r'_k z(U), which is linear in w unless a reward abstained."""
     weights_NGK, _ = live_weights(weights_NK[:, None].expand_as(rewards_NGK), ~rewards_NGK.isnan(), profile)
-    return (weights_NGK * rewards_NGK.nan_to_num(0.0) * utilities_NG[..., None]).mean(1).sum(-1)
+    score_NG = (weights_NGK * rewards_NGK.nan_to_num(0.0)).sum(-1)
+    return mean_over_responses(score_NG * utilities_NG, rewards_NGK)
+
+
+def mean_over_responses(x_NG: Tensor, rewards_NGK: Tensor) -> Tensor:
+    """The mean [N] over the responses that have a reward; x is 0 for the others."""
+    present_NG = ~rewards_NGK.isnan().all(-1)
+    return x_NG.sum(1) / present_NG.sum(1).clamp(min=1)
 
 
 class Anchored:

@@ -41,7 +41,11 @@ class Replay:
         return len(self.index)
 
     def add(self, contexts_Nd: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> None:
-        """Appends N groups."""
+        """Appends N groups.
+
+        Where their size differs from that of earlier groups, the smaller ones are filled up with responses from which
+        every reward abstains.
+        """
         if not len(contexts_Nd):
             return
         index, new = [], []
@@ -54,9 +58,9 @@ class Replay:
         if new:
             self.contexts = torch.cat([self.contexts, torch.stack(new)])
         self.index = torch.cat([self.index, torch.tensor(index, dtype=torch.int32)])
-        first = self.utilities.numel() == 0  # the empty tensors do not know G yet
-        self.rewards = rewards_NGK.clone() if first else torch.cat([self.rewards, rewards_NGK])
-        self.utilities = utilities_NG.clone() if first else torch.cat([self.utilities, utilities_NG])
+        width = max(self.utilities.shape[1], utilities_NG.shape[1])
+        self.rewards = torch.cat([_widened(x, width, float("nan")) for x in (self.rewards, rewards_NGK)])
+        self.utilities = torch.cat([_widened(x, width, 0.0) for x in (self.utilities, utilities_NG)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The four tensors under ``replay.``; nothing while there are no groups."""
@@ -92,6 +96,12 @@ class Replay:
                 raise ValueError(f"state.{_PREFIX}{name}: shape {tuple(found[name].shape)}, expected {shape}")
         if groups and not 0 <= int(found["index"].min()) <= int(found["index"].max()) < known:
             raise ValueError(f"state.{_PREFIX}index: points beyond the {known} contexts")
+
+
+def _widened(x_NG: Tensor, width: int, fill: float) -> Tensor:
+    """[N, G, ...] -> [N, width, ...]."""
+    padding = x_NG.new_full((x_NG.shape[0], width - x_NG.shape[1], *x_NG.shape[2:]), fill)
+    return torch.cat([x_NG, padding], 1)
 
 
 def _key(row: Tensor) -> bytes:

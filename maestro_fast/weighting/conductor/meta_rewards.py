@@ -87,6 +87,7 @@ def experience(
     assert outcome.weights.actions_B is not None
     actions_B = outcome.weights.actions_B.to(device)
     live_BK = ~outcome.context.rewards_BK.isnan().to(device)
+    live_B = live_B & live_BK.any(1)
     if estimator != "all_actions":
         live_B = live_B & live_BK.gather(1, actions_B[:, None])[:, 0]
     meta = chosen_B.to(device)
@@ -189,7 +190,7 @@ def update_batch(
     probs: Callable[[Tensor], Tensor],
     profile: str | AdvantageProfile,
 ) -> tuple[ConductorBatch, float]:
-    """Joins batches of ``experience`` for one update, in which each response counts once.
+    """Joins batches of ``experience`` for one update, in which each response that has a reward counts once.
 
     Args:
         batches: the batches, at least one.
@@ -216,7 +217,9 @@ def update_batch(
             )
             for batch in batches
         ]
-        values, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        live = torch.cat([~batch["rewards"].isnan().all(1) for batch in batches])
+        values, slopes = (torch.cat(parts)[live] for parts in zip(*found, strict=True))
+        h = h[live]
         return ConductorBatch(h, slopes), (values - (probs(h) * slopes).sum(-1)).mean().item()
     meta = torch.cat([batch["meta"] for batch in batches])
     if estimator == "all_actions":

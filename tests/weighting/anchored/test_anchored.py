@@ -154,7 +154,9 @@ def test_the_objective_scores_as_the_profile_does_where_rewards_abstain(profile:
     scores_only = AdvantageProfile("none", "none", "group", "group", missing=PROFILES[profile].missing, score_eps=1e-2)
     expected = group_advantages(normalised_BK, weights_NK.expand(G, K), G, profile=scores_only).advantages
     found = correlation(weights_NK, normalised_BK[None], utilities_NG, PROFILES[profile])
-    torch.testing.assert_close(found, (expected * utilities_NG[0]).mean()[None])
+    judged = int((~rewards_BK.isnan()).any(1).sum())
+    assert judged == G - 1, "one response has no reward, and no part in the mean"
+    torch.testing.assert_close(found, (expected * utilities_NG[0]).sum()[None] / judged)
 
 
 def test_only_whole_labelled_groups_with_spread_are_kept() -> None:
