@@ -8,7 +8,9 @@
 #include "conductor_weights.hpp"
 #include "counterfactual_advantages.hpp"
 #include "group_advantages.hpp"
+#include "number_keys.hpp"
 #include "pack_sequences.hpp"
+#include "token_mask.hpp"
 
 namespace py = pybind11;
 namespace mf = maestro_fast;
@@ -66,6 +68,21 @@ void conductor_weights(Address h, bool bfloat16, std::int64_t batch, std::int64_
                         {tau, min_prob, alpha, soft, seed, step, offset}, out, threads);
 }
 
+// The texts of a list of str, which live as long as the list and its strings.
+std::vector<std::string_view> texts(const py::list& keys) {
+  std::vector<std::string_view> found;
+  found.reserve(keys.size());
+  for (const py::handle key : keys) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size);
+    if (!text) throw py::error_already_set();
+    found.emplace_back(text, static_cast<std::size_t>(size));
+  }
+  return found;
+}
+
+mf::MaskType mask_type(int type) { return static_cast<mf::MaskType>(type); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -85,6 +102,45 @@ PYBIND11_MODULE(_C, module) {
       "balance_sequences",
       [](Address lengths, std::size_t count, std::int64_t parts, bool equal_size) {
         return mf::balance_sequences(pointer<const std::int64_t>(lengths), count, parts, equal_size);
+      },
+      without_gil());
+  module.def("number_keys", [](const py::list& keys, Address group) {
+    return mf::number_keys(texts(keys), nullptr, pointer<std::int64_t>(group)).groups;
+  });
+  module.def("number_session_keys",
+             [](const py::list& keys, Address skip, Address group, Address session, Address output) {
+               const mf::Numbers found =
+                   mf::number_keys(texts(keys), pointer<const bool>(skip), pointer<std::int64_t>(group),
+                                   pointer<std::int64_t>(session), pointer<std::int64_t>(output));
+               return std::pair(found.groups, found.sessions);
+             });
+  module.def(
+      "order_by_group",
+      [](Address ids, std::int64_t batch, std::int64_t groups, Address order, Address offsets) {
+        return mf::order_by_group(pointer<const std::int64_t>(ids), batch, groups, pointer<std::int64_t>(order),
+                                  pointer<std::int64_t>(offsets));
+      },
+      without_gil());
+  module.def(
+      "examine_mask",
+      [](Address mask, int type, std::int64_t rows, std::int64_t width, Address count, Address prefix, int threads) {
+        return mf::examine_mask(pointer<const void>(mask), mask_type(type), rows, width, pointer<std::int64_t>(count),
+                                pointer<bool>(prefix), threads);
+      },
+      without_gil());
+  module.def(
+      "spread_over_tokens",
+      [](Address values, Address mask, int type, std::int64_t rows, std::int64_t width, Address count, Address prefix,
+         Address out, int threads) {
+        mf::spread_over_tokens(pointer<const float>(values), pointer<const void>(mask), mask_type(type), rows, width,
+                               pointer<const std::int64_t>(count), pointer<const bool>(prefix), pointer<float>(out),
+                               threads);
+      },
+      without_gil());
+  module.def(
+      "sum_over_tokens",
+      [](Address values, std::int64_t rows, std::int64_t width, Address out, int threads) {
+        mf::sum_over_tokens(pointer<const float>(values), rows, width, pointer<float>(out), threads);
       },
       without_gil());
   module.def(

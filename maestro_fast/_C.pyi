@@ -93,3 +93,23 @@ def counterfactual_advantages(
 
 def pack_sequences(lengths: int, count: int, max_tokens: int) -> list[list[int]]:
     """First-fit decreasing over ``count`` int64 at address ``lengths``; see ``ops/pack_sequences.py``."""
+
+def number_keys(keys: list[str], group: int, /) -> int:
+    """Writes int64 [B], and returns how many different keys there are; see ``ops/groups.py``."""
+
+def number_session_keys(keys: list[str], skip: int, group: int, session: int, output: int, /) -> tuple[int, int]:
+    """Writes three times int64 [B], and returns the number of groups and of sessions; see ``ops/groups.py``."""
+
+def order_by_group(ids: int, batch: int, groups: int, order: int, offsets: int, /) -> int:
+    """Writes int64 [batch] and [groups + 1], and returns the size of the largest group; see ``ops/groups.py``."""
+
+def examine_mask(mask: int, type: int, rows: int, width: int, count: int, prefix: int, threads: int, /) -> bool:
+    """Writes int64 [rows] and bool [rows]; see ``ops/token_mask.py``."""
+
+def spread_over_tokens(
+    values: int, mask: int, type: int, rows: int, width: int, count: int, prefix: int, out: int, threads: int, /
+) -> None:
+    """Writes [rows, width] float32; see ``ops/token_mask.py``."""
+
+def sum_over_tokens(values: int, rows: int, width: int, out: int, threads: int, /) -> None:
+    """Writes [rows] float32; see ``ops/token_mask.py``."""

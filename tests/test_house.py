@@ -171,7 +171,7 @@ class Bound(NamedTuple):
 
 
 BOUNDS = [
-    Bound("files in ops/", lambda: inside("ops"), 22),
+    Bound("files in ops/", lambda: inside("ops"), 23),
     Bound("files in training/", lambda: inside("training"), 24),
     Bound("files under 60 lines", short_files, 10),
     Bound("functions with more than 8 parameters", long_signatures, 0),

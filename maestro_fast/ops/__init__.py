@@ -16,6 +16,7 @@ from maestro_fast.ops.pack_sequences import balance_sequences, pack_sequences
 from maestro_fast.ops.policy_loss import policy_loss
 from maestro_fast.ops.pool_hidden import pool_hidden
 from maestro_fast.ops.token_logprobs import token_logprobs
+from maestro_fast.ops.token_mask import TokenMask, sum_tokens, token_mask
 from maestro_fast.specs import (
     PROFILES,
     AdvantageProfile,
@@ -48,6 +49,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossConfig",
     "TokenLogprobs",
+    "TokenMask",
     "balance_sequences",
     "conductor_update",
     "conductor_weights",
@@ -59,5 +61,7 @@ __all__ = [
     "pack_sequences",
     "policy_loss",
     "pool_hidden",
+    "sum_tokens",
     "token_logprobs",
+    "token_mask",
 ]

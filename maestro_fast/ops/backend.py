@@ -25,6 +25,8 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "linear_policy_loss": ("triton", "torch"),
     "pack_sequences": ("cpp", "torch"),
     "balance_sequences": ("cpp", "torch"),
+    "token_mask": ("cpp", "torch"),
+    "sum_tokens": ("cpp", "torch"),
 }
 
 # The ops whose Triton kernels have a backward pass. PyTorch serves the other ops where a gradient is wanted.

@@ -32,6 +32,12 @@ _NEEDED = (
     "conductor_weights",
     "pack_sequences",
     "balance_sequences",
+    "number_keys",
+    "number_session_keys",
+    "order_by_group",
+    "examine_mask",
+    "spread_over_tokens",
+    "sum_over_tokens",
 )
 
 

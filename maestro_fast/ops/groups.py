@@ -7,14 +7,16 @@ batch, and the tensors that a device needs are copied through pinned memory, onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from maestro_fast.ops import cpp
 from maestro_fast.ops.tensors import readable
 
 # How many partitions are remembered, by (group size, batch, device, stream). Each holds one index for every response.
@@ -72,6 +74,20 @@ class Groups:
                 raise ValueError(f"groups: {batch} responses do not divide into groups of {groups}")
             return _computed(groups, batch, _CPU) if _recorded() else _remembered(groups, batch, _CPU, 0)
         return _ragged_groups(_checked_ids(groups, batch), batch)
+
+    @staticmethod
+    def of_keys(keys: Sequence[Hashable]) -> Groups:
+        """Builds the partition from one key for each response, such as the uid of its prompt, in any order.
+
+        Groups stand in the order in which their keys occur first. Strings are numbered by C++ where it is built.
+        """
+        ids, count = number_keys(keys)
+        return Groups.of_numbers(ids, count)
+
+    @staticmethod
+    def of_numbers(ids: Tensor, count: int) -> Groups:
+        """Builds the partition from int64 ids [B] on the CPU, all of 0 to count - 1, for those who made them so."""
+        return _grouped(ids, count) if cpp.why_not_built() is None else _ragged_groups(ids, ids.numel())
 
     def to(self, device: torch.device) -> Groups:
         """The same partition for ops on ``device``, without waiting for the device.
@@ -226,6 +242,97 @@ def _ragged_groups(ids: Tensor, batch: int) -> Groups:
     consecutive = bool((sizes_N == width).all()) and torch.equal(order, position_B)
     others = {"slot_B": slot_B, "order_B": order, "offsets_N1": offsets_N1}
     return Groups(index_NG, batch, width if consecutive else 0, others)
+
+
+def _grouped(ids: Tensor, count: int) -> Groups:
+    """What ``_ragged_groups`` returns for ids that are 0 to count - 1, sorted by C++ instead of PyTorch."""
+    batch = ids.numel()
+    order, offsets_N1 = torch.empty(batch, dtype=torch.int64), torch.empty(count + 1, dtype=torch.int64)
+    width = cpp._C.order_by_group(ids.data_ptr(), batch, count, order.data_ptr(), offsets_N1.data_ptr())
+    position_B = torch.arange(batch, device=_CPU)
+    if batch and batch == count * width and torch.equal(order, position_B):
+        return Groups(order.view(count, width), batch, width, {})
+    slots = position_B + (torch.arange(count, device=_CPU) * width - offsets_N1[:-1]).repeat_interleave(
+        offsets_N1.diff()
+    )
+    index = torch.full((count * width,), batch, dtype=torch.int64, device=_CPU)
+    index[slots] = order
+    slot_B = torch.empty_like(order)
+    slot_B[order] = slots
+    others = {"slot_B": slot_B, "order_B": order, "offsets_N1": offsets_N1}
+    return Groups(index.view(-1, width) if batch else index.view(0, 0), batch, 0, others)
+
+
+# --- keys ---
+
+
+class SessionNumbers(NamedTuple):
+    """What keys "{group}_{session}_{output}" say about B rows.
+
+    Attributes:
+        groups_B: int64 [B], the number of the group, 0 to ``groups`` - 1 by first occurrence; -1 for rows left out.
+        sessions_B: int64 [B], likewise the number of the session.
+        outputs_B: int64 [B], the number of the output in its session.
+        groups, sessions: how many there are.
+    """
+
+    groups_B: Tensor
+    sessions_B: Tensor
+    outputs_B: Tensor
+    groups: int
+    sessions: int
+
+
+def number_keys(keys: Sequence[Hashable]) -> tuple[Tensor, int]:
+    """Numbers keys by their first occurrence, equal keys alike.
+
+    Returns:
+        int64 [B], and how many different keys there are.
+    """
+    listed: list[Any] = list(keys)
+    if cpp.why_not_built() is None and all(type(key) is str for key in listed):
+        ids = torch.empty(len(listed), dtype=torch.int64)
+        return ids, cpp._C.number_keys(listed, ids.data_ptr())
+    known: dict[Hashable, int] = {}
+    return torch.tensor([known.setdefault(key, len(known)) for key in listed], dtype=torch.int64), len(known)
+
+
+def number_session_keys(keys: Sequence[str], left_out: Sequence[bool]) -> SessionNumbers:
+    """Reads keys "{group}_{session}_{output}", such as verl gives its rows; a group's name may hold underscores.
+
+    Args:
+        keys: B keys.
+        left_out: B flags, true for rows that are in no group.
+
+    Raises:
+        ValueError: a key has another form.
+    """
+    if cpp.why_not_built() is not None:
+        return _read_session_keys(keys, left_out)
+    out = torch.empty(3, len(keys), dtype=torch.int64)
+    skip = torch.tensor(list(left_out), dtype=torch.bool)
+    found = cpp._C.number_session_keys(list(keys), skip.data_ptr(), *(row.data_ptr() for row in out))
+    return SessionNumbers(out[0], out[1], out[2], *found)
+
+
+def _read_session_keys(keys: Sequence[str], left_out: Sequence[bool]) -> SessionNumbers:
+    """The reference of ``number_session_keys``."""
+    groups: dict[str, int] = {}
+    sessions: dict[str, int] = {}
+    rows = []
+    for key, skipped in zip(keys, left_out, strict=True):
+        parts = key.rsplit("_", 2)
+        if len(parts) != 3 or not (parts[2].isascii() and parts[2].isdecimal()):
+            raise ValueError(f"keys: {key!r}, expected uid_session_output")
+        group, session = parts[0], f"{parts[0]}_{parts[1]}"
+        number = (
+            (-1, -1)
+            if skipped
+            else (groups.setdefault(group, len(groups)), sessions.setdefault(session, len(sessions)))
+        )
+        rows.append((*number, int(parts[2])))
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 3).T.contiguous()
+    return SessionNumbers(table[0], table[1], table[2], len(groups), len(sessions))
 
 
 GroupsLike = int | Groups | Sequence[int] | Tensor
