@@ -11,7 +11,7 @@ export PYTHON COMMIT PEERS
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-trl-oldest test-vllm lint bench gpu gpu-sanitize gpu-bench gpu-rehearsal clean
+.PHONY: help quickstart test test-trl-oldest test-vllm test-verl lint bench gpu gpu-sanitize gpu-bench gpu-rehearsal clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -48,6 +48,27 @@ test-vllm: ## Set up an environment with vLLM for the CPU, then run the tests th
 	"$$python" .ci/vllm_requirements.py > "$$VIRTUAL_ENV/vllm.txt" && \
 	"$$python" -m pip install --quiet --no-compile --requirement "$$VIRTUAL_ENV/vllm.txt"; }; } && \
 	$(call in_environment,test peft trl data) && "$$python" -m pytest -q -m vllm tests/generation tests/training tests/integrations/test_trl_vllm.py $(ARGS)
+
+# verl pins transformers and needs Ray, so it has an environment of its own, too. uv installs it, because pip tries one
+# version after another of what verl leaves open. TransferQueue is what verl's default trainer imports and verl does not
+# require. Megatron-Core has a folder of its own, which only the tests see that need it: Ray's processes start faster
+# without it.
+VERL_VENV ?= .venv-verl
+VERL = verl==0.9.1 "ray[default]==2.60.0" TransferQueue==0.1.11 tensordict==0.10.0 transformers==5.10.4 \
+	uvicorn fastapi cachetools
+MEGATRON = megatron-core==0.16.1
+
+test-verl: ## Set up an environment with verl, then run the tests that need it, training runs among them, without a GPU
+	@{ [ -d "$(VERL_VENV)" ] || "$${PYTHON:-python3}" -m venv "$(VERL_VENV)"; } && \
+	export VIRTUAL_ENV="$$(realpath "$(VERL_VENV)")" && python="$$VIRTUAL_ENV/bin/python" && \
+	megatron="$$VIRTUAL_ENV/megatron" && uv="$$python -m uv pip install --quiet --compile-bytecode" && \
+	{ "$$python" -c "import torch" 2>/dev/null || "$$python" -m pip install --quiet "$(TORCH)"; } && \
+	{ [ -d "$$megatron" ] && "$$python" -c "import verl, transfer_queue" 2>/dev/null || { \
+	"$$python" -m pip install --quiet uv && \
+	torch="$$("$$python" -c 'from importlib.metadata import version; print(version("torch"))')" && \
+	$$uv "torch==$$torch" $(VERL) && $$uv --no-deps --target "$$megatron" $(MEGATRON); }; } && \
+	$(call in_environment,test) && \
+	PYTHONPATH="$$megatron" "$$python" -m pytest -q -m verl tests/integrations/verl $(ARGS)
 
 lint: ## Set up, then check style, format and types
 	@$(call in_environment,dev) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy

@@ -68,17 +68,18 @@ void conductor_weights(Address h, bool bfloat16, std::int64_t batch, std::int64_
                         {tau, min_prob, alpha, soft, seed, step, offset}, out, threads);
 }
 
-// The texts of a list of str, which live as long as the list and its strings.
-std::vector<std::string_view> texts(const py::list& keys) {
-  std::vector<std::string_view> found;
+// Reads the texts of a list of str; they live as long as the list and its strings. Returns whether there is nothing else
+// in the list.
+bool read_texts(const py::list& keys, std::vector<std::string_view>& found) {
   found.reserve(keys.size());
   for (const py::handle key : keys) {
+    if (!PyUnicode_CheckExact(key.ptr())) return false;
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size);
     if (!text) throw py::error_already_set();
     found.emplace_back(text, static_cast<std::size_t>(size));
   }
-  return found;
+  return true;
 }
 
 mf::MaskType mask_type(int type) { return static_cast<mf::MaskType>(type); }
@@ -105,12 +106,15 @@ PYBIND11_MODULE(_C, module) {
       },
       without_gil());
   module.def("number_keys", [](const py::list& keys, Address group) {
-    return mf::number_keys(texts(keys), nullptr, pointer<std::int64_t>(group)).groups;
+    std::vector<std::string_view> texts;
+    return read_texts(keys, texts) ? mf::number_keys(texts, nullptr, pointer<std::int64_t>(group)).groups : -1;
   });
   module.def("number_session_keys",
              [](const py::list& keys, Address skip, Address group, Address session, Address output) {
+               std::vector<std::string_view> texts;
+               if (!read_texts(keys, texts)) throw py::type_error("keys: expected a list of str");
                const mf::Numbers found =
-                   mf::number_keys(texts(keys), pointer<const bool>(skip), pointer<std::int64_t>(group),
+                   mf::number_keys(texts, pointer<const bool>(skip), pointer<std::int64_t>(group),
                                    pointer<std::int64_t>(session), pointer<std::int64_t>(output));
                return std::pair(found.groups, found.sessions);
              });

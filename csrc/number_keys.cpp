@@ -2,30 +2,42 @@
 
 #include <algorithm>
 #include <charconv>
+#include <functional>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 
 namespace maestro_fast {
 namespace {
 
-// Gives equal texts equal numbers, from 0 by first occurrence.
+// Gives equal texts equal numbers, from 0 by first occurrence: a hash table with open addressing, at most half full.
 class Numbering {
  public:
-  explicit Numbering(std::size_t expected) { known_.reserve(expected); }
+  explicit Numbering(std::size_t most) {
+    texts_.reserve(most);
+    std::size_t slots = 2;
+    while (slots < 2 * most) slots *= 2;
+    slots_.assign(slots, -1);
+  }
 
   std::int64_t of(std::string_view text) {
-    if (last_ >= 0 && text == last_text_) return last_;  // rows of one group often stand together
-    last_ = known_.try_emplace(text, static_cast<std::int64_t>(known_.size())).first->second;
-    last_text_ = text;
+    if (last_ >= 0 && text == texts_[static_cast<std::size_t>(last_)]) return last_;  // groups often stand together
+    std::size_t slot = std::hash<std::string_view>()(text);
+    for (;; ++slot) {
+      slot &= slots_.size() - 1;
+      last_ = slots_[slot];
+      if (last_ < 0) break;
+      if (texts_[static_cast<std::size_t>(last_)] == text) return last_;
+    }
+    last_ = slots_[slot] = count();
+    texts_.push_back(text);
     return last_;
   }
 
-  std::int64_t count() const { return static_cast<std::int64_t>(known_.size()); }
+  std::int64_t count() const { return static_cast<std::int64_t>(texts_.size()); }
 
  private:
-  std::unordered_map<std::string_view, std::int64_t> known_;
-  std::string_view last_text_;
+  std::vector<std::string_view> texts_;  // by number
+  std::vector<std::int64_t> slots_;
   std::int64_t last_ = -1;
 };
 

@@ -94,11 +94,14 @@ def counterfactual_advantages(
 def pack_sequences(lengths: int, count: int, max_tokens: int) -> list[list[int]]:
     """First-fit decreasing over ``count`` int64 at address ``lengths``; see ``ops/pack_sequences.py``."""
 
-def number_keys(keys: list[str], group: int, /) -> int:
-    """Writes int64 [B], and returns how many different keys there are; see ``ops/groups.py``."""
+def number_keys(keys: list[object], group: int, /) -> int:
+    """Writes int64 [B], and returns how many different keys there are, or -1 if some are no str; see ``ops/groups.py``."""
 
 def number_session_keys(keys: list[str], skip: int, group: int, session: int, output: int, /) -> tuple[int, int]:
-    """Writes three times int64 [B], and returns the number of groups and of sessions; see ``ops/groups.py``."""
+    """Writes three times int64 [B], and returns the number of groups and of sessions; see ``ops/groups.py``.
+
+    ``skip`` is a bool [B], or 0.
+    """
 
 def order_by_group(ids: int, batch: int, groups: int, order: int, offsets: int, /) -> int:
     """Writes int64 [batch] and [groups + 1], and returns the size of the largest group; see ``ops/groups.py``."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maestro_fast.integrations.trl.refuse import refusal_table
+from maestro_fast.integrations.verl.settings import refusal_table as verl_refusal_table
 from maestro_fast.ops import PROFILES
 from maestro_fast.rewards import REWARD_TYPES
 from maestro_fast.weighting import POLICIES
@@ -71,6 +72,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rewards": rewards,
     "profiles": profiles,
     "refusals": refusal_table,
+    "verl_refusals": verl_refusal_table,
 }
 
 

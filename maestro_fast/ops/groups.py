@@ -250,13 +250,15 @@ def _grouped(ids: Tensor, count: int) -> Groups:
     order, offsets_N1 = torch.empty(batch, dtype=torch.int64), torch.empty(count + 1, dtype=torch.int64)
     width = cpp._C.order_by_group(ids.data_ptr(), batch, count, order.data_ptr(), offsets_N1.data_ptr())
     position_B = torch.arange(batch, device=_CPU)
-    if batch and batch == count * width and torch.equal(order, position_B):
-        return Groups(order.view(count, width), batch, width, {})
-    slots = position_B + (torch.arange(count, device=_CPU) * width - offsets_N1[:-1]).repeat_interleave(
-        offsets_N1.diff()
-    )
-    index = torch.full((count * width,), batch, dtype=torch.int64, device=_CPU)
-    index[slots] = order
+    if batch and batch == count * width:  # All groups have one size.
+        if torch.equal(order, position_B):
+            return Groups(order.view(count, width), batch, width, {})
+        slots, index = position_B, order
+    else:
+        starts_N = torch.arange(count, device=_CPU) * width - offsets_N1[:-1]
+        slots = position_B + starts_N.repeat_interleave(offsets_N1.diff())
+        index = torch.full((count * width,), batch, dtype=torch.int64, device=_CPU)
+        index[slots] = order
     slot_B = torch.empty_like(order)
     slot_B[order] = slots
     others = {"slot_B": slot_B, "order_B": order, "offsets_N1": offsets_N1}
@@ -290,9 +292,11 @@ def number_keys(keys: Sequence[Hashable]) -> tuple[Tensor, int]:
         int64 [B], and how many different keys there are.
     """
     listed: list[Any] = list(keys)
-    if cpp.why_not_built() is None and all(type(key) is str for key in listed):
+    if cpp.why_not_built() is None:
         ids = torch.empty(len(listed), dtype=torch.int64)
-        return ids, cpp._C.number_keys(listed, ids.data_ptr())
+        count = cpp._C.number_keys(listed, ids.data_ptr())
+        if count >= 0:
+            return ids, count
     known: dict[Hashable, int] = {}
     return torch.tensor([known.setdefault(key, len(known)) for key in listed], dtype=torch.int64), len(known)
 
@@ -305,13 +309,15 @@ def number_session_keys(keys: Sequence[str], left_out: Sequence[bool]) -> Sessio
         left_out: B flags, true for rows that are in no group.
 
     Raises:
-        ValueError: a key has another form.
+        ValueError: a key has another form, or there is not one flag for each key.
     """
+    if len(left_out) != len(keys):
+        raise ValueError(f"left_out: {len(left_out)} flags, expected {len(keys)}, one for each key")
     if cpp.why_not_built() is not None:
         return _read_session_keys(keys, left_out)
     out = torch.empty(3, len(keys), dtype=torch.int64)
-    skip = torch.tensor(list(left_out), dtype=torch.bool)
-    found = cpp._C.number_session_keys(list(keys), skip.data_ptr(), *(row.data_ptr() for row in out))
+    skip = torch.frombuffer(bytearray(map(bool, left_out)), dtype=torch.bool) if any(left_out) else None
+    found = cpp._C.number_session_keys(list(keys), cpp.address(skip), *(row.data_ptr() for row in out))
     return SessionNumbers(out[0], out[1], out[2], *found)
 
 

@@ -140,7 +140,8 @@ def test_a_stale_build_is_named(answers: dict[str, dict[str, Any]]) -> None:
     check_build(_C)
     stale = SimpleNamespace(group_advantages=None, conductor_weights=None, counterfactual_advantages=None)
     with pytest.raises(
-        ImportError, match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences: .* rebuild it"
+        ImportError,
+        match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences, .*: .* rebuild it",
     ):
         check_build(stale)
     raised = answers["stale"]["import"]

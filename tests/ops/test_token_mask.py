@@ -77,6 +77,23 @@ def test_outputs_are_written_whole() -> None:
         assert token_mask(mask, backend="cpp").spread(torch.ones(len(mask))).isfinite().all()
 
 
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("width", [1024, 1022])
+def test_large_batches_are_written_past_the_caches(width: int, used: bool) -> None:
+    """Memory that was used before is written in another way than fresh memory, four tokens at a time."""
+    rows = 1200
+    mask = (torch.arange(width)[None] < (torch.arange(rows) % (width + 1))[:, None]).long()
+    mask[7::50, ::3] = 0  # holes
+    values = torch.randn(rows, generator=torch.Generator().manual_seed(6))
+    values[:4] = torch.tensor([float("nan"), float("inf"), -0.0, -float("inf")])
+    expected = torch.where(mask == 1, values[:, None], 0.0)
+    if used:
+        poison = torch.full(mask.shape, float("nan"))
+        del poison
+    found = token_mask(mask, backend="cpp").spread(values)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(threads: int) -> None:
     mask = masks()["large"]
