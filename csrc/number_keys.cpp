@@ -75,7 +75,12 @@ Numbers number_keys(const std::vector<std::string_view>& keys, const bool* skip,
 std::int64_t order_by_group(const std::int64_t* ids, std::int64_t batch, std::int64_t groups, std::int64_t* order,
                             std::int64_t* offsets) {
   std::fill_n(offsets, groups + 1, std::int64_t{0});
-  for (std::int64_t i = 0; i < batch; ++i) ++offsets[ids[i] + 1];
+  for (std::int64_t i = 0; i < batch; ++i) {
+    if (ids[i] < 0 || ids[i] >= groups) {
+      throw std::invalid_argument("ids: " + std::to_string(ids[i]) + ", expected 0 to " + std::to_string(groups - 1));
+    }
+    ++offsets[ids[i] + 1];
+  }
   const std::int64_t widest = *std::max_element(offsets, offsets + groups + 1);
   for (std::int64_t g = 0; g < groups; ++g) offsets[g + 1] += offsets[g];
   std::vector<std::int64_t> next(offsets, offsets + groups);

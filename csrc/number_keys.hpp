@@ -19,7 +19,8 @@ Numbers number_keys(const std::vector<std::string_view>& keys, const bool* skip,
 Numbers number_keys(const std::vector<std::string_view>& keys, const bool* skip, std::int64_t* group,
                     std::int64_t* session, std::int64_t* output);
 
-// Sorts responses by group: order [batch] and offsets [groups + 1]. Returns the size of the largest group.
+// Sorts responses by group: order [batch] and offsets [groups + 1]. Returns the size of the largest group. Throws
+// std::invalid_argument for an id outside 0 .. groups - 1.
 std::int64_t order_by_group(const std::int64_t* ids, std::int64_t batch, std::int64_t groups, std::int64_t* order,
                             std::int64_t* offsets);
 

@@ -95,7 +95,7 @@ def pack_sequences(lengths: int, count: int, max_tokens: int) -> list[list[int]]
     """First-fit decreasing over ``count`` int64 at address ``lengths``; see ``ops/pack_sequences.py``."""
 
 def number_keys(keys: list[object], group: int, /) -> int:
-    """Writes int64 [B], and returns how many different keys there are, or -1 if some are no str; see ``ops/groups.py``."""
+    """Writes int64 [B], and returns how many different keys there are, or -1 if some are no str."""
 
 def number_session_keys(keys: list[str], skip: int, group: int, session: int, output: int, /) -> tuple[int, int]:
     """Writes three times int64 [B], and returns the number of groups and of sessions; see ``ops/groups.py``.

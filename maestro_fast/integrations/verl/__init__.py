@@ -16,8 +16,6 @@ from types import ModuleType
 
 from maestro_fast.integrations.verl.when_imported import when_imported
 
-NEWEST = OLDEST = "0.9"  # The tests train with this version.
-
 
 def _estimators(core_algos: ModuleType) -> None:
     from maestro_fast.integrations.verl.estimators import register

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maestro_fast.integrations.verl.rows import Rows
+    from maestro_fast.integrations.verl.rows import PromptRank, Rows
 
     Advantages = Callable[["TrainerBatch", Rows, Tensor, Tensor | None], Tensor]
 
@@ -30,8 +30,7 @@ class TrainerBatch:
     Attributes:
         keys: "{uid}_{session}_{output}" of each row. An agent's session may have several outputs.
         padding: whether a row only fills the batch up and is nobody's response.
-        order: a number for each row by which groups are sorted, verl's index of the prompt in the data; None leaves
-            the groups in the order of the batch.
+        order: the rank of each row's prompt, by which groups are sorted; None leaves them in the order of the batch.
         values_of: gives the rewards of these names, float32 [B, K], NaN where a reward abstained; utilities likewise.
         scores_B: float32 [B], the scores before verl's KL penalty, if there is a penalty.
         advantages: computes those of the estimator ``maestro``, see ``weigher.Weigher.advantages``.
@@ -44,7 +43,7 @@ class TrainerBatch:
 
     keys: Sequence[str]
     padding: Sequence[bool]
-    order: Sequence[int] | None
+    order: Sequence[PromptRank] | None
     values_of: Callable[[Sequence[str]], Tensor]
     scores_B: Tensor | None = None
     advantages: Advantages | None = None

@@ -127,7 +127,8 @@ def _batch(estimator: str) -> TrainerBatch:
     batch = current.get()
     if batch is None:
         raise RuntimeError(
-            f"adv_estimator={estimator}: verl handed it no rewards by name, expected a V1 trainer (trainer.use_v1=True)"
+            f"adv_estimator={estimator}: verl handed it no rewards by name, expected a V1 trainer "
+            "(trainer.use_v1=True) as verl's get_trainer_cls gives it"
         )
     return batch
 

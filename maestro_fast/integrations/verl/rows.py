@@ -7,6 +7,7 @@ for ``grpo``. Rows that verl pads a batch with belong to nobody.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from maestro_fast.ops import Groups
 from maestro_fast.ops.groups import number_session_keys
+
+PromptRank = tuple[int, float, str, str]
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class Rows:
         return Rows(torch.arange(len(uids)), Groups.of_keys(uids), None)
 
     @staticmethod
-    def of_keys(keys: Sequence[str], padding: Sequence[bool], order: Sequence[int] | None = None) -> Rows:
+    def of_keys(keys: Sequence[str], padding: Sequence[bool], order: Sequence[PromptRank] | None = None) -> Rows:
         """The responses of a batch of the V1 trainer.
 
         Args:
             keys: the key of each row.
             padding: whether a row is padding.
-            order: a number for each row. Groups are then sorted by it and by uid, and each by session, so that the
-                result does not depend on the order of the rows. Without it they stand as they first occur.
+            order: the rank of each row's prompt. Groups are then sorted by it and by uid, and each by session, so that
+                the result does not depend on the order of the rows. Without it they stand as they first occur.
 
         Raises:
             ValueError: a key has another form.
@@ -87,12 +90,26 @@ def _last_outputs(sessions_B: Tensor, outputs_B: Tensor, sessions: int) -> Tenso
     return torch.tensor(last, dtype=torch.int64)
 
 
-def _sorted(keys: Sequence[str], order: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """The places of ``rows``, sorted by ``order``, then uid, then session, a number where it is one."""
+def prompt_rank(index: object, source: str = "") -> PromptRank:
+    """Where a prompt stands among others: by its number in the data, a number or not, and the name of its data."""
+    if isinstance(index, int | float) and math.isfinite(index):
+        return 0, index, "", source
+    return 1, 0, str(index), source
 
-    def rank(place: int) -> tuple[int, str, int, str]:
-        uid, session, _ = keys[rows[place]].rsplit("_", 2)
-        return order[rows[place]], uid, int(session) if session.isdecimal() else -1, session
+
+def _sorted(keys: Sequence[str], order: Sequence[PromptRank], rows: Sequence[int]) -> list[int]:
+    """The places of ``rows``, sorted by the rank of their prompt, then uid, then session, a number where it is one.
+
+    A group has one rank, the least of its rows, so that it stands together whatever the data say.
+    """
+    parts = [keys[row].rsplit("_", 2)[:2] for row in rows]
+    rank_of: dict[str, PromptRank] = {}
+    for (uid, _), row in zip(parts, rows, strict=True):
+        rank_of[uid] = min(order[row], rank_of.get(uid, order[row]))
+
+    def rank(place: int) -> tuple[PromptRank, str, int, str]:
+        uid, session = parts[place]
+        return rank_of[uid], uid, int(session) if session.isdecimal() else -1, session
 
     return sorted(range(len(rows)), key=rank)
 

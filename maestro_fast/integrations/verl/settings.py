@@ -11,7 +11,7 @@ Everything here works on the config as verl's trainer gets it. ``refusals()`` is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maestro_fast.integrations.verl.batch import ESTIMATORS
@@ -89,7 +89,11 @@ class RunSettings:
             SettingsError: an option does not fit the rewards.
         """
         assert self.maestro is not None
-        return self.maestro.weights.build(self.reward_names, context_size, f"{SECTION}.weights")
+        weights = self.maestro.weights
+        if isinstance(weights.policy, ConductorConfig) and weights.policy.device == "auto":
+            # verl's driver has no GPU of its own. Where it sees some, they are its workers'.
+            weights = replace(weights, policy=replace(weights.policy, device="cpu"))
+        return weights.build(self.reward_names, context_size, f"{SECTION}.weights")
 
 
 def run_settings(config: Mapping[str, Any]) -> RunSettings | None:
@@ -192,6 +196,11 @@ def _profile_has_kl_in_loss(config: Mapping[str, Any], settings: RunSettings) ->
     return in_loss and bool(value_of(config, "algorithm.use_kl_in_reward", False))
 
 
+def _bypasses_the_forward(config: Mapping[str, Any], settings: RunSettings) -> bool:
+    bypasses = bool(value_of(config, "algorithm.rollout_correction.bypass_mode", False))
+    return bypasses and settings.policy(1).context_kind != "reference_prompt_mean"
+
+
 def _other_engine(config: Mapping[str, Any], _settings: RunSettings) -> bool | str:
     strategy = str(value_of(config, "actor_rollout_ref.actor.strategy", "fsdp"))
     return strategy if strategy not in ENGINES else False
@@ -212,9 +221,11 @@ def _reads_missing_reference(config: Mapping[str, Any], settings: RunSettings) -
 
 def _ulysses_without_flash(config: Mapping[str, Any], _settings: RunSettings) -> bool | str:
     attention = value_of(config, "actor_rollout_ref.model.override_config.attn_implementation", "flash_attention_2")
+    name = "ulysses_sequence_parallel_size"  # The one beside fsdp_config is deprecated in verl.
     sharded = max(
-        int(value_of(config, f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size", 1))
+        int(value_of(config, f"actor_rollout_ref.{part}.{within}{name}", 1))
         for part in ("actor", "ref")
+        for within in ("", "fsdp_config.")
     )
     return str(attention) if sharded > 1 and not str(attention).startswith("flash_attention") else False
 
@@ -235,7 +246,8 @@ _REFUSALS = (
     Refusal(
         "actor_rollout_ref.rollout.n below 2",
         MAESTRO,
-        "a response is compared with the others to its prompt, and there are none",
+        "a response is compared with the others to its prompt, and there are none (data with __rollout_n__ set their "
+        "own number for each prompt: any n of 2 or more will do)",
         lambda config, _settings: int(value_of(config, "actor_rollout_ref.rollout.n", 1)) < 2,
     ),
     Refusal(
@@ -255,8 +267,8 @@ _REFUSALS = (
     Refusal(
         "algorithm.rollout_correction.bypass_mode",
         CONTEXT,
-        "verl then makes no forward before the rewards are weighed, from which the states could be read",
-        lambda config, _settings: bool(value_of(config, "algorithm.rollout_correction.bypass_mode", False)),
+        "verl then makes no forward of the policy before the rewards are weighed, from which its states could be read",
+        _bypasses_the_forward,
     ),
     Refusal(
         "an actor_rollout_ref.actor.strategy other than fsdp, fsdp2, megatron",

@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,14 @@ from torch import Tensor
 
 from maestro_fast.integrations.verl.batch import CONTEXT_FIELD, CONTEXT_FLAG, TrainerBatch, current
 from maestro_fast.integrations.verl.columns import as_list, data_columns, named_values
+from maestro_fast.integrations.verl.rows import prompt_rank
 from maestro_fast.integrations.verl.settings import RunSettings, run_settings
 from maestro_fast.integrations.verl.weigher import Weigher
+from maestro_fast.settings import SettingsError
 
-logger = logging.getLogger(__name__)
+# verl's root logger shows warnings alone; its own logger shows what a user should know, such as where states come from.
+logger = logging.getLogger("verl.maestro_fast")
+TESTED = "0.9"  # the version of verl that the tests train with
 FOLDER = "maestro"  # the weight policy's folder in a checkpoint of verl's
 REFERENCE = "reference_prompt_mean"
 
@@ -39,34 +44,35 @@ _Base: Any = Any if TYPE_CHECKING else object
 
 
 class MaestroMixin(_Base):  # type: ignore[misc]
-    """Before a V1 trainer of verl among the bases of a class."""
+    """Before a V1 trainer of verl among the bases of a class. What it adds has ``maestro`` in its name."""
 
-    settings: RunSettings | None = None
-    weigher: Weigher | None = None
+    _maestro_settings: RunSettings | None = None
+    _maestro_weigher: Weigher | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        self.settings = checked(config)
-        super().__init__(config, *args, **kwargs)
+        self._maestro_settings = checked(config)
+        self._maestro_known: set[str] = set()  # the rewards that batches have had so far
+        super().__init__(*args, config=config, **kwargs)  # verl, too, gives it by name.
 
     # --- start ---
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
-        if self.settings is not None and self.settings.maestro is not None:
-            self.weigher = Weigher(self.settings, self._context_size())
-            check_data(self.weigher.policy, self.train_dataset)
-            logger.info("maestro_fast: %s", self._what_context_costs())
+        if self._maestro_settings is not None and self._maestro_settings.maestro is not None:
+            self._maestro_weigher = Weigher(self._maestro_settings, self._maestro_context_size())
+            check_data(self._maestro_weigher.policy, self.train_dataset)
+            logger.info("maestro_fast: %s", self._maestro_costs())
 
-    def _context_size(self) -> int:
+    def _maestro_context_size(self) -> int:
         """d, the width of the policy model's hidden states."""
         from verl.utils.config import omega_conf_to_dataclass
 
         model = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
         return int(model.hf_config.get_text_config().hidden_size)
 
-    def _what_context_costs(self) -> str:
-        assert self.weigher is not None
-        policy = self.weigher.policy
+    def _maestro_costs(self) -> str:
+        assert self._maestro_weigher is not None
+        policy = self._maestro_weigher.policy
         if not policy.needs_context:
             return f"the weights ({policy.name}) read no hidden states"
         forward = "reference" if policy.context_kind == REFERENCE else "old log-probs"
@@ -77,17 +83,17 @@ class MaestroMixin(_Base):  # type: ignore[misc]
     # --- a batch ---
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        return self._with_contexts(super()._compute_old_log_prob, batch, metrics, reference=False)
+        return self._maestro_forward(super()._compute_old_log_prob, batch, metrics, reference=False)
 
     def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        return self._with_contexts(super()._compute_ref_log_prob, batch, metrics, reference=True)
+        return self._maestro_forward(super()._compute_ref_log_prob, batch, metrics, reference=True)
 
-    def _with_contexts(self, forward: Any, batch: Any, metrics: dict[str, Any], *, reference: bool) -> Any:
+    def _maestro_forward(self, forward: Any, batch: Any, metrics: dict[str, Any], *, reference: bool) -> Any:
         """Runs one of verl's forwards and has the engine hand out what the policy reads, if this is its forward.
 
         The flag is taken away afterwards. Otherwise the next forward would put its own states in their place.
         """
-        policy = None if self.weigher is None else self.weigher.policy
+        policy = None if self._maestro_weigher is None else self._maestro_weigher.policy
         if policy is None or not policy.needs_context or (policy.context_kind == REFERENCE) != reference:
             return forward(batch, metrics)
         batch.extra_info[CONTEXT_FLAG] = "prompt_mean" if reference else policy.context_kind
@@ -98,25 +104,25 @@ class MaestroMixin(_Base):  # type: ignore[misc]
         return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        if self.settings is None:
+        if self._maestro_settings is None:
             return super()._compute_advantage(batch, metrics)
-        ours = self._trainer_batch(batch)
+        ours = self._maestro_batch(batch)
         token = current.set(ours)
         try:
             batch = super()._compute_advantage(batch, metrics)
         finally:
             current.reset(token)
         metrics.update(ours.metrics)
-        if self.weigher is not None and self.weigher.policy.should_stop:
-            self._stop_after_next_step()
+        if self._maestro_weigher is not None and self._maestro_weigher.policy.should_stop:
+            self._maestro_stop()
         return batch
 
-    def _trainer_batch(self, batch: Any) -> TrainerBatch:
+    def _maestro_batch(self, batch: Any) -> TrainerBatch:
         """Fetches what the estimator of this run reads, and nothing else, from the queue."""
-        assert self.settings is not None
-        weigher = self.weigher
+        assert self._maestro_settings is not None
+        weigher = self._maestro_weigher
         keys, padding = list(batch.keys), [bool(tag.get("is_padding", False)) for tag in batch.tags]
-        names = list(self.settings.reward_names)
+        names = list(self._maestro_settings.reward_names)
         wanted = ["extra_fields", *names] if names else []
         asked: tuple[str, ...] = ()
         if weigher is not None:
@@ -128,13 +134,17 @@ class MaestroMixin(_Base):  # type: ignore[misc]
             if self.config.algorithm.use_kl_in_reward:
                 wanted.append("rm_scores")
         found = fetch(batch, wanted)
-        ours = TrainerBatch(keys, padding, None, partial(_values, found, padding))
+        ours = TrainerBatch(keys, padding, None, partial(_values, found, padding, self._maestro_known))
         if weigher is None:
             return ours
         ours.advantages = weigher.advantages
-        ours.order = as_list(found["index"]) if "index" in found else None
-        ours.columns = data_columns(asked, found)
-        ours.families = [str(name) for name in as_list(found["data_source"])] if "data_source" in found else ()
+        columns = {str(name): found[name] for name in wanted if name in found}
+        ours.columns = data_columns(asked, columns)
+        sources = as_list(columns["data_source"]) if "data_source" in columns else [""] * len(keys)
+        ours.families = [str(source) for source in sources]
+        if "index" in columns:
+            numbers = as_list(columns["index"])
+            ours.order = [prompt_rank(*pair) for pair in zip(numbers, ours.families, strict=True)]
         ours.prompts = as_list(found.get("raw_prompt", ()))
         if "rm_scores" in found:
             ours.scores_B = torch.stack([row.sum() for row in found["rm_scores"].unbind()]).float()
@@ -142,7 +152,7 @@ class MaestroMixin(_Base):  # type: ignore[misc]
             ours.context_Bd = _contexts(found)
         return ours
 
-    def _stop_after_next_step(self) -> None:
+    def _maestro_stop(self) -> None:
         """Makes the next step the last one, which verl saves and validates like any last step."""
         last: int = self.global_steps + 1
         if last < self.total_training_steps:  # type: ignore[has-type]
@@ -152,19 +162,19 @@ class MaestroMixin(_Base):  # type: ignore[misc]
     # --- checkpoints ---
 
     def _save_checkpoint(self) -> None:
-        if self.weigher is not None:
+        if self._maestro_weigher is not None:
             root = self.config.trainer.default_local_dir
-            self.weigher.save(Path(root, f"global_step_{self.global_steps}", FOLDER))
+            self._maestro_weigher.save(Path(root, f"global_step_{self.global_steps}", FOLDER))
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        if self.weigher is not None and self.global_steps > 0:
-            folder = self._resumed_from() / FOLDER
-            self.weigher.load(folder)
+        if self._maestro_weigher is not None and self.global_steps > 0:
+            folder = self._maestro_resumed_from() / FOLDER
+            self._maestro_weigher.load(folder)
             logger.info("maestro_fast: the weight policy goes on from %s", folder)
 
-    def _resumed_from(self) -> Path:
+    def _maestro_resumed_from(self) -> Path:
         """The folder of the checkpoint that verl has just loaded; the rules are verl's."""
         trainer = self.config.trainer
         if trainer.resume_mode == "resume_path":
@@ -183,7 +193,12 @@ def checked(config: Any) -> RunSettings | None:
 
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
-    return run_settings(config)
+    settings = run_settings(config)
+    if settings is not None:
+        found = version("verl")
+        if not f"{found}.".startswith(f"{TESTED}."):
+            logger.warning("maestro_fast is tested with verl %s, this is %s; it may work", TESTED, found)
+    return settings
 
 
 def check_data(policy: Any, dataset: Any) -> None:
@@ -191,17 +206,19 @@ def check_data(policy: Any, dataset: Any) -> None:
 
     Args:
         policy: the weight policy.
-        dataset: verl's data set, whose ``dataframe`` holds the rows. Another class of data set is not looked at; a
-            missing column is then found with the first batch.
+        dataset: verl's data set, whose ``dataframe`` holds the rows. A class that makes its rows in another way is not
+            looked at; a missing column is then found with the first batch.
 
     Raises:
         ValueError: a column is missing, or the policy refuses a value.
     """
-    table: Any = getattr(dataset, "dataframe", None)
-    if not policy.needs_columns or not hasattr(table, "column_names"):
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    if not policy.needs_columns or getattr(type(dataset), "__getitem__", None) is not RLHFDataset.__getitem__:
         return
+    table: Any = dataset.dataframe
     firsts = sorted({name.partition(".")[0] for name in policy.needs_columns} & {*table.column_names})
-    columns = data_columns(policy.needs_columns, {name: list(table[name]) for name in firsts})
+    columns = data_columns(policy.needs_columns, {name: list(table[name]) for name in firsts}, table.column_names)
     check = getattr(policy, "check_rows", None)
     if check is not None:
         check([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
@@ -217,10 +234,10 @@ def fetch(batch: Any, names: Sequence[str]) -> Any:
     return transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
 
 
-def _values(found: Any, padding: Sequence[bool], names: Sequence[str]) -> Tensor:
+def _values(found: Any, padding: Sequence[bool], known: set[str], names: Sequence[str]) -> Tensor:
     extra = as_list(found["extra_fields"]) if "extra_fields" in found else [{} for _ in padding]
     columns = {name: found[name] for name in names if name in found}
-    return named_values(names, extra, columns, padding)
+    return named_values(names, extra, columns, padding, known)
 
 
 def _contexts(found: Any) -> Tensor:
@@ -232,8 +249,8 @@ def _contexts(found: Any) -> Tensor:
     if CONTEXT_FIELD not in found:
         raise RuntimeError(
             "hidden states: verl's engine returned none with the log-probs, expected the column "
-            f"{CONTEXT_FIELD!r}; is maestro_fast installed in the environment of every worker, and does "
-            "VERL_USE_EXTERNAL_PLUGINS allow it there?"
+            f"{CONTEXT_FIELD!r}; is maestro_fast installed in the environment of every worker, and does its "
+            "VERL_USE_EXTERNAL_PLUGINS allow it? (verl does not hand VERL_USE_EXTERNAL_MODULES on to workers.)"
         )
     return torch.stack([row.float() for row in found[CONTEXT_FIELD].unbind()])
 
@@ -275,12 +292,18 @@ def extend(v1: ModuleType) -> None:
 
 
 def refuse_legacy(ray_trainer: ModuleType) -> None:
-    """Makes verl's legacy trainer check the config, too, before it starts anything."""
+    """Makes verl's legacy trainers check the config, too, and refuse the estimators that they cannot serve."""
     init = ray_trainer.RayPPOTrainer.__init__
 
     @functools.wraps(init)
     def checking(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        checked(config)
+        settings = checked(config)
+        if settings is not None and settings.reward_names:
+            raise SettingsError(
+                f"adv_estimator={settings.estimator}: {type(self).__name__} is one of verl's legacy trainers, which "
+                "hand an estimator no rewards by name, expected a V1 trainer (python -m verl.trainer.main_ppo, "
+                "trainer.use_v1=True)"
+            )
         init(self, config, *args, **kwargs)
 
     ray_trainer.RayPPOTrainer.__init__ = checking

@@ -73,6 +73,36 @@ class Filled:
         """[N G, ...] -> [R, ...], the opposite."""
         return self.groups.scatter(x.unflatten(0, (-1, self.size)))
 
+    def like_groups(self, outcome: Outcome) -> Outcome:
+        """The outcome of the groups of the most frequent size alone, and of nothing that fills them up."""
+        sizes_N = (self.groups.index_NG != self.groups.batch).sum(1)
+        counts = torch.bincount(sizes_N)
+        size = int((counts == counts.max()).nonzero()[-1])
+        chosen_N = sizes_N == size
+        if size == self.size and bool(chosen_N.all()):
+            return outcome
+
+        def part(x: Tensor) -> Tensor:
+            chosen: Tensor = x.unflatten(0, (-1, self.size))[chosen_N, :size]
+            return chosen.flatten(0, 1)
+
+        def maybe(x: Tensor | None) -> Tensor | None:
+            return None if x is None else part(x)
+
+        context, weights = outcome.context, outcome.weights
+        return Outcome(
+            WeightContext(
+                context.reward_names,
+                size,
+                context.step,
+                part(context.rewards_BK),
+                utilities_B=maybe(context.utilities_B),
+            ),
+            Weights(part(weights.weights_BK), part(weights.expected_BK), direct_B=maybe(weights.direct_B)),
+            GroupAdvantages(*[part(x) for x in outcome.advantages]),
+            outcome.profile,
+        )
+
 
 class Weigher:
     """Holds the weight policy of a run, in the one process that drives it.
@@ -150,10 +180,13 @@ class Weigher:
         return weights, compare_scaled(context, weights, comparison, factor) if found is None else found
 
     def _figures(self, outcome: Outcome, filled: Filled) -> dict[str, float]:
-        """The figures of a batch by their names in verl's log, without the responses that only fill groups up."""
+        """The figures of a batch by their names in verl's log, without the responses that only fill groups up.
+
+        Those of ``diagnose`` take groups of one size, so they are over the groups of the most frequent size.
+        """
         rewards_RK, weights_RK = (filled.back(x) for x in (outcome.context.rewards_BK, outcome.weights.expected_BK))
         advantages_R = filled.back(outcome.advantages.advantages)
-        figures = diagnose(outcome) | self.policy.metrics()
+        figures = diagnose(filled.like_groups(outcome)) | self.policy.metrics()
         figures["frac_reward_zero_std"] = filled.back(outcome.advantages.degenerate).float().mean().item()
         figures["advantages/std"] = advantages_R.std(correction=0).item()
         figures["advantages/abs_mean"] = advantages_R.abs().mean().item()
@@ -180,7 +213,16 @@ class Weigher:
         Raises:
             ValueError: the folder holds no state, or that of another policy or of other rewards.
         """
-        if not (folder / WEIGHTS_FILE).exists() and not self.policy.state_dict():
-            return
-        load_weight_policy(folder, self.policy, self.names)
+        if not (folder / WEIGHTS_FILE).exists():
+            if not self.policy.state_dict():
+                return
+            raise ValueError(
+                f"trainer.resume_mode: {folder} holds no {WEIGHTS_FILE}, so this checkpoint was written without "
+                f"adv_estimator=maestro, expected one of weights {self.policy.name}; to start anew, set "
+                "trainer.resume_mode=disable and another trainer.default_local_dir"
+            )
+        try:
+            load_weight_policy(folder, self.policy, self.names)
+        except ValueError as error:
+            raise ValueError(str(error).replace("resume_from_checkpoint", "trainer.resume_mode", 1)) from error
         self.batches = json.loads((folder / BATCHES_FILE).read_text(encoding="utf-8"))["batches"]

@@ -16,6 +16,7 @@ from types import ModuleType
 
 Hook = Callable[[ModuleType], None]
 _waiting: dict[str, Hook] = {}
+_sought: set[str] = set()  # the names that the finder is asking the other finders for
 
 
 def when_imported(name: str, hook: Hook) -> None:
@@ -36,22 +37,23 @@ class _Finder(MetaPathFinder):
     """Finds a module that somebody waits for as all other finders would, and wraps its loader."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        hook = _waiting.pop(name, None)  # Taken out first: the search below comes through here again.
-        if hook is None:
+        if name not in _waiting or name in _sought:
             return None
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            _waiting[name] = hook
-            return spec
-        spec.loader = _Loader(spec.loader, hook)
+        _sought.add(name)  # The search comes through here again.
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            _sought.remove(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
-    """Runs a module by its own loader, and the hook after it."""
+    """Runs a module by its own loader, and the hook that waits for it after that."""
 
-    def __init__(self, loader: Loader, hook: Hook) -> None:
-        self._loader, self._hook = loader, hook
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -60,4 +62,7 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader  # Readers of sources and resources ask this one.
         self._loader.exec_module(module)
-        self._hook(module)
+        hook = _waiting.get(module.__name__)
+        if hook is not None:
+            hook(module)
+            _waiting.pop(module.__name__, None)  # Not before: if the hook fails, so does the next import.

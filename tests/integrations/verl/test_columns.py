@@ -37,6 +37,21 @@ def test_a_row_without_the_key_abstains() -> None:
     assert found[0, 0] == 1.0 and bool(found[1:].isnan().all())
 
 
+def test_each_row_is_looked_up_by_itself() -> None:
+    """Agent loops that judge themselves stand in one batch with rows of compute_score."""
+    fields = [row(a=1.0), {"a": 2.0}, {}]
+    assert named_values(("a",), fields, {"a": [9.0, 9.0, 3.0]}, NO_PADDING)[:, 0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_name_that_earlier_batches_had_may_be_missing_from_one() -> None:
+    known: set[str] = set()
+    named_values(("a",), [row(a=1.0)] * 3, {}, NO_PADDING, known)
+    assert known == {"a"}
+    assert bool(named_values(("a",), [row(b=1.0)] * 3, {}, NO_PADDING, known).isnan().all())
+    with pytest.raises(ValueError, match="reward 'c'"):
+        named_values(("c",), [row(b=1.0)] * 3, {}, NO_PADDING, known)
+
+
 def test_padding_is_not_read() -> None:
     fields = [row(a=1.0), row(a=math.inf), row(a="text")]
     found = named_values(("a",), fields, {}, [False, True, True])
@@ -48,7 +63,8 @@ def test_padding_is_not_read() -> None:
     [
         ([1.0, math.nan, None], ValueError, "reward 'a': nan in row 1, expected a finite number, or None"),
         ([None, 1.0, math.inf], ValueError, "reward 'a': inf in row 2"),
-        ([1.0, "good", 2.0], TypeError, "reward 'a': got 'good', expected a number or None"),
+        ([1.0, "0.5", 2.0], TypeError, "reward 'a': got '0.5', expected a number or None"),
+        ([1.0, 1e39, 2.0], ValueError, r"reward 'a': 1e\+39 in row 1, expected a finite number"),
         ([1.0, [2.0, 3.0], 2.0], TypeError, r"reward 'a': got \[2.0, 3.0\], expected a number"),
         ([[1.0], [2.0], [3.0]], TypeError, r"reward 'a': got values of shape \(1,\)"),
     ],
@@ -71,8 +87,8 @@ def test_columns_of_the_data_and_their_entries() -> None:
         "extra_info.topic": ["a", "b"],
         "data_source": ["x", "y"],
     }
-    with pytest.raises(ValueError, match="column 'topic': the batch has none, expected one of data_source, extra_info"):
-        data_columns(("topic",), columns)
+    with pytest.raises(ValueError, match="column 'topic': the data have none, expected one of data_source, extra_info"):
+        data_columns(("topic",), columns, [*columns])
     with pytest.raises(
         ValueError, match=r"column 'extra_info\.kind': a row has no entry 'kind', expected one of topic"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -57,13 +58,23 @@ def test_registering_twice_does_no_harm(package: str) -> None:
     assert calls == [2]
 
 
+def test_looking_for_a_module_is_not_importing_it(package: str) -> None:
+    """Libraries ask whether a module is there; the hook still runs when it is imported."""
+    calls: list[str] = []
+    when_imported(f"{package}.part", lambda module: calls.append(module.__name__))
+    assert importlib.util.find_spec(f"{package}.part") is not None and calls == []
+    imported(f"{package}.part")
+    assert calls == [f"{package}.part"]
+
+
 def test_errors_reach_whoever_imports(package: str) -> None:
     def fails(_: object) -> None:
         raise ImportError("something is missing")
 
     when_imported(f"{package}.part", fails)
-    with pytest.raises(ImportError, match="something is missing"):
-        imported(f"{package}.part")
+    for _ in range(2):  # A second try finds the plugin missing, too, and does not go on without it.
+        with pytest.raises(ImportError, match="something is missing"):
+            imported(f"{package}.part")
     when_imported(f"{package}.broken", fails)
     with pytest.raises(RuntimeError, match="broken module"):
         imported(f"{package}.broken")

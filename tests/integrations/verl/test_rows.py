@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from maestro_fast.integrations.verl.rows import Rows
+from maestro_fast.integrations.verl.rows import Rows, prompt_rank
 from maestro_fast.ops import Groups, cpp
 from maestro_fast.ops.groups import _read_session_keys, number_keys, number_session_keys
 
@@ -33,8 +33,8 @@ def test_the_last_output_of_a_session_is_compared() -> None:
 
 def test_groups_are_sorted_by_the_prompts_number_and_then_by_session() -> None:
     """A session's number is a number: 10 stands behind 2."""
-    order = [7 if key.startswith("b") else 3 for key in KEYS]
-    expected = [["a_1_0_0", "a_1_1_0"], ["b_0_2", "b_2_0", "b_10_0"]]
+    order = [3 if key.startswith("b") else 7 for key in KEYS]
+    expected = [["b_0_2", "b_2_0", "b_10_0"], ["a_1_0_0", "a_1_1_0"]]
     assert members(Rows.of_keys(KEYS, PADDING, order)) == expected
     for seed in range(5):
         shuffled = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -42,6 +42,35 @@ def test_groups_are_sorted_by_the_prompts_number_and_then_by_session() -> None:
         index = rows.groups.index_NG.tolist()
         found = [[KEYS[shuffled[int(rows.final_R[i])]] for i in group if i < rows.groups.batch] for group in index]
         assert found == expected
+
+
+def test_prompts_of_one_number_are_sorted_by_uid() -> None:
+    """They are the same prompt, sampled twice."""
+    assert members(Rows.of_keys(KEYS, PADDING, [0] * len(KEYS)))[0] == ["a_1_0_0", "a_1_1_0"]
+
+
+@pytest.mark.parametrize("indices", [[float("nan")], [None, 2], ["b", 1, 2.5], ["x", "y"], [True, 0]])
+def test_whatever_numbers_the_prompts_a_group_stands_together(indices: list[object]) -> None:
+    """Data may lack the number in some rows, and the rows of a prompt may even have several."""
+    keys = [f"u{i % 4}_{i}_0" for i in range(24)]
+    order = [prompt_rank(indices[i % len(indices)], f"source{i % 4}") for i in range(24)]
+    rows = Rows.of_keys(keys, [False] * 24, order)
+    for group in rows.groups.index_NG.tolist():
+        assert len({keys[int(rows.final_R[i])].split("_")[0] for i in group}) == 1 and len(group) == 6
+
+
+def test_prompts_of_equal_number_stand_by_the_name_of_their_data() -> None:
+    """So they do not stand by their uids, which differ in a run that is resumed."""
+    for uids in (("a", "b"), ("b", "a")):
+        keys = [f"{uids[0]}_0_0", f"{uids[1]}_0_0"]
+        rows = Rows.of_keys(keys, [False] * 2, [prompt_rank(0, "math"), prompt_rank(0, "gsm8k")])
+        assert rows.final_R.tolist() == [1, 0]
+
+
+def test_ids_beyond_the_groups_are_refused() -> None:
+    for ids in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="expected 0 to 1"):
+            Groups.of_numbers(torch.tensor(ids), 2)
 
 
 def test_rows_that_are_all_compared_stand_in_their_places() -> None:

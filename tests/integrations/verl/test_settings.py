@@ -133,12 +133,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ulysses_sequence_parallel_size above 1 with an attention other than flash attention": (
         "maestro",
         {
-            "actor_rollout_ref__ref__ulysses_sequence_parallel_size": 2,
+            "actor_rollout_ref__ref__fsdp_config": {"ulysses_sequence_parallel_size": 2},
             "actor_rollout_ref__model__override_config": {"attn_implementation": "sdpa"},
         },
         {"actor_rollout_ref__model__override_config": {}},
     ),
 }
+
+
+def test_a_context_of_the_reference_needs_no_forward_of_the_policy() -> None:
+    changes = {"algorithm__rollout_correction": {"bypass_mode": True}, "actor_rollout_ref__actor__use_kl_loss": True}
+    assert run_settings(config(algorithm__maestro=ANCHORED, **changes)) is not None
+
+
+def test_the_conductor_stays_off_the_workers_gpus() -> None:
+    settings = run_settings(config())
+    assert settings is not None and settings.policy(4).weights.__self__.config.device == "cpu"  # type: ignore[attr-defined]
 
 
 def test_every_refusal_has_its_case() -> None:

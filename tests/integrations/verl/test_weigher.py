@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.integrations.verl.batch import TrainerBatch
-from maestro_fast.integrations.verl.rows import Rows
+from maestro_fast.integrations.verl.rows import Rows, prompt_rank
 from maestro_fast.integrations.verl.settings import run_settings
 from maestro_fast.integrations.verl.weigher import Weigher
 from maestro_fast.ops import group_advantages
@@ -71,7 +71,7 @@ class World:
         return TrainerBatch(
             keys,
             pad,
-            [self.prompts[i] for i in rows],
+            [prompt_rank(self.prompts[i]) for i in rows],
             values,
             context_Bd=self.contexts[rows],
             families=[f"family{self.prompts[i] % 2}" for i in rows],
@@ -185,6 +185,26 @@ def test_figures_leave_out_what_fills_groups_up() -> None:
     assert batch.metrics["maestro/families/family1/completion_length"] == 5.0
 
 
+def test_diagnostics_leave_out_what_fills_groups_up() -> None:
+    """One group of sixteen and many of two: nearly everything is filling."""
+    world = World((16, 2, 2, 2, 2, 2))
+    world.rewards[2, 0] = 0.5
+    batch = world.batch()
+    play(weigher(), batch, world.lengths)
+    assert batch.metrics["maestro/diagnostics/abstained_weight"] == 0.0
+    assert batch.metrics["maestro/diagnostics/entropy"] == pytest.approx(1.0)
+    expected = World((2, 2, 2, 2, 2))
+    expected.rewards = world.rewards[16:]
+    alone = expected.batch()
+    play(weigher(), alone, expected.lengths)
+    for name in (
+        "maestro/rewards_correlation/mean",
+        "maestro/advantage_share/correct",
+        "maestro/diagnostics/self_flattery",
+    ):
+        assert batch.metrics[name] == pytest.approx(alone.metrics[name], abs=1e-5), name
+
+
 def test_a_saved_policy_goes_on(tmp_path: Path) -> None:
     one = weigher(CONDUCTOR)
     for step in range(2):
@@ -200,8 +220,8 @@ def test_a_saved_policy_goes_on(tmp_path: Path) -> None:
 
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
     weigher("equal").load(tmp_path)  # One of verl's own, and a policy that has no state.
-    with pytest.raises(ValueError, match=r"holds no weight_policy\.safetensors"):
+    with pytest.raises(ValueError, match=r"^trainer\.resume_mode: .* written without adv_estimator=maestro"):
         weigher(CONDUCTOR).load(tmp_path)
     weigher("saw").save(tmp_path)
-    with pytest.raises(ValueError, match="is of policy saw, this run has conductor"):
+    with pytest.raises(ValueError, match=r"^trainer\.resume_mode: .* is of policy saw, this run has conductor"):
         weigher(CONDUCTOR).load(tmp_path)
