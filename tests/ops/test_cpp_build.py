@@ -141,7 +141,8 @@ def test_a_stale_build_is_named(answers: dict[str, dict[str, Any]]) -> None:
     stale = SimpleNamespace(group_advantages=None, conductor_weights=None, counterfactual_advantages=None)
     with pytest.raises(
         ImportError,
-        match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences, .*: .* rebuild it",
+        match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences, number_keys, "
+        r"number_session_keys, order_by_group, examine_mask, spread_over_tokens, sum_over_tokens: .* rebuild it",
     ):
         check_build(stale)
     raised = answers["stale"]["import"]

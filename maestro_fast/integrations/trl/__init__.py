@@ -12,7 +12,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("maestro_fast.integrations.trl needs TRL: pip install 'maestro-fast[trl]'") from error
 
-from maestro_fast.integrations.trl.refuse import NEWEST, OLDEST, Refusal, refusal_table, refusals
+from maestro_fast.integrations.refusals import Refusal
+from maestro_fast.integrations.trl.refuse import NEWEST, OLDEST, refusal_table, refusals
 from maestro_fast.integrations.trl.trainer import MaestroGRPOMixin, MaestroGRPOTrainer
 
 __all__ = ["NEWEST", "OLDEST", "MaestroGRPOMixin", "MaestroGRPOTrainer", "Refusal", "refusal_table", "refusals"]

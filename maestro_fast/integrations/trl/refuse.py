@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -17,6 +16,7 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import ProcessorMixin
 
+from maestro_fast.integrations.refusals import Refusal, as_table
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages, other_loss
 from maestro_fast.model import causal_lm
@@ -51,23 +51,6 @@ def check_version() -> None:
 
 
 # --- settings ---
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting that is refused.
-
-    Attributes:
-        setting: what the user has set, by TRL's name for it.
-        where: the part of maestro_fast that does not work with the setting.
-        reason: why it does not, and what to do about it where that is not plain.
-        applies: whether a trainer with a weight policy has the setting; a string says what it is in this trainer.
-    """
-
-    setting: str
-    where: str
-    reason: str
-    applies: Callable[[Any, WeightPolicy], bool | str | None]
 
 
 def _is_set(name: str, neutral: object) -> Callable[[Any, WeightPolicy], bool]:
@@ -240,8 +223,7 @@ def refusals() -> tuple[Refusal, ...]:
 
 def refusal_table() -> str:
     """The refusals as a table in Markdown, for the documentation."""
-    rows = (f"| {row.setting} | {row.where} | {row.reason} |" for row in _REFUSALS)
-    return "\n".join(["| setting | not with | because |", "|---|---|---|", *rows])
+    return as_table(_REFUSALS)
 
 
 def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
@@ -266,8 +248,7 @@ def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
     }
     for refusal in _REFUSALS:
         if used[refusal.where] and (found := refusal.applies(trainer, policy)):
-            what = f"{refusal.setting} ({found})" if isinstance(found, str) else refusal.setting
-            raise ValueError(f"{what}: not with {refusal.where}: {refusal.reason}")
+            raise ValueError(refusal.message(found))
 
 
 def prompt_learning(model: Any) -> bool:

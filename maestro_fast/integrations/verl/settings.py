@@ -10,10 +10,11 @@ Everything here works on the config as verl's trainer gets it. ``refusals()`` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from maestro_fast.integrations.refusals import Refusal, as_table
 from maestro_fast.integrations.verl.batch import ESTIMATORS
 from maestro_fast.rewards.conditional import LabelsConfig
 from maestro_fast.settings import SettingsError, build, near
@@ -124,10 +125,10 @@ def run_settings(config: Mapping[str, Any]) -> RunSettings | None:
             check_profile(policy, resolve_profile(maestro.profile))
         except ValueError as error:
             raise SettingsError(str(error).replace("advantages.profile", f"{SECTION}.profile", 1)) from error
+    used = _concerned(settings, policy)
     for refusal in _REFUSALS:
-        if refusal.concerns(settings, policy) and (found := refusal.applies(config, settings)):
-            what = f"{refusal.setting} ({found})" if isinstance(found, str) else refusal.setting
-            raise SettingsError(f"{what}: not with {refusal.where}: {refusal.reason}")
+        if refusal.where in used and (found := refusal.applies(config, settings)):
+            raise SettingsError(refusal.message(found))
     return settings
 
 
@@ -164,30 +165,15 @@ GDPO = "adv_estimator=fast_gdpo"
 CONTEXT = "a weight policy that reads hidden states"
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A setting of verl that is refused.
-
-    Attributes:
-        setting: what the user has set, by verl's name for it.
-        where: the part of maestro_fast that does not work with the setting.
-        reason: why it does not, and what to do about it where that is not plain.
-        applies: whether a run has the setting; a string says what it is in this run.
-    """
-
-    setting: str
-    where: str
-    reason: str
-    applies: Callable[[Mapping[str, Any], RunSettings], bool | str]
-
-    def concerns(self, settings: RunSettings, policy: WeightPolicy | None) -> bool:
-        """Whether the run uses the part that the refusal is about."""
-        return {
-            MAESTRO: settings.estimator == "maestro",
-            OURS: bool(settings.reward_names),
-            GDPO: settings.estimator == "fast_gdpo",
-            CONTEXT: policy is not None and policy.needs_context,
-        }[self.where]
+def _concerned(settings: RunSettings, policy: WeightPolicy | None) -> set[str]:
+    """The parts of maestro_fast that a run uses."""
+    uses = {
+        MAESTRO: settings.estimator == "maestro",
+        OURS: bool(settings.reward_names),
+        GDPO: settings.estimator == "fast_gdpo",
+        CONTEXT: policy is not None and policy.needs_context,
+    }
+    return {part for part, used in uses.items() if used}
 
 
 def _profile_has_kl_in_loss(config: Mapping[str, Any], settings: RunSettings) -> bool:
@@ -306,5 +292,4 @@ def refusals() -> tuple[Refusal, ...]:
 
 def refusal_table() -> str:
     """The refusals as a table in Markdown, for the documentation."""
-    rows = (f"| {row.setting} | {row.where} | {row.reason} |" for row in _REFUSALS)
-    return "\n".join(["| setting | not with | because |", "|---|---|---|", *rows])
+    return as_table(_REFUSALS)

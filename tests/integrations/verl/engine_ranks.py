@@ -8,7 +8,6 @@ It runs without Ray, on gloo over the loopback interface.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 from maestro_fast.integrations.verl.batch import CONTEXT_FLAG
 from maestro_fast.integrations.verl.engine import FSDPContexts, extend, with_contexts
 from maestro_fast.model import backbone_of
+from tests.integrations.verl.ranks import error_of
 
 ROWS = 8
 KINDS = ("response", "prompt_last", "prompt_mean")
@@ -177,14 +177,6 @@ def outputs(engine: Any, batch: TensorDict) -> dict[str, list[Tensor]]:
     with engine.eval_mode():
         found = engine.infer_batch(batch, loss_function=None)["model_output"]
     return {name: list(value.unbind()) for name, value in found.items()}
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def seen_in_training(engine: Any, batch: TensorDict) -> set[str]:

@@ -57,6 +57,7 @@ from verl.workers.engine import MegatronEngineWithLMHead  # noqa: E402
 from maestro_fast.integrations.verl.batch import CONTEXT_FLAG  # noqa: E402
 from maestro_fast.integrations.verl.contexts import KINDS  # noqa: E402
 from maestro_fast.integrations.verl.engine import with_contexts  # noqa: E402
+from tests.integrations.verl.ranks import error_of  # noqa: E402
 
 ROWS, VOCABULARY = 8, 64
 
@@ -252,14 +253,6 @@ def changed(settings: Any, name: str) -> Any:
     setattr(settings, name, True)
     yield
     setattr(settings, name, False)
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def main(tensor: int, pipeline: int, context: int, folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,12 @@ def results(program: str, processes: int, folder: Path, *arguments: str) -> list
             process.wait()
     assert codes == [0] * processes, "\n".join(path.read_text()[-3000:] for path in logs)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """The error that a call raises, in words that a process can save."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

@@ -30,7 +30,7 @@ from maestro_fast.integrations.verl.estimators import (
     register,
 )
 from maestro_fast.integrations.verl.rows import Rows
-from maestro_fast.ops import group_advantages
+from maestro_fast.ops import cpp, group_advantages
 
 L = 12
 # verl adds up in float32. Near 0, the difference of a score to the mean of its group has the rounding of the score.
@@ -422,3 +422,30 @@ def test_maestro_gets_the_rows_that_are_compared(penalised: bool) -> None:
         torch.testing.assert_close(penalty, penalty_B[[0, 1, 4]])
     else:
         assert penalty is None
+
+
+# --- the fast path ---
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "maestro"])
+def test_every_pass_over_the_batch_is_made_once_and_in_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys, token rewards, mask, advantages and tokens: C++ sees each of them once, and PyTorch no [B, L]."""
+    case = make("ragged", 3)
+    calls: list[str] = []
+    native = cpp._C
+
+    class Counting:
+        def __getattr__(self, attribute: str) -> Any:
+            found = getattr(native, attribute)
+            if not attribute.islower():
+                return found  # A class, such as that of a partition.
+            calls.append(attribute)
+            return found
+
+    monkeypatch.setattr(cpp, "_C", Counting())
+    config = {"gdpo_reward_keys": case.names}
+    estimator = {"fast_grpo": fast_grpo, "fast_dr_grpo": fast_dr_grpo, "fast_rloo": fast_rloo, "fast_gdpo": fast_gdpo}
+    with trainer_batch(case.rewards_BK, keys_of(case)):
+        estimator[name](case.token_level_rewards, case.mask_BL, case.uids, config=config)
+    expected = ["examine_mask", "group_advantages", "number_session_keys", "order_by_group", "spread_over_tokens"]
+    assert sorted(calls) == (expected if name == "fast_gdpo" else sorted([*expected, "sum_over_tokens"]))

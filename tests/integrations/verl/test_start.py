@@ -1,12 +1,8 @@
-"""A wrong set-up fails when verl's trainer is made, before Ray starts a worker, with a sentence that names the setting.
-
-The configs are made by Hydra from verl's own files, as ``main_ppo`` makes them from a command.
-"""
+"""A wrong set-up fails when verl's trainer is made, before Ray starts a worker, and the setting is named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +13,14 @@ KEYS = "+algorithm.gdpo_reward_keys=[correct,brief]"
 MAESTRO = ["algorithm.adv_estimator=maestro", KEYS]
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Callable[..., Any]:
-    """Makes the config and the trainer that verl would make of a command, as far as that needs no Ray."""
-    import verl
-    from hydra import compose, initialize_config_dir
+@pytest.fixture
+def trainer(verl_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the trainer that verl would make of a command, as far as that needs no Ray."""
 
     def make(*command: str) -> Any:
-        from omegaconf import OmegaConf
         from verl.trainer.ppo.v1 import get_trainer_cls
 
-        with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
-            config = compose("ppo_trainer", ["actor_rollout_ref.rollout.n=4", *command])
-        OmegaConf.resolve(config)
+        config = verl_config(*command)
         return get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
 
     return make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,23 +16,7 @@ NAMES = ("correct", "brief")
 OURS = ("algorithm.adv_estimator=maestro", "+algorithm.gdpo_reward_keys=[correct,brief]")
 
 
-@pytest.fixture(scope="module")
-def config() -> Callable[..., Any]:
-    """Makes verl's config of a command."""
-    import verl
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    def make(*command: str) -> Any:
-        with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
-            found = compose("ppo_trainer", ["actor_rollout_ref.rollout.n=4", *command])
-        OmegaConf.resolve(found)
-        return found
-
-    return make
-
-
-def test_trainers_keep_their_names_and_classes(config: Callable[..., Any]) -> None:
+def test_trainers_keep_their_names_and_classes() -> None:
     from verl.trainer.ppo import v1
     from verl.trainer.ppo.v1 import trainer_base
 
@@ -45,7 +28,9 @@ def test_trainers_keep_their_names_and_classes(config: Callable[..., Any]) -> No
         v1.get_trainer_cls("nope")
 
 
-def test_a_trainer_of_the_users_own_stays_as_it_is(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_of_the_users_own_stays_as_it_is(
+    verl_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is registered after the plugin, has attributes of any name, and takes the config by name alone."""
     from verl.trainer.ppo import v1
     from verl.trainer.ppo.v1 import trainer_base
@@ -60,7 +45,7 @@ def test_a_trainer_of_the_users_own_stays_as_it_is(config: Callable[..., Any], m
 
     monkeypatch.setattr(trainer_base, "TRAINER_REGISTRY", dict(trainer_base.TRAINER_REGISTRY))
     v1.register_trainer("mine")(Mine)
-    made = v1.get_trainer_cls("mine")(config=config("algorithm.adv_estimator=grpo"))
+    made = v1.get_trainer_cls("mine")(config=verl_config("algorithm.adv_estimator=grpo"))
     assert isinstance(made, Mine) and made.settings == {"mine": 1}
     assert made._compute_advantage("batch", {}) == ("mine", "batch", {})
 
@@ -77,7 +62,7 @@ def test_figures_are_averaged_whatever_words_are_in_their_names() -> None:
     assert found.pop("response/max") == 3.0 and {*found.values()} == {2.0} and len(found) == 4
 
 
-def test_legacy_trainers_are_refused_by_their_names(config: Callable[..., Any]) -> None:
+def test_legacy_trainers_are_refused_by_their_names(verl_config: Callable[..., Any]) -> None:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     class OneStepOff(RayPPOTrainer):  # type: ignore[misc]
@@ -85,9 +70,9 @@ def test_legacy_trainers_are_refused_by_their_names(config: Callable[..., Any]) 
 
     for command in (OURS, ("algorithm.adv_estimator=fast_gdpo", OURS[1])):
         with pytest.raises(SettingsError, match=r"OneStepOff is one of verl's legacy trainers.*expected a V1 trainer"):
-            OneStepOff(config=config(*command))
+            OneStepOff(config=verl_config(*command))
     with pytest.raises(TypeError, match="missing"):  # It is verl's own turn.
-        OneStepOff(config=config("algorithm.adv_estimator=fast_grpo"))
+        OneStepOff(config=verl_config("algorithm.adv_estimator=fast_grpo"))
 
 
 def router(column: str) -> Any:
@@ -123,7 +108,7 @@ def test_the_data_are_compared_with_the_policy_before_the_first_step() -> None:
 
 
 def test_another_version_of_verl_is_warned_about(
-    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    verl_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from maestro_fast.integrations.verl import trainer
 
@@ -131,5 +116,5 @@ def test_another_version_of_verl_is_warned_about(
         caplog.clear()
         monkeypatch.setattr(trainer, "version", lambda _, found=found: found)
         with caplog.at_level(logging.WARNING, "verl.maestro_fast"):
-            trainer.checked(config(*OURS))
+            trainer.checked(verl_config(*OURS))
         assert len(caplog.records) == warned, found

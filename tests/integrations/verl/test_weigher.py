@@ -16,7 +16,7 @@ from maestro_fast.integrations.verl.rows import Rows, prompt_rank
 from maestro_fast.integrations.verl.settings import run_settings
 from maestro_fast.integrations.verl.weigher import Weigher
 from maestro_fast.ops import group_advantages
-from maestro_fast.weighting import Comparison, Outcome, WeightContext, build_weight_policy
+from maestro_fast.weighting import Comparison, Outcome, WeightContext, adaptive_step, build_weight_policy
 from maestro_fast.weighting.adaptive_step import compare_scaled, weigh_scaled
 
 NAMES, D, G = ("correct", "brief", "summary"), 6, 4
@@ -131,6 +131,24 @@ def test_the_conductor_is_that_of_our_trainer(entry: dict[str, Any]) -> None:
         torch.testing.assert_close(found, expected.advantages, rtol=0.0, atol=0.0)
     for name, tensor in policy.state_dict().items():
         torch.testing.assert_close(ours.policy.state_dict()[name], tensor, rtol=0.0, atol=0.0)
+
+
+def test_a_conductors_weights_and_advantages_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is called once for each batch, and the single ops are not."""
+    calls: list[str] = []
+
+    def counting(name: str, function: Any) -> Any:
+        return lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]
+
+    fused = counting("fused", adaptive_step.maestro_advantages)
+    monkeypatch.setattr(adaptive_step, "maestro_advantages", fused)
+    for name in ("group_advantages", "compare"):
+        monkeypatch.setattr(adaptive_step, name, counting(name, getattr(adaptive_step, name)))
+    found = weigher(CONDUCTOR)
+    for step in range(3):
+        world = World((4, 3, 4), step)
+        play(found, world.batch(), world.lengths)
+    assert calls == ["fused"] * 3
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
