@@ -216,6 +216,7 @@ def test_the_advantages_reach_every_token_and_nothing_else(trained: Trained) -> 
     for step in trained.steps:
         for advantages, mask, ids in zip(*map(step.column, ("advantages", "response_mask", "responses")), strict=True):
             assert advantages.shape == mask.shape == ids.shape
+            assert torch.equal(advantages, advantages[:1].expand_as(advantages)), "a token has another advantage"
             assert mask.bool().all() and 0 < len(ids) <= RESPONSE_TOKENS
         assert len({len(ids) for ids in step.column("responses")}) > 3
         assert len(step.padding) == 4
