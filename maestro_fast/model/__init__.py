@@ -19,17 +19,11 @@ from maestro_fast.model.attention import (
     use_attention,
 )
 from maestro_fast.model.chat import ChatConfig, encode_prompt, prefilled
-from maestro_fast.model.forward import (
-    choose_layout,
-    completion_logprobs,
-    completion_states,
-    contexts,
-    last_hidden,
-    prompt_mean,
-    score,
-    terminal_states,
-)
+from maestro_fast.model.forward import completion_logprobs, last_hidden, prompt_mean, score, terminal_states
 from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of, product_dtype
+from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.layout_trial import choose_layout
+from maestro_fast.model.layouts import Layouts, Sharing
 from maestro_fast.model.load import Checkpoint, LoraSettings, ModelConfig, load_policy
 from maestro_fast.model.reference import PromptContexts, Reference, frozen_copy, reference_policy
 from maestro_fast.model.rows import Sequences
@@ -42,13 +36,16 @@ __all__ = [
     "AttentionPath",
     "ChatConfig",
     "Checkpoint",
+    "HiddenStates",
     "LanguageHead",
     "Layout",
+    "Layouts",
     "LoraSettings",
     "ModelConfig",
     "PromptContexts",
     "Reference",
     "Sequences",
+    "Sharing",
     "attention_choice",
     "attention_paths",
     "backbone_of",
@@ -57,8 +54,6 @@ __all__ = [
     "check_trainable",
     "choose_layout",
     "completion_logprobs",
-    "completion_states",
-    "contexts",
     "encode_prompt",
     "frozen_copy",
     "head_of",

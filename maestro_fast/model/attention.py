@@ -42,8 +42,8 @@ __all__ = [
     "varlen_obstacle",
 ]
 
-Layout = Literal["flash", "varlen", "packed", "padded"]
-Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "eager"]
+Layout = Literal["flash", "varlen", "packed", "padded", "shared"]
+Attention = Literal["auto", "shared", "flash_attention_2", "flash_attention_3", "varlen", "sdpa", "eager"]
 
 VARLEN = "maestro_varlen"  # the name of our implementation in transformers
 
@@ -125,7 +125,8 @@ def attention_choice(
     """Chooses the attention implementation that transformers should load a model with, and says why.
 
     Args:
-        wanted: one of ``Attention``; "auto" takes the first of flash-attn, varlen and sdpa that can serve.
+        wanted: one of ``Attention``; "auto" takes the first of varlen, flash-attn and sdpa that can serve, "shared" the
+            first of varlen and sdpa.
         device: where the model will run; None means a CUDA device if there is one.
         dtype: the dtype in which the model computes, of its weights or of autocast; None if it is not known yet, and
             then every dtype counts as right.
@@ -139,14 +140,15 @@ def attention_choice(
     if wanted not in get_args(Attention):
         raise SettingsError(f"model.attention: {wanted}, expected one of {', '.join(get_args(Attention))}")
     device = default_device() if device is None else device
-    candidates = [(name, flash_obstacle(name, device, dtype)) for name in _FLASH]
-    candidates.append((VARLEN, varlen_obstacle(device, dtype)))
+    # The varlen kernel comes first, because it serves shared prompts, too.
+    candidates = [(VARLEN, varlen_obstacle(device, dtype))]
+    candidates += [(name, flash_obstacle(name, device, dtype)) for name in _FLASH if wanted != "shared"]
     asked = VARLEN if wanted == "varlen" else wanted
     for name, obstacle in candidates:
         if name == asked and obstacle is not None:
             hint = ', pip install "maestro-fast[flash-attn]"' if "imported" in obstacle else ""
             raise SettingsError(f"model.attention: {wanted} cannot serve: {obstacle}{hint}")
-    if wanted != "auto":
+    if wanted not in ("auto", "shared"):
         return asked, "as configured"
     for name, obstacle in candidates:
         if obstacle is None:

@@ -1,4 +1,4 @@
-"""Forward passes of the policy: packed last hidden states of many sequences, and what is read off them.
+"""Forward passes of the policy: last hidden states of many sequences, and what is read off them.
 
 The model itself is called, and a hook on its backbone takes the hidden states. So DDP, FSDP, PEFT, gradient
 checkpointing and torch.compile see an ordinary forward. The model's own head runs on one position of each row only;
@@ -10,7 +10,6 @@ Axis suffixes: B responses, T tokens of prompts and completions, C completion to
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -18,18 +17,18 @@ from torch import Tensor, nn
 
 from maestro_fast.model.attention import Layout, layout_of
 from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, product_dtype
-from maestro_fast.model.rows import Sequences, rows_of
-from maestro_fast.ops import pool_hidden, token_logprobs
+from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.layouts import Layouts
+from maestro_fast.model.rows import Sequences
+from maestro_fast.model.shared_attention import shared_inputs
+from maestro_fast.ops import token_logprobs
 from maestro_fast.ops.pool_hidden import PoolMode
-from maestro_fast.records import PolicyOutputs, cumulative
+from maestro_fast.records import PolicyOutputs
 from maestro_fast.specs import EntropyMode
 
-logger = logging.getLogger(__name__)
 __all__ = [
-    "choose_layout",
     "completion_logprobs",
-    "completion_states",
-    "contexts",
+    "implementation_of",
     "last_hidden",
     "policy_outputs",
     "prompt_mean",
@@ -41,64 +40,54 @@ __all__ = [
 # --- hidden states ---
 
 
-def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout) -> Tensor:
-    """Packed last hidden states [T, d] of all tokens, sequence after sequence; differentiable if grad is on.
+def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts) -> HiddenStates:
+    """The last hidden states of all tokens of B sequences; differentiable if grad is on.
+
+    Args:
+        layout: a layout, or the layouts between which the batch decides.
 
     Raises:
         ValueError: the layout is ``flash`` or ``varlen``, and the model has another attention implementation.
     """
-    implementation = _implementation(model)
-    if layout in ("flash", "varlen") and layout_of(implementation) != layout:
-        raise ValueError(f"layout: {layout}, but the model's attention implementation is {implementation}")
-    rows = rows_of(sequences.tokens, layout)
+    layouts = Layouts(layout, "always" if layout == "shared" else "never") if isinstance(layout, str) else layout
+    implementation = implementation_of(model)
+    if layouts.plain in ("flash", "varlen") and layout_of(implementation) != layouts.plain:
+        raise ValueError(f"layout: {layouts.plain}, but the model's attention implementation is {implementation}")
+    rows = layouts.rows_of(sequences)
+    weight = next(model.parameters())
+    inputs = rows.model_input(weight.device)
+    if rows.trees is not None:
+        config = causal_lm(model).config.get_text_config()
+        inputs |= shared_inputs(rows.trees, config, implementation, product_dtype(weight), weight.device)
     captured: list[Tensor] = []
     handle = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
     try:
-        model(**rows.model_input(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    return rows.tokens_of(captured[0])
+    return HiddenStates(captured[0].flatten(0, 1), rows.place_T, sequences)
 
 
-def completion_states(hidden: Tensor, sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Selects from packed states [T, d] those that predict the completion tokens.
-
-    Returns:
-        The states [C, d] in ``dtype``, and the completion tokens that they predict, int64 [C].
-    """
-    rows, targets = [], []
-    start = 0
-    for prompt, completion in zip(sequences.prompt_ids, sequences.completion_ids, strict=True):
-        first = start + len(prompt) - 1  # The prompt's last token predicts the first completion token.
-        rows.append(torch.arange(first, first + len(completion)))
-        targets.extend(completion)
-        start += len(prompt) + len(completion)
-    states = hidden[torch.cat(rows).to(hidden.device)].to(dtype)
-    return states, torch.tensor(targets, dtype=torch.int64, device=hidden.device)
+def implementation_of(model: nn.Module) -> str:
+    """The name of the model's attention implementation in transformers."""
+    return str(getattr(causal_lm(model).config, "_attn_implementation", ""))
 
 
 def completion_logprobs(
-    hidden: Tensor, sequences: Sequences, head: LanguageHead, temperature: float, entropy: EntropyMode
+    hidden: HiddenStates, head: LanguageHead, temperature: float, entropy: EntropyMode
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies [C] of the completion tokens, in nats, from packed states [T, d]."""
+    """Log-probs and entropies [C] of the completion tokens, in nats."""
     weight = head.weight
-    states, targets = completion_states(hidden, sequences, weight.dtype)
+    states, targets = hidden.completions(weight.dtype)
     out = token_logprobs(states, weight, targets, **head.numbers, temperature=temperature, entropy=entropy)
     return out.logprobs, out.entropies
 
 
-def contexts(hidden: Tensor, sequences: Sequences, mode: PoolMode) -> Tensor:
-    """Pools packed states [T, d] into one vector for each response, [B, d], by ``pool_hidden``."""
-    bounds = cumulative(torch.tensor(sequences.lengths)).to(hidden.device)
-    prompts = torch.tensor([len(ids) for ids in sequences.prompt_ids], device=hidden.device)
-    return pool_hidden(hidden, cu_seqlens=bounds, mode=mode, prompt_lengths=prompts)
-
-
 def policy_outputs(
-    hidden: Tensor, sequences: Sequences, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
+    hidden: HiddenStates, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
 ) -> PolicyOutputs:
     """The outputs of a training forward, detached from its graph, with contexts pooled from its hidden states."""
-    context = contexts(hidden.detach(), sequences, context_mode)
+    context = hidden.detach().contexts(context_mode)
     return PolicyOutputs(logprobs.detach(), None if entropies is None else entropies.detach(), context)
 
 
@@ -111,7 +100,7 @@ def score(
     sequences: Sequences,
     head: LanguageHead,
     *,
-    layout: Layout,
+    layout: Layout | Layouts,
     micro_batch: int,
     temperature: float,
     entropy: bool = False,
@@ -128,10 +117,10 @@ def score(
     logprobs: list[Tensor] = [torch.empty(0)] * len(sequences)
     entropies: list[Tensor] = [torch.empty(0)] * len(sequences)
     pooled: list[Tensor] = [torch.empty(0)] * len(sequences)
-    with _evaluating(model):
-        for members, part in _micro_batches(sequences, micro_batch):
+    with evaluating(model):
+        for members, part in _micro_batches(sequences, micro_batch, layout):
             hidden = last_hidden(model, part, layout)
-            lp, ent = completion_logprobs(hidden, part, head, temperature, "value" if entropy else "none")
+            lp, ent = completion_logprobs(hidden, head, temperature, "value" if entropy else "none")
             sizes = [len(c) for c in part.completion_ids]
             for i, value in zip(members, lp.split(sizes), strict=True):
                 logprobs[i] = value
@@ -139,7 +128,7 @@ def score(
                 for i, value in zip(members, ent.split(sizes), strict=True):
                     entropies[i] = value
             if context is not None:
-                for i, row in zip(members, contexts(hidden, part, context), strict=True):
+                for i, row in zip(members, hidden.contexts(context), strict=True):
                     pooled[i] = row
     return PolicyOutputs(
         torch.cat(logprobs),
@@ -149,128 +138,51 @@ def score(
 
 
 @torch.no_grad()
-def terminal_states(model: nn.Module, sequences: Sequences, layout: Layout, micro_batch: int) -> Tensor:
+def terminal_states(model: nn.Module, sequences: Sequences, layout: Layout | Layouts, micro_batch: int) -> Tensor:
     """The last hidden state of each response, float32 [B, d], by a forward that computes no log-probs.
 
     As in ``score``, the number of model calls depends on B alone.
     """
     states: list[Tensor] = [torch.empty(0)] * len(sequences)
-    with _evaluating(model):
-        for members, part in _micro_batches(sequences, micro_batch):
+    with evaluating(model):
+        for members, part in _micro_batches(sequences, micro_batch, layout):
             hidden = last_hidden(model, part, layout)
-            bounds = cumulative(torch.tensor(part.lengths)).to(hidden.device)
-            for i, row in zip(members, pool_hidden(hidden, cu_seqlens=bounds, mode="last"), strict=True):
+            for i, row in zip(members, hidden.contexts("last"), strict=True):
                 states[i] = row
     return torch.stack(states)
 
 
 @torch.no_grad()
-def prompt_mean(model: nn.Module, prompt_ids: list[int], layout: Layout) -> Tensor:
+def prompt_mean(model: nn.Module, prompt_ids: list[int], layout: Layout | Layouts) -> Tensor:
     """The mean last hidden state of one prompt, float32 [d] on the CPU.
 
     The prompt is alone in its forward. So the result is the same to the last bit in every batch and in a resumed run.
     """
-    with _evaluating(model):
-        return last_hidden(model, Sequences([prompt_ids], [[]]), layout).float().mean(0).cpu()
+    with evaluating(model):
+        return last_hidden(model, Sequences([prompt_ids], [[]]), layout).packed().float().mean(0).cpu()
 
 
-def _micro_batches(sequences: Sequences, size: int) -> Iterator[tuple[list[int], Sequences]]:
-    """Yields ``size`` responses at a time with their indices, the longest first so that there is little padding."""
-    lengths = sequences.lengths
+def _micro_batches(sequences: Sequences, size: int, layout: Layout | Layouts) -> Iterator[tuple[list[int], Sequences]]:
+    """Yields ``size`` responses at a time with their indices.
+
+    The longest come first, so that there is little padding. Where prompts may be shared, responses with the same
+    prompt, or with prompts that begin alike, come one after another.
+    """
+    lengths, prompts = sequences.lengths, sequences.prompt_ids
     order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
+    if layout == "shared" or (isinstance(layout, Layouts) and layout.sharing != "never"):
+        order.sort(key=lambda i: prompts[i])
     for start in range(0, len(order), size):
         members = order[start : start + size]
         yield members, sequences.select(members)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode, and back into the mode that it was in."""
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
-
-
-# --- the trial of a layout ---
-
-
-def choose_layout(model: nn.Module) -> Layout:
-    """Tries the layout without padding that the model's attention offers, and returns ``padded`` if that one is wrong.
-
-    Hidden states and their gradients are compared with those of ``padded`` on a few tokens. A ``padded`` forward never
-    uses ``varlen``, so in that comparison the two have only the model in common. The choice and its reason are logged.
-    """
-    language_model = causal_lm(model)
-    implementation = _implementation(model)
-    wanted = layout_of(implementation)
-    found = _difference(model, wanted)
-    if isinstance(found, float):
-        logger.info(
-            "layout: %s with %s, states and gradients equal the padded ones to %.1e", wanted, implementation, found
-        )
-        return wanted
-    logger.info(
-        "layout: padded with %s, %s cannot take %s: %s", implementation, type(language_model).__name__, wanted, found
-    )
-    return "padded"
-
-
-def _implementation(model: nn.Module) -> str:
-    return str(getattr(causal_lm(model).config, "_attn_implementation", ""))
-
-
-def _difference(model: nn.Module, layout: Layout) -> float | str:
-    """Returns the largest relative difference between a layout and ``padded``, or what is wrong with the layout."""
-    vocabulary = causal_lm(model).get_input_embeddings().weight.shape[0]
-    ids = [i % vocabulary for i in range(1, 17)]
-    probe = Sequences([ids[:9], ids[9:12], ids[12:15]], [[ids[15]]] * 3)  # When packed, the two short ones share a row.
-    exact = product_dtype(next(model.parameters())) == torch.float32
-    with _evaluating(model):
-        padded = _padded_states_and_gradients(model, probe)
-        try:
-            found = _states_and_gradients(model, probe, layout)
-        except (RuntimeError, ValueError, TypeError) as error:  # A model's own attention may raise any of these.
-            return f"{type(error).__name__}: {error}"
-    gaps = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, padded, strict=True)]
-    # Half-precision numbers have 8 or 11 significant bits, and a gradient passes through every layer twice.
-    if all(gap < tolerance for gap, tolerance in zip(gaps, (1e-4, 1e-4) if exact else (5e-2, 1e-1), strict=True)):
-        return max(gaps)
-    return f"it mixes packed sequences (states differ by {gaps[0]:.1e}, gradients by {gaps[1]:.1e})"
-
-
-def _padded_states_and_gradients(model: nn.Module, probe: Sequences) -> tuple[Tensor, Tensor]:
-    """What ``_states_and_gradients`` gives for the layout that every model must be able to compute.
-
-    Raises:
-        ValueError: the model cannot compute it, for example because its attention has no kernel for its device.
-    """
-    try:
-        return _states_and_gradients(model, probe, "padded")
-    except (RuntimeError, ValueError, TypeError) as error:
-        weight = next(model.parameters())
-        raise ValueError(
-            f"model: {type(causal_lm(model)).__name__} with attention {_implementation(model)} fails on a few padded "
-            f"tokens in {weight.dtype} on {weight.device}, expected an attention that works there: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _states_and_gradients(model: nn.Module, probe: Sequences, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The last hidden states, float32 [T, d], and the gradient of a weighted sum of them by the embedded tokens."""
-    embedded: list[Tensor] = []
-
-    def as_leaf(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
-        embedded.append(out.detach().requires_grad_())
-        return embedded[0].clone()  # Some models scale the embeddings in place, which autograd forbids for a leaf.
-
-    handle = causal_lm(model).get_input_embeddings().register_forward_hook(as_leaf)
-    try:
-        with torch.enable_grad():
-            states = last_hidden(model, probe, layout).float()
-            direction = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states)
-            gradient = torch.autograd.grad((states * direction).sum(), embedded[0])[0]
-    finally:
-        handle.remove()
-    return states.detach(), rows_of(probe.tokens, layout).tokens_of(gradient).float()

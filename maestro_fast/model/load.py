@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from maestro_fast.model.attention import Attention, attention_choice, use_attention
+from maestro_fast.model.layouts import Sharing
 from maestro_fast.model_path import loading_model
 from maestro_fast.settings import SettingsError
 
@@ -66,9 +67,10 @@ class ModelConfig:
             adapter of ``peft``, such as the ``final/`` of a LoRA run.
         dtype: the dtype of the weights; "auto" is float32 if all weights train or an adapter is merged, because half
             precision rounds small steps away, and else the checkpoint's for the frozen weights; adapters are float32.
-        attention: "auto" takes flash-attn if it can be imported, else torch's varlen kernel, both on CUDA devices and
-            in half precision only (of the weights or of ``trainer.bf16``), else sdpa; any other is used or refused, and
-            ``maestro-fast info`` shows which can serve.
+        attention: "auto" takes torch's varlen kernel, else flash-attn if it can be imported, both on CUDA devices and
+            in half precision only (of the weights or of ``trainer.bf16``), else sdpa, and the responses of a group
+            share their prompt's computation where that costs less; "shared" has them always share it; any other is
+            used, with no sharing, or refused, and ``maestro-fast info`` shows which can serve.
         adapter: what becomes of an adapter in ``path``: "continue" trains it on, "merge" adds it to its base, and then
             all weights train, or a new adapter if there is ``lora``.
         lora: the adapters; null trains all weights, or the adapter in ``path``.
@@ -79,6 +81,12 @@ class ModelConfig:
     attention: Attention = "auto"
     adapter: Literal["continue", "merge"] = "continue"
     lora: LoraSettings | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether responses share their prompt's computation."""
+        modes: dict[str, Sharing] = {"auto": "auto", "shared": "always"}
+        return modes.get(self.attention, "never")
 
 
 # --- what a checkpoint is ---
@@ -208,7 +216,7 @@ def load_policy(
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.base,
             dtype=_dtype(config, checkpoint),
-            attn_implementation=None if config.attention in ("auto", "varlen") else config.attention,
+            attn_implementation=None if config.attention in ("auto", "shared", "varlen") else config.attention,
         )
     _set_attention(model, config.attention, device, mixed)
     if checkpoint.adapter is not None:
@@ -258,7 +266,7 @@ def _set_attention(model: Any, wanted: str, device: torch.device | None, mixed: 
         try:
             use_attention(model, implementation)
         except (ValueError, ImportError) as error:
-            if wanted != "auto":
+            if wanted not in ("auto", "shared"):
                 raise SettingsError(f"model.attention: {wanted} cannot serve: {error}") from error
             reason = f"{implementation} was the choice, but {error}"
     logger.info("attention: %s, %s", model.config._attn_implementation, reason)

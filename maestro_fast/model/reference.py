@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from maestro_fast.model.attention import Layout
 from maestro_fast.model.forward import prompt_mean
 from maestro_fast.model.head import LanguageHead, head_of
+from maestro_fast.model.layouts import Layouts
 
 _LORA_A, _LORA_B = re.compile(r"\.lora_(embedding_)?A\."), re.compile(r"\.lora_(embedding_)?B\.")
 
@@ -83,13 +83,13 @@ class PromptContexts:
     Every vector is computed once and kept on the CPU for the rest of the run: 4 d bytes a prompt.
 
     Args:
-        layout: how the attention of the reference takes its rows.
+        layouts: how the attention of the reference takes its rows.
         gather: joins a tensor over all processes, in the order of the processes.
         device: the device on which the vectors are returned.
     """
 
-    def __init__(self, layout: Layout, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._layout, self._gather, self._device = layout, gather, device
+    def __init__(self, layouts: Layouts, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._layouts, self._gather, self._device = layouts, gather, device
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, reference: nn.Module, prompt_ids: list[list[int]]) -> Tensor:
@@ -99,5 +99,5 @@ class PromptContexts:
         rounds = int(self._gather(torch.tensor([len(missing)], device=self._device)).max())
         for i in range(rounds):
             ids = missing[i] if i < len(missing) else tuple(prompt_ids[0])
-            self._known[ids] = prompt_mean(reference, list(ids), self._layout)
+            self._known[ids] = prompt_mean(reference, list(ids), self._layouts)
         return torch.stack([self._known[tuple(ids)] for ids in prompt_ids]).to(self._device)

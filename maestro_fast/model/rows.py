@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.model.attention import Layout, bounds_mask
+from maestro_fast.model.prefix_tree import forest
 from maestro_fast.ops import pack_sequences
 from maestro_fast.records import cumulative
 
@@ -49,11 +50,13 @@ class Rows:
     Attributes:
         input_ids, position_ids: int64 [R, L], R rows of L tokens.
         attention_mask: [R, L] with 1 for tokens and 0 for padding; ``bounds_mask()`` where sequence bounds take its
-            place; None where the position ids, which start again at 0 with each sequence, tell the sequences apart.
+            place; None where the position ids, which start again at 0 with each sequence, tell the sequences apart, and
+            for ``shared`` rows.
         place_T: int64 [T], the place of each token in the flattened input, sequence after sequence; None if the input
             holds exactly these tokens in this order.
         bounds: the sequence bounds, by the names that transformers gives them (``FlashAttentionKwargs``); empty for
             layouts that need none.
+        trees: what ``shared`` rows hold; None for the other layouts.
     """
 
     input_ids: Tensor
@@ -61,29 +64,89 @@ class Rows:
     attention_mask: Tensor | None
     place_T: Tensor | None
     bounds: dict[str, Any]
+    trees: Trees | None = None
 
     def model_input(self, device: torch.device) -> dict[str, Any]:
-        """The keyword arguments of the model's forward, on ``device``."""
+        """The keyword arguments of the model's forward, on ``device``; ``shared`` rows lack their mask."""
         tensors = {"input_ids": self.input_ids, "position_ids": self.position_ids, **self.bounds}
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
         return {**moved, "attention_mask": None if self.attention_mask is None else self.attention_mask.to(device)}
 
-    def tokens_of(self, output_RLd: Tensor) -> Tensor:
-        """Takes the states [T, d] of the sequences' tokens, sequence after sequence, out of an output [R, L, d]."""
-        flat = output_RLd.flatten(0, 1)
-        return flat if self.place_T is None else flat[self.place_T.to(flat.device)]
+
+@dataclass(frozen=True)
+class Trees:
+    """Who sees whom in ``shared`` rows, see ``prefix_tree``.
+
+    Attributes:
+        ends_RL, positions_RL: int64 [R, L], where the descendants of each token end in its row, and its position. The
+            end of padding is its own, so it sees itself and nobody sees it.
+        starts, parents: the first token of each piece in the flattened input, and the index of the piece that it goes
+            on from, or -1. Padding is a piece of its own.
+        depth: the largest number of pieces from a root to a leaf.
+    """
+
+    ends_RL: Tensor
+    positions_RL: Tensor
+    starts: list[int]
+    parents: list[int]
+    depth: int
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of a token and one that it sees."""
+        column = torch.arange(self.ends_RL.shape[1])
+        return int((self.ends_RL - column).sum())
 
 
-def rows_of(tokens: list[list[int]], layout: Layout) -> Rows:
+def rows_of(sequences: Sequences, layout: Layout, *, one_row: bool = False, pair_cost: float = 0.0) -> Rows:
     """Lays sequences of token ids out as rows.
 
     ``flash`` and ``varlen`` give the same row; only the mask differs, which keeps transformers from building one.
+
+    Args:
+        one_row: whether all trees of the layout ``shared`` stand in one row, without padding. Otherwise a row is as
+            long as the longest tree, and holds as many as fit.
+        pair_cost: what a pair of query and key in a row costs, in tokens; it decides on what ``shared`` rows share.
     """
+    if layout == "shared":
+        return _shared_rows(sequences, one_row=one_row, pair_cost=pair_cost)
+    tokens = sequences.tokens
     if layout == "padded":
         return _padded_rows(tokens)
     if layout == "packed":
         return _packed_rows(tokens)
     return _one_row(tokens, bounds_mask() if layout == "varlen" else None)
+
+
+def _shared_rows(sequences: Sequences, *, one_row: bool, pair_cost: float) -> Rows:
+    """Puts trees of sequences into rows, each prompt once for all responses to it."""
+    trees = forest(sequences.prompt_ids, sequences.completion_ids, pair_cost=pair_cost, across_prompts=not one_row)
+    sizes = [len(tree) for tree in trees]
+    width = sum(sizes) if one_row else max(sizes)
+    bins = [list(range(len(trees)))] if one_row else pack_sequences(sizes, width)
+    ids, positions = (torch.zeros(len(bins), width, dtype=torch.int64) for _ in range(2))
+    ends = torch.arange(1, width + 1).repeat(len(bins), 1)
+    starts: list[int] = []
+    parents: list[int] = []
+    places: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(sequences)
+    for r, members in enumerate(bins):
+        at = 0
+        for tree in (trees[i] for i in members):
+            stop = at + len(tree)
+            ids[r, at:stop] = torch.tensor(tree.ids)
+            positions[r, at:stop] = torch.tensor(tree.positions)
+            ends[r, at:stop] = torch.tensor(tree.ends) + at
+            first = len(starts)
+            starts += [r * width + at + start for start in tree.starts]
+            parents += [parent if parent < 0 else parent + first for parent in tree.parents]
+            for i, place in tree.places.items():
+                places[i] = place + r * width + at
+            at = stop
+        if at < width:
+            starts.append(r * width + at)
+            parents.append(-1)
+    depth = max(tree.depth for tree in trees)
+    return Rows(ids, positions, None, torch.cat(places), {}, Trees(ends, positions, starts, parents, depth))
 
 
 def _one_row(tokens: list[list[int]], mask: Tensor | None) -> Rows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maestro_fast.model.forward import completion_states
 from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.ops import (
     LinearPolicyLoss,
     LossFunction,
@@ -18,16 +18,20 @@ from maestro_fast.training.batches import MicroBatch
 
 
 def loss_of_states(
-    hidden: Tensor, batch: MicroBatch, head: LanguageHead, temperature: float, config: PolicyLossConfig | LossFunction
+    hidden: HiddenStates,
+    batch: MicroBatch,
+    head: LanguageHead,
+    temperature: float,
+    config: PolicyLossConfig | LossFunction,
 ) -> LinearPolicyLoss:
-    """Computes the loss from packed hidden states [T, d], with LM head and loss in one sweep.
+    """Computes the loss from hidden states, with LM head and loss in one sweep.
 
     Responses whose advantage is 0 are left out of the sweep if that changes neither gradient nor metrics. That is so
     if there are no other log-probs to compare with, since every ratio is then 1. A user's own loss and an entropy bonus
     may give such responses a gradient, so they are kept there.
     """
     weight, logprobs = head.weight, batch.logprobs
-    states, targets = completion_states(hidden, batch.sequences, weight.dtype)
+    states, targets = hidden.completions(weight.dtype)
     active = batch.advantages_B != 0
     compared = any(x is not None for x in (logprobs.old_C, logprobs.ref_C, logprobs.sampling_C))
     every_response = not isinstance(config, PolicyLossConfig) or config.entropy_coef > 0

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.generation import Generator, SamplingConfig
-from maestro_fast.model.attention import Layout
 from maestro_fast.model.chat import ChatConfig
-from maestro_fast.model.forward import choose_layout, completion_logprobs
+from maestro_fast.model.forward import completion_logprobs
 from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of, vocabulary_of
+from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.layout_trial import choose_layout
+from maestro_fast.model.layouts import Layouts, Sharing
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -88,14 +90,14 @@ class Scorer:
 
     Attributes:
         head: the policy's LM head.
-        layout: how the sequences are laid out as rows of the model's input.
+        layouts: how the sequences are laid out as rows of the model's input.
         micro_batch: the number of responses in one forward.
         temperature: the number that divides the logits.
         autocast: makes the context of mixed precision in which the policy is trained, so that it is scored in the same.
     """
 
     head: LanguageHead
-    layout: Layout
+    layouts: Layouts
     micro_batch: int
     temperature: float
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -106,21 +108,22 @@ class Scorer:
         micro_batch: int,
         temperature: float,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        sharing: Sharing = "auto",
     ) -> Scorer:
-        """Reads head and layout off a policy, and tries both on a few tokens in the precision of the training.
+        """Reads head and layouts off a policy, and tries both on a few tokens in the precision of the training.
 
         Raises:
-            ValueError: the head cannot be read, see ``check_head``.
+            ValueError: the head cannot be read, see ``check_head``, or the model has no layout, see ``choose_layout``.
         """
         head = head_of(model)
         with autocast():
             check_head(model, head)
-            return Scorer(head, choose_layout(model), micro_batch, temperature, autocast)
+            return Scorer(head, choose_layout(model, sharing), micro_batch, temperature, autocast)
 
-    def logprobs(self, hidden: Tensor, sequences: Sequences, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropies [C] of the completion tokens, from packed states [T, d] of a training forward."""
+    def logprobs(self, hidden: HiddenStates, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies [C] of the completion tokens, from the states of a training forward."""
         with self.autocast():
-            return completion_logprobs(hidden, sequences, self.head, self.temperature, entropy)
+            return completion_logprobs(hidden, self.head, self.temperature, entropy)
 
     def __call__(
         self,
@@ -144,7 +147,7 @@ class Scorer:
                 model,
                 sequences,
                 head or self.head,
-                layout=self.layout,
+                layout=self.layouts,
                 micro_batch=self.micro_batch,
                 temperature=self.temperature if temperature is None else temperature,
                 entropy=entropy,

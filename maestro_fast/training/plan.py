@@ -20,6 +20,7 @@ from torch import nn
 
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.model.head import causal_lm, head_of
+from maestro_fast.model.layouts import Sharing
 from maestro_fast.model.trained import check_trainable
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.ops.loss_function import wants_entropies
@@ -45,6 +46,8 @@ class Method:
         profile: how rewards become advantages.
         seed: the seed of the order of the prompts and of the sampling.
         evaluation_samples: the number of responses to each prompt of an evaluation.
+        sharing: whether responses with a common prompt share its computation where that costs less ("auto"), always, or
+            never, see ``model/layouts.py``.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -53,6 +56,7 @@ class Method:
     profile: str | AdvantageProfile = "maestro"
     seed: int = 0
     evaluation_samples: int = 1
+    sharing: Sharing = "auto"
 
     def __post_init__(self) -> None:
         check_correction(self.sampling, self.loss)

@@ -18,13 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.config_file import read_run_config
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
-from maestro_fast.model.forward import (
-    choose_layout,
-    contexts,
-    last_hidden,
-    prompt_mean,
-    terminal_states,
-)
+from maestro_fast.model.forward import last_hidden, prompt_mean, terminal_states
+from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model_path import check_model_path, loading_model
@@ -237,7 +232,7 @@ def _prompt_states(
             states.append(prompt_mean(model, ids, layout))
         else:
             alone = Sequences([ids], [[]])
-            states.append(contexts(last_hidden(model, alone, layout), alone, mode)[0])
+            states.append(last_hidden(model, alone, layout).contexts(mode)[0])
     return torch.stack(states)
 
 
@@ -250,7 +245,7 @@ def _response_states(
     seed: int,
 ) -> Tensor:
     """The terminal state of each response, [N * samples, d]."""
-    layout = choose_layout(model)
+    layout = choose_layout(model, "auto")
     states = []
     for rollouts in sample_responses(model, tokenizer, dataset, sampling, samples, seed):
         sequences = Sequences(rollouts.prompts.token_ids, rollouts.completion_ids)

@@ -112,7 +112,7 @@ def train(
                 timing_observers=timing_observers,
                 callbacks=list(callbacks),
             )
-            _check_layout(config.model.attention, trainer.step.scorer.layout)
+            _check_layout(config.model.attention, trainer.step.scorer.layouts.plain)
             if trainer.is_world_process_zero():
                 written = yaml.safe_dump(absolute_paths(raw, Path.cwd()), sort_keys=False)
                 (run_dir / "config.yaml").write_text(written, encoding="utf-8")

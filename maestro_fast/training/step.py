@@ -33,7 +33,14 @@ from maestro_fast.records import (
     own_copy,
     response_means,
 )
-from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs, split_micro_batches
+from maestro_fast.training.batches import (
+    BatchPlan,
+    MicroBatch,
+    Processes,
+    TokenLogprobs,
+    group_order,
+    split_micro_batches,
+)
 from maestro_fast.training.metrics import StageClock, batch_metrics, policy_metrics
 from maestro_fast.training.overlap import Started, run_together
 from maestro_fast.training.parts import Judges, Sampler, Scorer
@@ -223,11 +230,11 @@ class Step:
         return self.processes.gather(outputs.context_Bd)
 
     def _micro_batches(self, sampled: Sampled, advantages_B: Tensor, logprobs: TokenLogprobs) -> list[MicroBatch]:
-        """This process's micro-batches, in random order unless the training forward has already been made."""
+        """This process's micro-batches, its groups in random order unless there has been a training forward already."""
         plan, processes, sequences = self.plan, self.processes, sampled.sequences
         own = slice(processes.rank * plan.responses, (processes.rank + 1) * plan.responses)
         generator = torch.Generator().manual_seed(self.sampler.seed_of(sampled.number))
-        order = torch.randperm(plan.responses, generator=generator).tolist()
+        order = group_order(plan.prompts, self.sampler.group_size, generator)
         if self.scoring.source == "training":  # The training forward took the responses in the order of sampling.
             order = list(range(plan.responses))
         lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)

@@ -35,6 +35,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.model.forward import last_hidden, policy_outputs
+from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.reference import PromptContexts, Reference, reference_policy
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
@@ -197,7 +198,9 @@ class MaestroTrainer(Trainer):
         scoring = choose_scoring(model, plan, rewards, weights, self._terms)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         processes = Processes(self.accelerator)
-        scorer = Scorer.of(model, plan.micro_batch, sampling.temperature, self.accelerator.autocast)
+        scorer = Scorer.of(
+            model, plan.micro_batch, sampling.temperature, self.accelerator.autocast, self.method.sharing
+        )
         return Step(
             plan=plan,
             terms=self._terms,
@@ -208,7 +211,7 @@ class MaestroTrainer(Trainer):
             judges=Judges(rewards, anchor, self._tokenizer, scorer, processes, self._dataset.chat),
             weights=weights,
             reference=reference,
-            prompt_contexts=PromptContexts(scorer.layout, processes.gather, processes.device),
+            prompt_contexts=PromptContexts(scorer.layouts, processes.gather, processes.device),
             processes=processes,
             clock=self.clock,
         )
@@ -310,7 +313,7 @@ class MaestroTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the policy loss of a micro-batch; an optimiser step has the sum over its micro-batches."""
-        hidden = last_hidden(model, inputs.sequences, self.step.scorer.layout)
+        hidden = last_hidden(model, inputs.sequences, self.step.scorer.layouts)
         if isinstance(inputs, MicroBatch):
             batch, (loss, metrics, logprobs) = inputs, self._loss_scored_before(hidden, inputs)
         else:
@@ -322,8 +325,8 @@ class MaestroTrainer(Trainer):
         self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
 
-    def _loss_scored_before(self, hidden: Tensor, batch: MicroBatch) -> _Found:
-        """Computes the loss from packed hidden states [T, d] and advantages that are known, in one sweep."""
+    def _loss_scored_before(self, hidden: HiddenStates, batch: MicroBatch) -> _Found:
+        """Computes the loss from hidden states and advantages that are known, in one sweep."""
         scorer = self.step.scorer
         with scorer.autocast():
             found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
@@ -332,12 +335,14 @@ class MaestroTrainer(Trainer):
             self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
         return found.loss, found.metrics, found.logprobs
 
-    def _loss_judged_in_forward(self, model: nn.Module, hidden: Tensor, sampled: Sampled) -> tuple[MicroBatch, _Found]:
-        """Judges responses by what their training forward gives, and computes the loss from its states [T, d]."""
-        scorer, terms, sequences = self.step.scorer, self.step.terms, sampled.sequences
-        logprobs, entropies = scorer.logprobs(hidden, sequences, terms.entropy)
+    def _loss_judged_in_forward(
+        self, model: nn.Module, hidden: HiddenStates, sampled: Sampled
+    ) -> tuple[MicroBatch, _Found]:
+        """Judges responses by what their training forward gives, and computes the loss from its states."""
+        scorer, terms = self.step.scorer, self.step.terms
+        logprobs, entropies = scorer.logprobs(hidden, terms.entropy)
         mode = context_mode(self.step.weights) or "last"
-        outputs = policy_outputs(hidden, sequences, logprobs, entropies, mode)
+        outputs = policy_outputs(hidden, logprobs, entropies, mode)
         (batch,) = self._prepared(model, sampled, outputs)
         found = loss_of_logprobs(logprobs, entropies, batch, terms.function)
         return batch, (found.loss, found.metrics, logprobs.detach())

@@ -35,8 +35,9 @@ from maestro_fast.model.attention import (
     use_attention,
     varlen_attention,
 )
-from maestro_fast.model.forward import choose_layout, completion_logprobs, last_hidden, score
+from maestro_fast.model.forward import completion_logprobs, last_hidden, score
 from maestro_fast.model.head import head_of
+from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.rows import Sequences, rows_of
 from maestro_fast.settings import SettingsError, override
 from maestro_fast.training import parse_config, train
@@ -69,7 +70,7 @@ def with_attention(model: PreTrainedModel, path: Layout) -> PreTrainedModel:
 
 def logprobs_and_gradients(model: PreTrainedModel, path: Layout) -> tuple[Tensor, dict[str, Tensor]]:
     hidden = last_hidden(model, SEQUENCES, path)
-    logprobs, _ = completion_logprobs(hidden, SEQUENCES, head_of(model), 1.0, "none")
+    logprobs, _ = completion_logprobs(hidden, head_of(model), 1.0, "none")
     (logprobs * torch.linspace(-1, 1, logprobs.numel(), device=logprobs.device)).sum().backward()
     return logprobs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -104,7 +105,7 @@ def test_one_row_is_what_transformers_calls_flattened(path: Layout) -> None:
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     expected = flatten([{"input_ids": sequence} for sequence in SEQUENCES.tokens])
     expected.pop("labels")
-    ours = rows_of(SEQUENCES.tokens, path).model_input(CPU)
+    ours = rows_of(SEQUENCES, path).model_input(CPU)
 
     mask = ours.pop("attention_mask")
     assert mask is None if path == "flash" else mask.shape == (1, 1, 0, 0)
@@ -148,7 +149,7 @@ def test_the_trial_takes_the_path_that_the_implementation_offers(
     kernels: PlainKernels, path: Layout, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "maestro_fast"):
-        assert choose_layout(with_attention(tiny_model(), path)) == path
+        assert choose_layout(with_attention(tiny_model(), path)).plain == path
     assert f"layout: {path} with {IMPLEMENTATION[path]}, states and gradients equal the padded ones" in caplog.text
 
 
@@ -180,7 +181,7 @@ def test_a_kernel_that_is_wrong_is_found_out(
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     with caplog.at_level(logging.INFO, "maestro_fast"):
-        assert choose_layout(with_attention(tiny_model(), "varlen")) == "padded"
+        assert choose_layout(with_attention(tiny_model(), "varlen")).plain == "padded"
     (message,) = [record.message for record in caplog.records]
     assert message.startswith(f"layout: padded with {VARLEN}, Qwen3ForCausalLM cannot take varlen: ")
     assert re.search(reason, message), message
@@ -228,9 +229,9 @@ def test_models_that_varlen_cannot_serve_are_padded_and_stay_right(
     model = make().eval()
     use_attention(model, VARLEN)
     with caplog.at_level(logging.INFO, "maestro_fast"):
-        assert choose_layout(model) == "padded"
+        assert choose_layout(model).plain == "padded"
     assert reason in caplog.text
-    padded = last_hidden(model, Sequences([[5, 6, 7, 8]], [[9, 10, 11, 12]]), "padded")
+    padded = last_hidden(model, Sequences([[5, 6, 7, 8]], [[9, 10, 11, 12]]), "padded").packed()
     model.config._attn_implementation_internal = "sdpa"
     own = model.base_model(input_ids=torch.arange(5, 13)[None]).last_hidden_state[0]
     torch.testing.assert_close(padded, own, rtol=1e-5, atol=1e-5)
@@ -241,7 +242,7 @@ def test_a_model_without_sdpa_is_not_given_varlen() -> None:
 
     with pytest.raises(ValueError, match="model: Gemma2ForCausalLM has eager attention, expected sdpa beside"):
         use_attention(model, VARLEN)
-    assert choose_layout(model) == "packed"
+    assert choose_layout(model).plain == "packed"
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_the_real_kernels_agree_with_float64(family: str, implementation: str) -
     path: Layout = "varlen" if implementation == VARLEN else "flash"
     model = tiny_model(family).to(CUDA, torch.bfloat16)
     use_attention(model, implementation)
-    assert choose_layout(model) == path
+    assert choose_layout(model).plain == path
     logprobs, gradients = logprobs_and_gradients(model, path)
     rounded: nn.Module = tiny_model(family).to(torch.bfloat16)  # These are the weights that the kernel saw.
     expected, truth = logprobs_and_gradients(rounded.double(), "padded")  # type: ignore[arg-type]

@@ -35,8 +35,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("machine", "dtype", "chosen", "because"),
     [
-        ({"flash": True}, torch.bfloat16, "flash_attention_2", "the first choice that can serve on cuda"),
-        ({"flash": True}, None, "flash_attention_2", "the first choice"),
+        ({"flash": True}, torch.bfloat16, VARLEN, "the first choice that can serve on cuda"),
+        ({"flash": True}, None, VARLEN, "the first choice"),
         ({"flash": False}, torch.float16, VARLEN, "the first choice that can serve on cuda"),
         ({"flash": True, "accepted": False}, torch.bfloat16, VARLEN, "the first choice"),
         (

@@ -55,7 +55,7 @@ def test_the_conductor_reads_what_it_asked_for(
     assert first is not None and second is not None and first.shape == second.shape == (16, 32)
     for context, record in zip((first, second), records, strict=True):
         prompts = [list(trainer.processing_class(text)["input_ids"]) for text in record.prompts]
-        states = [last_hidden(reference, Sequences([ids], [[]]), "padded").detach() for ids in prompts]
+        states = [last_hidden(reference, Sequences([ids], [[]]), "padded").packed().detach() for ids in prompts]
         pooled = torch.stack([state[-1] if kind == "prompt_last" else state.mean(0) for state in states])
         close = torch.allclose(context, pooled, rtol=1e-4, atol=1e-4)
         # The reference never changes; the policy has moved by the second batch.

@@ -15,8 +15,10 @@ from transformers import (
 )
 
 from maestro_fast.model.attention import Layout
-from maestro_fast.model.forward import choose_layout, completion_logprobs, completion_states, last_hidden, score
+from maestro_fast.model.forward import completion_logprobs, last_hidden, score
 from maestro_fast.model.head import LanguageHead, check_head, head_of
+from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.rows import Sequences
 from tests.tiny import tiny_model
 
@@ -46,7 +48,7 @@ def truth(model: PreTrainedModel, sequences: Sequences, temperature: float = 1.0
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "shared"])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_scores_equal_the_models_own(layout: Layout, family: str, tied: bool) -> None:
@@ -66,13 +68,13 @@ def test_scores_equal_the_models_own(layout: Layout, family: str, tied: bool) ->
     torch.testing.assert_close(out.context_Bd, torch.stack(states), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "shared"])
 def test_gradients_equal_those_through_the_models_own_logits(layout: Layout) -> None:
     model, expected = tiny_model(tied=True), tiny_model(tied=True)
     coefficients = torch.linspace(-1, 1, sum(map(len, SEQUENCES.completion_ids)))
 
     hidden = last_hidden(model, SEQUENCES, layout)
-    logprobs, _ = completion_logprobs(hidden, SEQUENCES, head_of(model), 1.0, "none")
+    logprobs, _ = completion_logprobs(hidden, head_of(model), 1.0, "none")
     (logprobs * coefficients).sum().backward()
     (truth(expected, SEQUENCES)[0] * coefficients).sum().backward()
 
@@ -89,8 +91,9 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(mixed: bool) -> None
     hidden = torch.randn(tokens, 32, requires_grad=True)
     rounded = (lambda x: x.bfloat16().double()) if mixed else (lambda x: x.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        ours, _ = completion_logprobs(hidden, SEQUENCES, head, 1.0, "none")
-        states, targets = completion_states(hidden, SEQUENCES, torch.float32)
+        packed = HiddenStates(hidden, None, SEQUENCES)
+        ours, _ = completion_logprobs(packed, head, 1.0, "none")
+        states, targets = packed.completions(torch.float32)
         logits = torch.nn.functional.linear(states, head.module.weight)
         theirs = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     gradients = [torch.autograd.grad(x.sum(), [hidden, head.module.weight]) for x in (ours, theirs)]
@@ -106,15 +109,15 @@ def test_the_head_multiplies_in_the_dtype_of_a_linear_layer(mixed: bool) -> None
 
 
 def test_packing_is_chosen_where_the_model_keeps_sequences_apart() -> None:
-    assert choose_layout(tiny_model("qwen3")) == "packed"
-    assert choose_layout(tiny_model("llama")) == "packed"
+    assert choose_layout(tiny_model("qwen3")).plain == "packed"
+    assert choose_layout(tiny_model("llama")).plain == "packed"
 
 
 def test_packing_is_not_chosen_where_sequences_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     # A model that ignores the positions sees one long sequence.
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
 
-    assert choose_layout(tiny_model("qwen3")) == "padded"
+    assert choose_layout(tiny_model("qwen3")).plain == "padded"
 
 
 def test_a_model_that_fails_even_with_padded_rows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

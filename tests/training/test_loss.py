@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maestro_fast.model.forward import completion_logprobs
 from maestro_fast.model.head import LanguageHead
+from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import LossInputs, PolicyLossConfig, loss_function
 from maestro_fast.ops.head import Chunk
@@ -51,6 +52,10 @@ def hidden() -> Tensor:
     return draw(TOKENS + sum(map(len, PROMPTS)), 6, seed=2).requires_grad_()
 
 
+def states(h: Tensor) -> HiddenStates:
+    return HiddenStates(h, None, Sequences(PROMPTS, COMPLETIONS))
+
+
 def compared() -> dict[str, Tensor]:
     old = -draw(TOKENS, seed=3).abs() - 2
     return {"old_C": old, "ref_C": old + 0.2 * draw(TOKENS, seed=4)}
@@ -77,9 +82,9 @@ def test_from_states_and_from_logprobs(config: PolicyLossConfig, on_policy: bool
     if on_policy:
         given = {"ref_C": given["ref_C"]} if config.kl_coef else {}
     h, w, parts = hidden(), head(), batch(**given)
-    ours = loss_of_states(h, parts, w, TEMPERATURE, config)
+    ours = loss_of_states(states(h), parts, w, TEMPERATURE, config)
     entropy: Any = "grad" if config.entropy_coef else "none"
-    logprobs, entropies = completion_logprobs(h, parts.sequences, w, TEMPERATURE, entropy)
+    logprobs, entropies = completion_logprobs(states(h), w, TEMPERATURE, entropy)
     expected = loss_of_logprobs(logprobs, entropies, parts, config)
     torch.testing.assert_close(ours[:2], tuple(expected), rtol=1e-12, atol=1e-14)
     worked = ours.logprobs != 0  # on-policy, responses of advantage 0 are not
@@ -94,18 +99,18 @@ def test_from_states_and_from_logprobs(config: PolicyLossConfig, on_policy: bool
 
 
 def test_on_policy_a_response_of_advantage_zero_is_not_even_forwarded(forwards: Counter[str]) -> None:
-    loss_of_states(hidden(), batch(), head(), TEMPERATURE, CONFIGS["dapo"])
+    loss_of_states(states(hidden()), batch(), head(), TEMPERATURE, CONFIGS["dapo"])
     assert forwards["rows"] == len(COMPLETIONS[1]) + len(COMPLETIONS[2])
 
 
 @pytest.mark.parametrize("name", ["old_C", "ref_C", "sampling_C"])
 def test_it_is_where_a_metric_reads_its_log_probs(forwards: Counter[str], name: str) -> None:
-    loss_of_states(hidden(), batch(**{name: compared()["old_C"]}), head(), TEMPERATURE, CONFIGS["dapo"])
+    loss_of_states(states(hidden()), batch(**{name: compared()["old_C"]}), head(), TEMPERATURE, CONFIGS["dapo"])
     assert forwards["rows"] == TOKENS
 
 
 def test_it_is_where_it_has_an_entropy_bonus(forwards: Counter[str]) -> None:
-    loss_of_states(hidden(), batch(), head(), TEMPERATURE, PolicyLossConfig("dapo", entropy_coef=0.1))
+    loss_of_states(states(hidden()), batch(), head(), TEMPERATURE, PolicyLossConfig("dapo", entropy_coef=0.1))
     assert forwards["rows"] == TOKENS
 
 
@@ -123,8 +128,8 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
 def test_a_users_own_loss_from_states_and_from_logprobs() -> None:
     """Responses of advantage 0 keep the gradients that it gives them."""
     h, w, parts = hidden(), head(), batch(**compared())
-    ours = loss_of_states(h, parts, w, TEMPERATURE, own_loss)
-    logprobs, entropies = completion_logprobs(h, parts.sequences, w, TEMPERATURE, "grad")
+    ours = loss_of_states(states(h), parts, w, TEMPERATURE, own_loss)
+    logprobs, entropies = completion_logprobs(states(h), w, TEMPERATURE, "grad")
     expected = loss_of_logprobs(logprobs, entropies, parts, own_loss)
     torch.testing.assert_close(ours[:2], tuple(expected), rtol=1e-12, atol=1e-14)
     leaves = [h, w.weight, w.module.bias]
@@ -132,12 +137,14 @@ def test_a_users_own_loss_from_states_and_from_logprobs() -> None:
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-14)
     assert (found[0] != 0).any(-1).sum() == TOKENS
-    on_policy = loss_of_states(h, batch(), w, TEMPERATURE, lambda inputs: (inputs.logprobs.sum(), {}))
+    on_policy = loss_of_states(states(h), batch(), w, TEMPERATURE, lambda inputs: (inputs.logprobs.sum(), {}))
     assert (on_policy.logprobs != 0).all()
 
 
 def test_all_advantages_zero_leave_metrics_and_gradients_of_zero() -> None:
     h, w = hidden(), head()
-    loss, metrics, _ = loss_of_states(h, replace(batch(), advantages_B=torch.zeros(4)), w, TEMPERATURE, CONFIGS["dapo"])
+    loss, metrics, _ = loss_of_states(
+        states(h), replace(batch(), advantages_B=torch.zeros(4)), w, TEMPERATURE, CONFIGS["dapo"]
+    )
     assert loss == 0 and metrics["ratio"] == 1
     assert all((x == 0).all() for x in torch.autograd.grad(loss, [h, w.weight]))
