@@ -48,7 +48,9 @@ class HiddenStates:
         in one order, so that two runs give the same bits.
         """
         rows_N = tokens_N if self.place_T is None else self.place_T[tokens_N]
-        taken: Tensor = _TakeRows.apply(self.states_Ud, rows_N, dtype or self.states_Ud.dtype)
+        taken: Tensor = _TakeRows.apply(  # type: ignore[no-untyped-call]
+            self.states_Ud, rows_N, dtype or self.states_Ud.dtype
+        )
         return taken
 
     def packed(self) -> Tensor:
@@ -87,7 +89,9 @@ class HiddenStates:
         """The mean state of each response's prompt, computed once for responses whose prompt has the same places."""
         assert self.place_T is not None
         of_place: dict[tuple[int, int, int], int] = {}
-        own, tokens, lengths = [], [], []
+        own: list[int] = []
+        tokens: list[Tensor] = []
+        lengths: list[int] = []
         for start, length in zip(bounds[:-1].tolist(), prompts.tolist(), strict=True):
             places = self.place_T[start : start + length]
             key = (int(places[0]), int(places[-1]), length)
