@@ -20,6 +20,10 @@ Message = dict[str, Any]
 Text = str | list[Message]  # plain text, or a conversation
 Prompt = Text | list[int]  # a prompt, or its token ids
 
+# Of a line of timings: the tokens that the forwards of a batch computed, and those that its sequences have with a
+# prompt each. The first are fewer where responses share their prompts.
+TOKEN_COUNTS = ("tokens/computed", "tokens/of_sequences")
+
 
 @dataclass(frozen=True)
 class Prompts:

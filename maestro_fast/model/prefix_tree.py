@@ -14,6 +14,7 @@ the beginning of its sequence, as it does without sharing.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,10 +91,11 @@ def common_prefix(one: Ids, other: Ids) -> int:
 def forest(
     prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, pair_cost: float, across_prompts: bool = True
 ) -> list[Tree]:
-    """Builds the trees of a batch: one for each prompt, or for several prompts that begin alike.
+    """Builds the trees of a batch: one for each prompt, or for several prompts that begin alike, or for some responses.
 
-    Prompts join if that pays where every token of a row is compared with every other: if the tokens that they have in
-    common outweigh the pairs by which their common row is larger than two rows.
+    Where every token of a row is compared with every other, the pairs count, too. So prompts join if the tokens that
+    they have in common outweigh the pairs by which their common row is larger than two rows, and the completions of a
+    prompt are dealt to several trees if the pairs that this saves outweigh the tokens of the prompt.
 
     Args:
         prompt_ids, completion_ids: those of each sequence. A completion may be empty.
@@ -116,7 +118,39 @@ def forest(
         else:
             trees.append([prompt])
             size = own
-    return [_placed(_node(tree, members, 0), completion_ids) for tree in trees]
+    placed: list[Tree] = []
+    for tree in trees:
+        parts = [members]
+        if len(tree) == 1:
+            parts = [
+                {tuple(tree[0]): part} for part in _parts(tree[0], members[tuple(tree[0])], completion_ids, pair_cost)
+            ]
+        placed += [_placed(_node(tree, part, 0), completion_ids) for part in parts]
+    return placed
+
+
+def _parts(prompt: Ids, members: list[int], completion_ids: Sequence[Ids], pair_cost: float) -> list[list[int]]:
+    """Deals the completions of a prompt to as many trees, each with the prompt, as cost least together.
+
+    With the prompt's P tokens in each of k trees and S tokens of completions, the trees have k P + S tokens and
+    (k P + S)^2 / k pairs. That is least at k = S sqrt(c / (P + c P^2)) for a cost c of a pair.
+    """
+    sizes = [len(completion_ids[i]) for i in members]
+    own, total = len(prompt), sum(sizes)
+
+    def cost(parts: int) -> float:
+        tokens = parts * own + total
+        return tokens + pair_cost * tokens**2 / parts
+
+    best = total * math.sqrt(pair_cost / (own + pair_cost * own**2)) if own else 1.0
+    count = min({max(1, min(len(members), round(x))) for x in (math.floor(best), math.ceil(best))}, key=cost)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for size, i in sorted(zip(sizes, members, strict=True), reverse=True):  # The longest go first, to the lightest.
+        lightest = loads.index(min(loads))
+        parts[lightest].append(i)
+        loads[lightest] += size
+    return [sorted(part) for part in parts if part]
 
 
 def _node(prompts: list[Ids], members: dict[tuple[int, ...], list[int]], position: int) -> Node:

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.reporting import plots
 from maestro_fast.reporting.figure import DPI, require_matplotlib
 from maestro_fast.reporting.history import History, family_spread
@@ -276,6 +277,11 @@ def _facts(history: History, timings: History | None) -> Iterator[str]:
         took = f", in {_duration(float(np.nansum(timings.get('total'))))}"
     steps = f"{len(history):,} logged step{'s' if len(history) > 1 else ''}"
     yield f"{steps}, up to step {int(history.steps[-1]):,}{took}."
+    if timings is not None and all(map(timings.has, TOKEN_COUNTS)):
+        computed, of_sequences = (float(np.nansum(timings.get(name))) for name in TOKEN_COUNTS)
+        if computed < of_sequences:
+            saved = f"{computed:,.0f} computed for {of_sequences:,.0f} in the sequences"
+            yield f"Shared prompts saved {1 - computed / of_sequences:.0%} of the forwards' tokens: {saved}."
     for names, noun in ((history.rewards, "rewards"), (history.families, "task families")):
         if names:
             yield f"{len(names)} {noun}: {', '.join(name or '(no family)' for name in names)}."

@@ -99,8 +99,9 @@ class RolloutsLog:
 class TimingsLog:
     """Writes the seconds by stage of each generation batch to ``run_dir``/timings.jsonl.
 
-    A line is {"step", <stage>: seconds, ..., "total": seconds}. ``step`` is the first optimiser step that trains on the
-    batch, as in rollouts.jsonl.
+    A line is {"step", <stage>: seconds, ..., "total": seconds, "tokens/computed", "tokens/of_sequences"}. ``step`` is
+    the first optimiser step that trains on the batch, as in rollouts.jsonl. The tokens are those of the main process's
+    forwards: fewer are computed than the sequences have where they share their prompts.
     """
 
     def __init__(self, run_dir: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.reporting.figure import GREY, INK, STEP_LABEL, panels, short, step_axis
 from maestro_fast.reporting.history import FloatArray, History
 from maestro_fast.reporting.plots import MissingData
@@ -59,7 +60,7 @@ def stage_seconds(timings: History) -> dict[str, FloatArray]:
     If a step lacks a stage, the stage took 0 s there. If ``total`` exceeds the sum of the stages by more than 1 % over
     the run, the rest is added as the stage "outside the stages".
     """
-    found = [name for name in timings.columns if name != "total" and timings.has(name)]
+    found = [name for name in timings.columns if name not in ("total", *TOKEN_COUNTS) and timings.has(name)]
     if not found:
         raise MissingData("no line holds the seconds of a stage")
     ordered = [*(n for n in _COLOURS if n in found), *(n for n in found if n not in _COLOURS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,8 +10,12 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from maestro_fast.model.layouts import TokenCount
+from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.training.metrics import StageClock
 from maestro_fast.training.step import Step
+
+logger = logging.getLogger(__name__)
 
 
 class StageProgress(ProgressCallback):
@@ -88,27 +93,32 @@ class Watched(Protocol):
 
 
 class StepEvents(TrainerCallback):
-    """Tells the trainer where training and epochs begin and end, and observers the seconds of each generation batch.
+    """Tells the trainer where training and epochs begin and end, and observers the timings of each generation batch.
 
     The seconds of a batch are complete only where the next one begins, because saving and evaluation come after its
-    last step. They get the number of the batch's first step, as its responses do.
+    last step. They get the number of the batch's first step, as its responses do. Beside them stand the tokens of its
+    forwards, those that were computed and those of the sequences with a prompt each; the difference is what shared
+    prompts save.
     """
 
     def __init__(self, trainer: Watched, timing_observers: Sequence[Callable[[dict[str, float]], None]]) -> None:
         """
         Args:
             trainer: whose run it is.
-            timing_observers: functions that get the seconds by stage, and ``step``, on the main process.
+            timing_observers: functions that get ``step``, the seconds by stage and ``TOKEN_COUNTS``, on the main
+                process.
         """
         self._trainer, self._observers = trainer, tuple(timing_observers)
         self._stepped = False
         self._first = 1  # the number of the first step whose seconds have not been emitted yet
+        self._run = TokenCount()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stepped, self._first = False, state.global_step + 1
+        self._stepped, self._first, self._run = False, state.global_step + 1, TokenCount()
         self._trainer.clock.lap()
+        self._trainer.step.scorer.layouts.count.pop()
         self._trainer.restore_step()
 
     def on_epoch_begin(
@@ -133,11 +143,31 @@ class StepEvents(TrainerCallback):
     ) -> None:
         self._trainer.learn()  # A callback may have ended the run after its last step.
         self._emit(state)
+        self._tell_savings("the run", self._run)
 
     def _emit(self, state: TrainerState) -> None:
         if not self._stepped:
             return
-        timings = {"step": float(self._first), **self._trainer.clock.lap()}
+        count = self._trainer.step.scorer.layouts.count.pop()
+        tokens = dict(zip(TOKEN_COUNTS, map(float, (count.computed, count.of_sequences)), strict=True))
+        timings = {"step": float(self._first), **self._trainer.clock.lap(), **tokens}
+        if not self._run.computed:
+            self._tell_savings("the first batch", count)
+        self._run.computed += count.computed
+        self._run.of_sequences += count.of_sequences
         self._stepped, self._first = False, state.global_step + 1
         for observer in self._observers if state.is_world_process_zero else ():
             observer(timings)
+
+    def _tell_savings(self, of: str, count: TokenCount) -> None:
+        """Logs what shared prompts have saved, where they may be shared."""
+        if self._trainer.step.scorer.layouts.sharing != "never" and count.of_sequences:
+            saved = 1 - count.computed / count.of_sequences
+            words = f"{100 * saved:.0f} % saved by shared prompts" if saved > 0 else "sharing prompts saved nothing"
+            logger.info(
+                "tokens of %s: %s computed for %s in the sequences, %s",
+                of,
+                f"{count.computed:,}",
+                f"{count.of_sequences:,}",
+                words,
+            )

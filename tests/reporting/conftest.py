@@ -116,7 +116,8 @@ def timings_row(step: int, rng: np.random.Generator) -> dict[str, float]:
         row["generate"] += 25.0  # The first step compiles.
     if step % 5 == 0:
         row["conductor_update"] = 0.01
-    return row | {"total": sum(v for k, v in row.items() if k != "step") + 0.15}
+    tokens = {"tokens/computed": 1500.0, "tokens/of_sequences": 6000.0}
+    return row | {"total": sum(v for k, v in row.items() if k != "step") + 0.15} | tokens
 
 
 def record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
-from maestro_fast.records import PolicyOutputs, Prompts, Rollouts
+from maestro_fast.records import TOKEN_COUNTS, PolicyOutputs, Prompts, Rollouts, StepRecord
 from maestro_fast.training import metrics, parse_config, train
 from maestro_fast.training.metrics import (
     MetricMeans,
@@ -212,4 +213,32 @@ def test_saving_and_evaluation_count_to_the_batch_before_them(raw_config: dict[s
     assert [line["step"] for line in lines] == [1, 3]
     for line in lines:  # transformers evaluates and saves after the last step too
         assert {"generate", "train", "evaluate", "save"} < line.keys()
-        assert sum(line.values()) - line["step"] - line["total"] <= line["total"]
+        stages = line.keys() - {"step", "total", *TOKEN_COUNTS}
+        assert sum(line[stage] for stage in stages) <= line["total"]
+
+
+def test_the_tokens_that_shared_prompts_save_are_told(
+    raw_config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    raw_config["model"]["attention"] = "shared"
+    raw_config["weights"] = {"type": "equal"}
+    raw_config["rewards"].remove("entropy")  # Only training forwards are made.
+    raw_config["batch"] = {"prompts_per_batch": 4, "micro_batch": 4}
+    raw_config["trainer"] |= {"max_steps": 2}
+    lines: list[dict[str, float]] = []
+    records: list[StepRecord] = []
+    with caplog.at_level(logging.INFO, "maestro_fast"):
+        config = parse_config(raw_config)
+        trainer = train(config, raw_config, timing_observers=[lines.append], observers=[records.append])
+
+    group = config.sampling.group_size
+    assert group == 4 and trainer.step.scorer.layouts.sharing == "always"
+    totals = [0, 0]
+    for line, record in zip(lines, records, strict=True):
+        prompts = [len(trainer.processing_class(text)["input_ids"]) for text in record.prompts]
+        completions = int(record.lengths_B.sum())
+        computed, of_sequences = sum(prompts[::group]) + completions, sum(prompts) + completions
+        assert [line[name] for name in TOKEN_COUNTS] == [computed, of_sequences]
+        totals = [totals[0] + computed, totals[1] + of_sequences]
+    saved = f"{100 * (1 - totals[0] / totals[1]):.0f} % saved by shared prompts"
+    assert f"tokens of the run: {totals[0]:,} computed for {totals[1]:,} in the sequences, {saved}" in caplog.text

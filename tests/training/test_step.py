@@ -82,7 +82,7 @@ def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: py
     monkeypatch.setattr(trainer, "last_hidden", spy)
     case(raw_config, "training", trainer={"max_steps": 3})
 
-    assert len(calls) == 3 + 2  # two of them try the layout
+    assert len(calls) == 3
 
 
 def test_texts_are_scored_in_as_many_forwards_as_on_the_process_with_most(
