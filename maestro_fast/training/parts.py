@@ -22,7 +22,7 @@ from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of, vocabulary_of
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.layout_trial import choose_layout
-from maestro_fast.model.layouts import Layouts, Sharing
+from maestro_fast.model.layouts import Layouts
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.ops.pool_hidden import PoolMode
@@ -39,6 +39,7 @@ from maestro_fast.rewards import RewardSet
 from maestro_fast.rewards.first_batches import FirstBatches
 from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import Processes
+from maestro_fast.training.plan import Method
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,8 @@ class Scorer:
     def of(
         model: nn.Module,
         micro_batch: int,
-        temperature: float,
+        method: Method,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-        sharing: Sharing = "auto",
     ) -> Scorer:
         """Reads head and layouts off a policy, and tries both on a few tokens in the precision of the training.
 
@@ -118,7 +118,8 @@ class Scorer:
         head = head_of(model)
         with autocast():
             check_head(model, head)
-            return Scorer(head, choose_layout(model, sharing), micro_batch, temperature, autocast)
+            layouts = choose_layout(model, method.sharing)
+        return Scorer(head, layouts, micro_batch, method.sampling.temperature, autocast)
 
     def logprobs(self, hidden: HiddenStates, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies [C] of the completion tokens, from the states of a training forward."""

@@ -198,9 +198,7 @@ class MaestroTrainer(Trainer):
         scoring = choose_scoring(model, plan, rewards, weights, self._terms)
         logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
         processes = Processes(self.accelerator)
-        scorer = Scorer.of(
-            model, plan.micro_batch, sampling.temperature, self.accelerator.autocast, self.method.sharing
-        )
+        scorer = Scorer.of(model, plan.micro_batch, self.method, self.accelerator.autocast)
         return Step(
             plan=plan,
             terms=self._terms,
@@ -335,16 +333,13 @@ class MaestroTrainer(Trainer):
             self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
         return found.loss, found.metrics, found.logprobs
 
-    def _loss_judged_in_forward(
-        self, model: nn.Module, hidden: HiddenStates, sampled: Sampled
-    ) -> tuple[MicroBatch, _Found]:
+    def _loss_judged_in_forward(self, model: Any, hidden: HiddenStates, sampled: Sampled) -> tuple[MicroBatch, _Found]:
         """Judges responses by what their training forward gives, and computes the loss from its states."""
-        scorer, terms = self.step.scorer, self.step.terms
-        logprobs, entropies = scorer.logprobs(hidden, terms.entropy)
+        logprobs, entropies = self.step.scorer.logprobs(hidden, self.step.terms.entropy)
         mode = context_mode(self.step.weights) or "last"
         outputs = policy_outputs(hidden, logprobs, entropies, mode)
         (batch,) = self._prepared(model, sampled, outputs)
-        found = loss_of_logprobs(logprobs, entropies, batch, terms.function)
+        found = loss_of_logprobs(logprobs, entropies, batch, self.step.terms.function)
         return batch, (found.loss, found.metrics, logprobs.detach())
 
     def learn(self) -> None:
