@@ -24,6 +24,7 @@ from maestro_fast.integrations.trl.loss import (
     packed_policy_loss,
     why_trls_logprobs,
 )
+from maestro_fast.model import Layouts
 from tests.integrations.test_trl_training import FREE, history
 from tests.training.live_memory import LiveMemory
 
@@ -264,14 +265,21 @@ def test_a_coefficient_is_logged_only_at_an_update(settings: Make, ingredients: 
 
 
 def test_a_model_in_float64(settings: Make, ingredients: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's head has float32 at best, so the log-probs to compare with come from the model's own logits."""
+    """TRL's head has float32 at best, so the log-probs to compare with come from the model's own logits.
+
+    The model rounds its rotations and norms to float32, and that shall happen to the same numbers. So the positions
+    count from the first token of a prompt, as ours do, and no prompt is shared.
+    """
 
     def logprobs(self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, **_: Any) -> tuple[Tensor, Tensor]:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep - 1 : -1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        logits = out.logits[:, -keep - 1 : -1]
         log_p = (logits / self.temperature).log_softmax(-1)
         return log_p.gather(2, ids[:, -keep:, None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
     trainer = make(settings, ingredients, loss_type="dapo")
+    trainer._layouts = Layouts("padded")
     inputs = on_policy(trainer)
     trainer.model.double()
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", logprobs)

@@ -64,6 +64,7 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -
         num_generations=GROUP,
         max_completion_length=9,
         max_steps=4,
+        logging_steps=1,
         learning_rate=0.05,
         optim="sgd",
         lr_scheduler_type="constant",
@@ -95,7 +96,18 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -
     trainer.records = []
     trainer.train()
     parameters = {name: value.detach() for name, value in trainer.model.named_parameters()}
-    result = {"records": trainer.records, "conductor": policy.state_dict(), "policy": parameters}
+    tokens = [
+        (line["tokens/computed"], line["tokens/of_sequences"])
+        for line in trainer.state.log_history
+        if "tokens/computed" in line
+    ]
+    result = {
+        "records": trainer.records,
+        "conductor": policy.state_dict(),
+        "policy": parameters,
+        "tokens": tokens,
+        "regroups": trainer._regroups,
+    }
     torch.save(result, out / f"rank{RANK}.pt")
 
 

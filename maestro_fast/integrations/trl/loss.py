@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.overrides import overrides
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
-from maestro_fast.model import backbone_of, check_head, head_of, product_dtype
+from maestro_fast.integrations.trl.sharing import layouts_of, sequences_to_read
+from maestro_fast.model import Layouts, check_head, head_of, last_hidden, product_dtype
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
 from maestro_fast.ops.loss_function import wants_entropies
 
@@ -79,15 +80,23 @@ def _first_of(trainer: Any, *names: str) -> str:
     return next((name for name in names if hasattr(trainer, name)), names[-1])
 
 
-def takes_hidden_states(trainer: Any) -> bool:
-    """Whether the loss is computed from the hidden states. The log says so, or says why not."""
-    reason = why_trls_logprobs(trainer)
+def layouts_for_loss(trainer: Any) -> Layouts | None:
+    """How the hidden states are computed that the loss is computed from; None if it is computed from TRL's log-probs.
+
+    The log says which of the two it is, and why.
+    """
+    layouts, reason = None, why_trls_logprobs(trainer)
+    if reason is None:
+        try:
+            layouts = layouts_of(trainer)
+        except ValueError as error:
+            reason = str(error)
     if trainer.accelerator.is_main_process:
         if reason is None:
             logger.info("loss: maestro_fast, head and loss in one sweep over the hidden states")
         else:
             logger.info("loss: maestro_fast, from the log-probs of TRL's forward: %s", reason)
-    return reason is None
+    return layouts
 
 
 def why_trls_logprobs(trainer: Any) -> str | None:
@@ -155,19 +164,23 @@ def packed_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[
 def head_policy_loss(trainer: Any, config: _Loss, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Computes the same loss from the hidden states, with head and loss in one sweep.
 
-    The values that the CPU needs of the batch are copied to it before the forward, so that it need not wait for that.
+    ``model`` is the wrapped model that TRL hands to the loss. The values that the CPU needs of the batch are copied to
+    it before the forward, so that it need not wait for that.
     """
     counted = _counted(inputs)
-    lengths = counted.sum(1)
-    rows, bounds, advantages = counted.nonzero(as_tuple=True), _bounds(lengths).cpu(), inputs["advantages"].cpu()
-    hidden = _completion_hidden(trainer, model, inputs)
+    lengths, counted_BC = counted.sum(1), counted.cpu()
+    sequences, predicting = sequences_to_read(inputs, counted_BC)
+    targets = inputs["completion_ids"].cpu()[counted_BC]
+    bounds, advantages = _bounds(lengths).cpu(), inputs["advantages"].cpu()
+    with trainer.accelerator.autocast():
+        hidden = last_hidden(model, sequences, trainer._layouts)
     head = head_of(trainer.model)
     parameter: Any = head.module.weight
     weight: Tensor = parameter.to(head_dtype(trainer, parameter))
     out = linear_policy_loss(
-        hidden[rows].to(weight.device, weight.dtype),
+        hidden.take(predicting, weight.dtype).to(weight.device),
         weight,
-        inputs["completion_ids"][rows].to(weight.device),
+        targets.to(weight.device),
         advantages,
         bounds,
         **head.numbers,
@@ -188,28 +201,6 @@ def head_dtype(trainer: Any, weight: Tensor) -> torch.dtype:
         return weight.dtype
     with trainer.accelerator.autocast():
         return product_dtype(weight)
-
-
-def _completion_hidden(trainer: Any, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The states [B, C, d] that predict the completion tokens and their padding. The model forms B rows of logits only.
-
-    ``model`` is the wrapped model that TRL hands to the loss; the hook is on the backbone inside it.
-    """
-    states: list[Tensor] = []
-    handle = backbone_of(trainer.model).register_forward_hook(
-        lambda _module, _args, out: states.append(out.last_hidden_state)
-    )
-    try:
-        with trainer.accelerator.autocast():
-            model(
-                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                use_cache=False,
-                logits_to_keep=1,
-            )
-    finally:
-        handle.remove()
-    return states[0][:, -inputs["completion_ids"].shape[1] - 1 : -1]
 
 
 # --- TRL's inputs in the ops' terms, and the ops' metrics in TRL's ---

@@ -12,6 +12,7 @@ not TRL's replaces the advantages. ``refuse`` refuses both.
 | ``_save_checkpoint``, ``_load_optimizer_and_scheduler`` | adds the policy | has to call on | is called |
 | ``_generate`` | calls it and keeps the token ids for hidden states | has to call on for these | is called |
 | ``_get_per_token_logps_and_entropies`` | calls it, reading hidden states | costs a forward | is called |
+| ``_prepare_inputs`` | calls it, then regroups the micro-batches, see ``sharing`` | they stay TRL's | the same |
 | ``compute_loss`` | nothing; TRL's calls ``_compute_loss`` | has to call on for a loss of ours | the same |
 | ``_compute_loss`` | calls it with ``loss="trl"`` | has to call on for a loss of ours | refused with a loss of ours |
 

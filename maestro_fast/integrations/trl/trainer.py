@@ -32,10 +32,12 @@ from maestro_fast.integrations.trl.context import (
     reading_terminal_states,
     scores_old_logprobs,
 )
-from maestro_fast.integrations.trl.loss import head_policy_loss, loss_config, packed_policy_loss, takes_hidden_states
+from maestro_fast.integrations.trl.loss import head_policy_loss, layouts_for_loss, loss_config, packed_policy_loss
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
-from maestro_fast.model import causal_lm, check_trainable, terminal_states, warn_of_half_precision
+from maestro_fast.integrations.trl.sharing import layouts_of, regrouped, regroups
+from maestro_fast.model import Layouts, causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
+from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.weighting import (
     Comparison,
     Outcome,
@@ -129,7 +131,10 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         self._loss_config: PolicyLossConfig | LossFunction | None = None
         if loss != "trl":
             self._loss_config = loss_config(self) if loss == "maestro_fast" else loss
-        self._head_in_loss = self._loss_config is not None and takes_hidden_states(self)
+        layouts = None if self._loss_config is None else layouts_for_loss(self)
+        self._head_in_loss = layouts is not None
+        self._layouts = layouts or self._layouts_for_context()
+        self._regroups = self._head_in_loss and regroups(self, self._loss_config, self._layouts)
         self._batches = 0  # the generation batches trained on so far; this number keys the policy's random draws
         self._make_policies_equal()
         self._say_what_context_costs()
@@ -149,6 +154,13 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             broadcast_object_list(state)
             self.weight_policy.load_state_dict(state[0])
 
+    def _layouts_for_context(self) -> Layouts:
+        """How the sequences of a forward for hidden states are laid out, if one is added and the loss has none."""
+        hides = hides_ours(self, "_get_per_token_logps_and_entropies") is not None
+        adds_forward = self.weight_policy.needs_context and (hides or not scores_old_logprobs(self))
+        plain = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile
+        return layouts_of(self) if adds_forward and not plain else Layouts("padded")
+
     def _say_what_context_costs(self) -> None:
         if not self.weight_policy.needs_context or not self.accelerator.is_main_process:
             return
@@ -166,6 +178,17 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             )
         else:
             logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self._regroups or self._buffered_inputs is before:
+            return inputs
+        # TRL has made a new batch. An update has all of its micro-batches, or TRL would have scored old log-probs.
+        buffer = self._buffered_inputs
+        number = next(i for i, micro_batch in enumerate(buffer) if micro_batch is inputs)
+        buffer[:] = regrouped(buffer)
+        return buffer[number]
 
     # TRL makes a generation batch in this order: generation, old and reference log-probs, rewards, advantages.
 
@@ -242,7 +265,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         args = self.args
         size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         with self.accelerator.autocast():
-            return terminal_states(self.model, batch.sequences, "padded", size)
+            return terminal_states(self.model, batch.sequences, self._layouts, size)
 
     def _check_agreement(self, weights: Weights) -> None:
         """Raises if the processes have different weights, by comparing a sum of them that depends on their order."""
@@ -283,10 +306,22 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:
             if self._head_in_loss and "old_per_token_logps" not in inputs:
-                return head_policy_loss(self, self._loss_config, model, inputs)
+                self._layouts.count.pop()  # A forward for hidden states is not counted.
+                out = head_policy_loss(self, self._loss_config, model, inputs)
+                self._log_tokens()
+                return out
             return packed_policy_loss(self, self._loss_config, model, inputs)
         loss: Tensor = super()._compute_loss(model, inputs)
         return loss
+
+    def _log_tokens(self) -> None:
+        """Logs the tokens of a micro-batch's forward, in this process, if it may have shared prompts."""
+        if self._layouts.sharing == "never":
+            return
+        count = self._layouts.count.pop()
+        log = self._metrics["train" if self.model.training else "eval"]
+        for name, tokens in zip(TOKEN_COUNTS, (count.computed, count.of_sequences), strict=True):
+            log[name].append(float(tokens))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The policy is written before the trainer's state, whose presence says that a checkpoint is complete.
