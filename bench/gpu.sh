@@ -5,7 +5,7 @@
 #
 #     bash bench/gpu.sh first      the GPU tests, in at most 330 s
 #     bash bench/gpu.sh second     the figures that the README promises, in at most 360 s
-#     bash bench/gpu.sh third      whole training steps, in at most 100 s
+#     bash bench/gpu.sh third      whole training steps and shared prompts, in at most 165 s
 #     bash bench/gpu.sh sanitize   compute-sanitizer's memcheck of every kernel
 #     bash bench/gpu.sh bench [OP|OP:dxVxT,...]...   whole benchmarks of these ops, or of all, without a limit of time
 #
@@ -100,7 +100,10 @@ second() {
   headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
 }
 
-third() { step "training steps" 90 "$python" -m bench.gpu_step; }
+third() {
+  step "training steps" 90 "$python" -m bench.gpu_step
+  step "shared prompts" 60 "$python" -m bench.gpu_shared_prefix
+}
 
 sanitize() {
   local tool
@@ -122,7 +125,7 @@ bench() {
 case ${1:-} in
   first) part first 330 ;;
   second) part second 360 ;;
-  third) part third 100 ;;
+  third) part third 165 ;;
   sanitize) part sanitize 600 ;;
   bench) part bench 604800 "${@:2}" ;;
   *) sed -n '2,18p' "$0" && exit 2 ;;

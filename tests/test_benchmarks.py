@@ -79,13 +79,17 @@ def test_third(tmp_path: Path) -> None:
     status, printed = gpu_sh("third", out=tmp_path)
 
     assert status == 0, printed[-6000:]
-    _, *blocks, summary = records(tmp_path / "third.jsonl")
+    _, *blocks, summary, shared = records(tmp_path / "third.jsonl")
     assert len(blocks) == summary["blocks"] == 2
     conductor, equal = summary["stages"]
     assert {name for name in conductor if not equal.get(name)} == {"pooling", "adaptive step", "Conductor's update"}
     assert summary["added_ms"] == pytest.approx(
         sum(conductor[x] for x in ("pooling", "adaptive step", "Conductor's update")) - equal["advantages"]
     )
+    assert shared["op"] == "shared_prefix"
+    assert shared["tokens"] == {"shared": 20 + 4 * 3, "packed": 4 * 23, "padded": 4 * 23}
+    assert all(len(ms) == 2 for ms in shared["ms"].values())
+    assert not shared["faults"]
 
 
 def test_cases_that_are_no_headline(tmp_path: Path) -> None:

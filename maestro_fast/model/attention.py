@@ -4,7 +4,8 @@ Four paths give the same log-probs. Two of them need a kernel that is told where
 tokens as one row without padding: ``flash`` (flash-attn, through transformers) and ``varlen``
 (``torch.nn.attention.varlen``, which this file makes known to transformers). The other two run on any device:
 ``packed`` puts several sequences into a row and keeps them apart with a block mask, ``padded`` puts one sequence into a
-row. The implementation is fixed when the model is loaded; ``forward.choose_layout`` then tries the path on the model.
+row. A fifth, ``shared``, puts a prompt into a row once for all its responses: with the varlen kernel, or with a mask.
+The implementation is fixed when the model is loaded; ``layout_trial.choose_layout`` then tries the path on the model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from transformers import utils as transformers_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from maestro_fast.model.merged_attention import merging_obstacle
+from maestro_fast.model.shared_row import SharedRow
 from maestro_fast.settings import SettingsError
 
 __all__ = [
@@ -53,6 +56,7 @@ _FLASH: dict[str, tuple[str, Callable[[], bool]]] = {
     "flash_attention_3": ("flash_attn_interface", transformers_utils.is_flash_attn_3_available),
 }
 _NEVER_RUN = "never run with its kernel; tests put a plain attention in the kernel's place"
+_FLEX_RUN = "never run on a GPU; on CPUs its forward alone"
 _VARLEN_RUN = "on an H100, in small models, against float64"
 
 
@@ -61,7 +65,7 @@ _VARLEN_RUN = "on an H100, in small models, against float64"
 
 @dataclass(frozen=True)
 class AttentionPath:
-    """One of the four paths, and whether it serves on a device.
+    """One of the five paths, and whether it serves on a device.
 
     Attributes:
         what: what the path is, in words.
@@ -76,19 +80,36 @@ class AttentionPath:
 
 
 def attention_paths(device: torch.device, dtype: torch.dtype | None = None) -> tuple[AttentionPath, ...]:
-    """All four paths, in the order in which "auto" prefers them.
+    """All paths, those that compute each prompt for itself in the order in which "auto" prefers them.
 
     Args:
         dtype: the dtype in which the model computes, of its weights or of autocast; None if it is not known yet.
     """
     flash = {name: flash_obstacle(name, device, dtype) for name in _FLASH}
     blocked = None if None in flash.values() else flash["flash_attention_2"]
+    kernel = varlen_obstacle(device, dtype)
     return (
         AttentionPath("flash", "flash-attn through transformers, one row", blocked, _NEVER_RUN),
-        AttentionPath("varlen", "torch.nn.attention.varlen, one row", varlen_obstacle(device, dtype), _VARLEN_RUN),
+        AttentionPath("varlen", "torch.nn.attention.varlen, one row", kernel, _VARLEN_RUN),
         AttentionPath("packed", "SDPA, several sequences to a row, block mask", None, "on CPUs, against float64"),
         AttentionPath("padded", "SDPA, one sequence to a row", None, "on CPUs, against float64"),
+        _shared_path(kernel),
     )
+
+
+def _shared_path(kernel_obstacle: str | None) -> AttentionPath:
+    """The path of shared prompts: what serves them depends on whether torch's varlen kernel does."""
+    if kernel_obstacle is not None:
+        what, tried = "each prompt once for its responses: SDPA, a mask of every row", "on CPUs, against float64"
+    elif (unmerged := merging_obstacle()) is not None:
+        what, tried = f"each prompt once for its responses: FlexAttention, one row ({unmerged})", _FLEX_RUN
+    else:
+        what = (
+            "each prompt once for its responses: torch.nn.attention.varlen, one row, two calls merged; FlexAttention "
+            "for sliding windows"
+        )
+        tried = f"{_NEVER_RUN}; FlexAttention {_FLEX_RUN}"
+    return AttentionPath("shared", what, None, tried)
 
 
 def flash_obstacle(implementation: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -216,38 +237,49 @@ def varlen_attention(
     max_length_q: int | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_k: int | None = None,
+    shared_row: SharedRow | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of the sequences that one row holds.
+    """Causal attention within each of the sequences that one row holds, which may share their prompts.
 
     This function is a public door: transformers calls it, and its parameters are those of transformers'
-    ``AttentionInterface`` and ``FlashAttentionKwargs``. A call without sequence bounds, for example from ``generate``,
-    is served by SDPA with SDPA's own mask, so the implementation can stay on the model for everything.
+    ``AttentionInterface`` and ``FlashAttentionKwargs``. A call without sequence bounds and without a shared row, for
+    example from ``generate``, is served by SDPA with SDPA's own mask, so the implementation can stay on the model for
+    everything.
 
     Args:
         query: [1, H, T, D]; key and value are [1, H_kv, T, D], and H is a multiple of H_kv.
-        attention_mask: ``bounds_mask()`` with bounds; without them a mask for SDPA.
+        attention_mask: ``bounds_mask()`` with bounds or a shared row; without them a mask for SDPA.
         cu_seq_lens_q: int32 [N + 1], the bounds of N sequences; keys have the same bounds, as a row attends to itself.
         max_length_q: the length of the longest sequence, in tokens.
+        shared_row: who sees whom in a row of shared prompts.
 
     Returns:
         The output [1, T, H, D], and None in place of attention weights.
 
     Raises:
         ValueError: the bounds came without ``bounds_mask()`` or the mask without the bounds, or the model asks for
-            something that the kernel does not do: dropout, windows, sinks, capped scores, attention to later tokens.
+            something that the kernels do not do: dropout, sinks, attention to later tokens, and without a shared row
+            windows and capped scores.
     """
     del cu_seq_lens_k, max_length_k
-    if _is_bounds_mask(attention_mask) != (cu_seq_lens_q is not None and max_length_q is not None):
+    bounded = shared_row is not None or (cu_seq_lens_q is not None and max_length_q is not None)
+    if _is_bounds_mask(attention_mask) != bounded:
         raise ValueError(
             f"cu_seq_lens_q: {type(module).__name__} got sequence bounds without bounds_mask(), or that mask without "
             "bounds, expected both or neither"
         )
+    if shared_row is not None:
+        _refuse_what_the_kernel_lacks(module, query, value, dropout, options, _SHARED_LACKS)
+        windowed, softcap = options.get("sliding_window") is not None, options.get("softcap")
+        q, k, v = (_compute_dtype(x) for x in (query, key, value))
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return shared_row.attend(q, k, v, scale, windowed=windowed, softcap=softcap), None
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    _refuse_what_the_kernel_lacks(module, query, value, dropout, options)
+    _refuse_what_the_kernel_lacks(module, query, value, dropout, options, _LACKS)
     q_THD, k_THD, v_THD = (_compute_dtype(x)[0].transpose(0, 1) for x in (query, key, value))
     grouped: dict[str, Any] = {}
     if (repeats := q_THD.shape[1] // k_THD.shape[1]) > 1:
@@ -281,8 +313,13 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
+# What layers ask for by name: what nothing here does, and what the varlen kernel does not do for plain sequences.
+_SHARED_LACKS = ("s_aux", "position_bias")
+_LACKS = ("sliding_window", "softcap", *_SHARED_LACKS)
+
+
 def _refuse_what_the_kernel_lacks(
-    module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
+    module: nn.Module, query: Tensor, value: Tensor, dropout: float, options: dict[str, Any], names: tuple[str, ...]
 ) -> None:
     causal = options.get("is_causal")
     lacking = {
@@ -290,7 +327,7 @@ def _refuse_what_the_kernel_lacks(
         "is_causal=False": not (getattr(module, "is_causal", True) if causal is None else causal),
         "rows side by side": query.shape[0] != 1,
         "values of another head size": query.shape[-1] != value.shape[-1],
-        **{name: options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")},
+        **{name: options.get(name) is not None for name in names},
     }
     if wanted := [name for name, is_wanted in lacking.items() if is_wanted]:
         raise ValueError(f"{type(module).__name__} asks for {', '.join(wanted)}, which {VARLEN} does not do")

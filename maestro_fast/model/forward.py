@@ -58,7 +58,9 @@ def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts
     inputs = rows.model_input(weight.device)
     if rows.trees is not None:
         config = causal_lm(model).config.get_text_config()
-        inputs |= shared_inputs(rows.trees, config, implementation, product_dtype(weight), weight.device)
+        inputs |= shared_inputs(
+            rows.trees, config, implementation, product_dtype(weight), weight.device, kernel=layouts.kernel
+        )
     captured: list[Tensor] = []
     handle = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
     try:

@@ -126,7 +126,7 @@ def test_auto_keeps_the_attention_of_a_model_that_cannot_change_it(
 def test_the_paths_say_what_they_need_and_what_was_never_run() -> None:
     paths = {path.name: path for path in attention_paths(CPU)}
 
-    assert list(paths) == ["flash", "varlen", "packed", "padded"]
+    assert list(paths) == ["flash", "varlen", "packed", "padded", "shared"]
     assert "CUDA" in str(paths["varlen"].obstacle) and paths["flash"].obstacle is not None
     assert paths["packed"].obstacle is None and paths["padded"].obstacle is None
     assert all(("never run" in paths[name].tried) == (name == "flash") for name in paths)
