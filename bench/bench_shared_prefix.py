@@ -39,7 +39,8 @@ from bench.shared_prefix import Batch, Group, Step, step
 from bench.tables import emit
 from maestro_fast.evals.statistics import paired_difference
 from maestro_fast.model import Layouts
-from maestro_fast.model.layouts import TokenCount, cost_of_a_pair
+from maestro_fast.model.layouts import cost_of_a_pair
+from maestro_fast.model.rows import Rows
 from tests.tiny import tiny_tokenizer
 from tests.training.live_memory import LiveMemory
 
@@ -110,21 +111,21 @@ class Contender:
     Attributes:
         name: The name in the table.
         step: Makes one step.
-        count: The tokens of its forwards; None if they are not counted.
+        rows: The rows of the model's input; None if TRL makes them.
         seconds: The processor time of each round.
         peak: The bytes of tensors that are alive at once, without the weights.
     """
 
     name: str
     step: Callable[[], Step]
-    count: TokenCount | None = None
+    rows: Rows | None = None
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
 
 
 def contenders(model: Any, batch: Batch, folder: Path) -> dict[str, Contender]:
     """All contenders by name, and TRL's last, since its trainer changes the model's forward."""
-    cost = cost_of_a_pair(model.config)
+    cost = cost_of_a_pair(model.config.get_text_config())
     layouts = {
         "shared": Layouts("packed", "always", cost),
         "packed": Layouts("packed"),
@@ -133,7 +134,7 @@ def contenders(model: Any, batch: Batch, folder: Path) -> dict[str, Contender]:
     }
 
     def of(name: str) -> Contender:
-        return Contender(name, lambda: step(model, batch, layouts[name]), layouts[name].count)
+        return Contender(name, lambda: step(model, batch, layouts[name]), layouts[name].rows_of(batch.sequences))
 
     trainer = trl_trainer(model, batch.group, folder)
     return {**{name: of(name) for name in layouts}, "TRL": Contender("TRL", lambda: trl_step(trainer, batch))}
@@ -233,13 +234,13 @@ def test_score_and_train(
     forward = model.forward
     found = contenders(model, Batch(group, model.config.vocab_size), tmp_path)
     check(model, found)
-    per_step = {name: x.count.pop().computed // 2 for name, x in found.items() if x.count}
-    chosen = "packed" if per_step["auto"] == per_step["packed"] else "shared"
+    of_auto = found["auto"].rows
+    chosen = "shared" if of_auto is not None and of_auto.trees is not None else "packed"
     rounds = pytestconfig.getoption("--rounds") or ROUNDS
     benchmark.pedantic(lambda: one_round(model, found), rounds=rounds, iterations=1)
     model.forward = forward  # TRL's trainer has put its own in this place.
 
-    tokens = {**per_step, "TRL": group.tokens}
+    tokens = {name: x.rows.input_ids.numel() if x.rows else group.tokens for name, x in found.items()}
     ratios = {x.name: (Ratio.of(x, found["padded"]), Ratio.of(x, found["packed"])) for x in found.values()}
     lines = [group.title]
     for name, x in found.items():

@@ -3,9 +3,9 @@
 Example:
 
     model = AutoModelForCausalLM.from_pretrained(path)
-    layout, head = choose_layout(model), head_of(model)
+    layouts, head = choose_layout(model, "auto"), head_of(model)
     check_head(model, head)
-    out = score(model, Sequences(prompt_ids, completion_ids), head, layout=layout, micro_batch=8, temperature=1.0)
+    out = score(model, Sequences(prompt_ids, completion_ids), head, layout=layouts, micro_batch=8, temperature=1.0)
 """
 
 from maestro_fast.model.attention import (

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,13 +142,21 @@ def _kernel_obstacle(name: str, device: torch.device, dtype: torch.dtype | None)
 
 
 def attention_choice(
-    wanted: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None
+    wanted: str = "auto",
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    windows: bool = False,
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """Chooses the attention implementation that transformers should load a model with, and says why.
 
     Args:
         wanted: one of ``Attention``; "auto" takes the first of varlen, flash-attn and sdpa that can serve, "shared" the
             first of varlen and sdpa.
+        windows: whether the model has sliding windows. Then "auto" prefers flash-attn, because the varlen kernel takes
+            them with shared prompts alone.
+        refused: the implementations that the model does not take, and why not.
         device: where the model will run; None means a CUDA device if there is one.
         dtype: the dtype in which the model computes, of its weights or of autocast; None if it is not known yet, and
             then every dtype counts as right.
@@ -162,8 +171,9 @@ def attention_choice(
         raise SettingsError(f"model.attention: {wanted}, expected one of {', '.join(get_args(Attention))}")
     device = default_device() if device is None else device
     # The varlen kernel comes first, because it serves shared prompts, too.
-    candidates = [(VARLEN, varlen_obstacle(device, dtype))]
-    candidates += [(name, flash_obstacle(name, device, dtype)) for name in _FLASH if wanted != "shared"]
+    varlen = [(VARLEN, refused.get(VARLEN) or varlen_obstacle(device, dtype))]
+    flash = [(name, refused.get(name) or flash_obstacle(name, device, dtype)) for name in _FLASH if wanted != "shared"]
+    candidates = flash + varlen if windows else varlen + flash
     asked = VARLEN if wanted == "varlen" else wanted
     for name, obstacle in candidates:
         if name == asked and obstacle is not None:

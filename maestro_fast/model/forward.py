@@ -19,6 +19,7 @@ from maestro_fast.model.attention import Layout, layout_of
 from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, product_dtype
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.layouts import Layouts
+from maestro_fast.model.prefix_tree import prompt_families
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.shared_attention import shared_inputs
 from maestro_fast.ops import token_logprobs
@@ -56,8 +57,10 @@ def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts
     rows = layouts.rows_of(sequences)
     weight = next(model.parameters())
     inputs = rows.model_input(weight.device)
+    config = causal_lm(model).config.get_text_config()
+    if getattr(config, "output_router_logits", False):  # Nothing reads them, and their loss knows no mask of four axes.
+        inputs["output_router_logits"] = False
     if rows.trees is not None:
-        config = causal_lm(model).config.get_text_config()
         inputs |= shared_inputs(
             rows.trees, config, implementation, product_dtype(weight), weight.device, kernel=layouts.kernel
         )
@@ -67,6 +70,12 @@ def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
+    shapes = [tuple(states.shape[:2]) for states in captured]
+    if shapes != [tuple(rows.input_ids.shape)]:
+        raise ValueError(
+            f"model: {type(causal_lm(model)).__name__} gave last hidden states of {shapes or 'no'} tokens for rows of "
+            f"{tuple(rows.input_ids.shape)}, expected one state for each token from its backbone"
+        )
     return HiddenStates(captured[0].flatten(0, 1), rows.place_T, sequences)
 
 
@@ -167,16 +176,22 @@ def prompt_mean(model: nn.Module, prompt_ids: list[int], layout: Layout | Layout
 def _micro_batches(sequences: Sequences, size: int, layout: Layout | Layouts) -> Iterator[tuple[list[int], Sequences]]:
     """Yields ``size`` responses at a time with their indices.
 
-    The longest come first, so that there is little padding. Where prompts may be shared, responses with the same
-    prompt, or with prompts that begin alike, come one after another.
+    The longest come first, so that there is little padding. Where prompts may be shared and there is much to share,
+    responses to one prompt, or to prompts that begin alike, stand together, and such a family goes by its longest.
     """
-    lengths, prompts = sequences.lengths, sequences.prompt_ids
+    lengths = sequences.lengths
     order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
     if layout == "shared" or (isinstance(layout, Layouts) and layout.sharing != "never"):
-        order.sort(key=lambda i: prompts[i])
+        families, shared = prompt_families(sequences.prompt_ids)
+        if shared > _MUCH * sum(lengths):
+            families.sort(key=lambda family: -max(lengths[i] for i in family))
+            order = [i for family in families for i in family]
     for start in range(0, len(order), size):
         members = order[start : start + size]
         yield members, sequences.select(members)
+
+
+_MUCH = 0.25  # The share of all tokens that must be common, or else the order by length saves more.
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from maestro_fast.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 
+_TAKES_TREES = ("sdpa", "eager", VARLEN)  # The implementations that shared rows are made for.
 _WINDOW = 6  # Sliding windows are as short as this in a trial, so that a few tokens show whether they are kept.
 _ROUNDINGS = 4.0  # A layout that is right differs by about as much as rounding does, a wrong one by 7 times as much.
 _MOST = 0.5  # The largest difference that is put down to rounding, in a model that rounding changes beyond recognition.
@@ -44,15 +45,11 @@ def choose_layout(model: nn.Module, sharing: Sharing = "never") -> Layouts:
     """
     implementation = implementation_of(model)
     plain = _plain_layout(model, layout_of(implementation))
-    kernel = implementation == VARLEN
     if sharing == "never":
         return Layouts(plain)
     name = type(causal_lm(model)).__name__
-    config = causal_lm(model).config.get_text_config()
-    found: float | str | None = _limit_by_place(config)
-    if found is None:
-        with _short_window(config):
-            found = _difference(model, Layouts(plain, "always", kernel=kernel), _SHARED_PROBE)
+    kernel = implementation == VARLEN
+    pair_cost, found = _try_sharing(model, Layouts(plain, "always", kernel=kernel))
     if not isinstance(found, float):
         if sharing == "always":
             raise SettingsError(f"model.attention: shared does not serve {name} with {implementation}: {found}")
@@ -64,7 +61,24 @@ def choose_layout(model: nn.Module, sharing: Sharing = "never") -> Layouts:
         "always" if sharing == "always" else "where that costs less",
         found,
     )
-    return Layouts(plain, sharing, cost_of_a_pair(config), kernel)
+    return Layouts(plain, sharing, pair_cost, kernel)
+
+
+def _try_sharing(model: nn.Module, layouts: Layouts) -> tuple[float, float | str]:
+    """Returns what a pair costs, and the difference of shared rows from padded ones or why they do not serve."""
+    implementation = implementation_of(model)
+    if implementation not in _TAKES_TREES:  # Other kernels read a mask in their own way, some past its end.
+        return 0.0, f"its attention is {implementation}, and only {', '.join(_TAKES_TREES)} take shared prompts"
+    # A model's own code may raise anything where it meets a mask that it does not know. Then it trains without sharing.
+    try:
+        config = causal_lm(model).config.get_text_config()
+        if (limit := _limit_by_place(config)) is not None:
+            return 0.0, limit
+        with _short_window(config):
+            found = _difference(model, layouts, _SHARED_PROBE)
+        return cost_of_a_pair(config) if isinstance(found, float) else 0.0, found
+    except Exception as error:
+        return 0.0, f"{type(error).__name__}: {error}"
 
 
 def _plain_layout(model: nn.Module, wanted: Layout) -> Layout:

@@ -5,7 +5,7 @@ attention computes costs ``pair_cost``, see ``cost_of_a_pair``. So a prompt of P
 tokens each, in SDPA with a mask, cost
 
     padded    G (P + R) tokens and, as no row has padding, G (P + R)^2 / 2 pairs
-    packed    G (P + R) tokens and G (P + R)^2 pairs
+    packed    the same; but (P + R)^2 pairs a row where rows hold several sequences, as a mask then keeps these apart
     shared    P + G R tokens and (P + G R)^2 pairs
 
 and kernels that skip the pairs which do not see each other count only those that do.
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from maestro_fast.model.attention import Layout
 from maestro_fast.model.rows import Rows, Sequences, rows_of
@@ -27,8 +29,8 @@ class TokenCount:
     """How many tokens the forwards of a run have computed.
 
     Attributes:
-        computed: the tokens of the models' inputs, with padding.
-        of_sequences: the tokens of the sequences, each with a prompt of its own.
+        computed: the tokens of the models' inputs, without padding.
+        of_sequences: the tokens of the sequences, each with a prompt of its own. It is larger by what is shared.
     """
 
     computed: int = 0
@@ -68,8 +70,9 @@ class Layouts:
             if self.sharing == "auto":
                 plain = rows_of(sequences, self.plain)
                 rows = min(plain, rows, key=self.cost)
-        self.count.computed += rows.input_ids.numel()
-        self.count.of_sequences += sum(sequences.lengths)
+        of_sequences = sum(sequences.lengths)
+        self.count.of_sequences += of_sequences
+        self.count.computed += of_sequences if rows.trees is None else rows.trees.tokens
         return rows
 
     def cost(self, rows: Rows) -> float:
@@ -80,21 +83,38 @@ class Layouts:
         elif rows.bounds:
             lengths = rows.bounds["cu_seq_lens_q"].diff().double()
             pairs = int((lengths**2).sum() / 2)
-        elif rows.attention_mask is not None and bool(rows.attention_mask.all()):
+        elif _each_row_is_one_sequence(rows):
             pairs = count * width**2 // 2
         else:
             pairs = count * width**2
         return count * width + self.pair_cost * pairs
 
 
+def _each_row_is_one_sequence(rows: Rows) -> bool:
+    """Whether no row has padding or a second sequence. SDPA then gets no mask and skips the pairs that are not seen."""
+    if rows.attention_mask is not None:
+        return bool(rows.attention_mask.all())
+    return bool((rows.position_ids == torch.arange(rows.position_ids.shape[1])).all())
+
+
 def cost_of_a_pair(config: Any) -> float:
     """What a pair of query and key costs in the attention of a model, in tokens, from the model's text config.
 
-    With a hidden size of d, a layer of a usual shape has 12 d^2 weights (4 d^2 in the attention, 8 d^2 in the MLP), so
-    a token costs 24 d^2 operations there, and a pair 4 d: as much as 1 / (6 d) of a token. The operations of the
-    attention are slower than those of a large product, by the factor ``_SLOWER``.
+    In a layer with H heads of D, H_kv of them for keys, a hidden size of d and an MLP of width I, a pair costs 4 H D
+    operations, and a token 2 for each weight of its linear layers: 2 d D (H + H_kv) of the attention and 3 d I of the
+    MLP (of the experts that a token sees). The operations of the attention are slower than those of a large product, by
+    the factor ``_SLOWER``.
     """
-    return _SLOWER / (6.0 * float(config.hidden_size))
+
+    def number(name: str, default: float) -> float:
+        return float(getattr(config, name, None) or default)
+
+    size = number("hidden_size", 1024)
+    heads = number("num_attention_heads", max(1.0, size / 64))
+    head = number("head_dim", size / heads)
+    attention = 2 * size * head * (heads + number("num_key_value_heads", heads))
+    width = number("moe_intermediate_size", number("intermediate_size", 4 * size)) * number("num_experts_per_tok", 1)
+    return _SLOWER * 4 * heads * head / (2 * (attention + 3 * size * width))
 
 
 _SLOWER = 1.5

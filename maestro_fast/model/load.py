@@ -259,16 +259,22 @@ def _has_file(path: str, name: str, *, local_files_only: bool = False) -> bool:
 
 
 def _set_attention(model: Any, wanted: str, device: torch.device | None, mixed: torch.dtype | None) -> None:
-    """Chooses the attention again, now that the dtype in which it computes is known."""
-    implementation, reason = attention_choice(wanted, device, mixed or model.dtype)
-    loaded = model.config._attn_implementation
-    if implementation not in (loaded, "sdpa"):  # A model without SDPA keeps eager attention.
+    """Chooses the attention again, now that the model and the dtype in which it computes are known."""
+    loaded, refused = model.config._attn_implementation, dict[str, str]()
+    windows = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    while True:
+        implementation, reason = attention_choice(
+            wanted, device, mixed or model.dtype, windows=windows, refused=refused
+        )
+        if implementation in (loaded, "sdpa"):  # A model without SDPA keeps eager attention.
+            break
         try:
             use_attention(model, implementation)
+            break
         except (ValueError, ImportError) as error:
             if wanted not in ("auto", "shared"):
                 raise SettingsError(f"model.attention: {wanted} cannot serve: {error}") from error
-            reason = f"{implementation} was the choice, but {error}"
+            refused[implementation] = f"{implementation} was the choice, but {error}"
     logger.info("attention: %s, %s", model.config._attn_implementation, reason)
 
 

@@ -88,6 +88,27 @@ def common_prefix(one: Ids, other: Ids) -> int:
     return next(i for i in range(shortest) if one[i] != other[i])
 
 
+def prompt_families(prompt_ids: Sequence[Ids]) -> tuple[list[list[int]], int]:
+    """Puts sequences together whose prompts are equal, or begin alike for at least half of the shorter one.
+
+    Returns:
+        The indices of the sequences of each family, those with equal prompts one after another; and the number of
+        prompt tokens that a sequence has in common with the one before it in its family.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda i: prompt_ids[i])
+    families: list[list[int]] = []
+    shared = 0
+    for i in order:
+        own, before = prompt_ids[i], prompt_ids[families[-1][-1]] if families else []
+        common = common_prefix(own, before)
+        if families and common >= min(len(own), len(before), max(MIN_COMMON, min(len(own), len(before)) // 2)):
+            families[-1].append(i)
+            shared += common
+        else:
+            families.append([i])
+    return families, shared
+
+
 def forest(
     prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, pair_cost: float, across_prompts: bool = True
 ) -> list[Tree]:

@@ -83,6 +83,7 @@ class Trees:
         starts, parents: the first token of each piece in the flattened input, and the index of the piece that it goes
             on from, or -1. Padding is a piece of its own.
         depth: the largest number of pieces from a root to a leaf.
+        tokens: the number of tokens of all trees, without padding.
     """
 
     ends_RL: Tensor
@@ -90,6 +91,7 @@ class Trees:
     starts: list[int]
     parents: list[int]
     depth: int
+    tokens: int
 
     @property
     def pairs(self) -> int:
@@ -146,7 +148,7 @@ def _shared_rows(sequences: Sequences, *, one_row: bool, pair_cost: float) -> Ro
             starts.append(r * width + at)
             parents.append(-1)
     depth = max(tree.depth for tree in trees)
-    return Rows(ids, positions, None, torch.cat(places), {}, Trees(ends, positions, starts, parents, depth))
+    return Rows(ids, positions, None, torch.cat(places), {}, Trees(ends, positions, starts, parents, depth, sum(sizes)))
 
 
 def _bins(sizes: list[int], pair_cost: float) -> list[list[int]]:

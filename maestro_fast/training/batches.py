@@ -209,8 +209,8 @@ class MicroBatch:
 def group_order(prompts: int, group_size: int, generator: torch.Generator) -> list[int]:
     """The indices of all responses, whole groups in random order.
 
-    So an optimiser step trains on whole groups, as in verl, and a micro-batch holds responses with a common prompt,
-    which the model needs to compute only once for them.
+    So an optimiser step trains on whole groups where they fit, as in verl, and a micro-batch holds responses with a
+    common prompt, which the model needs to compute only once for them.
     """
     groups = torch.randperm(prompts, generator=generator)
     return (groups[:, None] * group_size + torch.arange(group_size)).flatten().tolist()

@@ -225,14 +225,14 @@ def _prompt_states(
 
     Each prompt is alone in its forward.
     """
-    layout = choose_layout(model)
+    layouts = choose_layout(model)
     states = []
     for ids in tqdm(dataset.prompts(dataset.rows, tokenizer).token_ids, "Prompts", leave=False, delay=_DELAY):
         if mode is None:
-            states.append(prompt_mean(model, ids, layout))
+            states.append(prompt_mean(model, ids, layouts))
         else:
             alone = Sequences([ids], [[]])
-            states.append(last_hidden(model, alone, layout).contexts(mode)[0])
+            states.append(last_hidden(model, alone, layouts).contexts(mode)[0])
     return torch.stack(states)
 
 
@@ -245,11 +245,11 @@ def _response_states(
     seed: int,
 ) -> Tensor:
     """The terminal state of each response, [N * samples, d]."""
-    layout = choose_layout(model, "auto")
+    layouts = choose_layout(model, "auto")
     states = []
     for rollouts in sample_responses(model, tokenizer, dataset, sampling, samples, seed):
         sequences = Sequences(rollouts.prompts.token_ids, rollouts.completion_ids)
-        states.append(terminal_states(model, sequences, layout, CHUNK))
+        states.append(terminal_states(model, sequences, layouts, CHUNK))
     return torch.cat(states)
 
 

@@ -212,8 +212,13 @@ class Float64(TorchFunctionMode):
 
 
 def errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """The largest error of each tensor, relative to the largest value of the exact one."""
-    return {
+    """The largest error of each tensor, relative to the largest value of the exact one; that of the whole gradient is
+    its norm."""
+    found = {
         name: ((value.double() - exact[name]).abs().max() / exact[name].abs().max().clamp(min=1e-30)).item()
         for name, value in values.items()
     }
+    names = [name for name in values if name.startswith("gradient of")]
+    gaps = torch.stack([(values[name].double() - exact[name]).norm() for name in names])
+    sizes = torch.stack([exact[name].norm() for name in names])
+    return found | {"whole gradient": (gaps.norm() / sizes.norm()).item()}

@@ -328,7 +328,7 @@ def test_a_run_with_varlen_equals_one_with_sdpa(
         override(raw_config, "model.attention", attention)
         override(raw_config, "run_dir", str(tmp_path / attention))
         trainer = train(parse_config(raw_config), raw_config)
-        assert trainer.step.scorer.layout == ("varlen" if attention == "varlen" else "packed")
+        assert trainer.step.scorer.layouts.plain == ("varlen" if attention == "varlen" else "packed")
         after[attention] = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     before = {} if lora else dict(AutoModelForCausalLM.from_pretrained(raw_config["model"]["path"]).named_parameters())
@@ -360,7 +360,7 @@ def test_varlen_serves_float32_weights_in_mixed_precision(
         override(raw_config, name, value)
     trainer = train(parse_config(raw_config), raw_config)
 
-    assert trainer.step.scorer.layout == "varlen" and seen == {torch.bfloat16}
+    assert trainer.step.scorer.layouts.plain == "varlen" and seen == {torch.bfloat16}
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 

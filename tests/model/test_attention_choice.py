@@ -43,7 +43,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             {"flash": True},
             torch.float32,
             "sdpa",
-            "flash_attn needs bfloat16 or float16 weights, not float32; torch.nn.attention.varlen needs bfloat16",
+            "torch.nn.attention.varlen needs bfloat16 or float16 weights, not float32; flash_attn needs bfloat16",
         ),
         ({"flash": False, "capability": (7, 5)}, torch.float16, "sdpa", "varlen needs sm_80, the device is sm_75"),
     ],
@@ -85,7 +85,7 @@ def test_what_is_asked_for_is_given_or_refused(
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"^model\.attention: flash, expected one of auto, flash_attention_2"):
+    with pytest.raises(SettingsError, match=r"^model\.attention: flash, expected one of auto, shared, flash_attention_2"):
         attention_choice("flash", CPU)
 
 

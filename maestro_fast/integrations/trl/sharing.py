@@ -88,7 +88,7 @@ def sequences_to_read(inputs: Mapping[str, Tensor], counted_BC: Tensor) -> tuple
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     prompts_BP, prompt_mask_BP, completions_BC, completion_mask_BC = (inputs[name].cpu() for name in names)
     place_C = torch.arange(counted_BC.shape[1])
-    read_B = (counted_BC * place_C).amax(1)
+    read_B = (counted_BC * place_C).amax(1) if len(place_C) else counted_BC.sum(1)
     _check_masks(prompt_mask_BP.bool(), completion_mask_BC.bool(), place_C < read_B[:, None])
     own_B = prompt_mask_BP.sum(1)
     sequences = Sequences(

@@ -159,7 +159,12 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         hides = hides_ours(self, "_get_per_token_logps_and_entropies") is not None
         adds_forward = self.weight_policy.needs_context and (hides or not scores_old_logprobs(self))
         plain = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile
-        return layouts_of(self) if adds_forward and not plain else Layouts("padded")
+        if adds_forward and not plain:
+            try:
+                return layouts_of(self)
+            except ValueError as error:  # The trial has a backward, which this forward does not need.
+                logger.info("layout: padded for the hidden states, %s", error)
+        return Layouts("padded")
 
     def _say_what_context_costs(self) -> None:
         if not self.weight_policy.needs_context or not self.accelerator.is_main_process:
