@@ -182,10 +182,10 @@ def _micro_batches(sequences: Sequences, size: int, layout: Layout | Layouts) ->
     lengths = sequences.lengths
     order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
     if layout == "shared" or (isinstance(layout, Layouts) and layout.sharing != "never"):
-        families, shared = prompt_families(sequences.prompt_ids)
+        families, shared = prompt_families([sequences.prompt_ids[i] for i in order])
         if shared > _MUCH * sum(lengths):
-            families.sort(key=lambda family: -max(lengths[i] for i in family))
-            order = [i for family in families for i in family]
+            families.sort(key=min)  # The longest of a family is the one that comes first in the order so far.
+            order = [order[i] for family in families for i in family]
     for start in range(0, len(order), size):
         members = order[start : start + size]
         yield members, sequences.select(members)

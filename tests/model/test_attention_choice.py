@@ -85,7 +85,9 @@ def test_what_is_asked_for_is_given_or_refused(
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"^model\.attention: flash, expected one of auto, shared, flash_attention_2"):
+    with pytest.raises(
+        SettingsError, match=r"^model\.attention: flash, expected one of auto, shared, flash_attention_2"
+    ):
         attention_choice("flash", CPU)
 
 

@@ -6,6 +6,7 @@ tests marked ``gpu`` run the kernels themselves.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from maestro_fast.model import merged_attention as merged_page
 from maestro_fast.model.attention import VARLEN, attention_paths, bounds_mask, use_attention, varlen_attention
@@ -27,7 +29,7 @@ from maestro_fast.model.merged_attention import Pieces, merged_attention
 from maestro_fast.model.rows import Sequences, Trees, rows_of
 from maestro_fast.model.shared_attention import shared_inputs, tree_mask
 from tests.model.plain_kernels import PlainKernels, PlainOps
-from tests.model.shared_cases import batch, errors, found, model_of, truth
+from tests.model.shared_cases import MIXED, SMALL, WINDOW, batch, errors, found, lively, model_of, truth
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNEL = Layouts("varlen", "always", kernel=True)
@@ -380,17 +382,24 @@ def test_the_real_kernel_is_as_exact_as_padded_sequences(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["qwen3", "mistral, window", "qwen3, mixed"])
-def test_models_on_a_gpu_share_prompts(name: str) -> None:
-    def on_gpu(model: Any) -> Any:
-        return model.to(CUDA, torch.bfloat16)
-
-    model = on_gpu(model_of(name))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16)),
+        lambda: MistralForCausalLM(MistralConfig(**SMALL, **WINDOW, head_dim=16)),
+        lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **MIXED, head_dim=16)),
+    ],
+    ids=["full", "windows", "mixed"],
+)
+def test_models_on_a_gpu_share_prompts(make: Callable[[], Any]) -> None:
+    """A head of 16 numbers is the smallest that FlexAttention's kernel takes."""
+    rounded = lively(make()).to(torch.bfloat16)
+    model, plain = copy.deepcopy(rounded).to(CUDA), copy.deepcopy(rounded).to(CUDA)
     use_attention(model, VARLEN)
     layouts = choose_layout(model, "always")
     assert layouts.kernel
-    expected = truth(model_of(name).to(torch.bfloat16).float(), batch())
-    ours = errors({n: x.cpu() for n, x in found(model, batch(), layouts).items()}, expected)
-    theirs = errors({n: x.cpu() for n, x in found(on_gpu(model_of(name)), batch(), "padded").items()}, expected)
-    for value, error in ours.items():
-        assert error <= 2 * theirs[value] + 2**-7, (value, error, theirs[value])
+    expected = truth(rounded, batch())
+    ours, theirs = found(model, batch(), layouts), found(plain, batch(), "padded")
+    padded_errors = errors({name: value.cpu() for name, value in theirs.items()}, expected)
+    for name, error in errors({name: value.cpu() for name, value in ours.items()}, expected).items():
+        assert error <= 2 * padded_errors[name] + 2**-7, (name, error, padded_errors[name])
