@@ -4,7 +4,7 @@ transformers hands a keyword of the model's forward that it does not know down t
 ``SharedRow`` goes there instead of a mask, and each layer chooses by what it asks for:
 
 1. two merged calls of torch's varlen kernel, where a layer sees whole sequences and trees are prompts with completions;
-2. FlexAttention for sliding windows, for capped scores, for deeper trees, and where torch's kernel cannot be merged.
+2. FlexAttention for sliding windows and capped scores, and where torch's kernel cannot be merged.
 """
 
 from __future__ import annotations

@@ -148,6 +148,15 @@ def test_a_model_without_any_layout_keeps_trls_forward(
 # --- hidden states for the weights ---
 
 
+def test_completions_without_any_token_are_read() -> None:
+    prompt_ids, prompt_mask = rows([[5, 6], [7]], left=True)
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    inputs |= {"completion_ids": nothing, "completion_mask": nothing}
+    sequences, predicting = sequences_to_read(inputs, nothing.bool())
+    assert sequences.tokens == [[5, 6], [7]] and predicting.numel() == 0
+
+
 def test_the_forward_for_hidden_states_shares_prompts(settings: Make, ingredients: Make) -> None:
     class Keeping(MaestroGRPOTrainer):
         def _generate(self, prompts: Any) -> Any:

@@ -57,6 +57,17 @@ def test_the_choice_goes_by_kernel_device_and_dtype(
     assert implementation == chosen and because in reason
 
 
+def test_flash_attention_serves_where_the_varlen_kernel_does_not(on_a_gpu: Callable[..., None]) -> None:
+    """The varlen kernel takes no windows but with shared prompts, and some models do not take it at all."""
+    on_a_gpu(flash=True)
+
+    assert attention_choice("auto", CUDA, torch.bfloat16, windows=True)[0] == "flash_attention_2"
+    assert attention_choice("shared", CUDA, torch.bfloat16, windows=True)[0] == VARLEN
+    assert attention_choice("auto", CUDA, torch.bfloat16, refused={VARLEN: "no"})[0] == "flash_attention_2"
+    implementation, reason = attention_choice("shared", CUDA, torch.bfloat16, refused={VARLEN: "it caps its scores"})
+    assert (implementation, reason) == ("sdpa", "it caps its scores")
+
+
 def test_flash_attention_is_never_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 

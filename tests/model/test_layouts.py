@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 from maestro_fast.model.forward import _micro_batches, last_hidden
 from maestro_fast.model.layout_trial import choose_layout
@@ -121,6 +121,13 @@ def test_a_backbone_that_gives_no_states_is_named() -> None:
     model = OPTForCausalLM(OPTConfig(word_embed_proj_dim=16, max_position_embeddings=32, pad_token_id=1, **sizes))
     with pytest.raises(ValueError, match=r"^model: OPTForCausalLM gave last hidden states of no tokens for rows of"):
         last_hidden(model, group(3, 2, 2), "padded")
+
+
+def test_a_mixture_of_experts_that_returns_its_router_shares_prompts() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=True, sliding_window=None))
+    assert choose_layout(model, "auto").sharing == "auto"
 
 
 # --- the order in which responses are scored ---
