@@ -77,7 +77,7 @@ bench: ## Set up, then run the CPU benchmarks: a table per op, and bench/results
 	@$(call in_environment,dev) && mkdir -p bench/results && \
 	"$$python" -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/cpu.json $(ARGS)
 
-gpu: ## On a GPU machine, without a network: GPU tests, headline figures, training steps; 13 minutes at most
+gpu: ## On a GPU machine, without a network: GPU tests, headline figures, training steps; 15 minutes at most
 	@status=0; for part in first second third; do bash bench/gpu.sh $$part || status=1; done; exit $$status
 
 gpu-sanitize: ## On a GPU machine: run compute-sanitizer's memcheck on every kernel

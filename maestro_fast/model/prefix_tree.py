@@ -153,24 +153,29 @@ def forest(
 def _parts(prompt: Ids, members: list[int], completion_ids: Sequence[Ids], pair_cost: float) -> list[list[int]]:
     """Deals the completions of a prompt to as many trees, each with the prompt, as cost least together.
 
-    With the prompt's P tokens in each of k trees and S tokens of completions, the trees have k P + S tokens and
-    (k P + S)^2 / k pairs. That is least at k = S sqrt(c / (P + c P^2)) for a cost c of a pair.
+    With the prompt's P tokens in each of k trees and S tokens of completions, k equal trees have k P + S tokens and
+    (k P + S)^2 / k pairs. That is least at k = S sqrt(c / (P + c P^2)) for a cost c of a pair. Trees are seldom equal,
+    and each takes a row as long as the longest. So the numbers around k are compared by what such rows cost.
     """
-    sizes = [len(completion_ids[i]) for i in members]
-    own, total = len(prompt), sum(sizes)
+    own, total = len(prompt), sum(len(completion_ids[i]) for i in members)
+    best = round(total * math.sqrt(pair_cost / (own + pair_cost * own**2))) if own else 1
+    counts = sorted({max(1, min(len(members), best + step)) for step in (-1, 0, 1)})
 
-    def cost(parts: int) -> float:
-        tokens = parts * own + total
-        return tokens + pair_cost * tokens**2 / parts
+    def cost(parts: list[list[int]]) -> float:
+        width = own + max(sum(len(completion_ids[i]) for i in part) for part in parts)
+        return len(parts) * (width + pair_cost * width**2)
 
-    best = total * math.sqrt(pair_cost / (own + pair_cost * own**2)) if own else 1.0
-    count = min({max(1, min(len(members), round(x))) for x in (math.floor(best), math.ceil(best))}, key=cost)
+    return min((_dealt(members, completion_ids, count) for count in counts), key=cost)
+
+
+def _dealt(members: list[int], completion_ids: Sequence[Ids], count: int) -> list[list[int]]:
+    """Deals completions to ``count`` parts of about as many tokens; the longest go first, to the lightest part."""
     parts: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
-    for size, i in sorted(zip(sizes, members, strict=True), reverse=True):  # The longest go first, to the lightest.
-        lightest = loads.index(min(loads))
+    for i in sorted(members, key=lambda i: -len(completion_ids[i])):
+        lightest = min(range(count), key=lambda part: (loads[part], len(parts[part])))
         parts[lightest].append(i)
-        loads[lightest] += size
+        loads[lightest] += len(completion_ids[i])
     return [sorted(part) for part in parts if part]
 
 
