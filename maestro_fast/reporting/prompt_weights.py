@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from maestro_fast.data.dataset import DataConfig, load_prompts
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
-from maestro_fast.training.data import DataConfig, load_prompts
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights
 from maestro_fast.weighting.families import spread_between_families
 from maestro_fast.weighting.policy import entropy

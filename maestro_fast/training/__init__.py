@@ -1,10 +1,10 @@
 """The trainer, the config of a run, and the data that it trains on."""
 
 from maestro_fast.config_file import read_config
+from maestro_fast.data.dataset import DataConfig, PromptDataset, load_prompts
 from maestro_fast.model.load import ModelConfig
 from maestro_fast.training.batches import BatchConfig
 from maestro_fast.training.config import TrainConfig, parse_config
-from maestro_fast.training.data import DataConfig, PromptDataset, load_prompts
 from maestro_fast.training.plan import Method
 from maestro_fast.training.run import train
 from maestro_fast.training.trainer import MaestroTrainer

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from maestro_fast.data.dataset import DataConfig
 from maestro_fast.functions import load_function
 from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
 from maestro_fast.generation.config import GENERATION
@@ -22,7 +23,6 @@ from maestro_fast.rewards import AnchorConfig, RewardConfig
 from maestro_fast.settings import Choice, Setting, SettingsError, UnknownSetting, build, near, settings_of
 from maestro_fast.specs import PROFILES, FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
-from maestro_fast.training.data import DataConfig
 from maestro_fast.training.plan import Method, check_correction
 from maestro_fast.weighting import WeightsConfig
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from maestro_fast.data.dataset import PromptDataset, Row
 from maestro_fast.model.rows import Sequences
 from maestro_fast.training.batches import Processes
-from maestro_fast.training.data import PromptDataset, Row
 from maestro_fast.training.parts import Judges, Sampler
 
 

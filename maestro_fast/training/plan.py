@@ -18,6 +18,7 @@ from typing import Literal
 
 from torch import nn
 
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.model.head import causal_lm, head_of
 from maestro_fast.model.layouts import Sharing
@@ -29,7 +30,6 @@ from maestro_fast.rewards import RewardSet
 from maestro_fast.settings import SettingsError
 from maestro_fast.specs import EntropyMode, LossFunction, resolve_profile
 from maestro_fast.training.batches import BatchConfig, BatchPlan
-from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import WeightPolicy
 
 Source = Literal["none", "scoring", "training"]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.config_file import read_run_config
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
 from maestro_fast.model.forward import last_hidden, prompt_mean, terminal_states
 from maestro_fast.model.layout_trial import choose_layout
@@ -26,7 +27,6 @@ from maestro_fast.model_path import check_model_path, loading_model
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
 from maestro_fast.training.config import TrainConfig, parse_config
-from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.plan import context_mode
 from maestro_fast.weighting import (
     Anchored,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.config_file import absolute_paths
+from maestro_fast.data.dataset import PromptDataset, check_conditions, load_prompts
 from maestro_fast.generation import (
     Engine,
     GenerationConfig,
@@ -35,7 +36,6 @@ from maestro_fast.settings import SettingsError
 from maestro_fast.training.arguments import default_learning_rate, mixed_precision, training_arguments
 from maestro_fast.training.best_policy import ABOUT_FILE
 from maestro_fast.training.config import TrainConfig
-from maestro_fast.training.data import PromptDataset, check_conditions, load_prompts
 from maestro_fast.training.evaluation import check_best_metric
 from maestro_fast.training.health import NonFiniteError
 from maestro_fast.training.plan import check_enough

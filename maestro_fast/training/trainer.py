@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from maestro_fast.data.dataset import PromptDataset, check_conditions
 from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
 from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.hidden_states import HiddenStates
@@ -52,7 +53,6 @@ from maestro_fast.training.checkpoint import (
     check_complete,
     use_learning_rate,
 )
-from maestro_fast.training.data import PromptDataset, check_conditions
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.health import Health, Origins
 from maestro_fast.training.interrupt import Interrupts

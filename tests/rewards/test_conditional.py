@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
+from maestro_fast.data.dataset import PromptDataset, check_conditions
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import FunctionReward, LabelsConfig, Where, build_anchor, build_rewards, gate
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.data import PromptDataset, check_conditions
 from maestro_fast.weighting.fixed import Equal
 from tests.rewards.conftest import MakeBatch
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation.sampling import completion_texts
 from maestro_fast.generation.transformers import TransformersGenerator
 from maestro_fast.model.rows import Sequences
@@ -18,7 +19,6 @@ from maestro_fast.reporting import prompt_weights as shown_page
 from maestro_fast.reporting.run_log import RolloutsLog
 from maestro_fast.training import parts
 from maestro_fast.training.config import parse_config
-from maestro_fast.training.data import PromptDataset
 from maestro_fast.training.prompt_weights import SavedConductor
 from maestro_fast.training.run import train
 from maestro_fast.weighting.fixed import Equal

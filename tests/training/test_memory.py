@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LinearPolicyLoss, PolicyLossConfig, policy_loss
 from maestro_fast.ops.head import chunk_rows
@@ -24,7 +25,6 @@ from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.rewards import build_rewards
 from maestro_fast.training import MaestroTrainer, Method
 from maestro_fast.training.batches import BatchConfig
-from maestro_fast.training.data import PromptDataset
 from maestro_fast.weighting import build_weight_policy
 from tests.ops.helpers import reference_token_logprobs
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -12,11 +12,11 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from maestro_fast.data.files import Row, read_rows
 from maestro_fast.model.chat import ChatConfig, Tool, check_template_kwargs, encode_prompt, prefilled, rendered
 from maestro_fast.records import Message, Prompts, Text
 from maestro_fast.rewards import RewardSet, masks, needed_columns
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.data_files import Row, read_rows
 from maestro_fast.weighting import WeightPolicy
 
 __all__ = ["DataConfig", "PromptDataset", "Row", "load_prompts"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maestro_fast.data.dataset import DataConfig, PromptDataset, load_prompts
 from maestro_fast.model.chat import ChatConfig, encode_prompt
-from maestro_fast.training.data import DataConfig, PromptDataset, load_prompts
 from tests.chat_templates import QWEN3, STRICT, chat_tokenizer
 from tests.tiny import tiny_tokenizer
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from maestro_fast.training.data import DataConfig, load_prompts
-from maestro_fast.training.data_files import read_rows
+from maestro_fast.data.dataset import DataConfig, load_prompts
+from maestro_fast.data.files import read_rows
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a colour, “red”.", "number": 1, "share": 0.5, "tags": ["a", "b"], "about": {"x": 1}, "yes": True},
