@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,19 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from maestro_fast.data.dataset import PromptDataset, check_conditions
-from maestro_fast.generation import Engine, Generator, ProbeConfig, TransformersGenerator
+from maestro_fast.generation import Engine, Generator, ProbeConfig
 from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.hidden_states import HiddenStates
-from maestro_fast.model.reference import PromptContexts, Reference, reference_policy
+from maestro_fast.model.reference import reference_policy
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
 from maestro_fast.records import PolicyOutputs, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
-from maestro_fast.training.batches import GroupSampler, MicroBatch, Processes
+from maestro_fast.training.batches import GroupSampler, MicroBatch
 from maestro_fast.training.best_policy import BestPolicy, check_best
+from maestro_fast.training.build import Given, build_step
 from maestro_fast.training.checkpoint import (
     Checkpoints,
     StepState,
@@ -59,14 +59,13 @@ from maestro_fast.training.interrupt import Interrupts
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, divergence
 from maestro_fast.training.overlap import Lessons, check_parts
-from maestro_fast.training.parts import Judges, Sampler, Scorer
-from maestro_fast.training.plan import LossTerms, Method, checked_plan, choose_scoring, context_mode, reads_reference
+from maestro_fast.training.plan import LossTerms, Method, checked_plan, context_mode, reads_reference
 from maestro_fast.training.progress import StageProgress, StepEvents
 from maestro_fast.training.rescue import Rescue
 from maestro_fast.training.run_directory import staged
-from maestro_fast.training.step import Sampled, Step
-from maestro_fast.training.weight_sync import check_engine, synced_generator
-from maestro_fast.weighting import WeightPolicy, check_profile
+from maestro_fast.training.step import Sampled
+from maestro_fast.training.weight_sync import check_engine
+from maestro_fast.weighting import WeightPolicy
 from maestro_fast.weighting.diagnostics import Watch, healthy_ranges
 
 logger = logging.getLogger(__name__)
@@ -144,11 +143,10 @@ class MaestroTrainer(Trainer):
         check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
         check_conditions(rewards, anchor, weights, dataset, evaluation)
         self.method = method or Method()
-        self._profile = resolve_profile(self.method.profile)
-        self._terms = LossTerms.of(self.method.loss, self._profile)
+        terms = LossTerms.of(self.method.loss, resolve_profile(self.method.profile))
         self._plan = plan = checked_plan(self.method, model, dataset, args.world_size)
         plan.set_sizes(args)
-        needs_reference = self._terms.reads_reference or reads_reference(weights)
+        needs_reference = terms.reads_reference or reads_reference(weights)
         self._dataset, self._tokenizer, self._means = dataset, tokenizer, MetricMeans()
         self._micro_batches: list[MicroBatch | Sampled] = []  # those of the generation batch that are left
         super().__init__(
@@ -172,8 +170,8 @@ class MaestroTrainer(Trainer):
         self.add_callback(StepEvents(self, timing_observers))
         warn_of_half_precision(model, args.learning_rate, self.accelerator)
         reference = reference_policy(model, self.accelerator) if needs_reference else None
-        choose = partial(self._choose_generator, generator, engine, probe or ProbeConfig())
-        self.step = self._build_step(model, rewards, weights, anchor, reference, choose)
+        given = Given(model, tokenizer, dataset, rewards, anchor, weights, self.method, generator, engine, probe)
+        self.step = build_step(given, plan, reference, self.accelerator, self.clock)
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
         sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
         self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
@@ -182,51 +180,6 @@ class MaestroTrainer(Trainer):
         self._rescue = Rescue(self, model, weights, self._lessons)
         self.health = Health(self.step.processes, model, self.args.learning_rate)
         self._origins = Origins([], self.method.sampling.group_size, 0)  # where the current responses come from
-
-    def _build_step(
-        self,
-        model: nn.Module,
-        rewards: RewardSet,
-        weights: WeightPolicy,
-        anchor: RewardSet | None,
-        reference: Reference | None,
-        generator: Callable[[Scorer], Generator],
-    ) -> Step:
-        """Builds the parts of every generation batch. ``generator`` makes the generator from the policy's scorer."""
-        check_profile(weights, self._profile)
-        plan, sampling = self._plan, self.method.sampling
-        scoring = choose_scoring(model, plan, rewards, weights, self._terms)
-        logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
-        processes = Processes(self.accelerator)
-        scorer = Scorer.of(model, plan.micro_batch, self.method, self.accelerator.autocast)
-        return Step(
-            plan=plan,
-            terms=self._terms,
-            profile=self._profile,
-            scoring=scoring,
-            sampler=Sampler.of(generator(scorer), sampling, self.method.seed, processes),
-            scorer=scorer,
-            judges=Judges(rewards, anchor, self._tokenizer, scorer, processes, self._dataset.chat),
-            weights=weights,
-            reference=reference,
-            prompt_contexts=PromptContexts(scorer.layouts, processes.gather, processes.device),
-            processes=processes,
-            clock=self.clock,
-        )
-
-    def _choose_generator(
-        self, generator: Generator | None, engine: Engine | None, probe: ProbeConfig, scorer: Scorer
-    ) -> Generator:
-        """Returns ``generator``, or one for ``engine`` that is probed on the first prompts, or transformers' own."""
-        if generator is not None:
-            return generator
-        if engine is None:
-            sampling = self.method.sampling
-            autocast = self.accelerator.autocast
-            return TransformersGenerator(self._tokenizer, sampling, synced_gpus=self.is_fsdp_enabled, autocast=autocast)
-        rows = [self._dataset[i] for i in range(min(len(self._dataset), max(8, probe.sequences)))]
-        prompt_ids = self._dataset.prompts(rows, self._tokenizer).token_ids
-        return synced_generator(engine, probe, prompt_ids, scorer, self.accelerator, self.clock)
 
     # ---- a generation batch -------------------------------------------------------------------------------------
 
