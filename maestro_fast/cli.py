@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_fast import __version__
-from maestro_fast.config_file import check_paths, read_config
+from maestro_fast.config_file import absolute_paths, check_paths, read_config
 from maestro_fast.error_report import explain
 
 _VERBOSE = ("-v", "--verbose")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = any(word in _VERBOSE for word in words)  # It may stand anywhere, also behind the settings of a run.
     parser = _parser()
     arguments, rest = parser.parse_known_args([word for word in words if word not in _VERBOSE])
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in ("train", "check"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("maestro_fast").setLevel(logging.INFO if verbose else logging.WARNING)
@@ -54,6 +55,11 @@ def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
         return _quickstart(arguments.out, arguments.resume)
     if arguments.command == "train":
         return _train(arguments.config, arguments.resume, settings)
+    if arguments.command == "init":
+        return _init(arguments)
+    if arguments.command == "check":
+        _check_counts(arguments)
+        return _check(arguments.config, settings, arguments.prompts, arguments.tokens)
     if arguments.command == "report":
         return _report(arguments.run_dir, arguments.compare, arguments.title)
     if arguments.command == "conductor":
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="the directory for the results (default: the first free runs/quickstart*)"
     )
     start.add_argument("--resume", action="store_true", help="go on with a quickstart in --out that was killed")
+    _add_starting(commands)
     train = commands.add_parser("train", help="a training run from a YAML file", allow_abbrev=False, add_help=False)
     train.add_argument("config", type=Path, help="the YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir")
@@ -113,6 +120,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_conductor(commands)
     commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
     return parser
+
+
+def _add_starting(commands: Any) -> None:
+    init = commands.add_parser("init", help="write a commented config for a model and data", allow_abbrev=False)
+    init.add_argument("--model", required=True, help="a checkpoint, or a name of the hub")
+    init.add_argument("--data", required=True, metavar="FILE", help="the prompts, as data.path takes them")
+    init.add_argument(
+        "--rewards",
+        metavar="LIST",
+        help="types of rewards and functions of your own, with commas between them: format,length,my_rewards.py:score",
+    )
+    init.add_argument("--weights", help="the type of the weight policy (default: conductor for several rewards)")
+    init.add_argument("--prompt-column", help="the column of the prompts, where it has an unusual name")
+    init.add_argument("--out", type=Path, default=Path("config.yaml"), help="the file to write (%(default)s)")
+    check = commands.add_parser("check", help="check a run and try a step of it, without training", allow_abbrev=False)
+    check.add_argument("config", type=Path, help="the YAML file")
+    check.epilog = "Any setting can be changed behind the file, as in train: --sampling.group_size 16 --weights equal."
+    for command in (init, check):
+        command.add_argument("--prompts", type=int, default=4, help="the number of prompts that are answered (4)")
+        command.add_argument(
+            "--tokens", type=int, default=64, help="the most tokens of a response, where the policy samples itself (64)"
+        )
 
 
 def _add_conductor(commands: Any) -> None:
@@ -144,7 +173,7 @@ def _add_conductor(commands: Any) -> None:
         help="the number of responses to a prompt, if the Conductor reads responses (%(default)s)",
     )
     show.add_argument("--seed", type=int, default=0, help="the seed of these responses (%(default)s)")
-    show.add_argument("--prompt-column", default="prompt", help="the column of the prompts (%(default)s)")
+    show.add_argument("--prompt-column", help="the column of the prompts (default: prompt, else messages)")
     show.add_argument("--family-column", help="the column of the task families (default: family, if there is one)")
 
 
@@ -163,11 +192,54 @@ def _quickstart(out: Path | None, resume: bool) -> int:
 def _train(config: Path, resume: bool, overrides: list[str]) -> int:
     raw = read_config(config, overrides)
     check_paths(raw)  # A wrong path is found here, before the imports that take seconds.
-    from maestro_fast.reporting.recorded_run import recorded_train, try_report
+    from maestro_fast.reporting import printed_verdict
+    from maestro_fast.reporting.recorded_run import ended_by_alarm, recorded_train, try_report
 
-    if recorded_train(raw, resume=resume).is_world_process_zero():
-        print(try_report(Path(raw["run_dir"])))
+    trainer, run_dir = recorded_train(raw, resume=resume), Path(raw["run_dir"])
+    if trainer.is_world_process_zero():
+        alarm = ended_by_alarm(run_dir, trainer.state.global_step)
+        print("\n".join([*alarm, printed_verdict(run_dir), try_report(run_dir)]))
     return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    _check_counts(arguments)
+    if arguments.out.exists():
+        raise ValueError(f"--out: {arguments.out} is there already, and init overwrites nothing")
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out: there is no directory {arguments.out.absolute().parent}")
+    check_paths(absolute_paths({"model": {"path": arguments.model}, "data": {"path": arguments.data}}, Path.cwd()))
+    from maestro_fast.starting.init import InitOptions, write_config
+
+    _quiet_loading()
+    names = ("model", "data", "out", "rewards", "weights", "prompt_column")
+    write_config(InitOptions(**{name: getattr(arguments, name) for name in names}))
+    print(f"Wrote {arguments.out}. Checking it:\n")
+    return _check(arguments.out, [], arguments.prompts, arguments.tokens)
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in ("prompts", "tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: {getattr(arguments, name)}, expected at least 1")
+
+
+def _quiet_loading() -> None:
+    """Hides the bars of transformers where nobody watches them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def _check(config: Path, overrides: list[str], prompts: int, tokens: int) -> int:
+    raw = read_config(config, overrides)
+    check_paths(raw)  # A wrong path is found here, before the imports that take seconds.
+    from maestro_fast.starting.check import CheckOptions, check
+
+    _quiet_loading()
+    width = shutil.get_terminal_size((100, 24)).columns
+    return 0 if check(raw, CheckOptions(prompts, tokens, width)) else 2
 
 
 def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
@@ -180,8 +252,9 @@ def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
     for name, folder in {"run_dir": run_dir, **{f"--compare {label}": path for label, path in others.items()}}.items():
         if not folder.is_dir():
             raise ValueError(f"{name}: there is no directory {folder}, expected that of a run")
-    from maestro_fast.reporting import write_report
+    from maestro_fast.reporting import printed_verdict, write_report
 
+    print(printed_verdict(run_dir, compare=others))
     print(f"Report: {write_report(run_dir, title=title, compare=others)}")
     return 0
 

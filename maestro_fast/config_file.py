@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 # an argument of that function, and stays as it is.
 _ENTRY = r"(?:rewards\[\d+\]|anchor)(?:\.gate\.on)*"
 # Here stand paths, paths or names of the hub, and functions, which may be "path/to/file.py:name".
-_PATHS = re.compile(r"run_dir|generation\.folder|trainer\.(?:deepspeed|fsdp_config|accelerator_config)")
-_PATHS_OR_NAMES = re.compile(rf"model\.path|(?:evaluation\.)?data\.path|{_ENTRY}\.model")
+_PATHS = re.compile(
+    rf"run_dir|generation\.folder|trainer\.(?:deepspeed|fsdp_config|accelerator_config)|{_ENTRY}\.cache"
+)
+_PATHS_OR_NAMES = re.compile(rf"model\.path|(?:evaluation\.)?data(?:\[\d+\])?\.path|{_ENTRY}\.model")
 _FUNCTIONS = re.compile(rf"{_ENTRY}(?:\.function)?|(?:weights|loss)(?:\.function)?|weights\.meta_reward")
 _FILE = re.compile(r"[./~]|.*/.*/|.*\.(?:jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz|zip)$|.*/$")
 
@@ -137,8 +139,9 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
 def _located(value: Any, name: str, place: Callable[[str, str], str]) -> Any:
     """A copy of ``value``, the setting ``name``, in which ``place`` has replaced every text by its absolute path."""
     if isinstance(value, dict):
-        own = re.fullmatch(_ENTRY, name) is not None and "function" in value
-        keep = {"model"} if own else set()
+        keep: set[str] = set()
+        if re.fullmatch(_ENTRY, name):  # A judge's model is a name on its server.
+            keep = {"model", "cache"} if "function" in value else {"model"} if value.get("type") == "judge" else set()
         names = {key: "on" if key is True else str(key) for key in value}  # YAML 1.1 reads a key `on` as true.
         return {
             key: item if key in keep else _located(item, f"{name}.{names[key]}" if name else names[key], place)
@@ -175,7 +178,7 @@ def check_paths(values: dict[str, Any]) -> None:
         if path is not None and name == "model.path":
             check_model_path(path)
         elif path is not None and os.path.isabs(path) and not _PATHS.fullmatch(name) and not os.path.exists(path):
-            kind = "file" if attribute or name.endswith("data.path") else "folder"
+            kind = "file" if attribute or re.search(r"data(?:\[\d+\])?\.path$", name) else "folder"
             raise SettingsError(f"{name}: there is no {kind} {path}")
         return text
 

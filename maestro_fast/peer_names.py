@@ -17,7 +17,7 @@ TRL: dict[str, str] = {
     "num_generations": "sampling.group_size",
     "num_generations_eval": "evaluation.samples",
     "max_completion_length": "sampling.max_new_tokens",
-    "max_prompt_length": "data.max_prompt_tokens, above which a prompt is an error",
+    "max_prompt_length": "data.max_prompt_tokens, with data.too_long",
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
     "top_k": "sampling.top_k",
@@ -52,16 +52,18 @@ TRL: dict[str, str] = {
     "vllm_max_model_length": "generation.max_tokens",
     "vllm_tensor_parallel_size": "generation.tensor_parallel",
     "vllm_enable_sleep_mode": "generation.sleep",
-    "log_completions": "always on: rollouts.jsonl in the run directory",
+    "log_completions": "console.every or trackers.every: rollouts.jsonl in the run directory has all of them anyway",
+    "num_completions_to_print": "console.samples",
     "log_unique_prompts": "always on: rollouts.jsonl in the run directory",
+    "mask_truncated_completions": "batch.truncated: mask",
     "num_iterations": "batch.updates_per_batch, by which a batch is divided: each response is trained on once",
 }
 # These have no equal here.
 TRL_ALONE = {
     "cache_implementation", "cast_lm_head_to_fp32", "disable_dropout",
     "ds3_gather_for_generation", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target",
-    "generation_kwargs", "log_completions_hub_repo", "log_multimodal", "mask_truncated_completions",
-    "max_tool_calling_iterations", "min_p", "num_completions_to_print", "off_policy_mask_threshold",
+    "generation_kwargs", "log_completions_hub_repo", "log_multimodal",
+    "max_tool_calling_iterations", "min_p", "off_policy_mask_threshold",
     "pad_to_multiple_of", "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty",
     "router_aux_loss_coef", "sapo_temperature_neg", "sapo_temperature_pos", "shuffle_dataset", "sync_ref_model",
     "top_entropy_quantile", "transformers_continuous_batching_config", "trust_remote_code", "use_adaptive_entropy",
@@ -109,10 +111,19 @@ VERL: dict[str, str] = {
     "data.val_files": "evaluation.data.path",
     "data.prompt_key": "data.prompt_column",
     "data.max_prompt_length": "data.max_prompt_tokens",
+    "data.filter_overlong_prompts": "data.too_long: drop",
+    "data.truncation": "data.too_long: cut for left, error for error",
+    "data.apply_chat_template_kwargs": "chat.template_kwargs",
+    "data.train_max_samples": "data.limit",
+    "data.val_max_samples": "evaluation.prompts",
+    "data.dataloader_num_workers": "trainer.dataloader_num_workers",
     "data.max_response_length": "sampling.max_new_tokens",
     "data.train_batch_size": "batch.prompts_per_batch",
     "algorithm.adv_estimator": "advantages.profile, such as verl_grpo for grpo",
     "algorithm.norm_adv_by_std_in_grpo": "advantages.profile: verl_grpo for true, verl_dr_grpo for false",
+    "filter_groups.enable": "batch.no_signal: refill",
+    "filter_groups.max_num_gen_batches": "batch.max_refills",
+    "overlong_buffer.len": "rewards: [{type: overlong, limit: TOKENS, buffer: TOKENS}]",
     "algorithm.use_kl_in_reward": "loss.kl_coef, with an advantages.profile such as maestro",
     "kl_ctrl.kl_coef": "loss.kl_coef",
     "custom_reward_function.path": "rewards: ['file.py:function']",
@@ -130,6 +141,16 @@ VERL: dict[str, str] = {
     "trainer.nnodes": "torchrun --nnodes, outside the config",
     "trainer.resume_mode": "--resume on the command line",
 }
+# These make a rollout of several turns, which this trainer does not, but TRL's does.
+SEVERAL_TURNS = {
+    "agent", "environment", "environment_factory", "environments", "max_assistant_turns", "max_tool_calling_iterations",
+    "max_turns", "max_user_turns", "multi_turn", "rollout_func", "tool_config_path", "tools",
+}  # fmt: skip
+_TO_TRL = (
+    "a rollout here is a single turn, and maestro_fast.integrations.trl.MaestroGRPOTrainer trains on several, with "
+    "TRL's tools, environments and rollout functions (schemas of tools for the prompt stand in a column tools of the "
+    "data)"
+)
 _VERL_SECTIONS = {name.split(".")[-2] for name in VERL} - {"trainer", "data", "model"} | {"actor_rollout_ref", "critic"}
 
 
@@ -141,12 +162,13 @@ def our_name(name: str, value: Any = None) -> str:
         value: its value. If it is a mapping, the settings in it are looked up too.
 
     Returns:
-        Words such as "here TRL's beta is loss.kl_coef"; "" if neither library has such a setting.
+        Words such as "here TRL's beta is loss.kl_coef", or where to go with a setting that this trainer does not serve;
+        "" if neither library has such a setting.
     """
     leaves = [name] if name.rpartition(".")[2] in TRL else _leaves(name, value)  # Some of TRL's values are mappings.
     found = [words for leaf in leaves if (words := _words(leaf))]
     if found or not _VERL_SECTIONS & set(name.split(".")):
-        return "; ".join(found[:4])
+        return "; ".join([*dict.fromkeys(found)][:4])
     return f"{name} is a section of verl's config, see CONFIG.md of maestro_fast.training for the sections here"
 
 
@@ -162,6 +184,8 @@ def _words(name: str) -> str:
         tail = ".".join(parts[-count:])
         if len(parts) >= count and tail in VERL:
             return f"here verl's {tail} is {VERL[tail]}"
+    if SEVERAL_TURNS & set(parts):
+        return _TO_TRL
     last = parts[-1]
     if last in TRL:
         return f"here TRL's {last} is {TRL[last]}"

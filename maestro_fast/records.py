@@ -6,7 +6,7 @@ Axis suffixes: B responses, K rewards, C completion tokens (of all responses, on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -64,17 +64,31 @@ class Prompts:
     def split(self, parts: int) -> list[Prompts]:
         """Cuts the prompts into ``parts`` runs of equal length; ``parts`` has to divide their number."""
         size = len(self) // parts
-        bounds = [slice(first, first + size) for first in range(0, len(self), size)]
-        return [
-            Prompts(
-                self.texts[b],
-                self.token_ids[b],
-                {k: v[b] for k, v in self.columns.items()},
-                self.families[b],
-                self.prefills[b],
-            )
-            for b in bounds
-        ]
+        return [self.select(range(first, first + size)) for first in range(0, len(self), size)]
+
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """Makes the record of these entries, in this order."""
+
+        def each(values: list[Any]) -> list[Any]:
+            return [values[row] for row in rows] if values else []
+
+        columns = {name: each(values) for name, values in self.columns.items()}
+        return Prompts(each(self.texts), each(self.token_ids), columns, each(self.families), each(self.prefills))
+
+    @staticmethod
+    def joined(parts: Sequence[Prompts]) -> Prompts:
+        """Joins prompts of one data set, one after another."""
+
+        def all_of(lists: Iterable[list[Any]]) -> list[Any]:
+            return [value for values in lists for value in values]
+
+        return Prompts(
+            all_of(part.texts for part in parts),
+            all_of(part.token_ids for part in parts),
+            {name: all_of(part.columns[name] for part in parts) for name in parts[0].columns},
+            all_of(part.families for part in parts),
+            all_of(part.prefills for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,18 @@ class Rollouts:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """Makes the record of these responses, in this order; the figures of the generation stay as they are."""
+        logprobs_C = self.sampling_logprobs_C
+        return replace(
+            self,
+            prompts=self.prompts.select(rows),
+            completion_ids=[self.completion_ids[row] for row in rows],
+            completions=[self.completions[row] for row in rows],
+            truncated_B=self.truncated_B[list(rows)],
+            sampling_logprobs_C=None if logprobs_C is None else take_responses(logprobs_C, self, rows),
+        )
 
     @property
     def completion_lengths_B(self) -> Tensor:
@@ -299,6 +325,12 @@ def plain_text(text: Text) -> str:
         content = content_text(message)
         lines += [content, *calls] if content or not calls else calls
     return "\n".join(lines)
+
+
+def take_responses(values_C: Tensor, rollouts: Rollouts, rows: Sequence[int]) -> Tensor:
+    """The values of some responses' tokens, in the order of ``rows``, from values [C] of the tokens of all."""
+    parts = values_C.split(rollouts.completion_lengths_B.tolist())
+    return torch.cat([parts[row] for row in rows]) if rows else values_C[:0]
 
 
 def response_means(values_C: Tensor, rollouts: Rollouts) -> Tensor:

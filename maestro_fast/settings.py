@@ -296,17 +296,17 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in options:
         return None
     rest = [option for option in options if option is not type(None)]
-    refusals = []
+    refusals: list[SettingsError] = []
     for option in rest:
         try:
             return convert(value, option, path)
         except SettingsError as error:
-            refusals.append(str(error))
+            refusals.append(error)
     # If an option takes such a value as a whole, and refuses only something inside it, that refusal is reported.
-    inside = [words for words in refusals if not words.startswith(f"{path}: ")]
+    inside = [error for error in refusals if not str(error).startswith(f"{path}: ")]
     if inside or len(refusals) == 1:
-        raise SettingsError((inside or refusals)[-1])
-    expected = " or ".join(words.rpartition("expected ")[2] for words in refusals)
+        raise (inside or refusals)[-1]
+    expected = " or ".join(str(error).rpartition("expected ")[2] for error in refusals)
     raise SettingsError(f"{path}: got {_show(value)}, expected {expected}")
 
 

@@ -53,7 +53,8 @@ def test_a_run_is_trained_reported_and_resumed(
     timings = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timings] == [1, 2]
     assert all(0 < line["generate"] + line["train"] < line["total"] for line in timings)
-    assert "report.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 logged steps are too few to tell a change from noise" in printed and "report.html" in printed
 
     page = run / "report" / "report.html"
     page.unlink()
@@ -77,7 +78,7 @@ def test_a_run_is_trained_reported_and_resumed(
         (["--weights.policy"], "weights.policy: missing its value"),
         (["--model.path", "nowhere/at/all"], "model.path: there is no folder"),
         (["--data.path", "nowhere.jsonl"], "data.path: there is no file"),
-        (["--trainer.report_to", "wandb"], "trainer.report_to: wandb cannot serve: WandbCallback requires wandb"),
+        (["--trainer.report_to", "comet_ml"], "trainer.report_to: comet_ml cannot serve: CometCallback requires"),
         (["--trainer.max_grad_norm", "high"], "trainer.max_grad_norm: got str 'high', expected float"),
         (["--trainer.x", "{a: ["], "trainer.x: '{a: [', line 1, column 6: is not valid YAML: expected the node"),
         (["--weights", "anchored"], "anchor: missing, weights: anchored needs a known utility"),
@@ -163,6 +164,12 @@ def test_the_whole_traceback_is_a_word_away_anywhere(
         ["train", "nowhere.yaml"],
         ["train", "examples/quickstart/config.yaml", "--model.path", "no/such/model"],
         ["train", "README.md", "--a", "[", "-v"],
+        ["check", "nowhere.yaml"],
+        ["check", "examples/quickstart/config.yaml", "--model.path", "no/such/model"],
+        ["init", "--model", "no/such/model", "--data", "README.md"],
+        ["init", "--model", "a", "--data", "nowhere.jsonl"],
+        ["init", "--model", "a", "--data", "README.md", "--out", "README.md"],
+        ["init", "--help"],
         ["report", "nowhere"],
         ["conductor", "show", "nowhere", "--on", "x"],
         ["--help"],
@@ -182,6 +189,21 @@ print("slow:", *sorted({{"torch", "transformers", "numpy", "matplotlib"}} & sys.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
     assert done.stdout.splitlines()[-1] == "slow:"
+
+
+def test_check_takes_the_settings_that_train_takes(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--prompts", "1", "--tokens", "3"]
+    assert main(["check", str(config), *few, "--sampling.group_size", "4", "--weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert "Rewards of 4 responses (1 prompts x 4)" in printed and printed.rstrip().endswith("ready")
+    assert not (tmp_path / "run").exists()
+
+    assert main(["check", str(config), *few, "--sampling.groupsize", "4"]) == 2
+    assert "sampling.groupsize: unknown setting" in capsys.readouterr().err
+    assert main(["check", str(config), "--prompts", "0"]) == 2
+    assert "--prompts: 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_info_says_what_serves_and_why_not_more(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_every_setting_has_a_type_and_a_sentence() -> None:
         ("generation", "vllm", "generation.sleep", "0 or 1 or 2", "0"),
         ("generation", "vllm_server", "generation.probe", "section, as `generation.probe`", "{}"),
         ("loss", "function", "loss.function", "text or function", ""),
-        ("evaluation", "", "evaluation.data", "section, as `data`", ""),
+        ("evaluation", "", "evaluation.data", "section or list of sections, as `data`", ""),
         ("trainer", "", "trainer.report_to", "text", "none"),
     ],
 )

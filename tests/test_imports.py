@@ -25,7 +25,7 @@ LAYERS = [
     {"training"},
     {"integrations"},
     {"reporting"},
-    {"evals"},
+    {"evals", "starting"},
     {"info", "quickstart", "config_reference"},
     {"cli"},
     {"__main__"},

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
 
 from maestro_fast.config_reference import sections
 from maestro_fast.peer_names import TRL, TRL_ALONE, VERL, our_name
+from maestro_fast.settings import SettingsError
+from maestro_fast.training.config import parse_config
 
 
 def test_trls_config_has_no_field_that_the_table_lacks() -> None:
@@ -43,3 +46,23 @@ def test_names_are_found_in_sections_and_in_mappings() -> None:
     assert whole == "here verl's rollout.n is sampling.group_size; here verl's actor.kl_loss_coef is loss.kl_coef"
     assert our_name("critic", {"x": 1}).startswith("critic is a section of verl's config")
     assert our_name("samplin.temprature") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", ["tools.py:look_up"]),
+        ("environment_factory", "game.py:Game"),
+        ("max_tool_calling_iterations", 3),
+        ("sampling.max_turns", 2),
+        ("multi_turn", {"enable": True, "max_assistant_turns": 3}),
+        ("actor_rollout_ref", {"rollout": {"multi_turn": {"enable": True}}}),
+    ],
+)
+def test_several_turns_lead_to_trls_trainer(name: str, value: Any) -> None:
+    hint = our_name(name, value)
+    assert hint.count("a rollout here is a single turn") == 1 and "integrations.trl.MaestroGRPOTrainer" in hint
+    section, _, own = name.rpartition(".")
+    raw: dict[str, Any] = {"run_dir": "run", "model": {"path": "m"}, "data": {"path": "d"}, "rewards": ["format"]}
+    with pytest.raises(SettingsError, match=f"^{name}: unknown setting; a rollout here is a single turn"):
+        parse_config({**raw, **({section: {own: value}} if section else {own: value})})

@@ -61,7 +61,7 @@ def test_every_recipe_is_understood_and_names_its_source(recipe: str) -> None:
 
 def test_nover_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two groups of eight, with and without the format; the gate gives 0, never an abstention."""
-    monkeypatch.setattr("maestro_fast.training.trainer.TransformersGenerator", Drafts)
+    monkeypatch.setattr("maestro_fast.training.build.TransformersGenerator", Drafts)
     records, trainer = run("nover.yaml", tmp_path, ["--trainer.learning_rate", "0.01"])
 
     assert len(records) == 2

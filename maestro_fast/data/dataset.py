@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.data.files import Row, read_rows
-from maestro_fast.model.chat import ChatConfig, Tool, check_template_kwargs, encode_prompt, prefilled, rendered
-from maestro_fast.records import Message, Prompts, Text
-from maestro_fast.rewards import RewardSet, masks, needed_columns
-from maestro_fast.settings import SettingsError
-from maestro_fast.weighting import WeightPolicy
+from maestro_fast.data.config import TooLong
+from maestro_fast.data.conversation import (
+    conversation,
+    is_unicode,
+    parsed,
+    problem,
+    shown,
+    with_system_prompt,
+)
+from maestro_fast.data.files import Row
+from maestro_fast.data.order import PromptOrder, ShuffledOrder
+from maestro_fast.data.template import KWARGS_COLUMN, TemplateCheck, own_kwargs, template_options
+from maestro_fast.data.too_long import shortened
+from maestro_fast.model.chat import ChatConfig, encode_prompt, prefilled
+from maestro_fast.records import Message, Prompts, Text, content_text
 
-__all__ = ["DataConfig", "PromptDataset", "Row", "load_prompts"]
-KWARGS_COLUMN = "chat_template_kwargs"  # TRL's name
-
-logger = logging.getLogger(__name__)
+__all__ = ["PromptDataset", "Row"]
+REPLY_COLUMN = "reference"
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the prompts are.
+@dataclass
+class Changes:
+    """How many rows of a data set were changed before they became prompts.
 
     Attributes:
-        path: a .jsonl, .json, .csv, .tsv or .parquet file (all but the last may have .gz behind that), a folder of
-            ``Dataset.save_to_disk``, or a name or folder for ``datasets.load_dataset``.
-        split: the split that datasets loads.
-        prompt_column: the column with the prompts, each a string or a list of {"role", "content"} messages, to which
-            the chat template is applied. A string that is the JSON of such a list counts as one.
-        family_column: the column with the task family of each prompt, for logs and reports; null means "family" where
-            there is such a column.
-        max_prompt_tokens: the limit above which a prompt is an error; null means no limit.
-        limit: how many of the first rows are used; null means all.
+        replies: conversations that have lost a last message of the assistant.
+        dropped: rows that were left out because their prompts have too many tokens.
+        cut: prompts that were shortened.
     """
 
-    path: str
-    split: str = "train"
-    prompt_column: str = "prompt"
-    family_column: str | None = None
-    max_prompt_tokens: int | None = None
-    limit: int | None = None
+    replies: int = 0
+    dropped: int = 0
+    cut: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}, expected at least 1 or null")
+    @staticmethod
+    def of(parts: Sequence[Changes]) -> Changes:
+        """The sums over several data sets."""
+        return Changes(*(sum(getattr(part, name) for part in parts) for name in ("replies", "dropped", "cut")))
 
 
 class PromptDataset(Dataset[Row]):
@@ -60,9 +53,13 @@ class PromptDataset(Dataset[Row]):
 
     Attributes:
         rows: the rows. A prompt is text, or a list of messages with the system prompt of ``chat``.
-        prompt_column, chat: as they were given.
+        prompt_column, chat, field: as they were given.
         family_column: the column of the task families.
+        changes: what has become of the rows that were given.
+        streaming: whether ``rows`` are only the first of many.
     """
+
+    streaming = False
 
     def __init__(
         self,
@@ -72,11 +69,14 @@ class PromptDataset(Dataset[Row]):
         chat: ChatConfig | None = None,
         *,
         field: str = "data",
+        family: str | None = None,
+        max_prompt_tokens: int | None = None,
+        too_long: TooLong = "error",
     ) -> None:
         """
         Args:
             rows: one mapping for each prompt, by column.
-            prompt_column, family_column: as in ``DataConfig``.
+            prompt_column, family_column, family, max_prompt_tokens, too_long: as in ``DataConfig``.
             chat: how conversations become what the policy reads; None takes the defaults.
             field: the name of the section of the config, for errors.
 
@@ -86,13 +86,17 @@ class PromptDataset(Dataset[Row]):
         """
         if not rows:
             raise ValueError(f"{field}.path: holds no rows, expected at least one prompt")
-        self._field, self.chat = field, chat or ChatConfig()
+        self.field, self.chat = field, chat or ChatConfig()
         self.prompt_column, self.family_column = prompt_column, family_column or "family"
+        self._family, self._limit, self._too_long = family, max_prompt_tokens, too_long
+        self._keeps_replies = prompt_column == "prompt"
+        self.changes = Changes()
         columns = list(dict.fromkeys(name for row in rows for name in row))
         if family_column is not None and family_column not in columns:
             raise ValueError(f"{field}.family_column: no column {family_column!r}, columns are {', '.join(columns)}")
-        self._columns = [name for name in columns if name != prompt_column]
         self.rows = [self._checked(row, i) for i, row in enumerate(rows)]
+        self._numbers: Sequence[int] = range(len(rows))  # what errors call each row
+        self._columns = list(dict.fromkeys(name for row in self.rows for name in row if name != prompt_column))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,7 +111,7 @@ class PromptDataset(Dataset[Row]):
             ValueError: the tokenizer or its template refuses a prompt.
         """
         texts: list[Text] = [row[self.prompt_column] for row in rows]
-        options = [self._template_options(row) for row in rows]
+        options = [template_options(row, self.chat) for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
         headers: dict[str, str] = {}
         return Prompts(
@@ -130,16 +134,79 @@ class PromptDataset(Dataset[Row]):
 
     def _families(self, rows: Sequence[Row]) -> list[str]:
         named = [row.get(self.family_column) for row in rows]
-        return ["" if name is None or name != name else str(name) for name in named]  # Tables hold NaN for nothing.
+        return ["" if _is_nothing(name) else str(name) for name in named]
 
-    def check_prompts(
-        self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, vocabulary: int | None = None
-    ) -> int:
-        """Makes every prompt into what the policy reads, and checks it.
+    def name_of(self, index: int) -> str:
+        """What errors call the row at ``index``: its number in the file, such as "row 7"."""
+        return f"row {self._numbers[index]}"
+
+    def order(self, block: int, seed: int, batches: int) -> PromptOrder:
+        """The order of the prompts in a run.
+
+        Args:
+            block: the number of prompts of a generation batch, over all processes.
+            seed: the seed of the run.
+            batches: the number of generation batches of the run, which only a stream reads.
+
+        Raises:
+            ValueError: the data cannot fill a batch.
+        """
+        del batches
+        self.check_enough(block)
+        return ShuffledOrder(len(self), block, seed)
+
+    def check_enough(self, block: int) -> None:
+        """Raises ValueError if the data hold too few prompts for one generation batch of ``block`` prompts."""
+        if len(self) < block:
+            raise ValueError(f"batch.prompts_per_batch: {block}, but the data holds {len(self)} prompts")
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leaves out all rows but those at ``indices``, which ascend."""
+        self.rows = [self.rows[i] for i in indices]
+        self._numbers = [self._numbers[i] for i in indices]
+
+    def describe(self) -> list[str]:
+        """Sentences on the data set: how many prompts there are, and what has become of the others."""
+        parts = [f"{self.field}: {self._size()}"]
+        if self.changes.replies:
+            parts.append(
+                f"{self.changes.replies} conversations have lost the reply that they end in, which is the column "
+                f"{REPLY_COLUMN!r} where there was none"
+            )
+        if self.changes.dropped:
+            parts.append(f"{self.changes.dropped} of more than {self._limit} tokens were left out")
+        if self.changes.cut:
+            parts.append(f"{self.changes.cut} of more than {self._limit} tokens were cut")
+        return ["; ".join(parts)]
+
+    def _size(self) -> str:
+        return f"{len(self)} prompts"
+
+    def rename_columns(self, prompt: str, family: str) -> None:
+        """Calls the columns of the prompts and the families by other names.
+
+        Raises:
+            ValueError: there is another column of such a name.
+        """
+        for setting, old, new in (
+            ("prompt_column", self.prompt_column, prompt),
+            ("family_column", self.family_column, family),
+        ):
+            if old != new and new in (*self._columns, self.prompt_column):
+                raise ValueError(
+                    f"{self.field}.{setting}: {old!r}, but there is another column {new!r}, which the {setting[:6]}s "
+                    "of a list of data sets have: expected the same name in all of them, or no such column"
+                )
+        new_names = {self.prompt_column: prompt, self.family_column: family}
+        self.rows = [{new_names.get(name, name): value for name, value in row.items()} for row in self.rows]
+        self._columns = [new_names.get(name, name) for name in self._columns]
+        self.prompt_column, self.family_column = prompt, family
+
+    def check_prompts(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> int:
+        """Makes every prompt into what the policy reads, and checks it. Those that are too long are dropped or cut.
 
         Args:
             tokenizer: the policy's tokenizer.
-            limit: the largest number of tokens; None means no limit.
             vocabulary: the number of tokens that the policy knows, the rows of its embedding; None checks no token.
 
         Returns:
@@ -147,268 +214,116 @@ class PromptDataset(Dataset[Row]):
 
         Raises:
             ValueError: a prompt has no tokens, too many, or one that the policy does not know; the tokenizer or its
-                template refuses it; or the template reads no tools, or no keyword argument of a name that it gets.
+                template refuses it; the template reads no tools, or no keyword argument of a name that it gets; or no
+                prompt is short enough.
         """
-        self._check_template(tokenizer)
-        longest = 0
-        for i, row in enumerate(self.rows):
-            try:
-                ids = encode_prompt(tokenizer, row[self.prompt_column], *self._template_options(row))
-            except ValueError as error:
-                raise ValueError(f"{self._field}.prompt_column: the prompt of row {i}: {error}") from error
-            if not ids:
-                raise ValueError(f"{self._field}.path: the prompt of row {i} has no tokens")
-            if limit is not None and len(ids) > limit:
-                raise ValueError(
-                    f"{self._field}.max_prompt_tokens: the prompt of row {i} has {len(ids)} tokens, expected at most "
-                    f"{limit}"
-                )
-            if vocabulary is not None and max(ids) >= vocabulary:
-                token = max(ids)
-                raise ValueError(
-                    f"{self._field}.prompt_column: the prompt of row {i} has the token {token} "
-                    f"({tokenizer.convert_ids_to_tokens(token)!r}), but the model's embedding has {vocabulary} rows: "
-                    "expected a model that was resized to its tokenizer"
-                )
-            longest = max(longest, len(ids))
-        return longest
-
-    def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Checks that what the template is given beside the messages reaches the prompts."""
-        tools_seen, warned = False, False
-        names: set[str] = set()
-        for i, row in enumerate(self.rows):
-            text, (tools, kwargs) = row[self.prompt_column], self._template_options(row)
-            if isinstance(text, str):
-                if self.chat.template_kwargs:
-                    raise ValueError(
-                        f"chat.template_kwargs: {', '.join(self.chat.template_kwargs)}, but the prompt of row {i} in "
-                        f"{self._field} is text, to which no template is applied: expected messages, or a "
-                        "chat.system_prompt beside it"
-                    )
-                if tools and not warned:
-                    warned = True
-                    logger.warning(
-                        "%s: row %d has tools, but its prompt is text, to which no chat template is applied: the "
-                        "policy does not see them",
-                        self._field,
-                        i,
-                    )
-                continue
-            if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in kwargs:
-                continue  # The prompt is refused when it is encoded.
-            if not kwargs.keys() <= names:
-                try:
-                    check_template_kwargs(tokenizer, kwargs, tools)
-                except ValueError as error:
-                    where = "chat.template_kwargs" if self._own_kwargs(row) is None else f"{KWARGS_COLUMN} of row {i}"
-                    raise ValueError(f"{where}: {error}") from error
-                names |= kwargs.keys()
-            if tools and not tools_seen:
-                tools_seen = True
-                self._check_tools(tokenizer, i)
-
-    def _check_tools(self, tokenizer: PreTrainedTokenizerBase, i: int) -> None:
-        text, (tools, kwargs) = self.rows[i][self.prompt_column], self._template_options(self.rows[i])
-        try:
-            shown = rendered(tokenizer, text, tools, kwargs) != rendered(tokenizer, text, None, kwargs)
-        except ValueError as error:
-            raise ValueError(f"{self._field}.prompt_column: the prompt of row {i} with its tools: {error}") from error
-        if not shown:
+        check = TemplateCheck(tokenizer, self.chat, self.field)
+        found = [self._fitted(row, i, check, vocabulary) for row, i in zip(self.rows, self._numbers, strict=True)]
+        kept = [(*each, i) for each, i in zip(found, self._numbers, strict=True) if each is not None]
+        if not kept:
             raise ValueError(
-                f"chat.tools_column: the tools of row {i} leave no trace in its prompt, because the tokenizer's chat "
-                "template takes none: expected another template, or chat.tools_column: null"
+                f"{self.field}.max_prompt_tokens: {self._limit}, but all {len(found)} prompts have more tokens, "
+                "expected a larger limit, or too_long: cut"
             )
+        self.rows, self._numbers = [row for row, _, _ in kept], [i for _, _, i in kept]
+        return max(tokens for _, tokens, _ in kept)
 
-    def _template_options(self, row: Row) -> tuple[list[Tool] | None, dict[str, Any]]:
-        """The tools of a row, and the keyword arguments that the template gets for it."""
-        tools = None if self.chat.tools_column is None else row.get(self.chat.tools_column)
-        return _parsed(tools) or None, {**self.chat.template_kwargs, **(self._own_kwargs(row) or {})}
+    def _fitted(self, row: Row, i: int, check: TemplateCheck, vocabulary: int | None) -> tuple[Row, int] | None:
+        """The row with a prompt that is short enough, and its number of tokens; None if it is dropped."""
+        tokenizer, text, options = check.tokenizer, row[self.prompt_column], template_options(row, self.chat)
+        check.see(text, row, i)
+        try:
+            ids = encode_prompt(tokenizer, text, *options)
+        except ValueError as error:
+            raise ValueError(f"{self.field}.prompt_column: the prompt of row {i}: {error}") from error
+        if not ids:
+            raise ValueError(f"{self.field}.path: the prompt of row {i} has no tokens")
+        if self._limit is not None and len(ids) > self._limit:
+            if self._too_long == "drop":
+                self.changes.dropped += 1
+                return None
+            text = self._cut(text, i, len(ids), lambda part: len(encode_prompt(tokenizer, part, *options)))
+            row, ids = {**row, self.prompt_column: text}, encode_prompt(tokenizer, text, *options)
+        if vocabulary is not None and max(ids) >= vocabulary:
+            token = max(ids)
+            raise ValueError(
+                f"{self.field}.prompt_column: the prompt of row {i} has the token {token} "
+                f"({tokenizer.convert_ids_to_tokens(token)!r}), but the model's embedding has {vocabulary} rows: "
+                "expected a model that was resized to its tokenizer"
+            )
+        return row, len(ids)
 
-    def _own_kwargs(self, row: Row) -> dict[str, Any] | None:
-        kwargs: Any = _parsed(row.get(KWARGS_COLUMN))
-        # A null is an option that the row leaves alone: tables give every row all options that any row has.
-        return (
-            {name: value for name, value in kwargs.items() if value is not None}
-            if isinstance(kwargs, Mapping)
-            else kwargs
-        )
+    def _cut(self, text: Text, i: int, tokens: int, count: Callable[[Text], int]) -> Text:
+        """The prompt of row ``i``, which has too many ``tokens``, without its beginning."""
+        assert self._limit is not None
+        if self._too_long == "error":
+            raise ValueError(
+                f"{self.field}.max_prompt_tokens: the prompt of row {i} has {tokens} tokens, expected at most "
+                f"{self._limit}; too_long: drop leaves such rows out, and cut shortens them"
+            )
+        found = shortened(text, self._limit, count)
+        if found is None:
+            raise ValueError(
+                f"{self.field}.too_long: cut leaves nothing of the prompt of row {i}: what may not be cut in it, such "
+                f"as the system's message, has more than {self._limit} tokens by itself; expected a larger "
+                "max_prompt_tokens, or too_long: drop"
+            )
+        self.changes.cut += 1
+        return found
 
     def _checked(self, row: Row, i: int) -> Row:
-        """The row with its prompt as text or as a list of messages."""
-        field, column = self._field, self.prompt_column
+        """The row with its prompt as text or as a list of messages, its family, and the reply that was taught."""
+        field, column = self.field, self.prompt_column
         if column not in row:
             raise ValueError(f"{field}.prompt_column: no column {column!r} in row {i}, columns are {', '.join(row)}")
-        prompt = _conversation(row[column])
+        prompt = conversation(row[column])
         for name, value in {**row, column: prompt}.items():
-            if not _is_unicode(value):
+            if not is_unicode(value):
                 raise ValueError(
                     f"{field}.path: column {name!r} of row {i} holds half of a surrogate pair, such as '\\ud83d', "
                     "expected Unicode text"
                 )
-        tools = None if self.chat.tools_column is None else _parsed(row.get(self.chat.tools_column))
+        tools = None if self.chat.tools_column is None else parsed(row.get(self.chat.tools_column))
         is_list = isinstance(tools, list) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
         if tools is not None and not is_list:
             raise ValueError(
-                f"chat.tools_column: {self.chat.tools_column!r} of row {i} in {field} is {_shown(tools)}, expected a "
+                f"chat.tools_column: {self.chat.tools_column!r} of row {i} in {field} is {shown(tools)}, expected a "
                 "list of JSON schemas, or chat.tools_column: null"
             )
-        kwargs = self._own_kwargs(row)
+        kwargs = own_kwargs(row)
         if kwargs is not None and not isinstance(kwargs, Mapping):
-            raise ValueError(f"{field}.path: {KWARGS_COLUMN} of row {i} is {_shown(kwargs)}, expected a mapping")
-        problem = _problem(prompt)
-        if problem is not None:
+            raise ValueError(f"{field}.path: {KWARGS_COLUMN} of row {i} is {shown(kwargs)}, expected a mapping")
+        complaint = problem(prompt)
+        if complaint is not None:
             raise ValueError(
-                f"{field}.prompt_column: the prompt of row {i} is {_shown(prompt)}{problem}, expected a string or "
+                f"{field}.prompt_column: the prompt of row {i} is {shown(prompt)}{complaint}, expected a string or "
                 'a list of {"role", "content"} messages'
             )
-        system = self.chat.system_prompt
-        if system is not None:
-            prompt = with_system_prompt(prompt, system)
-        return row if prompt is row[column] else {**row, column: prompt}
+        own: Row = {}
+        if not self._keeps_replies and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            prompt = self._without_reply(row, prompt, i, own)
+        if self.chat.system_prompt is not None:
+            prompt = with_system_prompt(prompt, self.chat.system_prompt)
+        if self._family is not None and _is_nothing(row.get(self.family_column)):
+            own[self.family_column] = self._family
+        return row if prompt is row[column] and not own else {**row, column: prompt, **own}
+
+    def _without_reply(self, row: Row, prompt: list[Message], i: int, own: Row) -> list[Message]:
+        """The conversation without the assistant's last message, which becomes a column in ``own``.
+
+        Data for supervised training end in the reply that they teach.
+        """
+        if len(prompt) == 1:
+            raise ValueError(
+                f"{self.field}.prompt_column: the prompt of row {i} is {shown(prompt)}, a reply alone, expected what "
+                "it replies to in front of it"
+            )
+        if REPLY_COLUMN not in row:
+            own[REPLY_COLUMN] = content_text(prompt[-1]) or None  # A message may call tools and say nothing.
+        self.changes.replies += 1
+        return prompt[:-1]
 
 
-def check_conditions(
-    rewards: RewardSet,
-    anchor: RewardSet | None,
-    weights: WeightPolicy,
-    dataset: PromptDataset,
-    evaluation: PromptDataset | None,
-) -> None:
-    """Checks what rewards and the weight policy expect of the columns of the data, which are known before the run.
-
-    These are the columns that rewards need, in the training data and in the held-out ones; the conditions ``where`` of
-    all rewards, whose values may stand in held-out prompts alone; and the columns that the weight policy reads.
-
-    Raises:
-        ValueError: the data have no such column or value, so that a reward would abstain for ever, or the policy would
-            fail at some batch.
-    """
-    rows = _rows_of_columns(dataset)
-    both = rows + ([] if evaluation is None else _rows_of_columns(evaluation))
-    named = [(f"rewards[{i}]", reward) for i, reward in enumerate(rewards.rewards)]
-    named += [("anchor", reward) for reward in (() if anchor is None else anchor.rewards)]
-    for path, reward in named:
-        for kind, data in (("training", dataset), ("held-out", evaluation)):
-            missing = [] if data is None else sorted(needed_columns(reward, data.rows) - {*data.columns})
-            if data is not None and missing:
-                raise SettingsError(
-                    f"{path}: {reward.name!r} reads the column {missing[0]!r}, the columns of the {kind} data are "
-                    f"{', '.join(sorted(data.columns)) or 'none'}"
-                )
-        for where, mask in masks(reward, path):
-            mask.check_rows(both, where)
-    columns = sorted({name for row in rows for name in row})
-    for name in weights.needs_columns:
-        if name not in columns:
-            listed = ", ".join(columns) or "none"
-            raise ValueError(f"weights: policy {weights.name!r} reads the column {name!r}, the data has {listed}")
-    check = getattr(weights, "check_rows", None)
-    if check is not None:
-        check(rows)
-
-
-def _rows_of_columns(dataset: PromptDataset) -> list[Row]:
-    """The rows of a data set without their prompts, which are no column for a reward."""
-    return [{name: value for name, value in row.items() if name != dataset.prompt_column} for row in dataset.rows]
-
-
-def load_prompts(config: DataConfig, chat: ChatConfig | None = None, *, field: str = "data") -> PromptDataset:
-    """Reads the prompts that a config names.
-
-    Args:
-        config: where they are.
-        chat: how conversations become what the policy reads; None takes the defaults.
-        field: the name of the section of the config, for errors.
-
-    Raises:
-        ValueError: the file is empty or broken (the line is named), or a column is missing, see ``PromptDataset``.
-        FileNotFoundError: there is no such file.
-        ImportError: what reads this kind of file is not installed.
-    """
-    chat = chat or ChatConfig()
-    structured = [name for name in (config.prompt_column, chat.tools_column, KWARGS_COLUMN) if name is not None]
-    rows = read_rows(config.path, config.split, field=field, structured=structured)
-    if config.limit is not None:
-        rows = rows[: config.limit]
-    if not rows:
-        raise ValueError(f"{field}.path: {config.path} holds no rows, expected at least one prompt")
-    if config.prompt_column not in rows[0]:
-        raise ValueError(
-            f"{field}.prompt_column: no column {config.prompt_column!r} in {config.path}, columns are "
-            f"{', '.join(rows[0])}"
-        )
-    return PromptDataset(rows, config.prompt_column, config.family_column, chat, field=field)
-
-
-def with_system_prompt(prompt: Text, system_prompt: str) -> list[Message]:
-    """The conversation with a system message first, unless it has one. A text becomes the user's message."""
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if any(message["role"] in ("system", "developer") for message in messages):
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _parsed(value: Any) -> Any:
-    """``value``, or what it is the JSON of: a file of text alone, such as CSV, has lists and mappings so."""
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _conversation(prompt: Any) -> Any:
-    """A prompt, which becomes a list of messages where it is an array of them or their JSON."""
-    if isinstance(prompt, str):
-        if not re.match(r"\s*\[\s*\{", prompt):
-            return prompt
-        parsed = _parsed(prompt)
-        is_conversation = isinstance(parsed, list) and all(isinstance(m, dict) and "role" in m for m in parsed)
-        return parsed if is_conversation else prompt
-    if hasattr(prompt, "tolist"):  # Tables of NumPy and pandas have arrays of mappings.
-        prompt = prompt.tolist()
-    return list(prompt) if isinstance(prompt, tuple) else prompt
-
-
-def _problem(prompt: Any) -> str | None:
-    """What is wrong with a prompt, as the end of a sentence that has shown it; None if nothing is."""
-    if isinstance(prompt, str):
-        return None
-    if not isinstance(prompt, list):
-        return ""
-    if not prompt:
-        return " without messages"
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f", whose message {i} has no role"
-        content = message.get("content")
-        if not isinstance(content, str | list | dict | None):
-            return f", whose message {i} has the content {_shown(content)}"
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-                kind = part.get("type") if isinstance(part, dict) else part
-                return f", whose message {i} has a part of type {kind!r}, where only text can be served"
-    if not any(message.get("content") or message.get("tool_calls") for message in prompt):
-        return ", none of whose messages has a content"
-    return None
-
-
-def _is_unicode(value: Any) -> bool:
-    """Whether all text in ``value``, at any depth, can be encoded."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-        return True
-    if isinstance(value, Mapping):
-        return all(_is_unicode(name) and _is_unicode(item) for name, item in value.items())
-    return all(map(_is_unicode, value)) if isinstance(value, list | tuple) else True
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+def _is_nothing(value: object) -> bool:
+    """Whether a row names no family. Tables hold NaN for nothing."""
+    return value is None or value != value or value == ""

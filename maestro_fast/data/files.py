@@ -10,6 +10,9 @@
 
 JSON, Parquet and datasets keep numbers, lists and mappings as they are. Parquet and datasets give every mapping of a
 column the fields of all of them, with None where it had none; ``drop_filled_fields`` undoes that.
+
+``read_rows`` reads all rows at once. ``open_rows`` reads them one by one, with the same result: lines and Parquet are
+read from the file as they are needed, and a data set of the hub is streamed by datasets.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ Row = dict[str, Any]
 _LINES = (".jsonl", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet")
+_AT_ONCE = 1000  # the number of rows of a Parquet file that are in memory together, beside a row group
 _NEEDS_DATASETS = 'needs datasets, pip install "maestro-fast[data]"'
 
 
@@ -49,22 +53,63 @@ def read_rows(path: str, split: str, *, field: str = "data", structured: Sequenc
         FileNotFoundError: there is no such file.
         ImportError: what reads this kind is not installed.
     """
+    file, kind = Path(path), _kind(path)
+    if kind in _SUFFIXES and kind != ".parquet" and not file.is_dir():
+        return _read_text_file(_existing(file, field), kind, field)
+    return list(_rows(path, split, field, structured, streaming=False))
+
+
+def open_rows(
+    path: str, split: str, *, field: str = "data", structured: Sequence[str] = ()
+) -> Callable[[], Iterator[Row]]:
+    """Opens a data set whose rows are read one by one.
+
+    Args:
+        path, split, field, structured: as ``read_rows`` takes them.
+
+    Returns:
+        A function that begins to read. What is wrong with a row is raised when it is read.
+
+    Raises:
+        ValueError: rows of this kind cannot be read one by one, or as ``read_rows``.
+        FileNotFoundError, ImportError: as ``read_rows``.
+    """
+    file, kind = Path(path), _kind(path)
+    if kind not in _SUFFIXES or kind == ".parquet" or file.is_dir():
+        return lambda: _rows(path, split, field, structured, streaming=True)
+    if kind == ".json":
+        raise ValueError(
+            f"{field}.streaming: true, but {path} is one JSON document, which is read as a whole, expected .jsonl"
+        )
+    _existing(file, field)
+    if kind in _TABLES:
+        return lambda: _table(_lines(file, field), _TABLES[kind], file, field)
+    return lambda: _json_lines(_lines(file, field), file, field)
+
+
+def _kind(path: str) -> str:
     file = Path(path)
-    kind = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+
+
+def _rows(path: str, split: str, field: str, structured: Sequence[str], *, streaming: bool) -> Iterator[Row]:
+    """The rows of what Arrow reads, which is everything but files of text."""
+    file = Path(path)
     if file.is_dir():
-        rows = _filled(_read_folder(file, split, field), structured)
-    elif kind == ".parquet":
-        rows = _filled(_read_parquet(_existing(file, field), field), structured)
-    elif kind in _SUFFIXES:
-        rows = _read_text_file(_existing(file, field), kind, field)
+        rows = _folder_rows(file, split, field, streaming=streaming)
+    elif _kind(path) == ".parquet":
+        rows = _parquet_rows(_existing(file, field), field)
     elif file.is_file():
         ending = repr(file.suffix) if file.suffix else "nothing"
         raise ValueError(f"{field}.path: {path} ends in {ending}, expected one of {', '.join(_SUFFIXES)}")
     elif file.is_absolute() or path.startswith(".") or path.count("/") > 1:  # The hub has no such names.
         raise FileNotFoundError(f"{field}.path: no file or folder {path}")
     else:
-        rows = _filled(_read_hub(path, split, field), structured)
-    return rows
+        rows = _hub_rows(path, split, field, streaming=streaming)
+    names: list[str] | None = None
+    for row in rows:
+        names = [name for name in structured if name in row] if names is None else names
+        yield row | {name: drop_filled_fields(row[name]) for name in names} if names else row
 
 
 def drop_filled_fields(value: Any) -> Any:
@@ -72,11 +117,6 @@ def drop_filled_fields(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: drop_filled_fields(item) for name, item in value.items() if item is not None}
     return [drop_filled_fields(item) for item in value] if isinstance(value, list) else value
-
-
-def _filled(rows: list[Row], structured: Sequence[str]) -> list[Row]:
-    names = [name for name in structured if rows and name in rows[0]]
-    return [row | {name: drop_filled_fields(row[name]) for name in names} for row in rows] if names else rows
 
 
 def _existing(path: Path, field: str) -> Path:
@@ -98,20 +138,31 @@ def _read_text_file(path: Path, kind: str, field: str) -> list[Row]:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{field}.path: {path}, line {line} is not UTF-8 text") from error
     if kind in _TABLES:
-        return _table(text, _TABLES[kind], path, field)
-    return _json_lines(text, path, field) if kind in _LINES else _json(text, path, field)
+        return list(_table(io.StringIO(text, newline=""), _TABLES[kind], path, field))
+    return list(_json_lines(text.split("\n"), path, field)) if kind in _LINES else _json(text, path, field)
 
 
-def _json_lines(text: str, path: Path, field: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+def _lines(path: Path, field: str) -> Iterator[str]:
+    """The lines of a file, each read when it is asked for."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{field}.path: {path}, line {number} is not UTF-8 text") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{field}.path: {path} cannot be read to its end: {error}") from error
+
+
+def _json_lines(lines: Iterable[str], path: Path, field: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{field}.path: {path}, line {number} is not JSON: {error}") from error
-            rows.append(_object(row, f"{path}, line {number}", field))
-    return rows
+            yield _object(row, f"{path}, line {number}", field)
 
 
 def _json(text: str, path: Path, field: str) -> list[Row]:
@@ -120,7 +171,7 @@ def _json(text: str, path: Path, field: str) -> list[Row]:
         value = json.loads(text)
     except ValueError as error:
         if text.lstrip().startswith("{"):
-            return _json_lines(text, path, field)
+            return list(_json_lines(text.split("\n"), path, field))
         raise ValueError(f"{field}.path: {path} is not JSON: {error}") from error
     if isinstance(value, dict) and "\n" not in text.strip():
         return [value]
@@ -135,49 +186,49 @@ def _object(row: Any, where: str, field: str) -> Row:
     return row
 
 
-def _table(text: str, delimiter: str, path: Path, field: str) -> list[Row]:
+def _table(text: Iterable[str], delimiter: str, path: Path, field: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # A prompt may be longer than the 128 KiB that the module allows by itself.
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         names = next(lines, [])
         if len(set(names)) < len(names):
             raise ValueError(f"{field}.path: {path} has a column name twice, columns are {', '.join(names)}")
-        rows = []
         for values in lines:
             if values and len(values) != len(names):
                 raise ValueError(
                     f"{field}.path: {path}, line {lines.line_num} has {len(values)} values, expected {len(names)}, one "
                     f"for each of {', '.join(names)}"
                 )
-            rows += [dict(zip(names, values, strict=True))] if values else []
+            if values:
+                yield dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise ValueError(f"{field}.path: {path}, line {lines.line_num} is not CSV: {error}") from error
-    return rows
 
 
-def _read_parquet(path: Path, field: str) -> list[Row]:
+def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f'{field}.path: Parquet needs pyarrow, pip install "maestro-fast[data]"') from error
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_AT_ONCE):
+                yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise ValueError(f"{field}.path: {path} is not a Parquet file: {_sentence(error)}") from error
-    return rows
 
 
-def _read_folder(path: Path, split: str, field: str) -> list[Row]:
+def _folder_rows(path: Path, split: str, field: str, *, streaming: bool = False) -> Iterator[Row]:
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"{field}.path: {path} is a folder, which {_NEEDS_DATASETS}") from error
-    if not saved:
-        return _loaded(lambda: datasets.load_dataset(str(path), split=split), str(path), field)
 
     def load() -> Any:
-        found = datasets.load_from_disk(str(path))
+        if not saved:
+            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+        found = datasets.load_from_disk(str(path))  # It stays on the disk until a row is read.
         if not isinstance(found, datasets.DatasetDict):
             return found
         if split not in found:
@@ -187,7 +238,7 @@ def _read_folder(path: Path, split: str, field: str) -> list[Row]:
     return _loaded(load, str(path), field)
 
 
-def _read_hub(name: str, split: str, field: str) -> list[Row]:
+def _hub_rows(name: str, split: str, field: str, *, streaming: bool = False) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -195,14 +246,18 @@ def _read_hub(name: str, split: str, field: str) -> list[Row]:
             f"{field}.path: {name} is neither a file nor a folder here; a data set of the hub {_NEEDS_DATASETS}"
         ) from error
     return _loaded(
-        lambda: datasets.load_dataset(name, split=split), name, field, "neither a file nor a folder here, and "
+        lambda: datasets.load_dataset(name, split=split, streaming=streaming),
+        name,
+        field,
+        "neither a file nor a folder here, and ",
     )
 
 
-def _loaded(load: Callable[[], Any], name: str, field: str, not_here: str = "") -> list[Row]:
+def _loaded(load: Callable[[], Any], name: str, field: str, not_here: str = "") -> Iterator[Row]:
     """The rows of what ``load`` returns; whatever datasets raises becomes a ValueError."""
     try:
-        return [dict(row) for row in load()]
+        for row in load():
+            yield dict(row)
     except Exception as error:  # datasets raises errors of the hub, of the network, of Arrow and of its own.
         raise ValueError(
             f"{field}.path: {name} is {not_here}nothing that datasets loads: {_sentence(error)}"

@@ -9,12 +9,13 @@ from maestro_fast.generation.config import (
     TransformersConfig,
     generation_config,
 )
-from maestro_fast.generation.sampling import Engine, Generator, SamplingConfig
+from maestro_fast.generation.sampling import AheadGenerator, Engine, Generator, SamplingConfig
 from maestro_fast.generation.transformers import TransformersGenerator
 from maestro_fast.generation.vllm import VllmEngine
 from maestro_fast.generation.vllm_server import VllmServer
 
 __all__ = [
+    "AheadGenerator",
     "ColocateConfig",
     "Engine",
     "GenerationConfig",

@@ -112,4 +112,5 @@ def _server(config: ServerConfig, served: Served) -> VllmServer:
         processes=served.processes,
         start_timeout=config.start_timeout,
         concurrent_parts=config.parts,
+        ahead=config.ahead,
     )

@@ -109,6 +109,9 @@ class ServerConfig:
         start_timeout: the number of seconds to wait for a server that is starting.
         parts: the number of parts of a batch, which are all requested at once; it divides the number of prompts of a
             process. With more than one part, rewards see one part at a time, and judge it while the others are sampled.
+        ahead: the number of generation batches that are sampled while an earlier one is judged and trained on, 0 or 1.
+            With 1 a batch is sampled by the policy before the ``updates_per_batch`` steps of the batch before it, so
+            ``loss.sampler_correction`` has to be on. A loss function of your own corrects for itself.
         probe: the comparison of log-probs that follows every weight sync.
     """
 
@@ -121,6 +124,7 @@ class ServerConfig:
     retries: int = 4
     start_timeout: float = 600.0
     parts: int = 1
+    ahead: Literal[0, 1] = 0
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
@@ -132,6 +136,10 @@ class ServerConfig:
             raise ValueError(f"retries: {self.retries}, expected at least 0")
         if self.parts < 1:
             raise ValueError(f"parts: {self.parts}, expected at least 1")
+        if self.ahead and self.parts > 1:
+            raise ValueError(
+                f"parts: {self.parts} with ahead: 1, expected 1: the rewards judge a batch while the next is sampled"
+            )
         if self.start_timeout < 0:
             raise ValueError(f"start_timeout: {self.start_timeout}, expected at least 0 seconds")
 
@@ -140,19 +148,28 @@ GenerationConfig = TransformersConfig | ColocateConfig | ServerConfig
 
 
 def _modernise(entry: dict[str, Any], path: str) -> None:
-    """In release 0.1 ``type`` was called ``engine``, and vLLM's server was a ``mode`` of the engine vllm."""
+    """In release 0.1 ``type`` was called ``engine``, and vLLM's server was a ``mode`` of the engine vllm.
+
+    Raises:
+        SettingsError: the old mode is unknown, or a generator that shares the policy's devices is to sample ahead.
+    """
     rename_key(entry, "engine", "type", path)
-    if "mode" not in entry or entry.get("type") != "vllm":
-        return
-    types = {"colocate": "vllm", "server": "vllm_server"}
-    mode = entry.pop("mode")
-    if not isinstance(mode, str) or mode not in types:
-        raise SettingsError(f"{path}.mode: {mode!r}, expected one of {', '.join(types)}")
-    entry["type"] = types[mode]
-    say_once(
-        f"{path}.mode: is part of the type now: write `type: {types[mode]}` in place of `mode: {mode}`. "
-        "The old key is read in this release and refused in the next."
-    )
+    if "mode" in entry and entry.get("type") == "vllm":
+        types = {"colocate": "vllm", "server": "vllm_server"}
+        mode = entry.pop("mode")
+        if not isinstance(mode, str) or mode not in types:
+            raise SettingsError(f"{path}.mode: {mode!r}, expected one of {', '.join(types)}")
+        entry["type"] = types[mode]
+        say_once(
+            f"{path}.mode: is part of the type now: write `type: {types[mode]}` in place of `mode: {mode}`. "
+            "The old key is read in this release and refused in the next."
+        )
+    own = entry.get("type", "transformers")
+    if own in ("transformers", "vllm") and (ahead := entry.pop("ahead", 0)) != 0:
+        raise SettingsError(
+            f"{path}.ahead: {ahead!r} with type: {own}, which samples on the devices that train the policy, so neither "
+            "can go on while the other works, expected type: vllm_server, or 0"
+        )
 
 
 GENERATION = Choice(

@@ -74,12 +74,33 @@ class Generator(Protocol):
         concurrent_parts: 0 means that the generator works in this process, on the policy's devices. A positive number
             means that a batch is divided into this many parts of whole groups, and that ``generate`` is called for all
             of them at once, each in its own thread.
+
+    A generator that can sample the next batch while the policy is trained is an ``AheadGenerator``.
     """
 
     concurrent_parts: int = 0
 
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
         """Samples with the current weights of ``model``; the same seed, prompts and weights give the same responses."""
+        ...
+
+
+class AheadGenerator(Generator, Protocol):
+    """A generator that goes on sampling with the weights that the policy had when the batch was begun.
+
+    Attributes:
+        ahead: How many generation batches are sampled while an earlier one is trained on, 0 or 1.
+    """
+
+    ahead: int
+
+    def renewed(self, model: nn.Module) -> Generator:
+        """Takes the weights of ``model`` now, on all processes together.
+
+        Returns:
+            A generator whose ``generate`` is called once and does not look at its model, which may have changed by
+            then.
+        """
         ...
 
 
@@ -94,6 +115,8 @@ class Engine(Protocol):
         max_tokens: The largest number of tokens in a sequence, prompt and response together.
         concurrent_parts: The same as for a ``Generator``. If it is positive, the methods may be called from several
             threads at once.
+        ahead: How many generation batches it samples while an earlier one is trained on, 0 or 1. Only an engine on
+            devices of its own can, so ``concurrent_parts`` is 1 then.
         cache_block: The number of tokens in a block of the prefix cache, which reuses whole blocks only; 0 means that
             there is no prefix cache.
     """
@@ -102,6 +125,7 @@ class Engine(Protocol):
     max_tokens: int
     cache_block: int
     concurrent_parts: int
+    ahead: int
 
     def sample(self, prompts: Prompts, *, seed: int) -> Rollouts:
         """Samples one response to each entry of ``prompts``.

@@ -77,7 +77,7 @@ class VllmEngine:
     The constructor sets VLLM_ENABLE_V1_MULTIPROCESSING=0 in this process, so that vLLM's scheduler and model run in it.
     """
 
-    concurrent_parts = 0
+    concurrent_parts, ahead = 0, 0
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class VllmServer:
         processes: int = 1,
         start_timeout: float = 600.0,
         concurrent_parts: int = 1,
+        ahead: int = 0,
     ) -> None:
         """
         Args:
@@ -56,7 +57,7 @@ class VllmServer:
             processes: The number of processes of the run. Each has an engine and samples for itself; the first one
                 sends the weights.
             start_timeout: The number of seconds to wait for a server that is starting.
-            concurrent_parts: See ``Engine``.
+            concurrent_parts, ahead: See ``Engine``.
 
         Raises:
             ServerGone: No server answers.
@@ -70,7 +71,7 @@ class VllmServer:
         self._stop_ids = sorted(stop_ids)
         self._version: str | None = None  # the name of the weights that were loaded last
         self._processes = processes
-        self.concurrent_parts = concurrent_parts
+        self.concurrent_parts, self.ahead = concurrent_parts, ahead
         _wait(client, start_timeout)
         self._model = client.get("/v1/models")["data"][0]["id"]
         self.dtype, self.max_tokens, self.cache_block = _sizes(client)

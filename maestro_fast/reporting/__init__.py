@@ -6,7 +6,7 @@ package alone does not.
 
 from maestro_fast.reporting.history import FamilySpread, family_spread
 from maestro_fast.reporting.json_lines import JsonLines, iter_jsonl, read_jsonl
-from maestro_fast.reporting.report import write_report
+from maestro_fast.reporting.report import printed_verdict, write_report
 from maestro_fast.reporting.tables import Table, format_table
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "family_spread",
     "format_table",
     "iter_jsonl",
+    "printed_verdict",
     "read_jsonl",
     "write_report",
 ]

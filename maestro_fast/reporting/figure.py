@@ -67,6 +67,7 @@ class Panels:
         columns: The number of panels in a row.
         count: The number of steps that the run logged.
         window: The number of logged steps in a running mean.
+        intervals: Whether the 95 % intervals of running means are drawn.
         handles: The legend's symbols.
         labels: The legend's texts.
     """
@@ -76,6 +77,7 @@ class Panels:
     columns: int
     count: int
     window: int
+    intervals: bool = False
     handles: list[Any] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
 
@@ -93,12 +95,20 @@ class Panels:
         self.handles.append(Patch(**patch))
         self.labels.append(label)
 
+    def series(self, ax: Axes, steps: FloatArray, values: FloatArray, style: Style) -> None:
+        """Draws the running mean of the values with its 95 % interval, and the values faintly behind it."""
+        self.intervals = True
+        interval(ax, steps, values, style, self.window)
+        series(ax, steps, values, style, self.window)
+
     def finish(self, raw: bool = True) -> Figure:
         """Draws the legend and returns the figure. With ``raw``, the legend explains single steps and running means."""
         if raw and self.window > 1:
             thinned = ", thinned out" if self.count > MAX_POINTS else ""
             self.entry(f"single logged steps{thinned} (faint)", color=GREY, alpha=0.5, linewidth=0.8)
             self.entry(f"running mean over {self.window:,} of them", color=GREY, linewidth=1.8)
+        if self.intervals and self.window > 1:
+            self.patch("95 % interval of the running mean", color=GREY, alpha=0.25)
         if self.handles:
             self.figure.legend(
                 self.handles,
@@ -162,6 +172,21 @@ def series(ax: Axes, steps: FloatArray, values: FloatArray, style: Style, window
     ax.plot(steps[kept], running_mean(values, window)[kept], **style.line(**marker))
 
 
+def interval(ax: Axes, steps: FloatArray, values: FloatArray, style: Style, window: int) -> None:
+    """Shades the 95 % interval of the running mean. Its noise is estimated from the differences of neighbouring steps.
+
+    Half the variance of these differences is that of a step about its neighbours, so a trend does not count as noise.
+    Nothing is drawn where no running mean is.
+    """
+    known = np.flatnonzero(np.isfinite(values))
+    if window <= 1 or len(known) < 3:
+        return
+    kept = _decimated(known)
+    variance = np.diff(values[known]).var() / 2
+    centre, half = running_mean(values, window)[kept], 1.96 * np.sqrt(variance / _counts(values, window)[kept])
+    ax.fill_between(steps[kept], centre - half, centre + half, color=style.colour, alpha=0.16, linewidth=0)
+
+
 def band(ax: Axes, steps: FloatArray, mean: FloatArray, std: FloatArray, style: Style, window: int) -> None:
     """Shades an area from the running mean minus the standard deviation, also smoothed, to the mean plus it."""
     kept = _decimated(np.flatnonzero(np.isfinite(mean) & np.isfinite(std)))
@@ -179,15 +204,24 @@ def running_mean(values: FloatArray, window: int) -> FloatArray:
     known = np.isfinite(values)
     centre = values[known].mean()  # Values are centred before they are summed, which keeps rounding errors small.
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values - centre, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    index = np.arange(len(values))
-    half = window // 2
-    to_end = np.minimum(index, len(values) - 1 - index)  # A lopsided window would bend a trend at its ends.
+    low, high = _windows(len(values), window)
+    return np.where(known, (sums[high] - sums[low]) / _counts(values, window) + centre, np.nan)
+
+
+def _windows(count: int, window: int) -> tuple[np.ndarray[Any, np.dtype[np.intp]], ...]:
+    """Where the window of each entry begins and ends."""
+    index, half = np.arange(count), window // 2
+    to_end = np.minimum(index, count - 1 - index)  # A lopsided window would bend a trend at its ends.
     reach = np.clip(to_end, half // 3, half)
-    low = np.maximum(index - reach, 0)
-    high = np.minimum(index + reach + 1, len(values))
-    count = np.maximum(counts[high] - counts[low], 1)
-    return np.where(known, (sums[high] - sums[low]) / count + centre, np.nan)
+    return np.maximum(index - reach, 0), np.minimum(index + reach + 1, count)
+
+
+def _counts(values: FloatArray, window: int) -> FloatArray:
+    """The number of finite entries in each window, at least 1."""
+    sums = np.concatenate([[0], np.cumsum(np.isfinite(values))])
+    low, high = _windows(len(values), window)
+    counts: FloatArray = np.maximum(sums[high] - sums[low], 1.0)
+    return counts
 
 
 def smoothing_window(count: int) -> int:
@@ -220,6 +254,23 @@ def step_axis(ax: Axes, steps: FloatArray, label: str | None, margin: float | No
     ax.xaxis.set_major_formatter(FuncFormatter(thousands))
     if label:
         ax.set_xlabel(label)
+
+
+def hold(ax: Axes, low: float | None = None, high: float | None = None, *, least: float = 0.0) -> None:
+    """Widens the y axis so that it holds ``low`` and ``high`` and is at least ``least`` high.
+
+    An axis that fits the data alone blows the noise of a flat line up to its full height. If no line leaves the range
+    from ``low`` to ``high``, the axis ends there, with a little room.
+    """
+    lines = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.lines] or [np.zeros(0)])
+    known = lines[np.isfinite(lines)]
+    bottom, top = ax.get_ylim()
+    ends_low = low is not None and (not known.size or known.min() >= low)
+    ends_high = high is not None and (not known.size or known.max() <= high)
+    bottom = bottom if low is None else low if ends_low else min(bottom, low)
+    top = top if high is None else high if ends_high else max(top, high)
+    room, more = 0.03 * (top - bottom), max(least - (top - bottom), 0.0)  # A line on the edge would not be seen.
+    ax.set_ylim(bottom - (room if ends_low else more / 2), top + (room if ends_high else more / 2))
 
 
 def _decimated(index: np.ndarray[Any, np.dtype[np.intp]]) -> np.ndarray[Any, np.dtype[np.intp]]:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+COSTS_FILE = "costs.jsonl"
 
 _CHUNK = 1 << 16  # bytes
 _STEP_FIRST = re.compile(rb'\{"step": (\d+)[,}]')

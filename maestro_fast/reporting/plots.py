@@ -23,6 +23,8 @@ from maestro_fast.reporting.figure import (
     Panels,
     Style,
     band,
+    hold,
+    interval,
     panels,
     series,
     styles,
@@ -46,39 +48,51 @@ class MissingData(LookupError):
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric that gets its own panel. ``scale`` multiplies its values."""
+    """A metric that gets its own panel.
+
+    Attributes:
+        key: Its name in the log.
+        title: The title of the panel.
+        label: The label of the y axis, with the unit.
+        scale: A factor for its values.
+        low, high: Values that the y axis holds, whatever the values are.
+        least: The least height of the y axis.
+    """
 
     key: str
     title: str
     label: str
     scale: float = 1.0
+    low: float | None = None
+    high: float | None = None
+    least: float = 0.0
 
 
 DIAGNOSTIC_CURVES = (
     Curve("diagnostics/self_flattery", "Self-flattery", "mean w · r (group std)"),
-    Curve("diagnostics/argmax_agreement", "Heaviest is best", "share of responses"),
-    Curve("diagnostics/entropy", "Entropy of the weights", "entropy / ln K"),
-    Curve("diagnostics/between_prompts", "Between prompts", "share of weight variance"),
-    Curve("diagnostics/pareto_inversions", "Pareto inversions", "share of pairs"),
-    Curve("rewards_correlation/min", "Most opposed pair", "correlation"),
-    Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise"),
-    Curve("diagnostics/family_spread", "Between families", "spread of weights"),
+    Curve("diagnostics/argmax_agreement", "Heaviest is best", "share of responses", low=0.0),
+    Curve("diagnostics/entropy", "Entropy of the weights", "entropy / ln K", low=0.0, high=1.0),
+    Curve("diagnostics/between_prompts", "Between prompts", "share of weight variance", low=0.0, high=1.0),
+    Curve("diagnostics/pareto_inversions", "Pareto inversions", "share of pairs", low=0.0),
+    Curve("rewards_correlation/min", "Most opposed pair", "correlation", low=-1.0, high=1.0),
+    Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise", low=0.0),
+    Curve("diagnostics/family_spread", "Between families", "spread of weights", low=0.0, high=0.05),
     Curve("anchor/utility", "Known utility", "utility (its own units)"),
     Curve("guard/utility", "Held-back utility", "utility (its own units)"),
 )
 CONDUCTOR_CURVES = (
-    Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)"),
+    Curve("conductor/entropy", "Entropy of the weights", "entropy (nats)", low=0.0),
     Curve("conductor/self_flattery", "Self-flattery", "mean w · r (group std)"),
     Curve("conductor/objective", "Meta-objective", "objective (its own units)"),
-    Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)"),
+    Curve("conductor/grad_norm", "Conductor gradient", "gradient (L2 norm)", low=0.0),
 )
 POLICY_CURVES = (
-    Curve("loss", "Loss", "loss (objective units)"),
-    Curve("grad_norm", "Gradient", "gradient (L2 norm)"),
-    Curve("entropy", "Token entropy", "entropy (nats per token)"),
-    Curve("kl", "Divergence from the reference", "KL (nats per token)"),
-    Curve("clip_ratio/low_mean", "Clipped at the lower bound", "share of tokens (%)", 100),
-    Curve("clip_ratio/high_mean", "Clipped at the upper bound", "share of tokens (%)", 100),
+    Curve("loss", "Loss", "loss (objective units)", least=0.02),
+    Curve("grad_norm", "Gradient", "gradient (L2 norm)", low=0.0),
+    Curve("entropy", "Token entropy", "entropy (nats per token)", low=0.0),
+    Curve("kl", "Divergence from the reference", "KL (nats per token)", low=0.0, high=0.01),
+    Curve("clip_ratio/low_mean", "Clipped at the lower bound", "share of tokens (%)", 100, low=0.0, high=1.0),
+    Curve("clip_ratio/high_mean", "Clipped at the upper bound", "share of tokens (%)", 100, low=0.0, high=1.0),
 )
 
 
@@ -103,7 +117,7 @@ def family_weights(history: History, others: Mapping[str, History] | None = None
         for name in rewards:
             series(ax, history.steps, history.get(f"families/{family}/weights/{name}"), style[name], figure.window)
         ax.axhline(1 / len(rewards), color=GREY, linestyle=DASHED, linewidth=1.0, zorder=1)
-    _share_y(figure, "weight (sum is 1)")
+    _share_y(figure, "weight (sum is 1)", min(2 / len(rewards), 1.05))
     _entries(figure, style)
     figure.entry(f"equal weights, 1/{len(rewards)}", color=GREY, linestyle=DASHED, linewidth=1.0)
     for label, dash in zip(others, _OTHER_RUNS, strict=False):
@@ -119,7 +133,7 @@ def rewards(history: History) -> Figure:
     shown = [(_with_abstentions(history, n), f"rewards/{n}/mean", f"rewards/{n}/std", style[n]) for n in names]
     if history.has("reward"):
         # A run of version 0.1 logged the mean of the scores under this name, and has no score_std.
-        title = "weighted sum of the rewards" if history.has("score_std") else "mean score"
+        title = "weighted sum of rewards" if history.has("score_std") else "mean score"
         shown.append((title, "reward", "reward_std", Style(INK)))
     figure = panels([title for title, *_ in shown], steps=history.steps)
     for ax, (_, mean, std, line) in zip(figure.axes, shown, strict=True):
@@ -145,6 +159,7 @@ def family_rewards(history: History) -> Figure:
         for family in families:
             line = style[family]
             series(ax, history.steps, history.get(f"families/{family}/rewards/{name}"), line, figure.window)
+        hold(ax, least=_usual_std(history, name))
     _label_left(figure, "reward (its own units)")
     _entries(figure, style)
     return figure.finish()
@@ -162,15 +177,18 @@ def evaluation(history: History) -> Figure:
     if history.has("eval_utility"):
         shown.append(("utility", "anchor/utility", "eval_utility", Style(INK)))
     figure = panels([title for title, *_ in shown], steps=history.steps)
-    for ax, (_, training, key, line) in zip(figure.axes, shown, strict=True):
+    for ax, (name, training, key, line) in zip(figure.axes, shown, strict=True):
+        interval(ax, history.steps, history.get(training), Style(GREY), figure.window)
         series(ax, history.steps, history.get(training), Style(GREY), figure.window, raw=False)
         held_out = history.get(key)
         known = np.isfinite(held_out)
         ax.plot(history.steps[known], held_out[known], **line.line(marker="o", markersize=4))
+        hold(ax, least=_usual_std(history, name))
     _label_left(figure, "reward (its own units)")
     figure.entry("held-out prompts", color=INK, marker="o", markersize=4, linewidth=1.8)
-    smoothed = f", running mean over {figure.window:,} logged steps" if figure.window > 1 else ""
+    smoothed = f" (mean over {figure.window:,} steps)" if figure.window > 1 else ""
     figure.entry(f"training prompts{smoothed}", color=GREY, linewidth=1.8)
+    figure.intervals = True
     return figure.finish(raw=False)
 
 
@@ -181,11 +199,10 @@ def advantages(history: History) -> Figure:
     figure = panels(["Spread of the advantages", "Degenerate groups (no spread, no signal)"], steps=history.steps)
     spread, degenerate = figure.axes
     for key, style in keys.items():
-        series(spread, history.steps, history.get(key), style, figure.window)
-    series(degenerate, history.steps, 100 * history.get("frac_reward_zero_std"), Style(INK), figure.window)
+        figure.series(spread, history.steps, history.get(key), style)
+    figure.series(degenerate, history.steps, 100 * history.get("frac_reward_zero_std"), Style(INK))
     _from_zero(spread, "advantage (score units)")
-    _from_zero(degenerate, "share of groups (%)")
-    degenerate.set_ylim(0, max(degenerate.get_ylim()[1], 5))
+    _from_zero(degenerate, "share of groups (%)", 5.0)
     figure.entry("standard deviation", **PLAIN.line())
     figure.entry("mean absolute value", **SECOND.line())
     return figure.finish()
@@ -201,15 +218,14 @@ def response_length(history: History, limit: int | None = None) -> Figure:
     for family, key in lengths.items():
         series(figure.axes[0], history.steps, history.get(key), style[family], figure.window)
     everything = Style(INK, width=2.4)
-    series(figure.axes[0], history.steps, history.get("completions/mean_length"), everything, figure.window)
+    figure.series(figure.axes[0], history.steps, history.get("completions/mean_length"), everything)
     if limit is not None:
         figure.axes[0].axhline(limit, color=GREY, linestyle=DASHED, linewidth=1.2)
     _from_zero(figure.axes[0], "mean length (tokens)")
     if len(figure.axes) > 1:
         clipped = 100 * history.get("completions/clipped_ratio")
-        series(figure.axes[1], history.steps, clipped, Style(INK), figure.window)
-        _from_zero(figure.axes[1], "share of responses (%)")
-        figure.axes[1].set_ylim(0, max(figure.axes[1].get_ylim()[1], 5))
+        figure.series(figure.axes[1], history.steps, clipped, Style(INK))
+        _from_zero(figure.axes[1], "share of responses (%)", 5.0)
     figure.entry("all responses", **everything.line())
     _entries(figure, {f: s for f, s in style.items() if history.has(lengths[f])})
     if limit is not None:
@@ -228,6 +244,7 @@ def advantage_shares(history: History) -> Figure:
         series(ax, history.steps, 100 * history.get(f"advantage_share/{name}"), style[name], figure.window)
         figure.entry(name, **style[name].line())
     ax.axhline(100 / len(names), color=GREY, linestyle=DASHED, linewidth=1.0, zorder=1)
+    hold(ax, 0.0, min(200 / len(names), 100.0))
     figure.entry("equal shares", color=GREY, linestyle=DASHED, linewidth=1.0)
     ax.set_ylabel("share (%)")
     return figure.finish()
@@ -254,6 +271,7 @@ def conductor(history: History) -> Figure:
     figure, shown = _curves(history, CONDUCTOR_CURVES, "conductor/*")
     for ax, curve in zip(figure.axes, shown, strict=True):
         if curve.key == "conductor/entropy" and len(history.rewards) > 1:
+            hold(ax, 0.0, math.log(len(history.rewards)))
             ax.axhline(math.log(len(history.rewards)), color=GREY, linestyle=DASHED, linewidth=1.0)
             figure.entry(f"equal weights, ln {len(history.rewards)}", color=GREY, linestyle=DASHED)
         if curve.key == "conductor/self_flattery":
@@ -274,19 +292,19 @@ def _curves(history: History, curves: tuple[Curve, ...], says: str) -> tuple[Pan
     shown = [curve for curve in curves if history.has(curve.key)]
     figure = panels([curve.title for curve in shown], steps=history.steps)
     for ax, curve in zip(figure.axes, shown, strict=True):
-        series(ax, history.steps, curve.scale * history.get(curve.key), PLAIN, figure.window)
+        figure.series(ax, history.steps, curve.scale * history.get(curve.key), PLAIN)
         ax.set_ylabel(curve.label)
-        if curve.scale == 100:
-            ax.set_ylim(0, max(ax.get_ylim()[1], 1))
+        hold(ax, curve.low, curve.high, least=curve.least)
     return figure, shown
 
 
 def _healthy_band(ax: Axes, healthy: Range) -> None:
     """Shades the healthy range of a panel, and widens the panel so that the range and the line are both in sight."""
     low, high = ax.get_ylim()
-    low, high = min(low, healthy.low), max(high, healthy.high if math.isfinite(healthy.high) else low + 1)
+    high = max(high, healthy.high if math.isfinite(healthy.high) else low + 1)
+    room = 0.05 * (high - min(low, healthy.low))
     ax.axhspan(healthy.low, min(healthy.high, high), color=HEALTHY, alpha=0.16, linewidth=0, zorder=0)
-    ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    ax.set_ylim(low if healthy.low >= low else healthy.low - room, high + room)
 
 
 def _need(history: History, *keys: str, says: str | None = None) -> None:
@@ -308,10 +326,18 @@ def _entries(figure: Panels, style: Mapping[str, Style]) -> None:
         figure.entry(name or "(no family)", **line.line())
 
 
-def _from_zero(ax: Axes, label: str) -> None:
-    """Labels the y axis and lets it begin at 0."""
+def _from_zero(ax: Axes, label: str, least: float = 0.0) -> None:
+    """Labels the y axis, and lets it begin at 0, or hardly below it, and reach to ``least`` at least."""
     ax.set_ylabel(label)
-    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+    top = max(1.05 * ax.get_ylim()[1], least)
+    ax.set_ylim(-0.02 * top, top)  # so that a line at 0 does not hide in the axis
+
+
+def _usual_std(history: History, name: str) -> float:
+    """The median of a reward's standard deviation over the responses of a batch; 0 if it was not logged."""
+    spread = history.get(f"rewards/{name}/std")
+    known = spread[np.isfinite(spread)]
+    return float(np.median(known)) if known.size else 0.0
 
 
 def _label_left(figure: Panels, label: str) -> None:
@@ -320,10 +346,12 @@ def _label_left(figure: Panels, label: str) -> None:
         ax.set_ylabel(label)
 
 
-def _share_y(figure: Panels, label: str) -> None:
-    """Gives all panels the same y axis from 0 and shows its numbers in the leftmost column only."""
-    top = max(ax.get_ylim()[1] for ax in figure.axes)
+def _share_y(figure: Panels, label: str, least: float) -> None:
+    """Gives all panels the same y axis, from 0 to ``least`` or beyond, with its numbers in the leftmost column only."""
+    for ax in figure.axes:
+        hold(ax, 0.0, least)
+    bottom, top = (pick(ax.get_ylim()[end] for ax in figure.axes) for end, pick in ((0, min), (1, max)))
     for index, ax in enumerate(figure.axes):
-        ax.set_ylim(0, top)
+        ax.set_ylim(bottom, top)
         ax.tick_params(labelleft=index % figure.columns == 0)
     _label_left(figure, label)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from maestro_fast.data.dataset import DataConfig, load_prompts
+from maestro_fast.data.config import DataConfig
+from maestro_fast.data.load import load_prompts
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
 from maestro_fast.reporting.tables import Cell, Table, format_table
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights

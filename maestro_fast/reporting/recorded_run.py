@@ -1,31 +1,55 @@
-"""Runs a training with its logs attached, and writes its report. ``run_log`` has the logs alone, for other trainers."""
+"""Runs a training with its logs, samples and trackers attached, and writes its report.
+
+``run_log`` has the logs alone, for other trainers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maestro_fast.records import StepRecord
+from maestro_fast.reporting.console import ConsoleSamples
+from maestro_fast.reporting.json_lines import ALARMS_FILE, iter_jsonl
 from maestro_fast.reporting.report import write_report
-from maestro_fast.reporting.run_log import MetricsCallback, RolloutsLog, TimingsLog
+from maestro_fast.reporting.run_log import AlarmsLog, CostsCallback, MetricsCallback, RolloutsLog, TimingsLog
+from maestro_fast.reporting.trackers import TrackerMedia
 from maestro_fast.training import MaestroTrainer, parse_config, train
 
 
 def recorded_train(raw: dict[str, Any], *, resume: bool = False) -> MaestroTrainer:
-    """Trains the run that the mapping ``raw`` describes, and logs metrics, responses and stage times to its directory.
+    """Trains the run that the mapping ``raw`` describes, and logs to its directory, and to what else it names.
 
     Raises:
         SettingsError, ValueError, FileNotFoundError: See ``training.train``.
     """
     config = parse_config(raw)
+    alarms, sizes = AlarmsLog(config.run_dir), (config.sampling.group_size, config.batch.updates_per_batch)
+    observers: list[Callable[[StepRecord], None]] = [RolloutsLog(config.run_dir)]
+    media = None if config.trackers is None else TrackerMedia(config.trackers, *sizes)
+    observers += [] if media is None else [media]
+    observers += [] if config.console is None else [ConsoleSamples(config.console, *sizes)]
     return train(
         config,
         raw,
         resume=resume,
-        observers=[RolloutsLog(config.run_dir)],
+        observers=observers,
         timing_observers=[TimingsLog(config.run_dir)],
-        callbacks=[MetricsCallback(config.run_dir)],
+        callbacks=[MetricsCallback(config.run_dir), CostsCallback(config.run_dir), alarms],
+        alarm_observers=[alarms],
+        attach=lambda trainer: media.attach(trainer.callback_handler.callbacks) if media is not None else None,
     )
+
+
+def ended_by_alarm(run_dir: Path, step: int) -> list[str]:
+    """The sentence on the alarm that ended a run after ``step``; none if no alarm did."""
+    path = run_dir / ALARMS_FILE
+    rows = [row for row in iter_jsonl(path) if (row["step"], row["action"]) == (step, "stop")] if path.exists() else []
+    return [
+        f"The alarm on {row['metric']} ended the run after step {step}: it was {row['value']:.4g} ({row['condition']})."
+        for row in rows[:1]
+    ]
 
 
 def try_report(

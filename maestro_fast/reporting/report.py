@@ -20,10 +20,11 @@ from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.reporting import plots
 from maestro_fast.reporting.figure import DPI, require_matplotlib
 from maestro_fast.reporting.history import History, family_spread
-from maestro_fast.reporting.json_lines import METRICS_FILE, ROLLOUTS_FILE, TIMINGS_FILE, iter_jsonl
-from maestro_fast.reporting.samples import sample_pairs
+from maestro_fast.reporting.json_lines import ALARMS_FILE, METRICS_FILE, ROLLOUTS_FILE, TIMINGS_FILE, iter_jsonl
+from maestro_fast.reporting.samples import sample_pairs, say_pairs
 from maestro_fast.reporting.stage_times import stage_times
 from maestro_fast.reporting.tables import Table, cell_texts, numeric_columns
+from maestro_fast.reporting.verdict import Verdict, policy_name, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ class RecordedRun:
         others: The metrics of the runs to compare with, by label.
         timings: The seconds of each stage by step, or None if there is no timings.jsonl.
         config: The text of config.yaml, or None if there is none.
+        alarms: The alarms that rang, as they stand in alarms.jsonl.
     """
 
     directory: Path
@@ -48,6 +50,12 @@ class RecordedRun:
     others: dict[str, History]
     timings: History | None
     config: str | None
+    alarms: tuple[dict[str, Any], ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the run shows."""
+        return verdict(self.history, self.others, alarms=self.alarms, policy=policy_name(self.config))
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,15 @@ def write_report(
     return path
 
 
+def printed_verdict(run_dir: str | Path, *, compare: Mapping[str, Path] | None = None) -> str:
+    """What the report says first, in a few lines for a terminal; it needs no matplotlib.
+
+    Raises:
+        FileNotFoundError, ValueError: as for ``write_report``.
+    """
+    return _load(Path(run_dir), compare or {}).verdict.text()
+
+
 def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: Sequence[Table]) -> str:
     """Returns the HTML of the page, and writes the pictures into the report's folder."""
     pictures, left_out = _draw(run, run.directory / "report")
@@ -191,12 +208,15 @@ def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: S
     more = [table for table in _spread_tables(run) if table not in tables]
     page: str = _template().render(
         title=title or f"Training run {run.directory.resolve().name}",
-        facts=[*_facts(run.history, run.timings), *_kept(run.directory)],
+        facts=[*_facts(run.history, run.timings), *_kept(run.directory), *_about_data(run.directory)],
         summary=summary,
+        verdict=run.verdict,
+        headings={plot.name: plot.heading for plot in PLOTS if any(p["name"] == plot.name for p in pictures)},
         tables=[_table(table) for table in (*tables, *more)],
         pictures=pictures,
         left_out=left_out,
         pairs=pairs,
+        about_pairs=say_pairs(pairs),
         config=run.config,
         versions=_versions(),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
@@ -209,13 +229,14 @@ def _load(directory: Path, compare: Mapping[str, Path]) -> RecordedRun:
         raise ValueError(f"compare: got {len(compare)} runs, expected at most {plots.MAX_OTHERS}")
     history = _history(directory)
     others = {label: _history(Path(other)) for label, other in compare.items()}
-    config, timings = directory / "config.yaml", directory / TIMINGS_FILE
+    config, timings, alarms = (directory / name for name in ("config.yaml", TIMINGS_FILE, ALARMS_FILE))
     return RecordedRun(
         directory,
         history,
         others,
         History.of(iter_jsonl(timings)) if timings.exists() else None,
         config.read_text(encoding="utf-8") if config.exists() else None,
+        tuple(iter_jsonl(alarms)) if alarms.exists() else (),
     )
 
 
@@ -296,6 +317,13 @@ def _kept(directory: Path) -> Iterator[str]:
             f"final/ holds the policy after step {about['step']:,}: the utility of its labelled responses, over the "
             f"last {about['window']} batches with labels, was the best of the run, {about['utility']:.4g}."
         )
+
+
+def _about_data(directory: Path) -> Iterator[str]:
+    """What the run noted on its prompts: how many there are, and what has become of those that were too long."""
+    path = directory / "data.txt"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        yield f"{line[:1].upper()}{line[1:]}."
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The logs that a run writes into its directory: metrics, rollouts and stage times.
+"""The logs that a run writes into its directory: metrics, rollouts, stage times and alarms.
 
 A trainer attaches them on its main process. metrics.jsonl holds no wall-clock time, so two runs of one seed, or a run
 that was killed and resumed, leave the same bytes.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from maestro_fast.records import StepRecord, plain_text
 from maestro_fast.reporting.json_lines import (
+    ALARMS_FILE,
+    COSTS_FILE,
     METRICS_FILE,
     ROLLOUTS_FILE,
     TIMINGS_FILE,
@@ -29,10 +32,23 @@ from maestro_fast.reporting.json_lines import (
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["JsonLines", "MetricsCallback", "RolloutsLog", "TimingsLog", "iter_jsonl", "read_jsonl"]
+    from maestro_fast.watching import Alarm
+
+__all__ = [
+    "AlarmsLog",
+    "CostsCallback",
+    "JsonLines",
+    "MetricsCallback",
+    "RolloutsLog",
+    "TimingsLog",
+    "iter_jsonl",
+    "read_jsonl",
+]
 
 # These keys describe the process and not the policy.
 _OF_THE_PROCESS = re.compile(r".*_runtime|.*_per_second|total_flos|train_loss")
+# So do the costs of a judge: a resumed run finds answers in the cache that the run before it has paid for.
+_COSTS = re.compile(r".*/cost/(?:requests|cached|retries|prompt_tokens|completion_tokens|seconds)")
 
 
 class MetricsCallback(TrainerCallback):
@@ -44,8 +60,10 @@ class MetricsCallback(TrainerCallback):
     process (``state.is_world_process_zero``) writes.
     """
 
+    file = METRICS_FILE
+
     def __init__(self, run_dir: str | Path) -> None:
-        self._path = Path(run_dir) / METRICS_FILE
+        self._path = Path(run_dir) / self.file
         self._lines: JsonLines | None = None
         self._last: dict[str, Any] = {}
 
@@ -64,7 +82,7 @@ class MetricsCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        values = {name: value for name, value in (logs or {}).items() if not _OF_THE_PROCESS.fullmatch(name)}
+        values = {name: value for name, value in (logs or {}).items() if self.takes(name)}
         if not state.is_world_process_zero or not values:
             return
         row = {"step": state.global_step} | {name: value for name, value in values.items() if name != "step"}
@@ -75,10 +93,27 @@ class MetricsCallback(TrainerCallback):
             self._open().append(row)
         self._last = row
 
+    def takes(self, name: str) -> bool:
+        """Whether a logged value belongs into the file."""
+        return not _OF_THE_PROCESS.fullmatch(name) and not _COSTS.fullmatch(name)
+
     def _open(self) -> JsonLines:
         if self._lines is None:
             self._lines = JsonLines(self._path)
         return self._lines
+
+
+class CostsCallback(MetricsCallback):
+    """Writes what judges cost (requests, tokens, seconds) to ``run_dir``/costs.jsonl, which a run without judges lacks.
+
+    The values are means for a generation batch and a process, as in metrics.jsonl.
+    """
+
+    file = COSTS_FILE
+
+    def takes(self, name: str) -> bool:
+        """Whether a logged value belongs into the file."""
+        return _COSTS.fullmatch(name) is not None
 
 
 class RolloutsLog:
@@ -117,6 +152,27 @@ class TimingsLog:
             raise ValueError(f"timings: got the keys {', '.join(timings) or 'none'}, expected step among them")
         step = int(timings["step"])
         self._log.append(step, {"step": step, **{k: v for k, v in timings.items() if k != "step"}})
+
+
+class AlarmsLog(TrainerCallback):
+    """Writes a line for each alarm that rings to ``run_dir``/alarms.jsonl.
+
+    A line holds step, metric, value, bound, action and condition. The value is that of the metric, the bound what it
+    went beyond (for ``no_better_for`` the best value so far), the action "warn" or "stop", and the condition says in
+    words when such an alarm rings. A run without alarms has no file.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / ALARMS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self._path.exists():
+            JsonLines(self._path).drop_from(state.global_step + 1)
+
+    def __call__(self, alarm: Alarm) -> None:
+        JsonLines(self._path).append(asdict(alarm))
 
 
 class _StepLog:

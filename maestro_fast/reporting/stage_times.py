@@ -141,13 +141,17 @@ def _shares(ax: Axes, seconds: Mapping[str, FloatArray], palette: Mapping[str, s
     whole = means.sum() or 1.0
     rows = np.arange(len(names))[::-1]
     ax.barh(rows, 100 * means / whole, 0.72, color=[palette[name] for name in names], linewidth=0)
-    for row, mean in zip(rows, means, strict=True):
+    ends = 100 * means / whole
+    for i, (row, mean) in enumerate(zip(rows, means, strict=True)):
         share = 100 * mean / whole
+        if (values := seconds[names[i]]).min() > 0:  # A stage that does not run in every batch has no usual time.
+            low, ends[i] = 100 * np.quantile(values, (0.05, 0.95)) / whole
+            ax.plot((low, ends[i]), (row, row), color=INK, linewidth=1.0, alpha=0.7)
         text = f" {_seconds(mean)} · {f'{share:.1f}' if share >= 0.05 else '< 0.1'} %"
-        ax.text(100 * mean / whole, row, text, va="center", fontsize=9, color=INK)
+        ax.text(max(share, ends[i]), row, text, va="center", fontsize=9, color=INK)
     ax.set_yticks(rows, [short(name, 24) for name in names])
-    ax.set_xlabel("share of the time (%)")
-    ax.set_xlim(0, 1.5 * 100 * float(means.max()) / whole or 1)
+    ax.set_xlabel("share of the time (%); lines: middle 90 % of the batches")
+    ax.set_xlim(0, 1.5 * float(ends.max()) or 1)
     ax.set_xticks([tick for tick in range(0, 101, 20) if tick <= ax.get_xlim()[1]])
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)

@@ -49,7 +49,7 @@ def format_table(table: Table, width: int = 100) -> str:
 
 
 def cell_texts(table: Table) -> list[list[str]]:
-    """The rows as text. All floats of a column get the same number of decimals."""
+    """The rows as text. All floats of a column are written alike, with decimals that suit its largest number."""
     columns = [_column_texts([row[c] for row in table.rows]) for c in range(len(table.header))]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -66,18 +66,23 @@ def _is_numeric(cells: Sequence[Cell]) -> bool:
 
 def _column_texts(cells: Sequence[Cell]) -> list[str]:
     sizes = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
-    digits_before = math.floor(math.log10(max(sizes))) if sizes and max(sizes) > 0 else 0
-    decimals = min(max(2 - digits_before, 0), 3)  # The largest number has three significant digits.
-    return [_text(cell, decimals) for cell in cells]
+    before = math.floor(math.log10(max(sizes))) if sizes and max(sizes) > 0 else 0
+    # The largest number has three significant digits, or two where it is below 0.01; below 0.0001 it has an exponent.
+    decimals = min(max(2 - before, 0), 3) if before >= -2 else 1 - before
+    return [_text(cell, decimals if before >= -4 else None) for cell in cells]
 
 
-def _text(cell: Cell, decimals: int) -> str:
+def _text(cell: Cell, decimals: int | None) -> str:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "-"
-    if isinstance(cell, float) and math.isfinite(cell):
-        too_small = 0 < abs(cell) < 0.5 * 10.0**-decimals
-        return f"{cell:.1e}" if too_small else f"{cell:.{decimals}f}"
-    return " ".join(str(cell).split())
+    if not isinstance(cell, float) or not math.isfinite(cell):
+        return " ".join(str(cell).split())
+    if decimals is None:
+        return f"{cell:.1e}"
+    least = 10.0**-decimals
+    if 0 < abs(cell) < 0.5 * least:  # It is not 0, so it is not written as 0.
+        return f"< {least:.{decimals}f}" if cell > 0 else f"> -{least:.{decimals}f}"
+    return f"{cell:.{decimals}f}"
 
 
 def _column_blocks(cells: list[list[str]], right: list[bool], width: int) -> list[list[int]]:

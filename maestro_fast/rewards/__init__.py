@@ -1,6 +1,6 @@
 """Rewards over a batch of completions: built-in ones, any function with TRL's signature, and sets of them."""
 
-from maestro_fast.rewards.builtin import KINDS, REWARD_TYPES, EntropyReward, LengthReward
+from maestro_fast.rewards.builtin import KINDS, REWARD_TYPES, EntropyReward, LengthReward, OverlongReward
 from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, gate, masks, needed_columns
 from maestro_fast.rewards.config import (
     AnchorConfig,
@@ -12,6 +12,8 @@ from maestro_fast.rewards.config import (
 )
 from maestro_fast.rewards.format import FormatReward, check_tags_are_seen, split_tags
 from maestro_fast.rewards.function import FunctionReward, FunctionRewardConfig, load_function
+from maestro_fast.rewards.guarded import Guarded, RewardTimeoutError
+from maestro_fast.rewards.judge import JudgeConfig, JudgeReward
 from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
 from maestro_fast.rewards.preference import PreferenceConfig, PreferenceReward
@@ -27,10 +29,14 @@ __all__ = [
     "FunctionRewardConfig",
     "Gate",
     "GateConfig",
+    "Guarded",
+    "JudgeConfig",
+    "JudgeReward",
     "Labelled",
     "LabelsConfig",
     "LengthReward",
     "NoverReward",
+    "OverlongReward",
     "PerplexityReward",
     "PreferenceConfig",
     "PreferenceReward",
@@ -38,6 +44,7 @@ __all__ = [
     "RewardConfig",
     "RewardSet",
     "RewardSpec",
+    "RewardTimeoutError",
     "RewardValues",
     "Where",
     "build_anchor",

@@ -13,6 +13,7 @@ from maestro_fast.records import RewardBatch, plain_text
 from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.format import FormatReward
 from maestro_fast.rewards.function import FunctionRewardConfig
+from maestro_fast.rewards.judge import JudgeConfig
 from maestro_fast.rewards.nover import NoverReward
 from maestro_fast.rewards.perplexity import PerplexityReward
 from maestro_fast.rewards.preference import PreferenceConfig
@@ -28,9 +29,6 @@ class LengthReward:
     """A penalty on length: 0 up to a target, and beyond it a straight line down to a floor.
 
         r(n) = 0 for n <= target,  max(floor, -(n - target) / scale) beyond
-
-    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) is ``LengthReward(target=max - cache, scale=cache)``
-    for lengths up to its maximum.
 
     Attributes:
         target: the length up to which nothing is lost, in ``unit``.
@@ -88,6 +86,55 @@ class LengthReward:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class OverlongReward:
+    """DAPO's soft overlong punishment: a penalty on responses that come near the token limit.
+
+        r(n) = 0 for n <= limit - buffer,  (limit - buffer - n) / buffer up to the limit,  -1 beyond
+
+    n counts the tokens of the response. This is equation 13 of DAPO (arXiv 2503.14476), which adds it to the reward of
+    a correct answer with the factor 1; here it is a reward of its own, with a weight of its own.
+
+    Attributes:
+        limit: the token limit, mostly ``sampling.max_new_tokens``.
+        buffer: the number of tokens before the limit over which the penalty grows to 1; 0 penalises nothing up to it.
+        name: the reward's name.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    limit: int
+    buffer: int
+    name: str = "overlong"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_policy: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit: {self.limit}, expected a number of tokens, at least 1")
+        if not 0 <= self.buffer <= self.limit:
+            raise ValueError(f"buffer: {self.buffer}, expected 0 to the limit of {self.limit} tokens")
+
+    def __call__(self, batch: RewardBatch) -> list[float]:
+        return [self._penalty(len(ids)) for ids in batch.completion_ids]
+
+    def _penalty(self, tokens: int) -> float:
+        free = self.limit - self.buffer
+        if tokens <= free:
+            return 0.0
+        return (free - tokens) / self.buffer if tokens <= self.limit else -1.0
+
+    def why_silent(self, look: Look) -> str:
+        """The likely reason why no response is penalised more than others, see ``first_batches``."""
+        free = self.limit - self.buffer
+        if look.value == 0.0:
+            return f"no response has more than {free} tokens (limit - buffer), the longest has {max(look.lengths)}"
+        return f"all responses to a prompt are of the same length, {min(look.lengths)} to {max(look.lengths)} tokens"
 
 
 @dataclass(frozen=True)
@@ -151,8 +198,10 @@ REWARD_TYPES: dict[str, type[Any]] = {
     "format": FormatReward,
     "length": LengthReward,
     "nover": NoverReward,
+    "overlong": OverlongReward,
     "perplexity": PerplexityReward,
     "preference": PreferenceConfig,
+    "judge": JudgeConfig,
     "function": FunctionRewardConfig,
 }
 KINDS = REWARD_TYPES  # The table had this name in release 0.1.

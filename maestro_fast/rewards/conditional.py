@@ -21,7 +21,8 @@ from typing import Any
 
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look, own_reason
-from maestro_fast.rewards.reward import Reward, RewardValues, blame, column_of, judge
+from maestro_fast.rewards.guarded import Guarded
+from maestro_fast.rewards.reward import Reward, RewardValues, blame, column_of, figures, judge, plain_call
 from maestro_fast.settings import SettingsError
 
 SHOWN = 12  # how many values of a column a message lists
@@ -62,7 +63,8 @@ class Gate:
         async def later() -> RewardValues:
             with blame(self.on.name, role):
                 values = await condition
-            found = _on_rows(self.reward, batch, self._open_rows(values, len(batch)), self.closed)
+            with plain_call():
+                found = _on_rows(self.reward, batch, self._open_rows(values, len(batch)), self.closed)
             return await found if isawaitable(found) else found
 
         return later()
@@ -74,6 +76,11 @@ class Gate:
         return (
             f"its gate never opened ({self.on.name!r} stayed below {self.threshold:g}), or the same came from behind it"
         )
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the reward, and those of the reward that opens the gate behind ``gate/``."""
+        on = {f"gate/{figure}": value for figure, value in figures(self.on).items()}
+        return figures(self.reward) | on
 
     def _open_rows(self, values: RewardValues, count: int) -> list[int]:
         items = column_of(self.on.name, values, count).tolist()
@@ -120,6 +127,10 @@ class Where:
         if not look.abstained:
             return reason
         return f"no prompt of these batches has {self.mask!r}{', or ' + reason if reason else ''}"
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the reward that is masked."""
+        return figures(self.reward)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -181,7 +192,7 @@ def needed_columns(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> set[str
             return own  # What it masks is never called.
     if isinstance(reward, Gate):
         own |= needed_columns(reward.on, rows)
-    return own | (needed_columns(reward.reward, rows) if isinstance(reward, Where | Gate | Labelled) else set())
+    return own | (needed_columns(reward.reward, rows) if isinstance(reward, _AROUND_ANOTHER) else set())
 
 
 def masks(reward: Reward, path: str) -> Iterator[tuple[str, Where]]:
@@ -190,7 +201,7 @@ def masks(reward: Reward, path: str) -> Iterator[tuple[str, Where]]:
         yield f"{path}.where", reward
     if isinstance(reward, Gate):
         yield from masks(reward.on, f"{path}.gate.on")
-    if isinstance(reward, Where | Gate | Labelled):
+    if isinstance(reward, _AROUND_ANOTHER):
         yield from masks(reward.reward, path)
 
 
@@ -262,6 +273,13 @@ class Labelled:
             raise ValueError("batch.step: missing, expected the number of the generation batch")
         rows = [row for row in range(len(batch)) if self.labels.chosen(batch.step, batch.prompts[row])]
         return _on_rows(self.reward, batch, rows, None)
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the reward that is labelled."""
+        return figures(self.reward)
+
+
+_AROUND_ANOTHER = (Where, Gate, Labelled, Guarded)  # what has another reward as its ``reward``
 
 
 def _on_rows(

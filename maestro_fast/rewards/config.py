@@ -6,11 +6,13 @@
       - {type: function, function: "my_rewards.py:richness", scale: 2}
       - trl.rewards:think_format_reward
       - {type: length, target: 50, gate: {on: format, threshold: 1}, where: {family: [poem, essay]}}
+      - {function: "my_rewards.py:compiles", timeout: 30, on_error: abstain}
 
 ``type`` says which reward it is, ``name`` what it is called in the log and in weights; by default the two are the same.
 A mere name is a type, and a mere "file.py:function" a function of the user's own. Any entry may have a ``where`` (it
 counts for some prompts only) and a ``gate`` (it counts where another reward, an entry of its own, reaches a threshold).
-All other settings are options: fields of the type's dataclass, or constant keyword arguments of the function.
+``timeout`` and ``on_error`` say what becomes of a batch on which the reward fails. All other settings are options:
+fields of the type's dataclass, or constant keyword arguments of the function.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from typing import Annotated, Any
 from maestro_fast.rewards.builtin import REWARD_TYPES
 from maestro_fast.rewards.conditional import Gate, Labelled, LabelsConfig, Where, check_mask
 from maestro_fast.rewards.function import FunctionReward, FunctionRewardConfig
+from maestro_fast.rewards.guarded import Guarded, OnError, check_guard
+from maestro_fast.rewards.judge import JudgeConfig
 from maestro_fast.rewards.preference import PreferenceConfig
 from maestro_fast.rewards.reward import Reward, RewardSet
 from maestro_fast.settings import REST, Choice, SettingsError, build, rename_key, say_once
@@ -55,24 +59,31 @@ class RewardConfig:
         where: a column of the data that is true where the reward counts, or a mapping of columns to the value, or the
             list of values, that they have there; elsewhere the reward abstains.
         gate: the condition that another reward reaches a threshold; the reward counts only where it does.
+        timeout: the seconds within which the reward has to judge a batch, see ``rewards.guarded``; null sets no limit.
+        on_error: what becomes of a batch on which the reward raises, is too late or returns what is no reward: "stop"
+            stops the run, and "abstain" makes the reward abstain from all of the batch and counts that in the log.
     """
 
-    reward: Annotated[Reward | PreferenceConfig | FunctionRewardConfig, REWARDS, REST]
+    reward: Annotated[Reward | PreferenceConfig | JudgeConfig | FunctionRewardConfig, REWARDS, REST]
     where: str | dict[str, Value | list[Value]] | None = None
     gate: GateConfig | None = None
+    timeout: float | None = None
+    on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
         if self.where is not None:
             check_mask(self.where)
+        check_guard(self.timeout, self.on_error)
 
     def build(self, path: str, base_dir: str | Path = ".") -> Reward:
-        """The reward behind its gate and its mask. The mask is looked at first.
+        """The reward behind its gate and its mask. The mask is looked at first, and the deadline is the reward's own.
 
         Args:
             path: the dotted name of this entry, for messages.
             base_dir: where relative paths of functions start.
         """
-        reward = self.reward if isinstance(self.reward, Reward) else self.reward.build(path, base_dir)
+        own = self.reward if isinstance(self.reward, Reward) else self.reward.build(path, base_dir)
+        reward = self._guarded(own, path)
         if self.gate is not None:
             on = self.gate.on.build(f"{path}.gate.on", base_dir)
             try:
@@ -80,6 +91,26 @@ class RewardConfig:
             except ValueError as error:
                 raise SettingsError(f"{path}.gate.{error}") from error
         return reward if self.where is None else Where(reward, self.where)
+
+    def _guarded(self, reward: Reward, path: str) -> Reward:
+        """The reward with its deadline, and with what follows from an error.
+
+        Raises:
+            SettingsError: the reward cannot be guarded, or a function has an argument with the name of such a setting.
+        """
+        given = {"timeout": self.timeout is not None, "on_error": self.on_error != "stop"}
+        for setting in (setting for setting, is_given in given.items() if is_given):
+            if isinstance(reward, FunctionReward) and reward.names(setting):
+                raise SettingsError(
+                    f"{path}.{setting}: a setting of every reward, but {reward.name!r} takes an argument of that name "
+                    "as well, which it would not get; expected another name of the argument"
+                )
+        if not any(given.values()):
+            return reward
+        try:
+            return Guarded(reward, timeout=self.timeout, on_error=self.on_error)
+        except ValueError as error:
+            raise SettingsError(f"{path}.{error}") from error
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,7 @@ class RewardSpec:
         options: fields of the type's dataclass, or constant keyword arguments of the function.
         where: as in ``RewardConfig``.
         gate: a mapping of the fields of ``GateConfig``.
+        timeout, on_error: as in ``RewardConfig``.
     """
 
     name: str
@@ -131,10 +163,13 @@ class RewardSpec:
     options: dict[str, Any] = field(default_factory=dict)
     where: str | dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
+    timeout: float | None = None
+    on_error: OnError = "stop"
 
     def entry(self) -> dict[str, Any]:
         """The same entry as a mapping."""
-        found = {"where": self.where, "gate": self.gate, "function": self.function}
+        found: dict[str, Any] = {"where": self.where, "gate": self.gate, "function": self.function}
+        found |= {"timeout": self.timeout, "on_error": None if self.on_error == "stop" else self.on_error}
         kind = self.kind if self.kind is not None or self.function is not None else self.name
         found |= {} if kind is None else {"type": kind}
         return {**self.options, "name": self.name, **{key: value for key, value in found.items() if value is not None}}

@@ -115,11 +115,24 @@ class FunctionReward:
         result: RewardValues | Awaitable[RewardValues] = self.function(**copies)
         return result
 
+    def metrics(self) -> dict[str, float]:
+        """The figures of a function that is an object with a method ``metrics`` of its own."""
+        pop = getattr(self.function, "metrics", None)
+        return pop() if callable(pop) else {}
+
     @property
     def needs_columns(self) -> tuple[str, ...]:
         """The columns that the data have to have: the arguments without a default that are none of the others."""
         given = {*STANDARD_ARGUMENTS, "prefills", *self.options}
         return tuple(argument for argument in self._required if argument not in given)
+
+    def names(self, argument: str) -> bool:
+        """Whether the function has an argument of this name, beside ``**kwargs``."""
+        try:
+            found = signature(self.function).parameters.get(argument)
+        except ValueError:  # as in ``_arguments``
+            return False
+        return found is not None and found.kind is not Parameter.VAR_KEYWORD
 
     @property
     def _takes_prefills(self) -> bool:

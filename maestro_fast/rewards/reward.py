@@ -16,7 +16,8 @@ import atexit
 import logging
 import math
 import os
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import cache
 from inspect import isawaitable, iscoroutine
@@ -33,6 +34,7 @@ RewardValues = Sequence[float | None] | Tensor
 
 logger = logging.getLogger(__name__)
 
+LOGGED = frozenset({"mean", "std", "abstained", "utility", "labelled"})  # what the log says of every reward or anchor
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -46,8 +48,9 @@ class Reward(Protocol):
         needs_policy: whether the reward calls ``batch.score_texts``.
 
     A reward may also have ``reads_only``: True says that it changes nothing of the batch, which is then not copied for
-    it. With ``needs_columns``, names of columns, data that lack one are refused before the run. And it may have the
-    method ``why_silent``, see ``rewards.first_batches``.
+    it. With ``needs_columns``, names of columns, data that lack one are refused before the run. It may have the method
+    ``why_silent``, see ``rewards.first_batches``. And it may have ``metrics(self) -> dict[str, float]``, which
+    returns figures of its own since the last call and forgets them; they are logged as rewards/<name>/<figure>.
     """
 
     @property
@@ -111,8 +114,9 @@ class RewardSet:
             ValueError: a reward returned the wrong number of values, or NaN or inf.
             TypeError: a reward returned something else than numbers.
             Exception: a reward raised it; a note names the reward.
+            TimeoutError: an asynchronous reward blocks the event loop, and one of the rewards has a deadline.
         """
-        values = _await_all(self.names, self._call_all(batch))
+        values = _await_all(self.names, self._call_all(batch), min(map(_patience, self.rewards)))
         columns = [column_of(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
         rewards_BK = torch.stack(columns, dim=1)
         if len(batch) and not self._warned and bool(rewards_BK.isnan().all()):
@@ -124,6 +128,15 @@ class RewardSet:
                 len(batch),
             )
         return rewards_BK
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the rewards themselves since the last call, in this process, as rewards/<name>/<figure>.
+
+        Raises:
+            ValueError: a figure has a name that the log uses itself.
+            TypeError: a reward returned something else than numbers by name.
+        """
+        return {f"rewards/{own.name}/{figure}": value for own in self.rewards for figure, value in figures(own).items()}
 
     def _call_all(self, batch: RewardBatch) -> list[object]:
         """What each reward returned, before awaitables are awaited."""
@@ -151,7 +164,41 @@ def judge(reward: Reward, batch: RewardBatch) -> RewardValues | Awaitable[Reward
     return reward(batch if said and getattr(reward, "reads_only", False) else batch.copied())
 
 
-def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
+def figures(reward: Any, name: str | None = None) -> dict[str, float]:
+    """What a reward's own method ``metrics`` returns; {} if it has none.
+
+    Args:
+        reward: a reward, or a function that serves as one.
+        name: its name; by default it is ``reward.name``.
+
+    Raises:
+        ValueError: a figure has a name that the log uses itself.
+        TypeError: something else than numbers by name was returned.
+    """
+    name = reward.name if name is None else name
+    pop = getattr(reward, "metrics", None)
+    if not callable(pop):
+        return {}
+    with blame(str(name)):
+        found = pop()
+    if not isinstance(found, Mapping) or not all(
+        isinstance(figure, str) and isinstance(value, int | float) for figure, value in found.items()
+    ):
+        raise TypeError(f"reward {name!r}: metrics() returned {found!r}, expected a dict of numbers by name")
+    taken = sorted(found.keys() & LOGGED)
+    if taken:
+        raise ValueError(f"reward {name!r}: metrics() returned {taken[0]!r}, a name that the log uses for the reward")
+    return {figure: float(value) for figure, value in found.items()}
+
+
+def _patience(reward: Any) -> float:
+    """The shortest deadline of a reward and of those inside it, in seconds; inf if there is none."""
+    own = getattr(reward, "patience", None)
+    inside = [_patience(inner) for name in ("reward", "on") if (inner := getattr(reward, name, None)) is not None]
+    return min([math.inf if own is None else float(own), *inside])
+
+
+def _await_all(names: Sequence[str], values: list[object], patience: float) -> list[object]:
     """``values``, with the result of each awaitable in its place."""
 
     async def awaited(name: str, value: Awaitable[object]) -> object:
@@ -160,7 +207,8 @@ def _await_all(names: Sequence[str], values: list[object]) -> list[object]:
 
     pending = {i: awaited(names[i], value) for i, value in enumerate(values) if isawaitable(value)}
     if pending:
-        results = gather(list(pending.values()))
+        who = ", ".join(names[i] for i in pending)
+        results = gather(list(pending.values()), patience, who)
         for i, result in zip(pending, results, strict=True):
             values[i] = result
     return values
@@ -209,21 +257,50 @@ def _number(name: str, row: int, item: object) -> float:
 # --- the event loop of asynchronous rewards ---
 
 
-def gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+def gather(coroutines: Sequence[Coroutine[Any, Any, T]], patience: float, who: str) -> list[T]:
     """Runs coroutines concurrently and waits for all of them.
+
+    Args:
+        coroutines: the coroutines.
+        patience: the seconds for which the event loop may stand still while one of them waits without ``await``: a
+            loop that does so keeps no deadline. inf stands for any time.
+        who: the names of the rewards, for the error.
 
     Returns:
         Their results, in order.
 
     Raises:
         Exception: one of them raised it first. The others are cancelled.
+        TimeoutError: the event loop stood still for longer.
     """
     background = _background_loop(os.getpid())
     future = asyncio.run_coroutine_threadsafe(_gather(coroutines), background.loop)
     try:
+        while not wait([future], None if patience == math.inf else patience).done:
+            turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), background.loop)
+            waiting: list[Future[Any]] = [turn, future]
+            if not wait(waiting, patience, FIRST_COMPLETED).done and not _PLAIN_CALLS:
+                raise TimeoutError(
+                    f"rewards: the event loop of the asynchronous ones ({who}) has stood still for {patience:g} s, so "
+                    "no deadline can be kept: one of them waits without await. Written as a plain function, it would "
+                    "be called in a thread of its own"
+                )
         return future.result()
     finally:
         future.cancel()  # this has an effect only where the wait was interrupted
+
+
+@contextmanager
+def plain_call() -> Iterator[None]:
+    """Marks that a plain reward is called in the thread of the loop, which may take long and is no fault."""
+    _PLAIN_CALLS.append(None)
+    try:
+        yield
+    finally:
+        _PLAIN_CALLS.pop()
+
+
+_PLAIN_CALLS: list[None] = []
 
 
 async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -246,8 +323,9 @@ class _BackgroundLoop:
     def close(self, pid: int) -> None:
         if os.getpid() == pid:  # a forked child inherits this handler, but not the thread
             self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join()
-            self.loop.close()
+            self.thread.join(timeout=1.0)  # A reward may block the loop, see ``gather``.
+            if not self.thread.is_alive():
+                self.loop.close()
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from enum import Enum, EnumType
 from functools import cache
@@ -10,11 +11,14 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from maestro_fast.model.load import ModelConfig, trains_adapter
 from maestro_fast.settings import SettingsError, convert, near
 from maestro_fast.training.config import TrainConfig, known_elsewhere
+
+logger = logging.getLogger(__name__)
 
 # The defaults of transformers suit supervised training. These suit policy gradients and our run directory. Beside
 # each default stands the sentence about it in the config reference.
@@ -58,6 +62,8 @@ _AT_LEAST_0 = {
     "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
     "num_train_epochs", "save_steps", "save_total_limit", "eval_steps", "dataloader_num_workers",
 }  # fmt: skip
+_LOWER_IS_BETTER = ("kl", "/abstained", "/clipped_ratio")  # what the names of such metrics end with
+MEDIA_TRACKERS = {"tensorboard", "wandb"}  # the trackers of the section ``trackers``
 _OF_EVALUATION = ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay")
 
 
@@ -79,11 +85,22 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         for name in _OF_EVALUATION:
             if values.get(name) and str(values[name]) != "no":
                 raise SettingsError(f"trainer.{name}: there are no prompts for it, expected a section evaluation")
+    by_training = bool(given.get("load_best_model_at_end")) and config.evaluation is None
+    if given.get("load_best_model_at_end") and given.get("metric_for_best_model") is None:
+        raise SettingsError("trainer.load_best_model_at_end: expected trainer.metric_for_best_model, such as reward")
+    if str(given.get("metric_for_best_model")).endswith(_LOWER_IS_BETTER):
+        values.setdefault("greater_is_better", False)  # transformers would only think so of a loss.
+    if by_training:  # transformers knows no other judge than an evaluation.
+        values["load_best_model_at_end"] = False
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+    args.load_best_model_at_end |= by_training
     check_arguments(args)
+    if args.load_best_model_at_end and args.save_strategy == SaveStrategy.NO:
+        raise SettingsError("trainer.load_best_model_at_end: needs checkpoints, expected trainer.save_strategy: steps")
+    _check_media(config, args)
     return args
 
 
@@ -129,6 +146,15 @@ def _check_trackers(args: TrainingArguments) -> None:
             raise SettingsError(
                 f"trainer.report_to: {name} cannot serve: {' '.join(str(error).split())} Or report to none."
             ) from error
+
+
+def _check_media(config: TrainConfig, args: TrainingArguments) -> None:
+    """Says which trackers ``all`` stands for, since they may send data elsewhere, and looks for those of histograms."""
+    found = ", ".join(args.report_to or []) or "none, because no tracker is installed"
+    if config.trainer.get("report_to") in ("all", ["all"]) and args.process_index == 0:
+        logger.warning("trainer.report_to: all is %s here", found)
+    if config.trackers is not None and not set(args.report_to or []) & MEDIA_TRACKERS:
+        raise SettingsError(f"trackers: trainer.report_to is {found}, expected {' or '.join(sorted(MEDIA_TRACKERS))}")
 
 
 @cache

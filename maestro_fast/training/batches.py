@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
+from maestro_fast.data.order import PromptOrder
 from maestro_fast.model.rows import Sequences
 
 
@@ -30,14 +32,23 @@ class BatchConfig:
             responses.
         micro_batch: the number of responses in one training forward of a process; it bounds the memory.
         updates_per_batch: the number of optimiser steps from one generation batch, each on its share of the responses.
+        no_signal: what becomes of a group whose responses all score the same, so that it has no signal: "train" keeps
+            it (only a KL or an entropy bonus gives it a gradient), "drop" leaves it out of the loss, and "refill"
+            samples another prompt in its place (the dynamic sampling of DAPO), see ``training/dynamic_sampling.py``.
+        max_refills: how many times "refill" samples other prompts; groups that have no signal after that are dropped.
+        truncated: what becomes of a response that the token limit ended: "train" keeps it, and "mask" leaves it out of
+            the loss, but not out of its group's mean (TRL's mask_truncated_completions).
     """
 
     prompts_per_batch: int = 8
     micro_batch: int = 8
     updates_per_batch: int = 1
+    no_signal: Literal["train", "drop", "refill"] = "train"
+    max_refills: int = 3
+    truncated: Literal["train", "mask"] = "train"
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_batch", "micro_batch", "updates_per_batch"):
+        for name in ("prompts_per_batch", "micro_batch", "updates_per_batch", "max_refills"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
 
@@ -50,12 +61,16 @@ class BatchPlan:
         prompts, responses: the numbers of prompts and of responses of the process.
         accumulation: the number of micro-batches of an optimiser step.
         updates: the number of optimiser steps from the generation batch.
+        drops_silent, masks_truncated: whether groups without a signal, and responses that the token limit ended, are
+            left out of the loss.
     """
 
     prompts: int
     responses: int
     accumulation: int
     updates: int
+    drops_silent: bool = False
+    masks_truncated: bool = False
 
     @property
     def micro_steps(self) -> int:
@@ -93,7 +108,8 @@ class BatchPlan:
                 f"do not divide the {responses} responses of a process ({prompts} prompts x {group_size})"
             )
         accumulation = responses // (config.micro_batch * config.updates_per_batch)
-        return BatchPlan(prompts, responses, accumulation, config.updates_per_batch)
+        drops, masks = config.no_signal != "train", config.truncated == "mask"
+        return BatchPlan(prompts, responses, accumulation, config.updates_per_batch, drops, masks)
 
 
 @dataclass(frozen=True)
@@ -132,42 +148,40 @@ class Processes:
 
 
 class GroupSampler(Sampler[int]):
-    """Yields shuffled prompt indices in blocks; each block of ``block`` prompts comes ``repeat`` times in a row.
+    """Yields the indices of the prompts in blocks; each block comes ``repeat`` times in a row.
 
     A block is one generation batch over all processes. Each repetition is one micro-step of the trainer, which samples
-    responses on the first and uses them again on the others. A last block that is not full is left out, as in TRL.
+    responses on the first and uses them again on the others.
     """
 
-    def __init__(self, size: int, block: int, repeat: int, seed: int) -> None:
-        self.size, self.block, self.repeat, self.seed = size, block, repeat, seed
+    def __init__(self, order: PromptOrder, repeat: int) -> None:
+        self.order, self.repeat = order, repeat
         self.epoch = 0
 
     @property
     def blocks(self) -> int:
         """The number of generation batches in an epoch."""
-        return self.size // self.block
+        return self.order.batches
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def rows(self, number: int) -> list[int]:
         """The indices of the prompts of generation batch ``number``, which counts from 0 over all epochs."""
-        epoch, place = divmod(number, self.blocks)
-        return self._order(epoch)[place * self.block : (place + 1) * self.block]
+        return self.order.rows(number)
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
-        return order
+    def spare_rows(self, number: int, round: int, count: int, used: set[int]) -> list[int]:
+        """Further prompts for generation batch ``number``, see ``PromptOrder.spare_rows``."""
+        return self.order.spare_rows(number, round, count, used)
 
     def __iter__(self) -> Iterator[int]:
-        order = self._order(self.epoch)
-        for start in range(0, self.size - self.block + 1, self.block):
+        first = self.epoch * self.blocks
+        for number in range(first, first + self.blocks):
             for _ in range(self.repeat):
-                yield from order[start : start + self.block]
+                yield from self.rows(number)
 
     def __len__(self) -> int:
-        return self.blocks * self.block * self.repeat
+        return self.blocks * self.order.block * self.repeat
 
 
 @dataclass(frozen=True)
@@ -191,8 +205,9 @@ class TokenLogprobs:
 class MicroBatch:
     """The responses of one training forward, with everything that their loss needs.
 
-    ``_C`` tensors hold the completion tokens, response after response. ``advantages_B`` and ``cu_seqlens`` lie on the
-    CPU, where the loss reads which rows have no gradient. ``normalizer`` and ``entropy_normalizer`` divide the sums of
+    ``_C`` tensors hold the completion tokens, response after response. ``advantages_B``, ``cu_seqlens`` and
+    ``token_mask_C`` lie on the CPU, where the loss reads which rows have no gradient. ``token_mask_C`` is False where a
+    token is left out of the loss; None leaves out none. ``normalizer`` and ``entropy_normalizer`` divide the sums of
     ``policy_loss``, whose documentation explains them. ``members`` are the indices of the responses among those of this
     process; they are empty where a checkpoint of version 0.1 did not hold them.
     """
@@ -204,6 +219,7 @@ class MicroBatch:
     normalizer: float
     entropy_normalizer: float
     members: tuple[int, ...] = ()
+    token_mask_C: Tensor | None = None
 
 
 def group_order(prompts: int, group_size: int, generator: torch.Generator) -> list[int]:
@@ -216,54 +232,102 @@ def group_order(prompts: int, group_size: int, generator: torch.Generator) -> li
     return (groups[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
 
 
+def cut_order(plan: BatchPlan, order: list[int], live_B: Tensor) -> list[list[int]]:
+    """Deals the responses that are trained on to the micro-batches, in order and as evenly as they go.
+
+    Responses that are left out of the loss need no forward, so they stand in no micro-batch. Whole groups stay together
+    where a micro-batch of the full batch holds whole groups. A process makes as many forwards as the others, so a
+    micro-batch that would be empty gets a response that is left out.
+
+    Args:
+        plan: says how many micro-batches there are.
+        order: the responses' indices, whole groups one after another.
+        live_B: bool [B], False for responses that are left out.
+
+    Returns:
+        The indices of each micro-batch.
+    """
+    group_size = plan.responses // plan.prompts
+    whole = plan.micro_batch % group_size == 0
+    size = group_size if whole else 1
+    live = live_B.tolist()
+    runs = [[j for j in order[i : i + size] if live[j]] for i in range(0, len(order), size)]
+    runs = [run for run in runs if run]
+    bounds = [len(runs) * i // plan.micro_steps for i in range(plan.micro_steps + 1)]
+    cut = [[j for run in runs[a:b] for j in run] for a, b in pairwise(bounds)]
+    return [members or [next(j for j in order if not live[j])] for members in cut]
+
+
+@dataclass(frozen=True)
+class UpdateTotals:
+    """What the losses of an optimiser step are divided by, for each of the steps of a generation batch.
+
+    Attributes:
+        normalization: as in ``PolicyLossConfig``.
+        tokens: the numbers of completion tokens in the loss of each step, as means over the processes, because their
+            gradients are averaged, too.
+        responses: the number of responses of a step, those with masked tokens included, as such a mean.
+    """
+
+    normalization: str
+    tokens: list[float]
+    responses: float
+
+    def normalizer(self, plan: BatchPlan, micro_step: int, tokens: int) -> float:
+        """The divisor of a micro-batch's summed loss under which the micro-batches of a step add up.
+
+        It is at least 1, because a step may have no token at all, whose loss is 0.
+
+        Args:
+            plan: the sizes of the batch.
+            micro_step: the number of the micro-batch, from 0.
+            tokens: the number of its tokens that are in the loss.
+        """
+        if self.normalization == "dapo":
+            return max(self.tokens[micro_step // plan.accumulation], 1.0)
+        if self.normalization == "bnpo":  # As in TRL, each micro-batch is a mean over its own tokens.
+            return float(max(tokens, 1) * plan.accumulation)
+        return max(self.responses, 1.0)
+
+
 def split_micro_batches(
     plan: BatchPlan,
     sequences: Sequences,
     advantages_B: Tensor,
     logprobs: TokenLogprobs,
-    tokens_per_update: list[float],
-    normalization: str,
-    order: list[int],
+    cut: list[list[int]],
+    live_B: Tensor,
+    totals: UpdateTotals,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Cuts the responses into micro-batches, in the order in which they are trained on.
+    """Makes the micro-batches, in the order in which they are trained on.
 
     Args:
-        plan: says how many micro-batches there are.
+        plan: the sizes of the batch.
         sequences, advantages_B, logprobs: the responses of this process.
-        tokens_per_update: the number of completion tokens of each optimiser step. It is a mean over the processes,
-            because their gradients are averaged, too.
-        normalization: the normalization of the loss, as in ``PolicyLossConfig``.
-        order: the responses' indices; each micro-batch takes the next ones.
+        cut: the indices of the responses of each micro-batch.
+        live_B: bool [B], False for responses whose tokens are left out of the loss.
+        totals: what the losses are divided by.
         device: the device on which the log-probs are put.
     """
-    lengths = [len(c) for c in sequences.completion_ids]
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    size = plan.micro_batch
-    advantages_B = advantages_B.cpu()
+    lengths = torch.tensor([len(c) for c in sequences.completion_ids])
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).tolist()
+    live_B = live_B.cpu()
+    advantages_B = torch.where(live_B, advantages_B.cpu(), 0.0)  # for a loss of the user's own that reads no mask
     batches = []
-    for i in range(plan.micro_steps):
-        members = order[i * size : (i + 1) * size]
+    for i, members in enumerate(cut):
         tokens = torch.cat([torch.arange(starts[j], starts[j + 1]) for j in members])
-        update_tokens = tokens_per_update[i // plan.accumulation]
+        mask_C = live_B[members].repeat_interleave(lengths[members])
         batches.append(
             MicroBatch(
                 sequences.select(members),
                 advantages_B[members],
-                torch.tensor([0, *(lengths[j] for j in members)]).cumsum(0),
+                torch.tensor([0, *lengths[members].tolist()]).cumsum(0),
                 logprobs.select(tokens.to(device)),
-                _normalizer(plan, normalization, tokens.numel(), update_tokens),
-                update_tokens,
+                totals.normalizer(plan, i, int(mask_C.sum())),
+                max(totals.tokens[i // plan.accumulation], 1.0),
                 tuple(members),
+                None if bool(live_B[members].all()) else mask_C,
             )
         )
     return batches
-
-
-def _normalizer(plan: BatchPlan, normalization: str, tokens: int, update_tokens: float) -> float:
-    """The divisor of a micro-batch's summed loss under which the micro-batches of an update add up."""
-    if normalization == "dapo":
-        return update_tokens
-    if normalization == "bnpo":  # As in TRL, each micro-batch is a mean over its own tokens.
-        return float(tokens * plan.accumulation)
-    return float(plan.responses // plan.updates)

@@ -59,7 +59,8 @@ def build_step(
     method, weights, profile = given.method, given.weights, resolve_profile(given.method.profile)
     terms = LossTerms.of(method.loss, profile)
     check_profile(weights, profile)
-    scoring = choose_scoring(given.model, plan, given.rewards, weights, terms)
+    refills = method.batch.no_signal == "refill"
+    scoring = choose_scoring(given.model, plan, given.rewards, weights, terms, refills=refills)
     logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
     processes = Processes(accelerator)
     scorer = Scorer.of(given.model, plan.micro_batch, method, accelerator.autocast)

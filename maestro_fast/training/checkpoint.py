@@ -2,7 +2,8 @@
 
 transformers saves the model, the optimiser, the scheduler, the random state of every process and the position in the
 data. ``Checkpoints`` saves the weight policy, the best policy, and the step in progress: the responses that have not
-been trained on yet, and the figures that have not been logged yet. So a resumed run goes on bit by bit.
+been trained on yet, those of the next batch where it is sampled ahead, and the figures that have not been logged yet.
+So a resumed run goes on bit by bit.
 
 The step in progress is one file per process, because each process has its own responses. Tensors are stored as they
 are, and numbers as JSON, in which a float keeps all its bits.
@@ -24,9 +25,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from maestro_fast.model.rows import Sequences
+from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs
 from maestro_fast.training.best_policy import BestPolicy
 from maestro_fast.training.metrics import MetricMeans
+from maestro_fast.training.overlap import Started
 from maestro_fast.weighting import WeightPolicy
 from maestro_fast.weighting.saved import load_weight_policy, save_weight_policy
 
@@ -137,6 +140,9 @@ class StepState:
         logged_step: the step of that line.
         evaluation_due: whether the evaluation after the last step was broken off, so that it has to be made again.
         sizes: the ``batch_sizes`` of the run that made ``micro_batches``.
+        rows: the data set's indices of the prompts of the current generation batch, over all processes.
+        ahead: the batch that is sampled ahead, or was and is not trained on yet; None where there is none. In a step
+            that was loaded it has no prompts but their token ids.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
@@ -145,6 +151,8 @@ class StepState:
     logged_step: int = 0
     evaluation_due: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    ahead: Started | None = None
 
     def copy(self) -> StepState:
         """A copy that training does not change."""
@@ -165,8 +173,8 @@ class StepState:
 
 
 def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -> None:
-    """Writes this process's file of the step in progress."""
-    tensors: dict[str, Tensor] = {}
+    """Writes this process's file of the step in progress. It waits for a batch that is being sampled."""
+    tensors, ahead = _ahead_saved(state.ahead)
     for i, batch in enumerate(state.micro_batches):
         tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in _tensors(batch).items()}
     numbers = {
@@ -176,6 +184,8 @@ def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -
         "logged_step": state.logged_step,
         "evaluation_due": state.evaluation_due,
         "sizes": state.sizes,
+        "rows": state.rows,
+        "ahead": ahead,
     }
     save_file(tensors, _file(folder, rank, processes), metadata={"numbers": json.dumps(numbers)})
 
@@ -195,7 +205,9 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
         batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
         means = MetricMeans.of(numbers["means"])
         due = bool(numbers.get("evaluation_due"))  # Checkpoints of version 0.1 do not have it.
-        return StepState(batches, means, numbers["loss"], numbers["logged_step"], due, numbers["sizes"])
+        loss, logged, rows = numbers["loss"], numbers["logged_step"], numbers.get("rows", [])
+        ahead = _ahead_loaded(tensors, numbers.get("ahead"))
+        return StepState(batches, means, loss, logged, due, numbers["sizes"], rows, ahead)
     others = sorted(folder.glob("step_state_*.safetensors"))
     if not others:
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")
@@ -206,6 +218,53 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
         )
     logger.warning("resumed with %d processes from a checkpoint of %d", processes, len(others))
     return None
+
+
+def _ahead_saved(started: Started | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and numbers of a batch that is sampled ahead; where its responses cannot be had, the reason."""
+    if started is None:
+        return {}, None
+    about = {"number": started.number, "step": started.step, "staleness": started.staleness}
+    try:
+        rollouts = started.responses()
+    except Exception as error:  # The run may be saved because of this error.
+        logger.warning("generation.ahead: the checkpoint lacks the responses of batch %d: %s", started.number, error)
+        return {}, about | {"lost": f"{type(error).__name__}: {error}"}
+    named = {
+        "prompt_ids": _flat(rollouts.prompts.token_ids),
+        "prompt_lengths": _lengths(rollouts.prompts.token_ids),
+        "completion_ids": _flat(rollouts.completion_ids),
+        "completion_lengths": rollouts.completion_lengths_B,
+        "truncated": rollouts.truncated_B.cpu(),
+        "sampling_logprobs": rollouts.sampling_logprobs_C,
+        # The header of a file, which holds the numbers, is too small for the texts.
+        "completions": torch.frombuffer(bytearray(json.dumps(rollouts.completions).encode()), dtype=torch.uint8),
+    }
+    tensors = {f"ahead.{name}": tensor.cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+    return tensors, about | {"metrics": rollouts.metrics}
+
+
+def _ahead_loaded(tensors: dict[str, Tensor], about: dict[str, Any] | None) -> Started | None:
+    if about is None:
+        return None
+    number, step, staleness = about["number"], about["step"], about["staleness"]
+    if "lost" in about:
+        logger.warning(
+            "batch %d is sampled anew, by the policy as it is now, because the run was saved without its responses: %s",
+            number,
+            about["lost"],
+        )
+        return None
+    own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("ahead.")}
+    rollouts = Rollouts(
+        Prompts([], _ragged(own["prompt_ids"], own["prompt_lengths"])),
+        _ragged(own["completion_ids"], own["completion_lengths"]),
+        json.loads(own["completions"].numpy().tobytes()),
+        own["truncated"],
+        own.get("sampling_logprobs"),
+        about["metrics"],
+    )
+    return Started.done(rollouts, number, step, staleness)
 
 
 def _file(folder: Path, rank: int, processes: int) -> Path:
@@ -231,6 +290,7 @@ def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
         "ref_logprobs": logprobs.ref_C,
         "sampling_logprobs": logprobs.sampling_C,
         "members": torch.tensor(batch.members, dtype=torch.int64) if batch.members else None,
+        "token_mask": batch.token_mask_C,
     }
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -249,6 +309,7 @@ def _micro_batch(
         TokenLogprobs(*(None if tensor is None else tensor.to(device) for tensor in logprobs)),
         *normalizers,
         tuple(own["members"].tolist()) if "members" in own else (),
+        own.get("token_mask"),
     )
 
 

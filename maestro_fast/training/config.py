@@ -12,18 +12,20 @@ from typing import Annotated, Any, Literal, get_args
 
 from transformers import TrainingArguments
 
-from maestro_fast.data.dataset import DataConfig
+from maestro_fast.data.config import DataConfig, check_held_out_data, check_training_data
 from maestro_fast.functions import load_function
 from maestro_fast.generation import GenerationConfig, SamplingConfig, TransformersConfig
 from maestro_fast.generation.config import GENERATION
 from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.load import ModelConfig
 from maestro_fast.peer_names import our_name
-from maestro_fast.rewards import AnchorConfig, RewardConfig
+from maestro_fast.rewards import AnchorConfig, OverlongReward, RewardConfig
 from maestro_fast.settings import Choice, Setting, SettingsError, UnknownSetting, build, near, settings_of
 from maestro_fast.specs import PROFILES, FunctionLoss, PolicyLossConfig
 from maestro_fast.training.batches import BatchConfig
+from maestro_fast.training.overlap import check_ahead
 from maestro_fast.training.plan import Method, check_correction
+from maestro_fast.watching import AlarmConfig, ConsoleConfig, TrackersConfig
 from maestro_fast.weighting import WeightsConfig
 
 LOSS = Choice({"policy_loss": PolicyLossConfig, "function": FunctionLoss}, default="policy_loss", what="loss")
@@ -52,16 +54,22 @@ class EvaluationConfig:
     ``trainer.eval_strategy`` and ``trainer.eval_steps`` say when they are computed, by default at every checkpoint.
 
     Attributes:
-        data: the held-out prompts.
+        data: the held-out prompts; a list of data sets is read one after the other.
         samples: the number of responses to each prompt.
+        prompts: how many of the prompts are taken, at random by the seed of the run, from each task family in
+            proportion and at least one; they are the same at every evaluation. Null takes all.
     """
 
-    data: DataConfig
+    data: DataConfig | list[DataConfig]
     samples: int = 1
+    prompts: int | None = None
 
     def __post_init__(self) -> None:
+        check_held_out_data(self.data)
         if self.samples < 1:
             raise ValueError(f"samples: {self.samples}, expected at least 1")
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"prompts: {self.prompts}, expected at least 1 or null")
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class TrainConfig:
     Attributes:
         run_dir: the directory for everything that the run produces, which must not hold another run.
         model: the policy.
-        data: the prompts.
+        data: the prompts; a list of data sets is a mixture.
         chat: how conversations become what the policy reads, in training and in evaluations.
         rewards: the rewards of the run, a list of entries.
         weights: the weight policy, which says how much each reward counts.
@@ -87,12 +95,16 @@ class TrainConfig:
             which is "best" if the weight policy is ``anchored`` and "last" otherwise; the weight policy saved beside it
             is always the last one.
         evaluation: the rewards on held-out prompts during training; null means none.
+        alarms: bounds on figures of the log, beyond which the run warns or ends.
+        console: samples on the console while the run goes on; null means none.
+        trackers: histograms and samples for TensorBoard and Weights & Biases, where ``trainer.report_to`` names them;
+            null leaves them with the figures of the log.
         seed: the seed of the data order, the sampling and the trainer.
     """
 
     run_dir: str
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | list[DataConfig]
     rewards: list[RewardConfig]
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     anchor: AnchorConfig | None = None
@@ -105,6 +117,9 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     final: Literal["auto", "best", "last"] = "auto"
     evaluation: EvaluationConfig | None = None
+    alarms: list[AlarmConfig] = field(default_factory=list)
+    console: ConsoleConfig | None = None
+    trackers: TrackersConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,6 +128,14 @@ class TrainConfig:
         if self.anchor is None and (needing := self.weights.needs_utility):
             raise SettingsError(f"anchor: missing, {needing} needs a known utility, expected a section anchor")
         check_correction(self.sampling, self.loss)
+        check_training_data(self.data, self.trainer)
+        check_ahead(getattr(self.generation, "ahead", 0), self.sampling, self.loss)
+        for i, entry in enumerate(self.rewards):
+            if isinstance(entry.reward, OverlongReward) and entry.reward.limit > self.sampling.max_new_tokens:
+                raise SettingsError(
+                    f"rewards[{i}].limit: {entry.reward.limit}, but no response gets longer than "
+                    f"sampling.max_new_tokens {self.sampling.max_new_tokens}, expected at most that"
+                )
 
     @property
     def method(self) -> Method:

@@ -8,11 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from maestro_fast.data.dataset import PromptDataset, Row
+from maestro_fast.data.order import shuffled
 from maestro_fast.model.rows import Sequences
+from maestro_fast.settings import near
 from maestro_fast.training.batches import Processes
+from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.parts import Judges, Sampler
+from maestro_fast.watching.best_checkpoint import SETTING, BestCheckpoint, is_of_evaluation
+from maestro_fast.watching.log_lines import check_metric
 
 
 @torch.no_grad()
@@ -47,11 +54,13 @@ def evaluate_rewards(
         With the prefix "eval": eval_rewards/<name>/mean, eval_rewards/<name>/abstained, eval_completions/mean_length,
         eval_completions/clipped_ratio, and eval_families/<family>/rewards/<name> where the data names families. With an
         anchor there are also eval_utility, the mean over the responses whose utility is known, eval_utility_count, the
-        number of these, and eval_families/<family>/utility.
+        number of these, and eval_families/<family>/utility. What rewards have of figures of their own is
+        eval_rewards/<name>/<figure> and eval_anchor/<figure>, as means over the processes.
     """
     processes = judges.processes
     chunks = _chunks(dataset, processes, prompts_at_once)
     rewards, utilities, lengths, truncated = [], [], [], []
+    judges.metrics()  # Figures of a training batch that failed are not those of this evaluation.
     for i, rows in enumerate(tqdm(chunks, desc="Evaluation", leave=False, disable=not progress)):
         prompts = dataset.prompts(rows, judges.tokenizer).repeat(samples)
         number = -1 - i  # Training numbers its batches from 0, so it never makes the draws of a negative number.
@@ -75,7 +84,41 @@ def evaluate_rewards(
     } | _reward_metrics(rewards_NSK, judges.rewards.names, dataset.families)
     if utilities:
         metrics |= _utility_metrics(processes.gather_rows(torch.cat(utilities), count), dataset.families)
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+    own = MetricMeans()
+    own.join(processes.gather_objects([{name: (value, 1) for name, value in judges.metrics().items()}]))
+    return {f"{prefix}_{name}": value for name, value in (metrics | own.pop()).items()}
+
+
+def keep_subset(dataset: PromptDataset, prompts: int | None, seed: int) -> None:
+    """Leaves ``prompts`` prompts in the held-out data, drawn by the seed; None leaves all.
+
+    Each task family keeps its share of them, rounded by the largest remainders, and at least one.
+
+    Raises:
+        ValueError: there are more families than ``prompts``.
+    """
+    if prompts is None or prompts >= len(dataset):
+        return
+    families = dataset.families
+    rows_of_family = {name: [i for i, own in enumerate(families) if own == name] for name in sorted(set(families))}
+    if prompts < len(rows_of_family):
+        raise ValueError(
+            f"evaluation.prompts: {prompts}, but the held-out prompts are of {len(rows_of_family)} families, expected "
+            "at least one prompt of each"
+        )
+    shares = {name: prompts * len(rows) / len(families) for name, rows in rows_of_family.items()}
+    counts = {name: max(1, int(share)) for name, share in shares.items()}
+    while (missing := prompts - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1  # Families that are too small for a share of 1 take theirs from the others.
+        name = max((n for n in counts if step > 0 or counts[n] > 1), key=lambda n: step * (shares[n] - counts[n]))
+        counts[name] += step
+    dataset.keep(
+        sorted(
+            rows[place]
+            for i, (name, rows) in enumerate(rows_of_family.items())
+            for place in shuffled(len(rows), seed, i)[: counts[name]]
+        )
+    )
 
 
 def _chunks(dataset: PromptDataset, processes: Processes, size: int) -> list[list[Row]]:
@@ -126,15 +169,32 @@ def evaluation_names(reward_names: tuple[str, ...], dataset: PromptDataset, anch
 
 
 def check_best_metric(
-    metric: str | None, reward_names: tuple[str, ...], dataset: PromptDataset | None, anchored: bool = False
-) -> None:
-    """Checks that an evaluation on ``dataset`` gives the ``metric`` by which the best checkpoint is to be chosen.
+    args: TrainingArguments, reward_names: tuple[str, ...], dataset: PromptDataset | None, anchored: bool = False
+) -> BestCheckpoint | None:
+    """Checks the metric by which the best checkpoint is to be chosen.
+
+    Returns:
+        What judges the checkpoints where it is a metric of training; None where an evaluation gives it, or nothing is
+        chosen.
 
     Raises:
-        ValueError: the evaluation gives no such metric.
+        ValueError: neither training nor an evaluation on ``dataset`` gives the metric, or checkpoints cannot be judged
+            by one of training.
     """
-    if metric is None or dataset is None:
-        return
-    names = evaluation_names(reward_names, dataset, anchored)
-    if metric.removeprefix("eval_") not in names:
-        raise ValueError(f"trainer.metric_for_best_model: {metric!r}, expected one of {', '.join(names)}")
+    names = [] if dataset is None else evaluation_names(reward_names, dataset, anchored)
+    metric = args.metric_for_best_model
+    if metric is None:
+        return None
+    if is_of_evaluation(metric, names) and dataset is not None:
+        if metric.removeprefix("eval_") not in names:
+            raise ValueError(f"{SETTING}: {metric!r}, expected one of {', '.join(names)}{near(metric, names)}")
+        return None
+    check_metric(metric, SETTING, reward_names, evaluates=dataset is not None)
+    if metric == "loss":  # transformers takes it where no metric is named.
+        raise ValueError(f"{SETTING}: 'loss', which does not tell a good policy from a bad one, expected reward, say")
+    plateau = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    for name, wrong in (("save_strategy", args.save_strategy == SaveStrategy.BEST), ("lr_scheduler_type", plateau)):
+        if wrong:
+            got = getattr(args, name).value
+            raise ValueError(f"trainer.{name}: {got} needs a figure of an evaluation, and {SETTING} is {metric}")
+    return BestCheckpoint(metric, greater_is_better=bool(args.greater_is_better))

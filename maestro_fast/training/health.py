@@ -10,7 +10,7 @@ With several processes, all read the same norm and tell each other about their l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +67,13 @@ class Origins:
         rows_N: the data set's indices of the prompts, over all processes.
         group_size: the number of responses to each.
         first: the index of this process's first response among those of all processes.
+        name_of: what messages call the row with an index.
     """
 
     rows_N: list[int]
     group_size: int
     first: int
+    name_of: Callable[[int], str] = "row {}".format
 
 
 class Health:
@@ -250,7 +252,8 @@ def _responses(trained: Trained, origins: Origins, record: StepRecord | None) ->
         place = "response"
         if batch.members:
             index = origins.first + batch.members[i]
-            place = f"data row {origins.rows_N[index // origins.group_size]}, response {index % origins.group_size}"
+            row = origins.name_of(origins.rows_N[index // origins.group_size])
+            place = f"data {row}, response {index % origins.group_size}"
             if record is not None:
                 rewards = zip(record.reward_names, record.rewards_BK[index].tolist(), strict=True)
                 words = [", ".join(f"{name} {value:.4g}" for name, value in rewards), *words]

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from maestro_fast.generation import Generator, SamplingConfig
+from maestro_fast.generation import AheadGenerator, Generator, SamplingConfig
 from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import completion_logprobs
 from maestro_fast.model.forward import score as score_forward
@@ -37,6 +37,7 @@ from maestro_fast.records import (
 )
 from maestro_fast.rewards import RewardSet
 from maestro_fast.rewards.first_batches import FirstBatches
+from maestro_fast.rewards.reward import figures
 from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import Processes
 from maestro_fast.training.plan import Method
@@ -79,6 +80,11 @@ class Sampler:
         unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
         rollouts = self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
         return replace(rollouts, sampling_logprobs_C=None) if self.truncates else rollouts
+
+    def renewed(self, model: nn.Module) -> Sampler:
+        """Makes a sampler for one call, which samples from ``model`` as it is now; see ``AheadGenerator.renewed``."""
+        unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return replace(self, generator=cast(AheadGenerator, self.generator).renewed(unwrapped))
 
     def seed_of(self, number: int) -> int:
         """A seed that differs between batches and processes, and that a resumed run computes again."""
@@ -184,6 +190,14 @@ class Judges:
         """
         batch = self._reward_batch(model, rollouts, outputs, number)
         return self.rewards(batch), None if self.anchor is None else self.anchor(batch)[:, 0]
+
+    def metrics(self) -> dict[str, float]:
+        """The figures that rewards and anchor have of their own, since the last call, in this process.
+
+        They are ``rewards/<name>/<figure>`` and ``anchor/<figure>``.
+        """
+        anchor = {} if self.anchor is None else figures(self.anchor.rewards[0])
+        return self.rewards.metrics() | {f"anchor/{figure}": value for figure, value in anchor.items()}
 
     @cached_property
     def _first_batches(self) -> FirstBatches:

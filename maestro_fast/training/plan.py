@@ -72,7 +72,7 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
         ValueError: the numbers do not divide, the prompts are too few, or the model cannot be served.
     """
     plan = BatchPlan.of(method.batch, method.sampling.group_size, processes)
-    check_enough(method.batch, dataset)
+    dataset.check_enough(method.batch.prompts_per_batch)
     language_model = causal_lm(model)
     if "logits_to_keep" not in inspect.signature(language_model.forward).parameters:
         raise ValueError(
@@ -87,14 +87,6 @@ def checked_plan(method: Method, model: nn.Module, dataset: PromptDataset, proce
     head_of(model)
     check_trainable(model)
     return plan
-
-
-def check_enough(batch: BatchConfig, dataset: PromptDataset) -> None:
-    """Raises ValueError if the data hold too few prompts for one generation batch."""
-    if len(dataset) < batch.prompts_per_batch:
-        raise ValueError(
-            f"batch.prompts_per_batch: {batch.prompts_per_batch}, but the data holds {len(dataset)} prompts"
-        )
 
 
 def check_correction(sampling: SamplingConfig, loss: object) -> None:
@@ -195,9 +187,19 @@ class Scoring:
 
 
 def choose_scoring(
-    model: nn.Module, plan: BatchPlan, rewards: RewardSet, weights: WeightPolicy, terms: LossTerms
+    model: nn.Module,
+    plan: BatchPlan,
+    rewards: RewardSet,
+    weights: WeightPolicy,
+    terms: LossTerms,
+    *,
+    refills: bool = False,
 ) -> Scoring:
-    """Chooses the cheapest source that serves everything that reads the policy network."""
+    """Chooses the cheapest source that serves everything that reads the policy network.
+
+    ``refills`` says that other prompts take the place of groups without a signal, for which the responses have to be
+    judged before the training forward.
+    """
     readers = [
         reader
         for reader, reads in (
@@ -218,6 +220,8 @@ def choose_scoring(
             "scoring",
             f"an extra forward for {named}; with batch.micro_batch {plan.responses} the training forward would do",
         )
+    if refills:
+        return Scoring("scoring", f"an extra forward for {named}: batch.no_signal refill judges before the training")
     if has_dropout(model):
         return Scoring("scoring", f"an extra forward for {named}: the model's dropout would disturb the training one")
     return Scoring("training", f"{named} read the training forward: one micro-batch, one update")

@@ -63,11 +63,16 @@ def _claim(path: Path, resume: bool, stack: contextlib.ExitStack) -> None:
     _prove_writable(path)
     stack.enter_context(locked(path, "run_dir"))
     recover(path)
-    finished = get_last_checkpoint(str(path)) is not None
-    if resume and not finished:
+    if resume and get_last_checkpoint(str(path)) is None:
         raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from, start the run without --resume")
-    if not resume and (finished or any((path / name).exists() for name in _OF_A_STEP)):
+    if not resume and holds_run(path):
         raise SettingsError(f"run_dir: {path} holds a run already, expected a new directory, or --resume")
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run in this directory has come as far as its first step."""
+    finished = path.is_dir() and get_last_checkpoint(str(path)) is not None
+    return finished or any((path / name).exists() for name in _OF_A_STEP)
 
 
 def _prove_writable(path: Path) -> None:

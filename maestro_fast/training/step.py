@@ -15,7 +15,7 @@ The sampler, the scorer and the judges stand in ``training/parts.py``, and the l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from maestro_fast.model.reference import PromptContexts, Reference
 from maestro_fast.model.rows import Sequences
-from maestro_fast.ops import AdvantageProfile
+from maestro_fast.ops import AdvantageProfile, GroupAdvantages
 from maestro_fast.records import (
     PolicyOutputs,
     Prompts,
@@ -38,6 +38,8 @@ from maestro_fast.training.batches import (
     MicroBatch,
     Processes,
     TokenLogprobs,
+    UpdateTotals,
+    cut_order,
     group_order,
     split_micro_batches,
 )
@@ -47,6 +49,8 @@ from maestro_fast.training.parts import Judges, Sampler, Scorer
 from maestro_fast.training.plan import LossTerms, Scoring, context_mode, reads_reference
 from maestro_fast.weighting import Comparison, Outcome, WeightContext, WeightPolicy, compare, weigh
 from maestro_fast.weighting.diagnostics import diagnose
+
+_PARTS = 256  # the random draws of a refill are keyed as those of a later part; no batch has as many parts
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Sampled:
 
     @property
     def sequences(self) -> Sequences:
+        """The prompts and completions as token ids."""
         return Sequences(self.rollouts.prompts.token_ids, self.rollouts.completion_ids)
 
 
@@ -98,7 +103,15 @@ class Step:
     processes: Processes
     clock: StageClock
 
-    def start(self, model: nn.Module, prompts: Prompts, number: int, step: int) -> Started:
+    def start(
+        self,
+        model: nn.Module,
+        prompts: Prompts,
+        number: int,
+        step: int,
+        refill: int = 0,
+        staleness: int | None = None,
+    ) -> Started:
         """Begins generation batch ``number`` (from 0), which optimiser step ``step`` (from 1) is the first to train on.
 
         A generator that works elsewhere begins at once. One that works in this process waits until ``collect``.
@@ -106,14 +119,18 @@ class Step:
         Args:
             model: the policy.
             prompts: this process's prompts, each once.
+            refill: 0 for the batch itself, whose parts are sampled side by side; the number of the refill (from 1) for
+                prompts that take the place of others in it. It keys the random draws.
+            staleness: of the batch, see ``Started``. With a number, the policy may change before ``collect``.
         """
         prompts = prompts.repeat(self.sampler.group_size)
         count = self.sampler.generator.concurrent_parts
-        parts = prompts.split(max(1, count))
-        calls = [partial(self.sampler, model, part, number, i) for i, part in enumerate(parts)]
+        parts = prompts.split(max(1, count) if refill == 0 else 1)
+        sampler = self.sampler if staleness is None else self.sampler.renewed(model)
+        calls = [partial(sampler, model, part, number, i + refill * _PARTS) for i, part in enumerate(parts)]
         if count == 0:
             return Started(prompts, [*calls], lambda: None, number, step)
-        return Started(prompts, *run_together(calls, self.processes.device), number, step)
+        return Started(prompts, *run_together(calls, self.processes.device), number, step, staleness)
 
     def collect(self, model: nn.Module, started: Started) -> Sampled:
         """Waits for the responses. If they come in several parts, it judges each while the next are being sampled."""
@@ -128,8 +145,11 @@ class Step:
                     part_BK, part_B = self.judges(model, rollouts[-1], None, started.number)
                 rewards.append(part_BK)
                 utilities += [] if part_B is None else [part_B]
+        joined = Rollouts.joined(started.prompts, rollouts)
+        if started.staleness is not None:
+            joined.metrics["sampling/staleness"] = float(started.staleness)
         return Sampled(
-            Rollouts.joined(started.prompts, rollouts),
+            joined,
             started.number,
             started.step,
             torch.cat(rewards) if rewards else None,
@@ -164,12 +184,7 @@ class Step:
         rollouts, processes, clock = sampled.rollouts, self.processes, self.clock
         with clock.stage("reference"):
             ref_logprobs_C = self._reference_logprobs(sampled.sequences)
-        with clock.stage("rewards"):
-            rewards_BK, utilities_B = sampled.rewards_BK, sampled.utilities_B
-            if rewards_BK is None:
-                rewards_BK, utilities_B = self.judges(model, rollouts, outputs, sampled.number)
-            rewards_BK = processes.gather(rewards_BK.to(processes.device))
-            utilities_B = None if utilities_B is None else processes.gather(utilities_B.to(processes.device))
+        sampled = self.judged(model, sampled, outputs)
         comparison = Comparison(
             self.profile,
             self._kl(rollouts, outputs, ref_logprobs_C),
@@ -177,15 +192,7 @@ class Step:
             all_lengths(rollouts, processes) if self.profile.needs_lengths else None,
         )
         with clock.stage("weights"):
-            context = WeightContext(
-                self.judges.rewards.names,
-                self.sampler.group_size,
-                sampled.number,
-                rewards_BK,
-                self._hidden_states(rollouts, outputs),
-                utilities_B,
-                policy_columns(self.weights, rollouts.prompts, processes),
-            )
+            context = self.context_of(sampled, outputs)
             weights, advantages = weigh(self.weights, context, comparison)
         if advantages is None:
             with clock.stage("advantages"):
@@ -195,7 +202,7 @@ class Step:
             learn(outcome)
         record = step_record(sampled.step, rollouts, outcome, processes)
         self.judges.watch_first(record, rollouts, self.sampler.group_size)
-        metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics()
+        metrics = batch_metrics(record, advantages) | diagnose(outcome) | self.weights.metrics() | self.judges.metrics()
         in_score = None if self.terms.needs_reference else ref_logprobs_C  # Otherwise the loss logs the KL.
         metrics |= policy_metrics(rollouts, outputs, processes.gather, in_score) | rollouts.metrics
         logprobs = TokenLogprobs(
@@ -203,7 +210,32 @@ class Step:
             ref_logprobs_C if self.terms.needs_reference else None,
             sampling_logprobs(rollouts, self.terms, scored=outputs is not None),
         )
-        return self._micro_batches(sampled, advantages.advantages, logprobs), record, metrics
+        live_B = self._live(rollouts, advantages)
+        metrics |= {} if live_B is None else {"batch/left_out": 1.0 - _mean(live_B, processes)}
+        return self._micro_batches(sampled, advantages, logprobs, live_B), record, metrics
+
+    def judged(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> Sampled:
+        """The responses with their rewards and utilities, which some have already."""
+        if sampled.rewards_BK is not None:
+            return sampled
+        with self.clock.stage("rewards"):
+            rewards_BK, utilities_B = self.judges(model, sampled.rollouts, outputs, sampled.number)
+        return replace(sampled, rewards_BK=rewards_BK, utilities_B=utilities_B)
+
+    def context_of(self, sampled: Sampled, outputs: PolicyOutputs | None) -> WeightContext:
+        """What the weight policy may look at, over all processes, once the responses are judged."""
+        processes, rollouts = self.processes, sampled.rollouts
+        assert sampled.rewards_BK is not None
+        utilities_B = sampled.utilities_B
+        return WeightContext(
+            self.judges.rewards.names,
+            self.sampler.group_size,
+            sampled.number,
+            processes.gather(sampled.rewards_BK.to(processes.device)),
+            self._hidden_states(rollouts, outputs),
+            None if utilities_B is None else processes.gather(utilities_B.to(processes.device)),
+            policy_columns(self.weights, rollouts.prompts, processes),
+        )
 
     def _reference_logprobs(self, sequences: Sequences) -> Tensor | None:
         """The reference's log-probs of this process's completions, float32 [C]; None where nothing reads them."""
@@ -229,27 +261,56 @@ class Step:
             return None
         return self.processes.gather(outputs.context_Bd)
 
-    def _micro_batches(self, sampled: Sampled, advantages_B: Tensor, logprobs: TokenLogprobs) -> list[MicroBatch]:
+    def _live(self, rollouts: Rollouts, advantages: GroupAdvantages) -> Tensor | None:
+        """Which of this process's responses are in the loss, bool [B]; None if the run leaves none out."""
+        plan = self.plan
+        if not (plan.drops_silent or plan.masks_truncated):
+            return None
+        live_B = torch.ones(plan.responses, dtype=torch.bool)
+        if plan.drops_silent:
+            live_B &= ~advantages.degenerate[self._own].cpu()
+        return live_B & ~rollouts.truncated_B if plan.masks_truncated else live_B
+
+    @property
+    def _own(self) -> slice:
+        """This process's responses among those of all processes."""
+        return slice(self.processes.rank * self.plan.responses, (self.processes.rank + 1) * self.plan.responses)
+
+    def _micro_batches(
+        self, sampled: Sampled, advantages: GroupAdvantages, logprobs: TokenLogprobs, live_B: Tensor | None
+    ) -> list[MicroBatch]:
         """This process's micro-batches, its groups in random order unless there has been a training forward already."""
         plan, processes, sequences = self.plan, self.processes, sampled.sequences
-        own = slice(processes.rank * plan.responses, (processes.rank + 1) * plan.responses)
+        dropped_B = advantages.degenerate[self._own].cpu() if plan.drops_silent else None
+        live_B = torch.ones(plan.responses, dtype=torch.bool) if live_B is None else live_B
         generator = torch.Generator().manual_seed(self.sampler.seed_of(sampled.number))
-        order = group_order(plan.prompts, self.sampler.group_size, generator)
+        cut = cut_order(plan, group_order(plan.prompts, self.sampler.group_size, generator), live_B)
         if self.scoring.source == "training":  # The training forward took the responses in the order of sampling.
-            order = list(range(plan.responses))
-        lengths = torch.tensor([len(sequences.completion_ids[j]) for j in order], dtype=torch.float64)
-        local = lengths.view(plan.updates, -1).sum(1).to(processes.device)
-        tokens_per_update = processes.gather(local).view(-1, plan.updates).mean(0).tolist()
+            cut = [list(range(plan.responses))]
+        lengths_B = torch.where(live_B, sampled.rollouts.completion_lengths_B, 0)
+        updates = [range(u * plan.accumulation, (u + 1) * plan.accumulation) for u in range(plan.updates)]
+        own = [sum(int(lengths_B[cut[i]].sum()) for i in update) for update in updates]
+        own.append(plan.responses if dropped_B is None else int((~dropped_B).sum()))
+        *tokens, responses = self._means(torch.tensor(own, dtype=torch.float64))
         return split_micro_batches(
             plan,
             sequences,
-            advantages_B[own],
+            advantages.advantages[self._own],
             logprobs,
-            tokens_per_update,
-            self.terms.normalization,
-            order,
+            cut,
+            live_B,
+            UpdateTotals(self.terms.normalization, tokens, responses / plan.updates),
             processes.device,
         )
+
+    def _means(self, own: Tensor) -> list[float]:
+        """The means of float64 [n] over the processes."""
+        gathered = self.processes.gather(own.to(self.processes.device))
+        return [float(value) for value in gathered.view(-1, own.numel()).mean(0)]
+
+
+def _mean(values: Tensor, processes: Processes) -> float:
+    return processes.gather(values.double().to(processes.device)).mean().item()
 
 
 def policy_columns(weights: WeightPolicy, prompts: Prompts, processes: Processes) -> dict[str, list[Any]]:

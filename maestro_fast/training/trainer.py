@@ -32,14 +32,15 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from maestro_fast.data.dataset import PromptDataset, check_conditions
+from maestro_fast.data.conditions import check_conditions
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import Engine, Generator, ProbeConfig
 from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.reference import reference_policy
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
-from maestro_fast.records import PolicyOutputs, StepRecord
+from maestro_fast.records import PolicyOutputs, Prompts, StepRecord
 from maestro_fast.rewards import RewardSet
 from maestro_fast.specs import resolve_profile
 from maestro_fast.training.arguments import check_arguments
@@ -53,12 +54,13 @@ from maestro_fast.training.checkpoint import (
     check_complete,
     use_learning_rate,
 )
+from maestro_fast.training.dynamic_sampling import dynamic_sampling
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.health import Health, Origins
 from maestro_fast.training.interrupt import Interrupts
 from maestro_fast.training.loss import loss_of_logprobs, loss_of_states
 from maestro_fast.training.metrics import LOSS_METRICS, MetricMeans, SamplerGaps, StageClock, divergence
-from maestro_fast.training.overlap import Lessons, check_parts
+from maestro_fast.training.overlap import Ahead, Lessons, check_parts
 from maestro_fast.training.plan import LossTerms, Method, checked_plan, context_mode, reads_reference
 from maestro_fast.training.progress import StageProgress, StepEvents
 from maestro_fast.training.rescue import Rescue
@@ -112,6 +114,7 @@ class MaestroTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # Gradient accumulation is in the normalizer of the loss already.
     _restored: StepState | None = None  # what a checkpoint held, until transformers has set its own counters
+    _sampler: GroupSampler  # made with the data loader
     _staging: Path | None = None  # the folder in which a checkpoint is being written
     saved_at: int | None = None  # the step of the last checkpoint
     _record: StepRecord | None = None  # of the current generation batch; None behind a resume
@@ -140,7 +143,7 @@ class MaestroTrainer(Trainer):
         check_arguments(args)
         if engine is not None:
             check_engine(engine, generator, model)
-        check_best_metric(args.metric_for_best_model, rewards.names, evaluation, anchor is not None)
+        self._best_checkpoint = check_best_metric(args, rewards.names, evaluation, anchor is not None)
         check_conditions(rewards, anchor, weights, dataset, evaluation)
         self.method = method or Method()
         terms = LossTerms.of(self.method.loss, resolve_profile(self.method.profile))
@@ -168,6 +171,8 @@ class MaestroTrainer(Trainer):
         self._observers = tuple(observers)
         self._progress = StageProgress.replace_bar(self, self.clock)
         self.add_callback(StepEvents(self, timing_observers))
+        if self._best_checkpoint is not None:
+            self.add_callback(self._best_checkpoint)
         warn_of_half_precision(model, args.learning_rate, self.accelerator)
         reference = reference_policy(model, self.accelerator) if needs_reference else None
         given = Given(model, tokenizer, dataset, rewards, anchor, weights, self.method, generator, engine, probe)
@@ -175,7 +180,9 @@ class MaestroTrainer(Trainer):
         check_parts(self.step.sampler.generator.concurrent_parts, plan.prompts, rewards, anchor)
         sizes = batch_sizes(plan, self.method.sampling.group_size, self.args.world_size)
         self.checkpoints = Checkpoints(weights, rewards.names, self.best, sizes, self.args)
+        self._dynamic = dynamic_sampling(self.method.batch, self.step, self._spare_rows, self._prompts_of)
         self._watch = Watch(healthy_ranges(rewards.names) if self.is_world_process_zero() else {})
+        self._ahead = Ahead(self.step, lambda number: self._sampler.rows(number), self._prompts_of, self.method)
         self._lessons, self._gaps = Lessons(weights), SamplerGaps(self.step.processes.gather)
         self._rescue = Rescue(self, model, weights, self._lessons)
         self.health = Health(self.step.processes, model, self.args.learning_rate)
@@ -184,9 +191,16 @@ class MaestroTrainer(Trainer):
     # ---- a generation batch -------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, _dataset: Any = None) -> GroupSampler:
-        block, repeat = self.method.batch.prompts_per_batch, self.step.plan.micro_steps
-        self._sampler = GroupSampler(len(self._dataset), block, repeat, self.method.seed)
+        block, batches = self.method.batch.prompts_per_batch, -(-self.args.max_steps // self.step.plan.updates)
+        order = self._dataset.order(block, self.method.seed, batches)
+        self._sampler = GroupSampler(order, self.step.plan.micro_steps)
         return self._sampler
+
+    def _spare_rows(self, number: int, refill: int, count: int, used: set[int]) -> list[int]:
+        return self._sampler.spare_rows(number, refill, count, used)
+
+    def _prompts_of(self, rows: Sequence[int]) -> Prompts:
+        return self._dataset.prompts([self._dataset[row] for row in rows], self._tokenizer)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as ``transformers.Trainer.train`` does, and saves the run before a signal stops it.
@@ -195,7 +209,7 @@ class MaestroTrainer(Trainer):
             Interrupted: SIGINT or SIGTERM has come.
             NonFiniteError: a loss, a gradient or a parameter is not finite.
         """
-        with self.interrupts.caught("Training had ended."), contextlib.closing(self._progress):
+        with self.interrupts.caught("Training had ended."), contextlib.closing(self._progress), self._ahead:
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -225,21 +239,29 @@ class MaestroTrainer(Trainer):
         prompts = self._dataset.prompts(rows, self._tokenizer)
         with self._rescue.saved_if_it_fails():
             self.health.check_parameters(step)
-        started = self.step.start(model, prompts, step // updates, step + 1)
+            started = self._ahead.batch(model, prompts, step // updates)
         try:
             self.learn()
             self._rescue.remember()
             with self._rescue.saved_if_it_fails():
                 with self.interrupts.may_stop():
                     sampled = self.step.collect(model, started)
+                next_number, stops = sampled.number + 1, self.step.weights.should_stop
+                self._ahead.begin(model, next_number, self.state.max_steps, stops=stops)
+                with self.interrupts.may_stop():
                     if self.step.scoring.source == "training":
                         return [sampled]
-                    outputs = self.step.score(model, sampled)
-                return [*self._prepared(model, sampled, outputs)]
+                    outputs, rows_N = self.step.score(model, sampled), self._sampler.rows(sampled.number)
+                    if self._dynamic is not None:
+                        sampled, outputs, rows_N, cost = self._dynamic.fill(model, sampled, outputs, rows_N)
+                        self._means.add(cost)
+                return [*self._prepared(model, sampled, outputs, rows_N)]
         finally:
             started.wait()  # If one part failed, no other may still use the engine when it is closed.
 
-    def _prepared(self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None) -> list[MicroBatch]:
+    def _prepared(
+        self, model: nn.Module, sampled: Sampled, outputs: PolicyOutputs | None, rows_N: list[int]
+    ) -> list[MicroBatch]:
         """Judges, weighs and compares a batch, and tells the log and the observers about it."""
         postpone = self.step.sampler.generator.concurrent_parts > 0
         with self.interrupts.may_stop():
@@ -248,7 +270,7 @@ class MaestroTrainer(Trainer):
             )
         self._watch.see(metrics)
         self._means.add(metrics)
-        self._origins, self._record = self._origins_of(sampled.number), record
+        self._origins, self._record = self._origins_of(rows_N), record
         for observer in self._observers if self.is_world_process_zero() else ():
             observer(record)
         if self.best is not None:  # This comes last: if something above fails, the batch does not count.
@@ -256,9 +278,9 @@ class MaestroTrainer(Trainer):
             self._means.add(self.best.see(sampled.number, record, self.model))
         return micro_batches
 
-    def _origins_of(self, number: int) -> Origins:
+    def _origins_of(self, rows_N: list[int]) -> Origins:
         own = self.step.processes.rank * self.step.plan.responses
-        return Origins(self._sampler.rows(number), self.method.sampling.group_size, own)
+        return Origins(rows_N, self.method.sampling.group_size, own, self._dataset.name_of)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -291,7 +313,7 @@ class MaestroTrainer(Trainer):
         logprobs, entropies = self.step.scorer.logprobs(hidden, self.step.terms.entropy)
         mode = context_mode(self.step.weights) or "last"
         outputs = policy_outputs(hidden, logprobs, entropies, mode)
-        (batch,) = self._prepared(model, sampled, outputs)
+        (batch,) = self._prepared(model, sampled, outputs, self._sampler.rows(sampled.number))
         found = loss_of_logprobs(logprobs, entropies, batch, self.step.terms.function)
         return batch, (found.loss, found.metrics, logprobs.detach())
 
@@ -360,6 +382,8 @@ class MaestroTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self.learn()
         self.health.check_parameters(self.state.global_step)
+        if self._best_checkpoint is not None and self.control.should_save and not self._evaluating:
+            self._best_checkpoint.judge(self.state)  # A checkpoint that a signal or an error makes is not judged.
         with self.clock.stage("save"), staged(run_dir, self.accelerator) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
@@ -382,6 +406,10 @@ class MaestroTrainer(Trainer):
             use_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
             self._restored = self.checkpoints.load(Path(checkpoint), self.state.global_step)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Judges by an evaluation; checkpoints that a figure of training judges are judged where they are saved."""
+        return self._best_checkpoint is None and super()._determine_best_metric(metrics, trial)
+
     def _load_best_model(self) -> None:
         """Loads the weight policy of the best checkpoint, too, because the two were trained together."""
         self.learn()  # The weight policy that made the last outcome has to learn from it before it is replaced.
@@ -401,14 +429,16 @@ class MaestroTrainer(Trainer):
         self.saved_at = self._record = None
         if state is not None:
             self.saved_at = self.state.global_step
-            self._origins = self._origins_of((self.state.global_step - 1) // self.step.plan.updates)
+            number = (self.state.global_step - 1) // self.step.plan.updates
+            self._origins = self._origins_of(state.rows or self._sampler.rows(number))
             self.take_over(state)
 
     def step_state(self) -> StepState:
         """The step in progress, for a checkpoint."""
         unused = [batch for batch in self._micro_batches if isinstance(batch, MicroBatch)]
         loss, logged = self._tr_loss.item(), self._globalstep_last_logged
-        return StepState(unused, self._means, loss, logged, self._evaluating)
+        rows, ahead = self._origins.rows_N, self._ahead.started
+        return StepState(unused, self._means, loss, logged, self._evaluating, rows=rows, ahead=ahead)
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of the run as it is."""
@@ -419,6 +449,7 @@ class MaestroTrainer(Trainer):
         self._micro_batches, self._means = [*state.micro_batches], state.means
         self._tr_loss = torch.full_like(self._tr_loss, state.loss)
         self._globalstep_last_logged, self._evaluating = state.logged_step, state.evaluation_due
+        self._ahead.restore(state.ahead)
 
     def begin_epoch(self) -> None:
         """Tells the sampler its epoch, because transformers does not do so when several processes resume."""
@@ -435,9 +466,8 @@ class MaestroTrainer(Trainer):
             self.control.should_evaluate = self.control.should_save = True  # The new checkpoint replaces the old one.
             after = {name: kwargs[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")}
             self._maybe_log_save_evaluate(self._tr_loss, None, **after)
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:  # An alarm may have ended the run that is resumed.
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -150,6 +150,9 @@ class SyncedGenerator:
     Every call is probed, even one that renews nothing, so that a change of the policy that went unnoticed shows. If
     several threads call, the first call renews and probes for all that come while it samples, because the policy does
     not change meanwhile. Sharded weights are probed at every call, and all processes take part.
+
+    As an ``AheadGenerator`` it also samples while the policy changes. The engine then keeps its weights until the
+    responses are there: a call that needs others waits for that.
     """
 
     def __init__(self, engine: Engine, probe: SyncProbe, clock: StageClock) -> None:
@@ -162,11 +165,13 @@ class SyncedGenerator:
         """
         self.engine = engine
         self.concurrent_parts = engine.concurrent_parts
+        self.ahead: int = getattr(engine, "ahead", 0)  # A user's own engine may not know of it.
         self._probe = probe
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._sent: list[int] | None = None  # the fingerprint of the weights that the engine has
-        self._sampling = 0  # how many calls are sampling
+        self._sampling = 0  # how many calls are sampling for the policy as it is
+        self._ahead = 0  # how many batches are sampled with weights that have to stay, though the policy may change
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
@@ -186,13 +191,35 @@ class SyncedGenerator:
             with self._lock:
                 self._sampling -= 1
         with self._lock:
-            if not self._sampling and not self.engine.sleep():
+            if not self._sampling and not self._ahead and not self.engine.sleep():
                 self._sent = None
         return replace(rollouts, metrics=rollouts.metrics | metrics)
+
+    @torch.no_grad()
+    def renewed(self, model: nn.Module) -> Renewed:
+        """See ``AheadGenerator.renewed``. The probe, too, is over when this returns.
+
+        Raises:
+            StaleWeightsError: the engine computes other log-probs than the policy.
+        """
+        with self._lock, self._clock.stage("sync"):
+            metrics = self._sync(model)
+            self._ahead += 1
+        return Renewed(self, metrics, self.concurrent_parts)
+
+    def sample_ahead(self, prompts: Prompts, seed: int) -> Rollouts:
+        """Samples for one ``Renewed``, with the weights that the engine has."""
+        try:
+            return self.engine.sample(prompts, seed=seed)
+        finally:
+            with self._lock:
+                self._ahead -= 1
+                self._lock.notify_all()
 
     def _sync(self, model: nn.Module) -> dict[str, float]:
         current = fingerprint(model)
         if current != self._sent:
+            self._lock.wait_for(lambda: self._ahead == 0)
             if self._sent is not None:
                 self._probe.warm(self.engine)
             self._sent = None
@@ -200,6 +227,27 @@ class SyncedGenerator:
             self.engine.reset_prefix_cache()
             self._sent = current
         return self._probe.check(self.engine, model)
+
+
+@dataclass
+class Renewed:
+    """Samples one batch with the weights that ``SyncedGenerator.renewed`` has sent, whatever becomes of the policy.
+
+    Attributes:
+        synced: the generator that holds the engine.
+        metrics: the figures of the sync.
+        concurrent_parts: see ``Generator``.
+    """
+
+    synced: SyncedGenerator
+    metrics: dict[str, float]
+    concurrent_parts: int
+
+    def generate(self, model: nn.Module, prompts: Prompts, *, seed: int) -> Rollouts:
+        """See ``Generator.generate``; it has to be called, and only once."""
+        del model
+        rollouts = self.synced.sample_ahead(prompts, seed)
+        return replace(rollouts, metrics=rollouts.metrics | self.metrics)
 
 
 def synced_generator(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from maestro_fast.data.dataset import DataConfig, PromptDataset, load_prompts
+from maestro_fast.data.config import DataConfig
+from maestro_fast.data.dataset import PromptDataset
+from maestro_fast.data.load import load_prompts
 from maestro_fast.model.chat import ChatConfig, encode_prompt
 from tests.chat_templates import QWEN3, STRICT, chat_tokenizer
 from tests.tiny import tiny_tokenizer
@@ -54,7 +57,7 @@ def test_repeated_prompts_stand_side_by_side() -> None:
         (['{"prompt": "a"}', "", '{"prompt": '], r"data\.path: .*p\.jsonl, line 3 is not JSON"),
         (['{"prompt": "a"}', "[1]"], r"data\.path: .*line 2 holds a list, expected an object"),
         ([], r"data\.path: .*p\.jsonl holds no rows"),
-        (['{"question": "a"}'], r"data\.prompt_column: no column 'prompt' in .*, columns are question"),
+        (['{"question": "a"}'], r"data\.prompt_column: no column 'prompt' or 'messages' in .*, columns are question"),
         (['{"prompt": "a"}', '{"question": "b"}'], r"data\.prompt_column: no column 'prompt' in row 1"),
         (['{"prompt": 3}'], r"data\.prompt_column: the prompt of row 0 is int '3', expected a string or a list"),
         (
@@ -101,8 +104,9 @@ def test_prompt_lengths_are_checked() -> None:
     assert dataset.check_prompts(tiny_tokenizer()) == max(
         len(encode_prompt(tiny_tokenizer(), row["prompt"])) for row in dataset.rows
     )
+    dataset = PromptDataset([{"prompt": "red"}, {"prompt": "the quick brown fox"}], max_prompt_tokens=3)
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens: the prompt of row 1 has \d+ tokens"):
-        dataset.check_prompts(tiny_tokenizer(), 3)
+        dataset.check_prompts(tiny_tokenizer())
     with pytest.raises(ValueError, match=r"data\.path: the prompt of row 0 has no tokens"):
         PromptDataset([{"prompt": ""}]).check_prompts(tiny_tokenizer())
 
@@ -259,3 +263,51 @@ def test_a_token_that_the_model_does_not_know_is_named() -> None:
         r"embedding has 320 rows",
     ):
         dataset.check_prompts(tokenizer, vocabulary=320)
+
+
+REPLY = {"role": "assistant", "content": "Red."}
+
+
+def test_a_conversation_for_supervised_training_is_a_prompt_without_its_reply(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [*CHAT, REPLY]},
+        {"messages": [*CHAT, REPLY, *CHAT, {"role": "assistant", "content": [{"type": "text", "text": "Blue."}]}]},
+        {"messages": CHAT},
+        {"messages": [*CHAT, REPLY], "reference": "mine"},
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": [WEATHER]}]},
+        {"messages": json.dumps([*CHAT, REPLY])},
+        {"messages": "Name a colour."},
+    ]
+    data = load_prompts(write(tmp_path / "p.jsonl", *map(json.dumps, rows)))
+    prompts = data.prompts(data.rows, tiny_tokenizer())
+
+    assert prompts.texts == [CHAT, [*CHAT, REPLY, *CHAT], CHAT, CHAT, CHAT, CHAT, "Name a colour."]
+    assert prompts.columns == {"reference": ["Red.", "Blue.", None, "mine", None, "Red.", None]}
+    assert data.describe() == [
+        "data: 7 prompts; 5 conversations have lost the reply that they end in, which is the column 'reference' where "
+        "there was none"
+    ]
+
+
+def test_a_column_called_prompt_comes_first_and_keeps_what_it_ends_in(tmp_path: Path) -> None:
+    """Such a conversation goes to the template as it is, so another reply follows that of the prompt."""
+    row = {"messages": [*CHAT, REPLY], "prompt": [*CHAT, REPLY]}
+    data = load_prompts(write(tmp_path / "p.jsonl", json.dumps(row)))
+
+    assert data.rows == [row] and data.columns == ["messages"]
+    assert read(data, tiny_tokenizer()) == [
+        "<|user|>Name a colour.<|end|><|assistant|>Red.<|end|><|assistant|>",
+    ]
+    with pytest.raises(ValueError, match=r"data\.prompt_column: the prompt of row 0 is list .*, a reply alone"):
+        PromptDataset([{"messages": [REPLY]}], "messages")
+
+
+def test_a_family_and_a_system_prompt_of_the_data_set_serve_rows_without_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "family": "fact"}, {"prompt": "b", "family": None}, {"prompt": CHAT}]
+    config = write(tmp_path / "p.jsonl", *map(json.dumps, rows))
+    data = load_prompts(replace(config, family="poem", system_prompt="Sing."), ChatConfig(system_prompt="Be brief."))
+
+    assert data.families == ["fact", "poem", "poem"]
+    assert [row["prompt"][0]["content"] for row in data.rows] == ["Sing."] * 3
+    named = load_prompts(replace(config, family="poem", family_column="family"))
+    assert named.families == data.families

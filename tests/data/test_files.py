@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from maestro_fast.data.dataset import DataConfig, load_prompts
+from maestro_fast.data.config import DataConfig
 from maestro_fast.data.files import read_rows
+from maestro_fast.data.load import load_prompts
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a colour, “red”.", "number": 1, "share": 0.5, "tags": ["a", "b"], "about": {"x": 1}, "yes": True},

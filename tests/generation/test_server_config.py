@@ -77,8 +77,10 @@ def build(calls: Calls, processes: int = 1, **options: Any) -> VllmServer:
 def test_an_engine_for_each_way_of_the_weights(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(calls, weights="folder", folder=str(tmp_path / "f"))
     assert isinstance(engine.transfer, FolderTransfer) and engine.transfer.folder == tmp_path / "f"
+    assert (engine.concurrent_parts, engine.ahead) == (1, 0)
     monkeypatch.setattr(NcclTransfer, "check", lambda self: None)
-    engine = build(calls, address="10.0.0.1", port=5)
+    engine = build(calls, address="10.0.0.1", port=5, ahead=1)
+    assert engine.ahead == 1
     assert isinstance(engine.transfer, NcclTransfer)
     assert (engine.transfer.address, engine.transfer.port) == ("10.0.0.1", 5)
 

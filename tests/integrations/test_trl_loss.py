@@ -124,6 +124,7 @@ def test_the_correction_for_vllm(settings: Make, ingredients: Make, mode: str) -
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     inputs = micro_batch(trainer)
+    inputs["sampling_per_token_logps"][1, 3] = float("nan")  # vLLM did not have it.
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     inputs["importance_sampling_ratio"] = sampler_ratio(trainer, inputs, mode)
     (theirs, ours), _ = both(trainer, inputs)
@@ -139,7 +140,7 @@ def sampler_ratio(trainer: Any, inputs: dict[str, Any], mode: str) -> Tensor:
         if hasattr(trainer, name):
             setattr(trainer, name, 1.2)
     mask = inputs["completion_mask"] * inputs["tool_mask"]
-    gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]) * mask
+    gap = ((inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]) * mask).nan_to_num(nan=0.0)
     ratio = (gap.sum(1, keepdim=True) if mode.startswith("sequence") else gap).exp()
     assert (ratio > 1.2).any()
     return ratio.clamp(max=1.2) if mode.endswith("truncate") else ratio.masked_fill(ratio > 1.2, 0.0)

@@ -154,3 +154,31 @@ def test_training_in_half_precision_is_said(
     parts["model"].bfloat16()
     MaestroGRPOTrainer(args=settings(learning_rate=1e-6), **parts)
     assert "trained in bfloat16, which rounds away a step of the learning rate 1e-06" in caplog.text
+
+
+class Counting:
+    """A reward function that has figures of its own."""
+
+    __name__ = "counting"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        self.asked += len(completions)
+        return [float(len(text)) for text in completions]
+
+    def metrics(self) -> dict[str, float]:
+        found, self.asked = {"asked": float(self.asked)}, 0
+        return found
+
+
+def test_figures_of_a_reward_function_are_in_the_log(settings: Make, ingredients: Make) -> None:
+    """Each batch has its own: training has eight responses in a batch, and the evaluation 24."""
+    parts = {**ingredients(), "reward_funcs": [parity, Counting()]}
+    args = settings(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=24)
+    trainer = MaestroGRPOTrainer(args=args, eval_dataset=parts["train_dataset"].select(range(6)), **parts)
+    trainer.train()
+
+    assert history(trainer, "rewards/counting/asked") == [8.0, 8.0]
+    assert history(trainer, "eval_rewards/counting/asked") == [24.0, 24.0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"  # to be collected without a device, too
 # In the interpreter bfloat16 arithmetic is silently wrong (Triton issue 11584).
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+T = TypeVar("T")
+RUNS = 1 if INTERPRETED else 2  # how often ``runs`` runs a kernel
 
 
 def on_device(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -42,6 +47,22 @@ def assert_close(ours: Tensor, truth: Tensor, plain: Tensor | None = None, *, ep
     worst = int(torch.where(error.isnan(), float("inf"), error).argmax())
     got, expected = ours.flatten()[worst].item(), truth.flatten()[worst].item()
     raise AssertionError(f"{what} element {worst}: {got!r}, truth {expected!r}, allowed error {allowed:.3g}")
+
+
+def runs(run: Callable[[], T], *inputs: Tensor | None) -> list[T]:
+    """The results of two runs of a kernel, which have to be the same bits.
+
+    The interpreter has no choice, as it runs the programs of a launch one after another. There the kernel runs once,
+    and has to leave its inputs as they were, which otherwise the second run would show.
+    """
+    if not INTERPRETED:
+        return [run() for _ in range(RUNS)]
+    before = [None if x is None else x.detach().clone() for x in inputs]
+    out = run()
+    for x, y in zip(inputs, before, strict=True):
+        if x is not None:
+            torch.testing.assert_close(x.detach(), y, rtol=0.0, atol=0.0, equal_nan=True)
+    return [out]
 
 
 def counted_launches(monkeypatch: pytest.MonkeyPatch, *, start: bool = True) -> list[str]:

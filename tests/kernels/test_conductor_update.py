@@ -12,7 +12,7 @@ from maestro_fast.kernels import conductor_update as kernel
 from maestro_fast.kernels import conductor_weights
 from maestro_fast.ops import ConductorBatch, ConductorParams, ConductorState, ConductorUpdateConfig
 from maestro_fast.ops import conductor_update as reference
-from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close
+from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, RUNS, assert_close
 from tests.kernels.test_conductor_weights import head, moved
 
 EPSILON = 1e-5  # of a parameter: lr 0.01 times the relative error of 1e-3 that a vanishing gradient may have
@@ -93,23 +93,25 @@ STEPS = [(*size, units, *kind) for size in SIZES for units in (None, 40) for kin
 )
 def test_three_steps(number: int, rewards: int, size: int, units: int | None, kind: str, masked: bool) -> None:
     params = head(size, rewards, units)
-    ours, again = on_device(params), on_device(params)
+    states = [on_device(params) for _ in range(RUNS)]
     for step in (1, 2, 3):
-        ours, again = replace(ours, step=step - 1), replace(again, step=step - 1)
+        ours, *others = states = [replace(state, step=step - 1) for state in states]
         state = widened(ours)
         given = batch_of(number, size, rewards, step, kind)
         truth = kept(given)
         if not masked:
             given = ConductorBatch(*(None if x is None else x[given.live] for x in list(vars(given).values())[:4]))
-        update, same = stepped(ours, given), stepped(again, given)
+        update, *same = [stepped(own, given) for own in states]
         plain, _ = reference(narrowed(state), narrowed(truth), CONFIG, backend="torch")
         state, metrics = reference(state, truth, CONFIG, backend="torch")
         assert_close(update.objective, metrics["objective"], epsilon=EPSILON, what="objective")
         assert_close(update.grad_norm, metrics["grad_norm"], epsilon=EPSILON, what="grad_norm")
-        assert torch.equal(update.squares, same.squares)
+        assert all(torch.equal(update.squares, other.squares) for other in same)
         for name, x in ours.params.learned.items():
             assert_close(x, state.params.learned[name], epsilon=EPSILON, what=f"{name} after step {step}")
-            assert torch.equal(x, again.params.learned[name]), f"{name} differs between two runs"
+            assert all(torch.equal(x, other.params.learned[name]) for other in others), (
+                f"{name} differs between two runs"
+            )
             for mine, right, simple in zip(
                 (ours.first[name], ours.second[name]),
                 (state.first[name], state.second[name]),

@@ -13,7 +13,7 @@ from maestro_fast.kernels import counterfactual_advantages as kernel
 from maestro_fast.kernels.group_advantages import group_advantages
 from maestro_fast.ops import PROFILES, AdvantageProfile, Groups
 from maestro_fast.ops.counterfactual_advantages import counterfactual_advantages as reference
-from tests.kernels.helpers import assert_close, on_device
+from tests.kernels.helpers import assert_close, on_device, runs
 from tests.kernels.test_group_advantages import CUSTOM, RAGGED, inputs
 
 EPSILON = 3e-6  # like that of the advantages; the moments are of the others instead of the group
@@ -38,7 +38,10 @@ def check(
     rewards_BK: Tensor, weights_BK: Tensor, action_weights: Tensor, groups: Any, profile: AdvantageProfile, kl: Tensor
 ) -> None:
     used = kl if profile.kl_in == "score" else None
-    ours = launched(rewards_BK, weights_BK, action_weights, groups, profile, used)
+    ours, *others = runs(
+        lambda: launched(rewards_BK, weights_BK, action_weights, groups, profile, used),
+        *(rewards_BK, weights_BK, action_weights, used),
+    )
     truth, plain = (
         reference(
             rewards_BK.to(dtype),
@@ -52,7 +55,7 @@ def check(
         for dtype in (torch.float64, torch.float32)
     )
     assert_close(ours, truth, plain, epsilon=EPSILON)
-    assert torch.equal(ours, launched(rewards_BK, weights_BK, action_weights, groups, profile, used))
+    assert all(torch.equal(ours, again) for again in others)
 
 
 @pytest.mark.parametrize("name", PROFILES_HERE)

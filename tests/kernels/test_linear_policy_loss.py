@@ -16,6 +16,7 @@ from tests.ops.helpers import assert_same_compiled, half_products_on_the_cpu
 from tests.ops.linear_policy_loss_batch import (
     ALL_VARIANTS,
     EVERYTHING,
+    LENGTHS,
     Batch,
     random_batch,
     values_and_gradients,
@@ -23,6 +24,8 @@ from tests.ops.linear_policy_loss_batch import (
 from tests.ops.test_token_logprobs import IGNORE_TRACING
 
 EPSILON = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # rounded in the states and at the end
+# In the interpreter, which is slow: one longer than a chunk, one as long, one empty, and two in a chunk, as in LENGTHS.
+FEWER = (3, 0, 16, 1, 17) if INTERPRETED else LENGTHS
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +63,7 @@ SLOW += [(name, False, torch.float16) for name in ("dapo", "gspo, KL, entropy bo
 @pytest.mark.parametrize(("variant", "on_policy", "dtype"), SLOW)
 def test_equals_the_composition(variant: str, on_policy: bool, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"old_logprobs": None} if on_policy else {}
-    batch = random_batch(masked=True).to(dtype)
+    batch = random_batch(lengths=FEWER, masked=True).to(dtype)
     config, exact = ALL_VARIANTS[variant], batch.to(torch.float64)
     ours = values_and_gradients(Batch.ours, there(batch), config, EVERYTHING, backend="triton", **options)
     plain = values_and_gradients(Batch.ours, batch, config, EVERYTHING, backend="torch", **options)
@@ -74,7 +77,7 @@ def test_equals_the_composition(variant: str, on_policy: bool, dtype: torch.dtyp
 def test_a_trained_head_compiles_to_one_graph(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host knows nothing in a graph: to be bitwise the same, eager mode must not either."""
     monkeypatch.setattr("maestro_fast.ops.sweep.readable", lambda x: False)
-    batch = there(random_batch().to(dtype))
+    batch = there(random_batch(lengths=FEWER).to(dtype))
     given = batch.targets, batch.advantages.to(DEVICE), batch.cu_seqlens.to(DEVICE)
 
     def op(hidden: Tensor, lm_head: Tensor, bias: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -104,7 +107,7 @@ def test_two_chunks_of_a_16_bit_head_share_the_products_of_the_gradient(
 
     for name in rows:
         monkeypatch.setattr(Chunk, name, counted(name))
-    batch = there(random_batch(masked=False).to(torch.float16))
+    batch = there(random_batch(lengths=FEWER, masked=False).to(torch.float16))
     loss = batch.ours(ALL_VARIANTS[variant], backend="triton")
     torch.autograd.grad(loss.loss, batch.leaves)
     tokens = len(batch.targets)
@@ -118,7 +121,7 @@ def test_two_chunks_of_a_16_bit_head_share_the_products_of_the_gradient(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_probs_are_bitwise_those_of_the_op(dtype: torch.dtype) -> None:
-    batch = there(random_batch(masked=False).to(dtype))
+    batch = there(random_batch(lengths=FEWER, masked=False).to(dtype))
     swept = batch.ours(ALL_VARIANTS["dapo"], EVERYTHING, backend="triton").logprobs
     expected = token_logprobs(
         batch.hidden, batch.lm_head, batch.targets, bias=batch.bias, **EVERYTHING, backend="triton"

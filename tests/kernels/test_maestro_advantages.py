@@ -13,7 +13,7 @@ from maestro_fast.kernels import maestro_advantages as kernel
 from maestro_fast.ops import PROFILES, Groups
 from maestro_fast.ops.maestro_advantages import maestro_advantages as reference
 from maestro_fast.specs import ConductorChoice, ContextSource, ScoreInputs
-from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, assert_close, counted_launches, on_device
+from tests.kernels.helpers import DEVICE, DTYPES, INTERPRETED, RUNS, assert_close, counted_launches, on_device, runs
 from tests.kernels.test_conductor_weights import head, moved
 from tests.kernels.test_group_advantages import RAGGED, inputs
 
@@ -58,7 +58,7 @@ def check(
     kl_used = kl if profile.kl_in == "score" else None
     counts = lengths if profile.needs_lengths else None
     arguments = on_device(rewards_BK, Groups.of(groups, batch).index_NG, x, bounds, kl_used, counts)
-    ours, again = (launched(arguments, params, profile, source, soft) for _ in range(2))
+    ours, *others = runs(lambda: launched(arguments, params, profile, source, soft), *arguments)
 
     def expected(dtype: torch.dtype) -> list[Tensor]:
         more: dict[str, Any] = {} if kl_used is None else {"kl": kl.to(dtype), "beta": 0.1}
@@ -82,11 +82,12 @@ def check(
         return [*sample, *out]
 
     names = [*ours[0]._fields, *ours[1]._fields]
-    results = zip(names, [*ours[0], *ours[1]], [*again[0], *again[1]], strict=True)
-    truths = zip(expected(torch.float64), expected(torch.float32), strict=True)
-    for (what, mine, same), (truth, plain) in zip(results, truths, strict=True):
+    results = [*ours[0], *ours[1]]
+    for what, mine, truth, plain in zip(names, results, expected(torch.float64), expected(torch.float32), strict=True):
         assert_close(mine, truth, plain, epsilon=EPSILON, what=what)
-        assert torch.equal(mine, same), f"{what} differs between two runs"
+    for again in others:
+        for what, mine, same in zip(names, results, [*again[0], *again[1]], strict=True):
+            assert torch.equal(mine, same), f"{what} differs between two runs"
 
 
 def launched(arguments: list[Tensor | None], params: Any, profile: Any, source: Any, soft: bool) -> Any:
@@ -141,7 +142,7 @@ def test_numbers_of_rewards_and_dtypes(rewards: int, dtype: torch.dtype) -> None
 def test_launches(source: str, units: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = counted_launches(monkeypatch)
     check(source, units, 4)
-    assert len(launches) == 2 * expected, launches  # check runs it twice
+    assert len(launches) == RUNS * expected, launches
 
 
 BATCHES = [

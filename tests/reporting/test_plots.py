@@ -83,7 +83,7 @@ def test_every_axis_has_a_label_with_a_unit(name: str, history: History) -> None
 def test_stage_times_have_labels_with_units(timings: History) -> None:
     left, right = stage_times(timings).axes
     assert (left.get_xlabel(), left.get_ylabel()) == ("step (optimiser updates)", "time (seconds per batch)")
-    assert right.get_xlabel() == "share of the time (%)"
+    assert right.get_xlabel().startswith("share of the time (%)")
     assert "weight_sync" in [tick.get_text() for tick in right.get_yticklabels()]
 
 
@@ -245,6 +245,47 @@ def test_a_hundred_thousand_steps_are_thinned_out() -> None:
     assert "50k" in [tick.get_text() for tick in fig.axes[0].get_xticklabels()]
 
 
+def test_the_weights_axis_holds_the_equal_line_and_no_tiny_range() -> None:
+    def bounds(*values: float) -> tuple[float, float]:
+        line = {f"families/x/weights/{name}": value for name, value in zip("abcd", values, strict=True)}
+        (ax,) = plots.family_weights(History.of({"step": step, **line} for step in (1, 2, 3))).axes
+        low, high = ax.get_ylim()
+        return float(low), float(high)
+
+    low, high = bounds(0.2501, 0.2499, 0.25, 0.25)
+    assert -0.05 < low < 0 and 0.5 < high < 0.55
+    assert bounds(0.26, 0.24, 0.25, 0.25) == (low, high)
+    assert bounds(0.9, 0.1, 0.0, 0.0)[1] > 0.9
+    assert bounds(1.2, -0.2, 0.0, 0.0)[0] < -0.2
+
+
+def test_a_held_axis_ends_at_its_bounds_unless_a_line_leaves_them() -> None:
+    def bounds(values: list[float], **held: float) -> tuple[float, float]:
+        (ax,) = figure.panels(["a"]).axes
+        ax.plot(values)
+        figure.hold(ax, **held)
+        low, high = ax.get_ylim()
+        return float(low), float(high)
+
+    assert bounds([0.0, 0.4], low=0.0, high=1.0) == pytest.approx((-0.03, 1.03))
+    low, high = bounds([-2.0, 3.0], low=0.0, high=1.0)
+    assert low <= -2.0 and high >= 3.0
+    low, high = bounds([5.0, 5.001], least=2.0)
+    assert high - low == pytest.approx(2.0) and low < 5.0 < high
+
+
+def test_the_interval_of_the_running_mean_leaves_the_trend_out() -> None:
+    steps = np.arange(300.0)
+    values = 5 * steps + np.tile([1.0, -1.0, -1.0, 1.0], 75)  # noise of variance 1 on a trend
+    (ax,) = figure.panels(["a"]).axes
+    figure.interval(ax, steps, values, figure.PLAIN, 9)
+    (area,) = ax.collections
+    corners = np.asarray(area.get_paths()[0].vertices)
+    assert np.ptp(corners[corners[:, 0] == 150.0, 1]) == pytest.approx(2 * 1.96 / 3, rel=0.01)
+    figure.interval(ax, steps, values, figure.PLAIN, 1)
+    assert len(ax.collections) == 1  # Without a running mean there is none.
+
+
 def test_the_running_mean_by_hand() -> None:
     values = np.array([1.0, 2.0, np.nan, 6.0, 4.0, 2.0, 9.0])
     np.testing.assert_allclose(
@@ -282,7 +323,7 @@ def test_pyplot_is_left_alone(history: History) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "title"), [({"score_std": 0.5}, "weighted sum of the rewards"), ({}, "mean score")], ids=["today", "0.1"]
+    ("more", "title"), [({"score_std": 0.5}, "weighted sum of rewards"), ({}, "mean score")], ids=["today", "0.1"]
 )
 def test_the_total_says_what_it_shows(more: dict[str, float], title: str) -> None:
     """Version 0.1 logged the mean of the scores as ``reward``."""

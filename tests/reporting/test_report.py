@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from maestro_fast.reporting import Table, family_spread, read_jsonl, report, write_report
+from maestro_fast.reporting import Table, family_spread, printed_verdict, read_jsonl, report, write_report
 from maestro_fast.reporting.json_lines import JsonLines
 
 SCRIPT = "<script>alert('x')</script><img src=http://x.example/a.png>"
@@ -86,7 +86,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_every_plot_and_section(page: Page) -> None:
-    sections = {"summary", "tables", "samples", "configuration", "versions"}
+    sections = {"summary", "verdict", "tables", "samples", "configuration", "versions"}
     assert page.ids() == PICTURES | sections
     links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
     assert links == {f"#{name}" for name in page.ids()}
@@ -134,6 +134,27 @@ def test_tables_are_shown_with_numbers_at_the_right(page: Page) -> None:
     # The report makes the table that was also handed in, but it is shown only once.
     assert page.text.count("std over families") == 1
     assert "Between-family spread of the weights, against the other runs" in page.text
+
+
+def test_the_verdict_stands_before_the_plots_that_it_points_to(page: Page) -> None:
+    assert "Rose: perplexity" in page.text
+    verdict = page.source[page.source.index('id="verdict"') : page.source.index('id="tables"')]
+    targets = set(re.findall(r'href="#(\w+)"', verdict))
+    assert {"rewards", "evaluation", "response_length", "policy"} <= targets <= PICTURES
+    assert verdict.index("To look at next") < verdict.index("self_flattery ended at") < verdict.index("The rest")
+
+
+def test_alarms_and_the_policy_reach_the_verdict(tmp_path: Path) -> None:
+    rows = [{"step": s, "kl": 1.0, "rewards/a/mean": 0.5, "rewards/b/mean": 0.5} for s in (1, 2)]
+    JsonLines(tmp_path / "metrics.jsonl").append(*(row | {"weights/a": 0.5, "weights/b": 0.5} for row in rows))
+    (tmp_path / "config.yaml").write_text("weights: {type: equal}\n")
+    alarm = {"step": 2, "metric": "kl", "value": 1.0, "bound": 0.5, "action": "stop", "condition": "kl above 0.5"}
+    JsonLines(tmp_path / "alarms.jsonl").append(alarm)
+    printed = printed_verdict(tmp_path).splitlines()
+    assert printed[0].startswith("2 logged steps are too few")
+    assert printed[-1] == "1. An alarm rang at step 2: kl was 1 (kl above 0.5). It ended the run."
+    page = Page(write_report(tmp_path)).text
+    assert "It ended the run." in page and "The weights were equal by configuration." in page
 
 
 def test_a_run_of_one_step(make_run: Callable[..., Path]) -> None:

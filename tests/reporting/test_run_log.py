@@ -9,7 +9,9 @@ import torch
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from maestro_fast.records import StepRecord
-from maestro_fast.reporting.run_log import MetricsCallback, RolloutsLog, TimingsLog, read_jsonl
+from maestro_fast.reporting.recorded_run import ended_by_alarm
+from maestro_fast.reporting.run_log import AlarmsLog, MetricsCallback, RolloutsLog, TimingsLog, read_jsonl
+from maestro_fast.watching import Alarm
 
 
 def log(callback: MetricsCallback, step: int, main: bool = True, **values: Any) -> None:
@@ -84,6 +86,29 @@ def test_a_new_run_in_an_old_directory_starts_anew(tmp_path: Path) -> None:
     log(begin(MetricsCallback(tmp_path)), 3, loss=1.0)
     log(begin(MetricsCallback(tmp_path)), 1, loss=2.0)
     assert steps_of(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_alarms_of_repeated_steps_are_written_once(tmp_path: Path) -> None:
+    log = AlarmsLog(tmp_path)
+    assert not (tmp_path / "alarms.jsonl").exists()
+    for step in (2, 5, 7):
+        log(Alarm(step, "kl", 0.7, 0.5, "warn", "kl above 0.5"))
+    resumed = AlarmsLog(tmp_path)
+    resumed.on_train_begin(None, TrainerState(global_step=5, is_world_process_zero=False), TrainerControl())  # type: ignore[arg-type]
+    assert steps_of(tmp_path / "alarms.jsonl") == [2, 5, 7], "only the main process writes"
+    resumed.on_train_begin(None, TrainerState(global_step=5, is_world_process_zero=True), TrainerControl())  # type: ignore[arg-type]
+    assert steps_of(tmp_path / "alarms.jsonl") == [2, 5]
+    resumed(Alarm(7, "kl", 0.8, 0.5, "stop", "kl above 0.5"))
+    assert read_jsonl(tmp_path / "alarms.jsonl")[-1] == {
+        "step": 7,
+        "metric": "kl",
+        "value": 0.8,
+        "bound": 0.5,
+        "action": "stop",
+        "condition": "kl above 0.5",
+    }
+    assert ended_by_alarm(tmp_path, 6) == ended_by_alarm(tmp_path, 5) == ended_by_alarm(tmp_path / "none", 7) == []
+    assert ended_by_alarm(tmp_path, 7) == ["The alarm on kl ended the run after step 7: it was 0.8 (kl above 0.5)."]
 
 
 def test_rollouts_have_one_line_per_response(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:

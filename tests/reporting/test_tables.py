@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from maestro_fast.reporting.tables import Table, format_table, numeric_columns
+from maestro_fast.reporting.tables import Table, cell_texts, format_table, numeric_columns
 
 RESULTS = Table(
     "Utility by method",
@@ -40,10 +40,18 @@ def test_a_table_of_many_numbers_continues_below_itself() -> None:
     assert all(f"{k + 1234.5678:.0f}" in text for k in range(16))
 
 
-def test_a_column_has_one_number_of_decimals_but_hides_nothing_small() -> None:
-    table = Table("Losses", ("a", "b", "c"), ((12.3456, 1234.5, 0.25), (-1.0, 2.0, 1e-6), (0.0, float("nan"), None)))
-    rows = [line.split() for line in format_table(table).splitlines()[3:]]
-    assert rows == [["12.3", "1234", "0.250"], ["-1.0", "2", "1.0e-06"], ["0.0", "-", "-"]]
+def test_a_column_has_one_format_and_writes_nothing_small_as_zero() -> None:
+    columns = {
+        (12.3456, -1.0, 0.0): ["12.3", "-1.0", "0.0"],
+        (1234.5, 2.0, float("nan")): ["1234", "2", "-"],
+        (0.25, 1e-6, None): ["0.250", "< 0.001", "-"],
+        (0.335, -4.3e-4, 5.1e-4): ["0.335", "> -0.001", "0.001"],
+        (0.0071, 4.1e-4, 0.0): ["0.0071", "0.0004", "0.0000"],
+        (2.5e-9, 0.0, -3e-7): ["2.5e-09", "0.0e+00", "-3.0e-07"],
+    }
+    table = Table("Losses", tuple("abcdef"), tuple(zip(*columns, strict=True)))
+    assert cell_texts(table) == [list(row) for row in zip(*columns.values(), strict=True)]
+    assert all(numeric_columns(table))
 
 
 def test_columns_of_numbers_are_told_from_words() -> None:

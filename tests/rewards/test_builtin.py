@@ -1,4 +1,4 @@
-"""LengthReward and EntropyReward by hand."""
+"""LengthReward and EntropyReward by hand, OverlongReward against TRL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import EntropyReward, LengthReward
+from maestro_fast.rewards import EntropyReward, LengthReward, OverlongReward
 
 MakeBatch = Callable[..., RewardBatch]
 LENGTHS = [0, 9, 10, 12, 15, 20, 25]
@@ -43,11 +43,18 @@ def test_length_the_floor_is_minus_one_by_default(make_batch: MakeBatch) -> None
     assert LengthReward(target=1)(make_batch(["a b c d"])) == [-1.0]
 
 
-def test_length_equals_trl_up_to_the_maximum(make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize(("limit", "buffer"), [(20, 8), (20, 20), (20, 0), (1, 1)])
+def test_overlong_equals_trl(make_batch: MakeBatch, limit: int, buffer: int) -> None:
     make = pytest.importorskip("trl.rewards").get_soft_overlong_punishment
-    theirs = make(max_completion_len=20, soft_punish_cache=8)
+    theirs = make(max_completion_len=limit, soft_punish_cache=buffer)
     batch = make_batch(["a"] * 30, completion_ids=[[1] * n for n in range(30)])
-    assert LengthReward(target=12, scale=8)(batch) == pytest.approx(theirs(completion_ids=batch.completion_ids))
+    assert OverlongReward(limit, buffer)(batch) == pytest.approx(theirs(completion_ids=batch.completion_ids))
+
+
+@pytest.mark.parametrize(("limit", "buffer", "complaint"), [(0, 0, "limit: 0"), (8, 9, "buffer: 9"), (8, -1, "buffer")])
+def test_overlong_refuses_what_is_no_buffer(limit: int, buffer: int, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        OverlongReward(limit, buffer)
 
 
 def test_length_needs_nothing() -> None:

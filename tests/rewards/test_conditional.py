@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from maestro_fast.data.dataset import PromptDataset, check_conditions
+from maestro_fast.data.conditions import check_conditions
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.ops import group_advantages
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import FunctionReward, LabelsConfig, Where, build_anchor, build_rewards, gate

@@ -272,6 +272,12 @@ def test_a_loss_that_cannot_be_loaded_is_named(config_file: Path, name: str, com
         (["--learning_rate", "1"], r"^learning_rate: unknown setting; it is trainer\.learning_rate"),
         (["--batch.group_size", "8"], r"^batch\.group_size: unknown setting; it is sampling\.group_size"),
         (["--sampling.seed", "8"], r"^sampling\.seed: unknown setting; it is seed"),
+        (["--mask_truncated_completions", "true"], r"; here TRL's mask_truncated_completions is batch\.truncated"),
+        (["--algorithm.filter_groups.enable", "true"], r"^algorithm: .*filter_groups\.enable is batch\.no_signal"),
+        (
+            ["--rewards", "[{type: overlong, limit: 999, buffer: 9}]"],
+            r"^rewards\[0\]\.limit: 999, but no response gets",
+        ),
         (["--seed"], r"^seed: missing its value"),
         (["--seed", "--final", "last"], r"^seed: missing its value"),
         (["seed", "3"], r"^seed: expected --section\.setting VALUE"),

@@ -79,14 +79,29 @@ def test_two_processes_resume_in_their_second_epoch_and_load_the_best(
         assert whole["prompts"][:4] != whole["prompts"][4:], "both epochs have one order: this shows nothing"
         assert resumed["prompts"] == whole["prompts"][5:]
         assert Path(whole["best"]).name == "checkpoint-1" and whole["best"] == best and Path(best).is_dir()
+        means = resumed["means"]
+        assert len(means) == 8 and means == ranks[0]["resumed"]["means"] and means.count(max(means)) == 1
+        assert Path(resumed["best"]).name == f"checkpoint-{1 + means.index(max(means))}"
+        assert Path(resumed["best"]).is_dir()
         for name, value in load_file(Path(best) / "model.safetensors").items():
             assert torch.equal(whole["policy"][name], value), name
         for name, value in ranks[0]["whole"]["last"].items():
             assert torch.equal(resumed["last"][name], value), name
 
 
-def test_the_best_policy_reaches_every_process(tmp_path: Path) -> None:
-    launch(2, tmp_path, tmp_path / "out", 1, "best")
+def test_the_best_policy_and_other_prompts_reach_every_process(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    launch(2, checkpoint(), tmp_path / "out", 1, "best")
     main, other = (torch.load(tmp_path / "out" / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert main == {"held": 2, "step": 1, "values": [[1.0], [1.0]]}
-    assert other == main | {"held": 0}
+    assert main["best"] == {"held": 2, "step": 1, "values": [[1.0], [1.0]]}
+    assert other["best"] == main["best"] | {"held": 0}
+
+    refills = main["refill"], other["refill"]
+    assert refills[0]["logs"] == refills[1]["logs"]
+    assert any(line["dynamic_sampling/refills"] > 0 for line in refills[0]["logs"])
+    for refilled in refills:
+        for name, value in refilled["policy"].items():
+            assert torch.equal(value, refills[0]["policy"][name]), name
+    assert len(refills[0]["seen"]) == 2
+    for silent, prompts in refills[0]["seen"]:
+        assert not silent.any()
+        assert len(set(prompts)) == 4  # No prompt stands twice, on whichever process.

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.batches import Processes
-from maestro_fast.training.evaluation import _chunks, evaluation_names
+from maestro_fast.training.evaluation import _chunks, evaluation_names, keep_subset
 from tests.training.test_trainer import parameters, run
 
 HELD_OUT = [
@@ -143,3 +144,47 @@ def test_names_do_not_depend_on_what_abstained(raw: dict[str, Any], tmp_path: Pa
     assert math.isnan(metrics["eval_rewards/none/mean"]) and metrics["eval_rewards/none/abstained"] == 1.0
     names = evaluation_names(("format", "none"), trainer.eval_dataset)
     assert sorted(metrics) == sorted(f"eval_{name}" for name in names)
+
+
+@pytest.mark.parametrize("prompts", [3, 4, 7, 10, 29, 40])
+def test_a_subset_keeps_the_families_in_proportion(prompts: int) -> None:
+    """Twenty, nine and one row; the counts are the proportions, rounded, and at least one."""
+    families = ["poem"] * 20 + ["fact"] * 9 + ["rare"]
+    rows = [{"prompt": f"Sea {i}", "family": family} for i, family in enumerate(families)]
+    data, again, other = (PromptDataset(rows) for _ in range(3))
+    keep_subset(data, prompts, 3)
+    keep_subset(again, prompts, 3)
+    keep_subset(other, prompts, 4)
+    counts = [data.families.count(name) for name in ("poem", "fact", "rare")]
+
+    assert counts == {3: [1, 1, 1], 4: [2, 1, 1], 7: [4, 2, 1], 10: [6, 3, 1], 29: [19, 9, 1], 40: [20, 9, 1]}[prompts]
+    assert data.rows == again.rows and (data.rows != other.rows or prompts > 20)
+    assert data.rows == sorted(data.rows, key=lambda row: int(row["prompt"][4:]))
+    assert data.name_of(0) == f"row {data[0]['prompt'][4:]}"
+
+
+def test_a_subset_without_a_prompt_of_each_family_is_refused() -> None:
+    data = PromptDataset([{"prompt": "a", "family": name} for name in "abc"])
+    with pytest.raises(ValueError, match=r"^evaluation\.prompts: 2, but the held-out prompts are of 3 families"):
+        keep_subset(data, 2, 0)
+
+
+def test_a_subset_of_several_held_out_sets_is_the_same_at_every_evaluation(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def number(prompts, completions, **columns):\n"
+        "    return [float(p.split()[-1][:-1]) if 'Sea' in p else 0.0 for p in prompts]\n",
+        encoding="utf-8",
+    )
+    rows = [{"prompt": f"Sea {2**i}.", "family": "sea" if i < 8 else "lake"} for i in range(12)]
+    for name, own in (("a", rows[:5]), ("b", rows[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)), encoding="utf-8")
+    raw["evaluation"] = {"data": [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"], "prompts": 6}
+    raw["rewards"] = ["entropy", f"{tmp_path}/own.py:number"]
+    raw["trainer"] |= {"eval_steps": 2, "eval_strategy": "steps", "eval_on_start": True}
+    first, second, last = evaluations(run(raw)[0])
+    kept = PromptDataset(rows)
+    keep_subset(kept, 6, 0)
+
+    assert sorted(kept.families) == ["lake"] * 2 + ["sea"] * 4
+    mean = sum(int(row["prompt"][4:-1]) for row in kept.rows) / 6  # Other prompts have another sum of powers of two.
+    assert [line["eval_rewards/number/mean"] for line in (first, second, last)] == pytest.approx([mean] * 3)

@@ -19,7 +19,7 @@ from maestro_fast.generation import TransformersGenerator
 from maestro_fast.records import Prompts, RewardBatch, Rollouts
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.rewards import FunctionReward, RewardSet
-from maestro_fast.training import parse_config, train, trainer
+from maestro_fast.training import build, parse_config, train
 from maestro_fast.training.overlap import check_parts, run_together
 from maestro_fast.weighting.conductor import Conductor
 from tests.training.test_checkpoint import assert_same_run, killed_and_resumed
@@ -46,7 +46,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def use(generator: type[Elsewhere] = Elsewhere, parts: int = 1) -> None:
         monkeypatch.setattr(generator, "concurrent_parts", parts)
-        monkeypatch.setattr(trainer, "TransformersGenerator", generator)
+        monkeypatch.setattr(build, "TransformersGenerator", generator)
 
     return use
 

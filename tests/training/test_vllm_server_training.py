@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from maestro_fast.reporting.run_log import MetricsCallback, RolloutsLog
 from maestro_fast.training import parse_config, train
 from maestro_fast.training.weight_sync import SyncedGenerator
 from tests.generation.helpers import recomputed
+from tests.training.test_checkpoint import killed_and_resumed
 from tests.vllm_serving import Serving
 
 pytestmark = [pytest.mark.vllm]
@@ -93,3 +95,20 @@ def test_a_run_whose_server_is_killed_goes_on_with_a_new_one(raw: dict[str, Any]
     assert all(line["sync/probe_max"] < 1e-3 for line in lines)
     assert sorted({line["step"] for line in logged(raw, "rollouts.jsonl")}) == [1, 2, 3, 4, 5]
     assert (Path(raw["run_dir"]) / "final" / "model.safetensors").is_file()
+
+
+def test_the_next_batch_is_sampled_ahead_and_a_killed_run_trains_on_what_it_had(raw: dict[str, Any]) -> None:
+    """The sampler's log-probs are those of the policy one step before, and a resumed run has the same responses."""
+    raw["generation"]["ahead"] = 1
+    raw["loss"] = {"sampler_correction": "token_truncate"}
+    raw["trainer"]["save_steps"] = 1
+    whole = raw | {"run_dir": raw["run_dir"] + "-whole"}
+    recorded_train(copy.deepcopy(whole))
+    killed_and_resumed(raw, 3)
+    for run in (raw, whole):
+        lines = [line for line in logged(run) if "loss" in line]
+        assert [line["sampling/staleness"] for line in lines] == [0.0, 1.0, 1.0, 1.0, 1.0]
+        gaps = [line["sampling/logprob_gap_mean"] for line in lines]
+        assert gaps[0] < 1e-4 < min(gaps[1:]) and all(line["sync/probe_max"] < 1e-3 for line in lines)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (Path(raw["run_dir"]) / name).read_bytes() == (Path(whole["run_dir"]) / name).read_bytes()

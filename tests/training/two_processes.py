@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from maestro_fast.training.best_policy import BestPolicy
 from maestro_fast.weighting import build_weight_policy
 
 GROUP = 4
+METRIC = "rewards/parity/mean"  # a figure of training that judges checkpoints
 
 
 class FixedGenerator:
@@ -62,7 +64,14 @@ class KillAt(TrainerCallback):
 
 
 def build(
-    checkpoint: str, run_dir: Path, micro_batches: int, records: list[StepRecord], **changes: Any
+    checkpoint: str,
+    run_dir: Path,
+    micro_batches: int,
+    records: list[StepRecord],
+    *,
+    batch: dict[str, Any] | None = None,
+    rewards: Sequence[Any] = (parity, brevity),
+    **changes: Any,
 ) -> MaestroTrainer:
     """A trainer with ``micro_batches`` per update and process; with one, it judges in the training forward."""
     rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
@@ -79,17 +88,17 @@ def build(
         seed=0,
         **settings,
     )
-    rewards = build_rewards([parity, brevity])
+    reward_set = build_rewards([*rewards])
     return MaestroTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint),
         AutoTokenizer.from_pretrained(checkpoint),
         PromptDataset(rows),
-        rewards,
-        build_weight_policy({"type": "conductor", "period": 1, "learning_rate": 0.1}, rewards.names, 32),
+        reward_set,
+        build_weight_policy({"type": "conductor", "period": 1, "learning_rate": 0.1}, reward_set.names, 32),
         args,
         Method(
             SamplingConfig(group_size=GROUP),
-            BatchConfig(prompts_per_batch=4, micro_batch=4 * GROUP // args.world_size // micro_batches),
+            BatchConfig(4, 4 * GROUP // args.world_size // micro_batches, **(batch or {})),
             PolicyLossConfig(kl_coef=0.05),
         ),
         evaluation=PromptDataset(rows[:4]) if settings.get("eval_strategy") else None,
@@ -127,7 +136,8 @@ def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
         "metric_for_best_model": "rewards/brevity/mean",  # always the same: the first is the best
     }
     results: dict[str, Any] = {}
-    for name, changes, killed_at in (("whole", evaluated, 0), ("killed", {}, 6), ("resumed", {}, 0)):
+    judged = {"metric_for_best_model": METRIC}
+    for name, changes, killed_at in (("whole", evaluated, 0), ("killed", judged, 6), ("resumed", judged, 0)):
         run_dir = out / ("whole" if name == "whole" else "killed")
         trainer = build(checkpoint, run_dir, micro_batches, [], **settings, **changes)
         prompts: list[list[str]] = []
@@ -142,15 +152,32 @@ def resume(checkpoint: str, out: Path, micro_batches: int) -> None:
         results[name] = {
             "prompts": prompts,
             "best": trainer.state.best_model_checkpoint,
+            "means": [line[METRIC] for line in trainer.state.log_history if METRIC in line],
             "policy": policy(trainer),
             "last": last,
         }
     torch.save(results, out / f"rank{trainer.args.process_index}.pt")
 
 
+def sparse(completion_ids: list[list[int]], prompts: list[str], **columns: object) -> list[float]:
+    """The same for all responses to the first six prompts, so that the processes need different numbers of others."""
+    return [float(sum(ids) % 5) * (int(p.split()[-1]) > 5) for ids, p in zip(completion_ids, prompts, strict=True)]
+
+
+def refill(checkpoint: str, out: Path, micro_batches: int) -> dict[str, Any]:
+    """Dynamic sampling over two batches: its figures, and on the main process what was trained on."""
+    records: list[StepRecord] = []
+    batch = {"no_signal": "refill", "max_refills": 8}
+    trainer = build(checkpoint, out / "refill", micro_batches, records, batch=batch, rewards=[sparse], max_steps=2)
+    trainer.train()
+    figures = [line for line in trainer.state.log_history if "dynamic_sampling/no_signal" in line]
+    seen = [(record.degenerate_B, record.prompts) for record in records]
+    return {"logs": figures, "seen": seen, "policy": policy(trainer)}
+
+
 def best(checkpoint: str, out: Path, micro_batches: int) -> None:
-    """The main process holds the best parameters, and both get them, whatever their own are by then."""
-    del checkpoint, micro_batches
+    """The main process holds the best parameters, and both get them, whatever their own are by then; and ``refill``."""
+    refilled = refill(checkpoint, out, micro_batches)
     accelerator = Accelerator(cpu=True)
     model, empty = torch.nn.Linear(3, 2), torch.zeros(1)
     keeper = BestPolicy(holds=accelerator.is_main_process, window=1, first=0)
@@ -168,7 +195,7 @@ def best(checkpoint: str, out: Path, micro_batches: int) -> None:
         parameter.data.fill_(10.0 + accelerator.process_index)
     keeper.load_into(model, accelerator)
     found = {"held": held, "step": keeper.step, "values": [p.detach().unique().tolist() for p in model.parameters()]}
-    torch.save(found, out / f"rank{accelerator.process_index}.pt")
+    torch.save({"best": found, "refill": refilled}, out / f"rank{accelerator.process_index}.pt")
 
 
 def note_prompts(trainer: MaestroTrainer, prompts: list[list[str]]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.data.dataset import PromptDataset, check_conditions
+from maestro_fast.data.conditions import check_conditions
+from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.rewards import build_rewards
 from maestro_fast.settings import SettingsError
 from maestro_fast.weighting import Equal, Random, Static, WeightContext, WeightPolicy, build_weight_policy

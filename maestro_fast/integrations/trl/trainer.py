@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,7 @@ from maestro_fast.integrations.trl.sharing import layouts_of, regrouped, regroup
 from maestro_fast.model import Layouts, causal_lm, check_trainable, terminal_states, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.records import TOKEN_COUNTS
+from maestro_fast.rewards.reward import figures
 from maestro_fast.weighting import (
     Comparison,
     Outcome,
@@ -305,8 +307,22 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             self.weight_policy.observe(outcome)
             self._batches += 1
         families = gather_object([str(row.get("family") or "") for row in inputs])
-        for name, value in {**weight_metrics(outcome, families, lengths_B), **self.weight_policy.metrics()}.items():
+        found = {**weight_metrics(outcome, families, lengths_B), **self.weight_policy.metrics(), **self._own_figures()}
+        for name, value in found.items():
             self._metrics[mode][name].append(value)
+
+    def _own_figures(self) -> dict[str, float]:
+        """What reward functions with a method ``metrics`` have of figures of their own, as means over the processes."""
+        named = zip(self._reward_names, self.reward_funcs, strict=True)
+        own = {
+            f"rewards/{name}/{figure}": value
+            for name, function in named
+            for figure, value in figures(function, name).items()
+        }
+        values = defaultdict(list)
+        for name, value in [item for process in gather_object([own]) for item in process.items()]:
+            values[name].append(value)
+        return {name: sum(several) / len(several) for name, several in values.items()}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss_config is not None:
