@@ -303,6 +303,15 @@ def _facts(history: History, timings: History | None) -> Iterator[str]:
         if computed < of_sequences:
             saved = f"{computed:,.0f} computed for {of_sequences:,.0f} in the sequences"
             yield f"Shared prompts saved {1 - computed / of_sequences:.0%} of the forwards' tokens: {saved}."
+    if history.has("dynamic_sampling/no_signal"):
+        silent, refills, tokens = (
+            float(np.nanmean(history.get(f"dynamic_sampling/{name}")))
+            for name in ("no_signal", "refills", "extra_tokens")
+        )
+        yield (
+            f"Dynamic sampling: {silent:.0%} of the groups had no signal at first; each batch was refilled {refills:.1f} "
+            f"times on average, for {tokens:,.0f} more sampled tokens."
+        )
     for names, noun in ((history.rewards, "rewards"), (history.families, "task families")):
         if names:
             yield f"{len(names)} {noun}: {', '.join(name or '(no family)' for name in names)}."

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from maestro_fast.reporting import Table, family_spread, printed_verdict, read_jsonl, report, write_report
+from maestro_fast.reporting.history import History
 from maestro_fast.reporting.json_lines import JsonLines
 
 SCRIPT = "<script>alert('x')</script><img src=http://x.example/a.png>"
@@ -96,6 +97,19 @@ def test_the_page_holds_every_plot_and_section(page: Page) -> None:
     saved = "Shared prompts saved 75% of the forwards' tokens: 90,000 computed for 360,000 in the sequences."
     assert saved in page.text
     assert "maestro-fast" in page.text[page.text.index("Where this page was written") :]
+
+
+def test_the_page_says_what_dynamic_sampling_cost() -> None:
+    costs = (
+        {"no_signal": 0.5, "refills": 2.0, "extra_tokens": 3000.0},
+        {"no_signal": 0, "refills": 1, "extra_tokens": 1},
+    )
+    rows = [{"step": i + 1} | {f"dynamic_sampling/{name}": x for name, x in c.items()} for i, c in enumerate(costs)]
+    _, said = report._facts(History.of(rows), None)
+    assert said == (
+        "Dynamic sampling: 25% of the groups had no signal at first; each batch was refilled 1.5 times on average, for "
+        "1,500 more sampled tokens."
+    )
 
 
 def test_pictures_lie_beside_the_page_and_in_it(page: Page) -> None:

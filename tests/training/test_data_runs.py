@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from maestro_fast.config_file import check_paths, read_config
 from maestro_fast.data.load import load_prompts
 from maestro_fast.reporting.recorded_run import recorded_train
 from maestro_fast.settings import SettingsError
@@ -180,3 +181,15 @@ def test_the_configs_of_the_page_are_understood(raw: dict[str, Any]) -> None:
     assert len(blocks) == 3
     for block in blocks:
         parse_config(raw | yaml.safe_load(block))
+
+
+def test_the_paths_of_a_list_start_in_the_folder_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    write(tmp_path / "conf" / "a.jsonl", [{"prompt": "a"}])
+    config = tmp_path / "conf" / "run.yaml"
+    config.write_text("data: [{path: a.jsonl}, {path: none.jsonl}]\nevaluation: {data: [{path: a.jsonl}]}\n")
+    values = read_config(config)
+
+    assert values["data"][0]["path"] == values["evaluation"]["data"][0]["path"] == str(tmp_path / "conf" / "a.jsonl")
+    with pytest.raises(SettingsError, match=r"^data\[1\]\.path: there is no file /.*/none\.jsonl"):
+        check_paths(values)
