@@ -309,8 +309,8 @@ def _facts(history: History, timings: History | None) -> Iterator[str]:
             for name in ("no_signal", "refills", "extra_tokens")
         )
         yield (
-            f"Dynamic sampling: {silent:.0%} of the groups had no signal at first; each batch was refilled {refills:.1f} "
-            f"times on average, for {tokens:,.0f} more sampled tokens."
+            f"Dynamic sampling: {silent:.0%} of the groups had no signal at first; each batch was refilled "
+            f"{refills:.1f} times on average, for {tokens:,.0f} more sampled tokens."
         )
     for names, noun in ((history.rewards, "rewards"), (history.families, "task families")):
         if names:

@@ -116,7 +116,9 @@ class RewardSet:
             Exception: a reward raised it; a note names the reward.
             TimeoutError: an asynchronous reward blocks the event loop, and one of the rewards has a deadline.
         """
-        values = _await_all(self.names, self._call_all(batch), min(map(_patience, self.rewards)))
+        found = self._call_all(batch)
+        waiting = (own for own, value in zip(self.rewards, found, strict=True) if isawaitable(value))
+        values = _await_all(self.names, found, min(map(_patience, waiting), default=math.inf))
         columns = [column_of(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
         rewards_BK = torch.stack(columns, dim=1)
         if len(batch) and not self._warned and bool(rewards_BK.isnan().all()):

@@ -221,6 +221,16 @@ class MicroBatch:
     members: tuple[int, ...] = ()
     token_mask_C: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all of its tokens are left out of the loss."""
+        return self.token_mask_C is not None and not bool(self.token_mask_C.any())
+
+    def live(self, values_C: Tensor) -> Tensor:
+        """The values of the tokens that are in the loss."""
+        mask_C = self.token_mask_C
+        return values_C if mask_C is None else values_C[mask_C.to(values_C.device)]
+
 
 def group_order(prompts: int, group_size: int, generator: torch.Generator) -> list[int]:
     """The indices of all responses, whole groups in random order.
@@ -266,12 +276,14 @@ class UpdateTotals:
         normalization: as in ``PolicyLossConfig``.
         tokens: the numbers of completion tokens in the loss of each step, as means over the processes, because their
             gradients are averaged, too.
-        responses: the number of responses of a step, those with masked tokens included, as such a mean.
+        responses: the numbers of responses of each step, those with masked tokens included, as such means.
+        micro_batches: the numbers of micro-batches of each step that have tokens in the loss, as such means.
     """
 
     normalization: str
     tokens: list[float]
-    responses: float
+    responses: list[float]
+    micro_batches: list[float]
 
     def normalizer(self, plan: BatchPlan, micro_step: int, tokens: int) -> float:
         """The divisor of a micro-batch's summed loss under which the micro-batches of a step add up.
@@ -283,11 +295,12 @@ class UpdateTotals:
             micro_step: the number of the micro-batch, from 0.
             tokens: the number of its tokens that are in the loss.
         """
+        update = micro_step // plan.accumulation
         if self.normalization == "dapo":
-            return max(self.tokens[micro_step // plan.accumulation], 1.0)
+            return max(self.tokens[update], 1.0)
         if self.normalization == "bnpo":  # As in TRL, each micro-batch is a mean over its own tokens.
-            return float(max(tokens, 1) * plan.accumulation)
-        return max(self.responses, 1.0)
+            return max(tokens, 1) * max(self.micro_batches[update], 1.0)
+        return max(self.responses[update], 1.0)
 
 
 def split_micro_batches(

@@ -153,6 +153,7 @@ class StepState:
     sizes: dict[str, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     ahead: Started | None = None
+    save_due: bool = True
 
     def copy(self) -> StepState:
         """A copy that training does not change."""
@@ -186,6 +187,7 @@ def save_step_state(folder: Path, state: StepState, rank: int, processes: int) -
         "sizes": state.sizes,
         "rows": state.rows,
         "ahead": ahead,
+        "save_due": state.save_due,
     }
     save_file(tensors, _file(folder, rank, processes), metadata={"numbers": json.dumps(numbers)})
 
@@ -207,7 +209,9 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
         due = bool(numbers.get("evaluation_due"))  # Checkpoints of version 0.1 do not have it.
         loss, logged, rows = numbers["loss"], numbers["logged_step"], numbers.get("rows", [])
         ahead = _ahead_loaded(tensors, numbers.get("ahead"))
-        return StepState(batches, means, loss, logged, due, numbers["sizes"], rows, ahead)
+        return StepState(
+            batches, means, loss, logged, due, numbers["sizes"], rows, ahead, numbers.get("save_due", True)
+        )
     others = sorted(folder.glob("step_state_*.safetensors"))
     if not others:
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")

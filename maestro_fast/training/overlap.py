@@ -127,9 +127,13 @@ class Ahead:
             method: says how responses are sampled and which loss trains on them.
 
         Raises:
-            SettingsError: the loss cannot train on responses that were sampled ahead, see ``check_ahead``.
+            SettingsError: the loss cannot train on responses that were sampled ahead, see ``check_ahead``; or the
+                generator samples ahead in several parts, or in this process.
         """
         ahead: int = getattr(step.sampler.generator, "ahead", 0)  # A user's own generator may not know of it.
+        parts = step.sampler.generator.concurrent_parts if ahead else 1
+        if parts != 1:
+            raise SettingsError(f"generation.ahead: {ahead} with concurrent_parts {parts}, expected 1")
         check_ahead(ahead, method.sampling, method.loss)
         self.on = ahead > 0
         self._step, self._rows_of, self._prompts_of = step, rows_of, prompts_of
@@ -179,6 +183,8 @@ class Ahead:
         """
         own = None if started is None else self._still_due(started)
         held = [True] if not self.on else self._step.processes.gather_objects([own is not None])
+        if own is not None and not all(held):
+            logger.warning("batch %d is sampled anew: another process has no responses of it any more", own.number)
         self.started = own if all(held) else None
 
     def _still_due(self, started: Started) -> Started | None:

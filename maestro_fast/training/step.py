@@ -288,10 +288,15 @@ class Step:
         if self.scoring.source == "training":  # The training forward took the responses in the order of sampling.
             cut = [list(range(plan.responses))]
         lengths_B = torch.where(live_B, sampled.rollouts.completion_lengths_B, 0)
-        updates = [range(u * plan.accumulation, (u + 1) * plan.accumulation) for u in range(plan.updates)]
-        own = [sum(int(lengths_B[cut[i]].sum()) for i in update) for update in updates]
-        own.append(plan.responses if dropped_B is None else int((~dropped_B).sum()))
-        *tokens, responses = self._means(torch.tensor(own, dtype=torch.float64))
+        updates = [cut[u * plan.accumulation : (u + 1) * plan.accumulation] for u in range(plan.updates)]
+        tokens = [sum(int(lengths_B[members].sum()) for members in update) for update in updates]
+        live = [sum(int(live_B[members].sum()) for members in update) for update in updates]
+        kept = plan.responses if dropped_B is None else int((~dropped_B).sum())
+        # Responses that are kept with all their tokens masked stand in no micro-batch, so they count as spread alike.
+        responses = [kept * n / sum(live) if sum(live) else kept / plan.updates for n in live]
+        filled = [sum(bool(live_B[members].any()) for members in update) for update in updates]
+        own = torch.tensor([tokens, responses, filled], dtype=torch.float64)
+        totals = processes.gather(own[None].to(processes.device)).mean(0).tolist()
         return split_micro_batches(
             plan,
             sequences,
@@ -299,14 +304,9 @@ class Step:
             logprobs,
             cut,
             live_B,
-            UpdateTotals(self.terms.normalization, tokens, responses / plan.updates),
+            UpdateTotals(self.terms.normalization, *totals),
             processes.device,
         )
-
-    def _means(self, own: Tensor) -> list[float]:
-        """The means of float64 [n] over the processes."""
-        gathered = self.processes.gather(own.to(self.processes.device))
-        return [float(value) for value in gathered.view(-1, own.numel()).mean(0)]
 
 
 def _mean(values: Tensor, processes: Processes) -> float:

@@ -118,6 +118,8 @@ class MaestroTrainer(Trainer):
     _staging: Path | None = None  # the folder in which a checkpoint is being written
     saved_at: int | None = None  # the step of the last checkpoint
     _record: StepRecord | None = None  # of the current generation batch; None behind a resume
+    _save_due = True  # whether a checkpoint was due behind the evaluation that goes on, or has failed
+    _judges = True  # whether a checkpoint that is written now is a regular one
     _evaluating = False  # whether an evaluation of the training loop goes on, or has failed
 
     def __init__(
@@ -292,8 +294,10 @@ class MaestroTrainer(Trainer):
         else:
             batch, (loss, metrics, logprobs) = self._loss_judged_in_forward(model, hidden, inputs)
         self.health.see(loss, batch, logprobs)
-        if batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
-            tokens, total = divergence(logprobs, batch.logprobs.ref_C)
+        if batch.is_empty:  # Its metrics are means over no token, and would pull down those of the others.
+            metrics = {}
+        elif batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
+            tokens, total = divergence(batch.live(logprobs), batch.live(batch.logprobs.ref_C))
             metrics = {**metrics, "kl": total / tokens.clamp(min=1)}
         self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
         return (loss, None) if return_outputs else loss
@@ -305,7 +309,9 @@ class MaestroTrainer(Trainer):
             found = loss_of_states(hidden, batch, scorer.head, scorer.temperature, self.step.terms.function)
         if self.step.scoring.source == "none":
             last = not self._micro_batches
-            self._means.add(self._gaps.add(found.logprobs, batch.logprobs.sampling_C, last=last))
+            sampling_C = batch.logprobs.sampling_C
+            theirs_C = None if sampling_C is None else batch.live(sampling_C)
+            self._means.add(self._gaps.add(batch.live(found.logprobs), theirs_C, last=last))
         return found.loss, found.metrics, found.logprobs
 
     def _loss_judged_in_forward(self, model: Any, hidden: HiddenStates, sampled: Sampled) -> tuple[MicroBatch, _Found]:
@@ -354,6 +360,8 @@ class MaestroTrainer(Trainer):
         if not isinstance(dataset, PromptDataset):
             raise ValueError(f"evaluation: got {type(dataset).__name__}, expected a PromptDataset")
         self.learn()
+        if not self._evaluating:
+            self._save_due = self.control.should_save
         self._evaluating = self.is_in_train
         self._rescue.remember()
         with self._rescue.saved_if_it_fails(), self.interrupts.may_stop(), self.clock.stage("evaluate"):
@@ -382,7 +390,7 @@ class MaestroTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self.learn()
         self.health.check_parameters(self.state.global_step)
-        if self._best_checkpoint is not None and self.control.should_save and not self._evaluating:
+        if self._best_checkpoint is not None and self.control.should_save and self._judges and not self._evaluating:
             self._best_checkpoint.judge(self.state)  # A checkpoint that a signal or an error makes is not judged.
         with self.clock.stage("save"), staged(run_dir, self.accelerator) as self._staging:
             try:
@@ -438,7 +446,9 @@ class MaestroTrainer(Trainer):
         unused = [batch for batch in self._micro_batches if isinstance(batch, MicroBatch)]
         loss, logged = self._tr_loss.item(), self._globalstep_last_logged
         rows, ahead = self._origins.rows_N, self._ahead.started
-        return StepState(unused, self._means, loss, logged, self._evaluating, rows=rows, ahead=ahead)
+        return StepState(
+            unused, self._means, loss, logged, self._evaluating, rows=rows, ahead=ahead, save_due=self._save_due
+        )
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of the run as it is."""
@@ -449,6 +459,7 @@ class MaestroTrainer(Trainer):
         self._micro_batches, self._means = [*state.micro_batches], state.means
         self._tr_loss = torch.full_like(self._tr_loss, state.loss)
         self._globalstep_last_logged, self._evaluating = state.logged_step, state.evaluation_due
+        self._save_due = state.save_due
         self._ahead.restore(state.ahead)
 
     def begin_epoch(self) -> None:
@@ -465,7 +476,11 @@ class MaestroTrainer(Trainer):
             self._load_rng_state(kwargs["resume_from_checkpoint"])
             self.control.should_evaluate = self.control.should_save = True  # The new checkpoint replaces the old one.
             after = {name: kwargs[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")}
-            self._maybe_log_save_evaluate(self._tr_loss, None, **after)
+            self._judges = self._save_due
+            try:
+                self._maybe_log_save_evaluate(self._tr_loss, None, **after)
+            finally:
+                self._judges = True
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:  # An alarm may have ended the run that is resumed.
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]

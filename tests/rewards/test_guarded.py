@@ -251,6 +251,17 @@ def test_a_coroutine_that_blocks_the_loop_is_an_error_and_no_endless_wait(
     judged(FunctionReward(raises_no_more), make_batch(["a"]))  # The loop turns again.
 
 
+def test_the_deadline_of_a_plain_reward_is_none_for_an_asynchronous_one(make_batch: MakeBatch) -> None:
+    """One without a deadline may block the event loop for as long as it likes."""
+
+    async def blocks(completions: Any) -> list[float]:
+        time.sleep(6 * SOON)
+        return [2.0]
+
+    plain = Guarded(FunctionReward(lambda completions: [1.0], name="plain"), timeout=SOON, on_error="abstain")
+    assert RewardSet([plain, FunctionReward(blocks)])(make_batch(["a"])).tolist() == [[1.0, 2.0]]
+
+
 def test_a_plain_reward_behind_an_asynchronous_gate_may_take_its_time(make_batch: MakeBatch) -> None:
     """It is called in the thread of the event loop, and another reward has a short deadline."""
 

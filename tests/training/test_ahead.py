@@ -362,6 +362,14 @@ def test_what_is_refused(
     assert parse_config(raw_config | {"generation": {"type": "transformers", "ahead": 0}})
 
 
+def test_an_engine_that_samples_in_parts_is_refused(
+    raw_config: dict[str, Any], engines: list[AheadEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AheadEngine, "concurrent_parts", 2)
+    with pytest.raises(SettingsError, match=r"generation\.ahead: 1 with concurrent_parts 2, expected 1"):
+        recorded_train(raw_config)
+
+
 def test_a_loss_of_ones_own_needs_the_log_probs_of_the_sampler() -> None:
     check_ahead(1, SamplingConfig(), lambda inputs: None)
     with pytest.raises(SettingsError, match=r"^generation.ahead: 1 with sampling.top_k: 5 and a loss of your own"):

@@ -68,7 +68,7 @@ def test_micro_batches_add_up_to_the_whole(normalization: str, order: list[int])
         TokenLogprobs(old, logprobs),
         cut_order(plan, order, live),
         live,
-        UpdateTotals(config.normalization, [float(tokens)], 8.0),
+        UpdateTotals(config.normalization, [float(tokens)], [8.0], [4.0]),
         torch.device("cpu"),
     )
     total = sum(
@@ -106,7 +106,7 @@ def test_bnpo_averages_the_means_of_the_micro_batches() -> None:
         TokenLogprobs(),
         [[0, 1], [2, 3]],
         torch.ones(4, dtype=torch.bool),
-        UpdateTotals("bnpo", [16.0], 4.0),
+        UpdateTotals("bnpo", [16.0], [4.0], [2.0]),
         torch.device("cpu"),
     )
 
@@ -136,7 +136,7 @@ def test_truncated_responses_are_masked_as_in_trl(normalization: str, dead: list
         TokenLogprobs(old, logprobs),
         cut,
         live,
-        UpdateTotals(normalization, [tokens], 8.0),
+        UpdateTotals(normalization, [tokens], [8.0], [1.0]),
         torch.device("cpu"),
     )
     config = PolicyLossConfig(normalization, max_completion_length=6)  # type: ignore[arg-type]

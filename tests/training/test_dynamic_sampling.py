@@ -130,6 +130,54 @@ def test_dropped_groups_and_masked_responses_are_in_no_forward(
     assert any(record.truncated_B.any() for record in records)
 
 
+@pytest.mark.parametrize("reads_reference", [False, True])
+def test_micro_batches_without_a_response_change_no_figure(sparse: dict[str, Any], reads_reference: bool) -> None:
+    """Of eight micro-batches four are empty: their forward gives log-probs of 0 for a response that does not count."""
+    path = Path(sparse["data"]["path"]).with_name("my_loss.py")
+    path.write_text(
+        "def loss(inputs):\n    return ((inputs.ref_logprobs - inputs.logprobs) * inputs.token_mask).sum(), {}\n",
+        encoding="utf-8",
+    )
+    sparse["batch"] |= {"no_signal": "drop", "prompts_per_batch": 8, "micro_batch": 4}
+    sparse["rewards"] = sparse["rewards"][:1]
+    if reads_reference:
+        sparse["loss"] = {"type": "function", "function": f"{path}:loss", "needs_reference": True}
+    trainer, _ = run(sparse, trainer__max_steps=1, trainer__logging_steps=1)
+    figures = next(entry for entry in trainer.state.log_history if "batch/left_out" in entry)
+
+    assert figures["batch/left_out"] >= 0.5
+    assert figures["sampling/logprob_gap_max"] < 1e-5
+    assert figures["kl" if reads_reference else "ratio/mean"] == pytest.approx(0 if reads_reference else 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["grpo", "bnpo"])
+def test_each_update_is_divided_by_what_it_holds(
+    sparse: dict[str, Any], monkeypatch: pytest.MonkeyPatch, normalization: str
+) -> None:
+    """With three live groups, one update has four responses, and the other eight."""
+    sparse["batch"] |= {"no_signal": "drop", "prompts_per_batch": 6, "micro_batch": 4, "updates_per_batch": 2}
+    sparse["loss"] = {"normalization": normalization}
+    seen = []
+    split = Step._micro_batches
+
+    def spy(step: Step, *args: Any) -> Any:
+        seen.append(split(step, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(Step, "_micro_batches", spy)
+    run(sparse, trainer__max_steps=4)
+
+    held = []
+    for batches in seen:
+        for update in (batches[:3], batches[3:]):
+            live = [batch for batch in update if not batch.is_empty]
+            held.append(sum(len(batch.members) for batch in live))
+            for batch in live:
+                tokens = int(batch.cu_seqlens[-1])
+                assert batch.normalizer == (held[-1] if normalization == "grpo" else tokens * len(live))
+    assert len(set(held)) > 1 and any(batch.is_empty for batches in seen for batch in batches)
+
+
 def test_a_resumed_run_draws_the_same_refills(sparse: dict[str, Any], tmp_path: Path) -> None:
     """Also where it stops between the updates of one batch."""
     sparse["batch"] |= {"updates_per_batch": 2, "micro_batch": 4}

@@ -147,6 +147,31 @@ def test_the_best_checkpoint_by_a_training_figure_is_kept_and_loaded(
     assert (again.best_metric, again.best_global_step) == (trainer.state.best_metric, trainer.state.best_global_step)
 
 
+def test_a_checkpoint_that_an_interrupted_evaluation_makes_is_not_judged(
+    make_raw: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is made again at the resume, with a checkpoint behind it, where none was due."""
+    options = {"save_steps": 3, "eval_steps": 1, "eval_strategy": "steps", "metric_for_best_model": "reward"}
+    states = []
+    for stops in (False, True):
+        raw = make_raw(f"{stops}", trainer=options | {"greater_is_better": False})
+        raw["evaluation"] = {"data": raw["data"]}
+        if stops:
+            with monkeypatch.context() as patch:
+                patch.setattr("maestro_fast.training.trainer.evaluate_rewards", raises_interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    recorded_train(raw)
+            assert (Path(raw["run_dir"]) / "checkpoint-1").is_dir()
+        states.append(recorded_train(raw, resume=stops).state)
+
+    whole, resumed = ((state.best_global_step, state.best_metric) for state in states)
+    assert resumed == whole
+
+
+def raises_interrupt(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_evaluation_judges_only_what_it_has(make_raw: Callable[..., dict[str, Any]]) -> None:
     """With both at hand, a figure of training judges by training, and the evaluation is no obstacle."""
     raw = make_raw("run", trainer={"max_steps": 2, "save_steps": 1, "metric_for_best_model": "reward"})
