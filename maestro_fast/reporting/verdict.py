@@ -267,7 +267,7 @@ def _responses(history: History) -> Iterator[Finding]:
     if cut >= 0.25:
         yield Finding(
             f"{_percent(cut)} of the responses are cut off, so the rewards judge unfinished answers. Raise "
-            "sampling.max_new_tokens, or leave truncated responses out of the loss.",
+            "sampling.max_new_tokens, or leave truncated responses out of the loss (batch.truncated: mask).",
             "response_length",
             80 if cut >= 0.5 else 50,
         )

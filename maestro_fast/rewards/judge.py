@@ -68,7 +68,7 @@ class JudgeConfig:
         seed: the seed of the first vote; null sends none.
         extra_body: further fields of the request, such as {chat_template_kwargs: {enable_thinking: false}}.
         concurrency: the number of requests at once, in each process of the run.
-        request_timeout: the seconds after which a request is given up and tried again.
+        request_timeout: the seconds of silence after which a request is given up and tried again.
         retries: how often a request is tried again, after a pause that grows.
         cache: the file in which answers are kept, for this and for later runs; null keeps none.
         api_key_env: the name of the environment variable that holds the key of the API; null sends none.

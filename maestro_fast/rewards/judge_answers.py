@@ -58,9 +58,9 @@ _MARKS = r"[\"'`*_\s]*"
 _NAMED = rf"{_MARKS}(?:\([^()\n]*\){_MARKS})?(?:[:=]|\bis\b){_MARKS}"
 _SCORES = (
     re.compile(rf"\[\[\s*({_NUMBER})\s*(?:/\s*\d+\s*)?\]\]"),
-    re.compile(rf"\b(?:score|rating|grade){_NAMED}({_NUMBER})(?![A-Za-z0-9])", re.IGNORECASE),
+    re.compile(rf"\b(?:score|rating|grade){_NAMED}({_NUMBER})(?![A-Za-z0-9]|\.\d)", re.IGNORECASE),
     # The last number of the answer, where "7/10" and "7 out of 10" mean 7.
-    re.compile(rf"(?<![A-Za-z0-9.])({_NUMBER})(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?(?![A-Za-z0-9])"),
+    re.compile(rf"(?<![A-Za-z0-9.])({_NUMBER})(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?(?![A-Za-z0-9]|\.\d)"),
 )
 _VERDICTS = (
     re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE),
@@ -150,4 +150,6 @@ def _last(answer: str, patterns: Sequence[re.Pattern[str]]) -> str | None:
 
 
 def _decided(answer: str) -> str:
-    return answer.rpartition("</think>")[2]
+    """What a judge says after its thoughts: nothing where these were cut off."""
+    decided = answer.rpartition("</think>")[2]
+    return "" if "<think>" in decided else decided

@@ -102,11 +102,17 @@ class Session:
                     response = await self._client.chat.completions.with_raw_response.create(
                         model=body["model"], messages=body["messages"], extra_body=rest
                     )
-            except (TimeoutError, APITimeoutError):
+            except TimeoutError:
+                return late
+            except APITimeoutError:
+                self._endpoint.repeated += tries - 1
                 return late
             except APIStatusError as error:
+                if error.status_code in (408, 409, 429) or error.status_code >= 500:  # The client repeats these.
+                    self._endpoint.repeated += tries - 1
                 return await self._refused(error, str(body["model"]))
             except APIConnectionError as error:
+                self._endpoint.repeated += tries - 1
                 cause = error.__cause__ or error
                 return Failure(self._said(f"no connection: {type(cause).__name__} {cause}"))
         self._endpoint.repeated += getattr(response, "retries_taken", 0)

@@ -171,6 +171,8 @@ def _check(prepared: Prepared, options: CheckOptions, findings: Findings) -> Non
         _judge_memory(memory, trainer, findings)
         if trial.micro_batches and memory.fits:
             try_training(trainer, model, trial)
+        if any(each.error for each in trial.judged):
+            return  # How long a reward takes to fail says nothing about the run.
         found = stages(trainer.step, trial, memory.batch)
         findings.say(pace_table(found, memory.batch))
         _show_length(

@@ -190,6 +190,15 @@ def test_what_fails_for_a_moment_is_tried_again(server: JudgeServer, make_batch:
     assert reward.metrics()["cost/retries"] == 5
 
 
+def test_the_retries_of_a_question_that_fails_count_too(server: JudgeServer, make_batch: MakeBatch) -> None:
+    server.answer = lambda body: RESET if asked(body) == "bad" else "Score: 10"
+    reward = made(server, retries=1)
+
+    assert values(reward, make_batch(["bad", "good"])) == [None, 1.0]
+    figures = reward.metrics()
+    assert (figures["failed"], figures["cost/retries"]) == (1, 1)
+
+
 def test_a_late_answer_is_asked_for_again(server: JudgeServer, make_batch: MakeBatch) -> None:
     server.answer = lambda body: HANG if len(server.bodies) == 1 else "Score: 10"
     assert values(made(server, retries=4, request_timeout=1), make_batch(["a"])) == [1.0]

@@ -24,6 +24,8 @@ from maestro_fast.rewards.judge_answers import places, read_score, read_verdict
         ("First a 3, then\nScore: 9", 9),
         ("1. It is clear. 2. It is right. I give it a 6.", 6),
         ("<think>Score: 2? No.</think>5", 5),
+        ("<think>Score: 2? No, it", None),  # cut off in its thoughts
+        ("Score: 7.5x", None),
         ("Score: 11", None),
         ("Score: 0", None),
         ("Score: -3", None),
@@ -65,6 +67,7 @@ def test_a_pattern_of_ones_own() -> None:
         ("A clear win for B", 0.0),
         ("A is better than B", None),
         ("<think>[[A]]</think> [[B]]", 0.0),
+        ("<think>[[A]] at first sight", None),
         ("Both are good.", None),
         ("", None),
     ],
