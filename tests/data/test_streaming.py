@@ -75,7 +75,7 @@ def test_spare_rows_and_the_batch_ahead_are_held() -> None:
 def test_a_stream_that_ends_begins_anew_in_another_order(caplog: pytest.LogCaptureFixture) -> None:
     data = stream(Source([{"prompt": f"Sea {i}"} for i in range(12)]), 6)
     data.order(4, 7, batches=6)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="maestro_fast"):
         first, second = ([data[i]["prompt"] for i in range(start, start + 12)] for start in (0, 12))
 
     assert sorted(first) == sorted(second) and first != second
@@ -169,7 +169,7 @@ def test_a_config_with_a_stream_reads_no_more_than_it_needs(tmp_path: Path) -> N
 def test_the_columns_of_a_stream_are_checked_and_its_values_are_not(caplog: pytest.LogCaptureFixture) -> None:
     data = stream(Source([{"prompt": f"Sea {i}", "level": i} for i in range(9)]), 3)
     late = build_rewards(["format", {"type": "length", "target": 3, "where": {"level": 8}}])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="maestro_fast"):
         check_conditions(late, None, Equal(), data, None)
     assert "data.streaming: whether values of the data fit rewards[1].where is not known before" in caplog.text
     missing = build_rewards(["format", {"type": "length", "target": 3, "where": {"grade": 8}}])

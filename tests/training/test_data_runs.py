@@ -82,7 +82,7 @@ def test_a_stream_resumes_bit_by_bit_and_leaves_out_what_is_too_long(
     rows = [{"prompt": "the sea " * 40 if i % 4 == 0 else f"Sea {i}.", "reference": "r"} for i in range(18)]
     stream = {"streaming": True, "shuffle_buffer": 3, "max_prompt_tokens": 30, "too_long": "drop"}
     raw["data"] = {"path": write(tmp_path / "s.jsonl", rows), **stream}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="maestro_fast"):
         rollouts = run_twice(raw)
     seen = list(dict.fromkeys((line["step"], line["prompt"]) for line in rollouts))
     bounds = [0, 3, 6, 9, 12, 13, 16, 19]  # The stream has 13 such prompts, and begins anew.
