@@ -143,6 +143,8 @@ class StepState:
         rows: the data set's indices of the prompts of the current generation batch, over all processes.
         ahead: the batch that is sampled ahead, or was and is not trained on yet; None where there is none. In a step
             that was loaded it has no prompts but their token ids.
+        save_due: whether a checkpoint was due behind that evaluation; one that is made only because it was broken off
+            does not count when the best is chosen.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)

@@ -50,8 +50,8 @@ class AlarmConfig:
     def __post_init__(self) -> None:
         given = [name for name in ("above", "below", "no_better_for") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"metric: {self.metric} has {' and '.join(given) or 'no bound'}, expected one of above, "
-                             "below and no_better_for")  # fmt: skip
+            bounds = " and ".join(given) or "no bound"
+            raise ValueError(f"metric: {self.metric} has {bounds}, expected one of above, below and no_better_for")
         if self.lines < 1:
             raise ValueError(f"lines: {self.lines}, expected at least 1")
         if self.no_better_for is None and self.better != "higher":
