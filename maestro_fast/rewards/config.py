@@ -209,7 +209,7 @@ def build_anchor(entry: RewardEntry | None, *, base_dir: str | Path = ".") -> Re
     reward = _build(entry, AnchorConfig, "anchor", base_dir)
     if reward.needs_entropy:
         raise ValueError(f"anchor {reward.name!r}: reads the policy's entropy, expected a utility that does not")
-    return RewardSet([reward])
+    return RewardSet([reward], may_abstain=True)
 
 
 def _build(entry: RewardEntry | None, config: type[RewardConfig], path: str, base_dir: str | Path) -> Reward:

@@ -80,7 +80,13 @@ class RewardSet:
         TypeError: an entry is not a ``Reward``.
     """
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
+    def __init__(self, rewards: Sequence[Reward], *, may_abstain: bool = False) -> None:
+        """
+        Args:
+            rewards: the K rewards.
+            may_abstain: whether all of them may abstain from all responses of a batch, as a utility does that is known
+                for some prompts only. Otherwise the log warns of it, once.
+        """
         if not rewards:
             raise ValueError("rewards: none given, expected at least one")
         for i, reward in enumerate(rewards):
@@ -96,7 +102,7 @@ class RewardSet:
             raise ValueError(f"rewards: the name {repeated[0]!r} stands for more than one, expected unique names")
         self.needs_entropy = any(reward.needs_entropy for reward in rewards)
         self.needs_policy = any(reward.needs_policy for reward in rewards)
-        self._warned = False
+        self._warned = may_abstain
 
     def __len__(self) -> int:
         return len(self.rewards)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maestro_fast.records import RewardBatch
-from maestro_fast.rewards import FunctionReward, Reward, RewardSet, gate
+from maestro_fast.rewards import FunctionReward, Reward, RewardSet, build_anchor, gate
 
 
 @dataclass
@@ -183,6 +183,7 @@ def test_a_batch_without_any_reward_is_allowed_and_said_once(caplog: pytest.LogC
         rewards(batch_of(2))
         RewardSet([Constant("a", [None, 0.0])])(batch_of(2))
         RewardSet([Constant("a", [])])(batch_of(0))
+        assert build_anchor(lambda completions: [None] * len(completions))(batch_of(2)).isnan().all()
     assert not caplog.records
 
 
