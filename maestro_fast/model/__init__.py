@@ -19,7 +19,7 @@ from maestro_fast.model.attention import (
     use_attention,
 )
 from maestro_fast.model.chat import ChatConfig, encode_prompt, prefilled
-from maestro_fast.model.forward import completion_logprobs, last_hidden, prompt_mean, score, terminal_states
+from maestro_fast.model.forward import completion_logprobs, last_hidden, prompt_mean, response_contexts, score
 from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, check_head, head_of, product_dtype
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.layout_trial import choose_layout
@@ -64,8 +64,8 @@ __all__ = [
     "prompt_mean",
     "reference_policy",
     "register_varlen",
+    "response_contexts",
     "score",
-    "terminal_states",
     "text_scorer",
     "use_attention",
     "warn_of_half_precision",

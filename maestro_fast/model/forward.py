@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maestro_fast.model.attention import Layout, layout_of
-from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, product_dtype
-from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.head import LanguageHead, backbone_of, causal_lm, first_layer_of, product_dtype
+from maestro_fast.model.hidden_states import ContextMode, HiddenStates
 from maestro_fast.model.layouts import Layouts
 from maestro_fast.model.prefix_tree import prompt_families
-from maestro_fast.model.rows import Sequences
+from maestro_fast.model.rows import Rows, Sequences
 from maestro_fast.model.shared_attention import shared_inputs
 from maestro_fast.ops import token_logprobs
-from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import PolicyOutputs
 from maestro_fast.specs import EntropyMode
 
@@ -33,22 +33,26 @@ __all__ = [
     "last_hidden",
     "policy_outputs",
     "prompt_mean",
+    "response_contexts",
     "score",
-    "terminal_states",
 ]
 
 
 # --- hidden states ---
 
 
-def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts) -> HiddenStates:
+def last_hidden(
+    model: nn.Module, sequences: Sequences, layout: Layout | Layouts, context: ContextMode | None = None
+) -> HiddenStates:
     """The last hidden states of all tokens of B sequences; differentiable if grad is on.
 
     Args:
         layout: a layout, or the layouts between which the batch decides.
+        context: what contexts will be read; with "response_first_layer" these states are kept, too.
 
     Raises:
-        ValueError: the layout is ``flash`` or ``varlen``, and the model has another attention implementation.
+        ValueError: the layout is ``flash`` or ``varlen``, and the model has another attention implementation; or the
+            first layer was not found.
     """
     layouts = Layouts(layout, "always" if layout == "shared" else "never") if isinstance(layout, str) else layout
     implementation = implementation_of(model)
@@ -65,18 +69,41 @@ def last_hidden(model: nn.Module, sequences: Sequences, layout: Layout | Layouts
             rows.trees, config, implementation, product_dtype(weight), weight.device, kernel=layouts.kernel
         )
     captured: list[Tensor] = []
-    handle = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
-    try:
+    with contextlib.ExitStack() as hooks:
+        keep = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
+        hooks.callback(keep.remove)
+        first = hooks.enter_context(_first_layer(model, rows, sequences)) if context == "response_first_layer" else []
         model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
     shapes = [tuple(states.shape[:2]) for states in captured]
     if shapes != [tuple(rows.input_ids.shape)]:
         raise ValueError(
             f"model: {type(causal_lm(model)).__name__} gave last hidden states of {shapes or 'no'} tokens for rows of "
             f"{tuple(rows.input_ids.shape)}, expected one state for each token from its backbone"
         )
-    return HiddenStates(captured[0].flatten(0, 1), rows.place_T, sequences)
+    return HiddenStates(captured[0].flatten(0, 1), rows.place_T, sequences, first[0] if first else None)
+
+
+@contextlib.contextmanager
+def _first_layer(model: nn.Module, rows: Rows, sequences: Sequences) -> Iterator[list[Tensor]]:
+    """While this is open, a forward appends the states [B, d] of the last tokens after the first layer, detached."""
+    last_B = torch.tensor(sequences.lengths).cumsum(0) - 1
+    place_B = last_B if rows.place_T is None else rows.place_T[last_B]
+    found: list[Tensor] = []
+
+    def keep(layer: nn.Module, _args: Any, out: Any) -> None:
+        states = out[0] if isinstance(out, tuple) else out
+        if tuple(states.shape[:2]) != tuple(rows.input_ids.shape):
+            raise ValueError(
+                f"context: response_first_layer, but {type(layer).__name__} gave states of shape "
+                f"{tuple(states.shape)}, expected {tuple(rows.input_ids.shape)} and d"
+            )
+        found.append(states.detach().flatten(0, 1)[place_B.to(states.device)])
+
+    handle = first_layer_of(model).register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def implementation_of(model: nn.Module) -> str:
@@ -95,7 +122,7 @@ def completion_logprobs(
 
 
 def policy_outputs(
-    hidden: HiddenStates, logprobs: Tensor, entropies: Tensor | None, context_mode: PoolMode = "last"
+    hidden: HiddenStates, logprobs: Tensor, entropies: Tensor | None, context_mode: ContextMode = "last"
 ) -> PolicyOutputs:
     """The outputs of a training forward, detached from its graph, with contexts pooled from its hidden states."""
     context = hidden.detach().contexts(context_mode)
@@ -115,7 +142,7 @@ def score(
     micro_batch: int,
     temperature: float,
     entropy: bool = False,
-    context: PoolMode | None = None,
+    context: ContextMode | None = None,
 ) -> PolicyOutputs:
     """Log-probs of all completions under a policy, with the model in evaluation mode.
 
@@ -123,14 +150,14 @@ def score(
         micro_batch: responses per model call. The number of calls depends on B alone, since a sharded model needs the
             same number on every process.
         entropy: whether to return entropies as well.
-        context: how each response's hidden states are pooled into its context; None returns no contexts.
+        context: how each response's hidden states become its context; None returns no contexts.
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(sequences)
     entropies: list[Tensor] = [torch.empty(0)] * len(sequences)
     pooled: list[Tensor] = [torch.empty(0)] * len(sequences)
     with evaluating(model):
         for members, part in _micro_batches(sequences, micro_batch, layout):
-            hidden = last_hidden(model, part, layout)
+            hidden = last_hidden(model, part, layout, context)
             lp, ent = completion_logprobs(hidden, head, temperature, "value" if entropy else "none")
             sizes = [len(c) for c in part.completion_ids]
             for i, value in zip(members, lp.split(sizes), strict=True):
@@ -149,16 +176,18 @@ def score(
 
 
 @torch.no_grad()
-def terminal_states(model: nn.Module, sequences: Sequences, layout: Layout | Layouts, micro_batch: int) -> Tensor:
-    """The last hidden state of each response, float32 [B, d], by a forward that computes no log-probs.
+def response_contexts(
+    model: nn.Module, sequences: Sequences, layout: Layout | Layouts, micro_batch: int, context: ContextMode = "last"
+) -> Tensor:
+    """The context of each response, float32 [B, d], by a forward that computes no log-probs.
 
     As in ``score``, the number of model calls depends on B alone.
     """
     states: list[Tensor] = [torch.empty(0)] * len(sequences)
     with evaluating(model):
         for members, part in _micro_batches(sequences, micro_batch, layout):
-            hidden = last_hidden(model, part, layout)
-            for i, row in zip(members, hidden.contexts("last"), strict=True):
+            hidden = last_hidden(model, part, layout, context)
+            for i, row in zip(members, hidden.contexts(context), strict=True):
                 states[i] = row
     return torch.stack(states)
 

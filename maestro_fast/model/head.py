@@ -85,6 +85,22 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def first_layer_of(model: nn.Module) -> nn.Module:
+    """The first of the layers of the backbone, which stand in a list of as many as the model's config says.
+
+    Raises:
+        ValueError: the backbone has no such list.
+    """
+    count = causal_lm(model).config.get_text_config().num_hidden_layers
+    for module in backbone_of(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module[0]
+    raise ValueError(
+        f"context: response_first_layer, but {type(causal_lm(model)).__name__} has no list of its {count} layers, "
+        "expected another context, such as response"
+    )
+
+
 def head_of(model: nn.Module) -> LanguageHead:
     """Reads the LM head of a model; ``check_head`` tells whether it was read right.
 

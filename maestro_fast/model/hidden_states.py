@@ -11,7 +11,7 @@ model's input, with padding.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import pool_hidden
 from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import cumulative
+
+# How contexts are read: pooled as by ``pool_hidden``; as the mean over the tokens of the response; or as the state of
+# the last token after the first layer.
+ContextMode = PoolMode | Literal["response_mean", "response_first_layer"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,14 @@ class HiddenStates:
         place_T: int64 [T] on the CPU, the row of ``states_Ud`` for each token, sequence after sequence; None if the
             states are exactly those of the tokens in this order. Several tokens may have one row.
         sequences: the sequences.
+        first_layer_Bd: [B, d], the state of each sequence's last token after the first layer, detached; None unless it
+            was asked for.
     """
 
     states_Ud: Tensor
     place_T: Tensor | None
     sequences: Sequences
+    first_layer_Bd: Tensor | None = None
 
     def detach(self) -> HiddenStates:
         return replace(self, states_Ud=self.states_Ud.detach())
@@ -73,8 +80,20 @@ class HiddenStates:
         device = self.states_Ud.device
         return self.take(torch.cat(rows), dtype), torch.tensor(targets, dtype=torch.int64, device=device)
 
-    def contexts(self, mode: PoolMode) -> Tensor:
-        """Pools the states of each response into one vector, [B, d], as ``pool_hidden`` does."""
+    def contexts(self, mode: ContextMode) -> Tensor:
+        """The states of each response as one vector, float32 [B, d] (float64 for states in float64).
+
+        Raises:
+            ValueError: the mode reads the first layer, whose states the forward did not keep.
+        """
+        if mode == "response_first_layer":
+            if self.first_layer_Bd is None:
+                raise ValueError(f"mode: {mode!r}, but this forward kept no states of the first layer")
+            return pool_hidden(
+                self.first_layer_Bd, cu_seqlens=_ones(len(self.first_layer_Bd), self.first_layer_Bd.device)
+            )
+        if mode == "response_mean":
+            return self._response_means()
         prompts = torch.tensor([len(ids) for ids in self.sequences.prompt_ids])
         bounds = cumulative(torch.tensor(self.sequences.lengths))
         if self.place_T is not None and mode.endswith("last"):
@@ -84,6 +103,14 @@ class HiddenStates:
             return self._prompt_means(prompts, bounds)
         where = self.states_Ud.device
         return pool_hidden(self.packed(), cu_seqlens=bounds.to(where), mode=mode, prompt_lengths=prompts.to(where))
+
+    def _response_means(self) -> Tensor:
+        """The mean state over the tokens of each response; 0 for an empty one."""
+        lengths = torch.tensor([len(ids) for ids in self.sequences.completion_ids])
+        stop_B = torch.tensor(self.sequences.lengths).cumsum(0)
+        tokens = [torch.arange(stop - length, stop) for stop, length in zip(stop_B, lengths, strict=True)]
+        cu_seqlens = cumulative(lengths).to(self.states_Ud.device)
+        return pool_hidden(self.take(torch.cat(tokens)), cu_seqlens=cu_seqlens, mode="mean")
 
     def _prompt_means(self, prompts: Tensor, bounds: Tensor) -> Tensor:
         """The mean state of each response's prompt, computed once for responses whose prompt has the same places."""

@@ -76,6 +76,7 @@ DIAGNOSTIC_CURVES = (
     Curve("diagnostics/pareto_inversions", "Pareto inversions", "share of pairs", low=0.0),
     Curve("rewards_correlation/min", "Most opposed pair", "correlation", low=-1.0, high=1.0),
     Curve("conductor/gradient_snr", "Meta-gradient", "signal to noise", low=0.0),
+    Curve("conductor/residual_share", "Residual's share", "share of the scores' variance", low=0.0, high=1.0),
     Curve("diagnostics/family_spread", "Between families", "spread of weights", low=0.0, high=0.05),
     Curve("anchor/utility", "Known utility", "utility (its own units)"),
     Curve("guard/utility", "Held-back utility", "utility (its own units)"),

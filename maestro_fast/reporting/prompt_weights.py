@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from maestro_fast.data.config import DataConfig
 from maestro_fast.data.load import load_prompts
 from maestro_fast.reporting.figure import DPI, INK, REWARD_COLOURS, WIDTH, require_matplotlib, short
+from maestro_fast.reporting.history import History
+from maestro_fast.reporting.json_lines import METRICS_FILE, iter_jsonl
 from maestro_fast.reporting.tables import Cell, Table, format_table
 from maestro_fast.training.prompt_weights import PromptWeights, load_conductor, prompt_weights
+from maestro_fast.weighting import Anchored
 from maestro_fast.weighting.families import spread_between_families
 from maestro_fast.weighting.policy import entropy
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHUFFLES = 1000
+LATE = 20  # the number of logged steps over which the residual's share is averaged
 NO_FAMILY = "(no family)"
 ENTROPY = "H (nats)"  # The column is not called entropy, because a reward may have that name.
 
@@ -63,7 +68,9 @@ def show_conductor(
     width = min(shutil.get_terminal_size((100, 24)).columns, 160)
     tables = [prompt_table(found, rows=rows, width=width), family_table(found)]
     parts = [format_table(table, width) for table in tables if table is not None]
-    sentences = [f"{found.policy} in {saved.folder}.", *found.source, spread_sentence(found)]
+    residual = isinstance(saved.inner, Anchored) and saved.inner.config.residual
+    beside = residual_sentence(saved.folder.absolute().parent / METRICS_FILE) if residual else None
+    sentences = [f"{found.policy} in {saved.folder}.", *found.source, spread_sentence(found), beside]
     wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)  # Paths are not broken.
     lines = [wrapper.fill(sentence) for sentence in sentences if sentence]
     return "\n\n".join([*parts, "\n".join([*lines, f"Picture: {out}"])])
@@ -118,6 +125,25 @@ def spread_sentence(found: PromptWeights) -> str | None:
         f"Spread between families (root of the summed variances of their means): {spread:.4f}; with the families "
         f"shuffled among the prompts {chance.mean().item():.4f}, below {top:.4f} in 95 % of {SHUFFLES:,} shuffles: "
         f"{verdict}."
+    )
+
+
+def residual_sentence(metrics: Path) -> str:
+    """Says how much of the scores a learnt residual makes beside the weights, by the log ``metrics`` of the run.
+
+    That depends on rewards, which a table of prompts does not have.
+    """
+    if metrics.is_file():
+        shares = History.of(iter_jsonl(metrics)).get("conductor/residual_share")
+        late = shares[np.isfinite(shares)][-LATE:]
+        if len(late):
+            return (
+                f"Residual: a learnt reward beside these weights made {late.mean():.0%} of the scores' variance within "
+                f"groups, the weights the rest (mean of the last {len(late)} logged steps that had one)."
+            )
+    return (
+        "Residual: a learnt reward stands beside these weights. Its share of the scores depends on the rewards; "
+        f"{metrics} does not have it (conductor/residual_share)."
     )
 
 

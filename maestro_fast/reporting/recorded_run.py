@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maestro_fast.records import StepRecord
 from maestro_fast.reporting.console import ConsoleSamples
@@ -17,28 +17,49 @@ from maestro_fast.reporting.run_log import AlarmsLog, CostsCallback, MetricsCall
 from maestro_fast.reporting.trackers import TrackerMedia
 from maestro_fast.training import MaestroTrainer, parse_config, train
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def recorded_train(raw: dict[str, Any], *, resume: bool = False) -> MaestroTrainer:
+
+def recorded_train(
+    raw: dict[str, Any],
+    *,
+    resume: bool = False,
+    observers: Sequence[Callable[[StepRecord], None]] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    attach: Callable[[MaestroTrainer], None] = lambda trainer: None,
+) -> MaestroTrainer:
     """Trains the run that the mapping ``raw`` describes, and logs to its directory, and to what else it names.
+
+    Args:
+        raw: the config of the run.
+        resume: go on from the last checkpoint of its directory.
+        observers, callbacks, attach: what else watches the run, see ``training.train``.
 
     Raises:
         SettingsError, ValueError, FileNotFoundError: See ``training.train``.
     """
     config = parse_config(raw)
     alarms, sizes = AlarmsLog(config.run_dir), (config.sampling.group_size, config.batch.updates_per_batch)
-    observers: list[Callable[[StepRecord], None]] = [RolloutsLog(config.run_dir)]
+    watching: list[Callable[[StepRecord], None]] = [*observers, RolloutsLog(config.run_dir)]
     media = None if config.trackers is None else TrackerMedia(config.trackers, *sizes)
-    observers += [] if media is None else [media]
-    observers += [] if config.console is None else [ConsoleSamples(config.console, *sizes)]
+    watching += [] if media is None else [media]
+    watching += [] if config.console is None else [ConsoleSamples(config.console, *sizes)]
+
+    def attach_all(trainer: MaestroTrainer) -> None:
+        attach(trainer)
+        if media is not None:
+            media.attach(trainer.callback_handler.callbacks)
+
     return train(
         config,
         raw,
         resume=resume,
-        observers=observers,
+        observers=watching,
         timing_observers=[TimingsLog(config.run_dir)],
-        callbacks=[MetricsCallback(config.run_dir), CostsCallback(config.run_dir), alarms],
+        callbacks=[*callbacks, MetricsCallback(config.run_dir), CostsCallback(config.run_dir), alarms],
         alarm_observers=[alarms],
-        attach=lambda trainer: media.attach(trainer.callback_handler.callbacks) if media is not None else None,
+        attach=attach_all,
     )
 
 

@@ -92,8 +92,9 @@ class TrainConfig:
             function of your own.
         trainer: fields of ``transformers.TrainingArguments``.
         final: the policy that ``final/`` holds: "last", "best" by the utility of its labelled responses, or "auto",
-            which is "best" if the weight policy is ``anchored`` and "last" otherwise; the weight policy saved beside it
-            is always the last one.
+            which is "best" if the weight policy learns from utilities or trains on them (``anchored``,
+            ``reward_model``, ``utility``) and "last" otherwise; the weight policy saved beside it is always the last
+            one.
         evaluation: the rewards on held-out prompts during training; null means none.
         alarms: bounds on figures of the log, beyond which the run warns or ends.
         console: samples on the console while the run goes on; null means none.

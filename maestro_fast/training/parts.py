@@ -20,12 +20,11 @@ from maestro_fast.model.chat import ChatConfig
 from maestro_fast.model.forward import completion_logprobs
 from maestro_fast.model.forward import score as score_forward
 from maestro_fast.model.head import LanguageHead, causal_lm, check_head, head_of, vocabulary_of
-from maestro_fast.model.hidden_states import HiddenStates
+from maestro_fast.model.hidden_states import ContextMode, HiddenStates
 from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.layouts import Layouts
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model.text_scorer import encode_known, text_scorer
-from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import (
     PolicyOutputs,
     Prompt,
@@ -140,14 +139,14 @@ class Scorer:
         head: LanguageHead | None = None,
         temperature: float | None = None,
         entropy: bool = False,
-        context: PoolMode | None = None,
+        context: ContextMode | None = None,
     ) -> PolicyOutputs:
         """Computes the log-probs of the completions, as ``model.forward.score`` does.
 
         Args:
             head, temperature: take the place of the scorer's own; None keeps those.
             entropy: whether to return entropies as well.
-            context: how each response's hidden states are pooled into its context; None returns no contexts.
+            context: how each response's hidden states become its context; None returns no contexts.
         """
         with self.autocast():
             return score_forward(

@@ -20,12 +20,12 @@ from torch import nn
 
 from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig
-from maestro_fast.model.head import causal_lm, head_of
+from maestro_fast.model.head import causal_lm, first_layer_of, head_of
+from maestro_fast.model.hidden_states import ContextMode
 from maestro_fast.model.layouts import Sharing
 from maestro_fast.model.trained import check_trainable
 from maestro_fast.ops import AdvantageProfile, PolicyLossConfig
 from maestro_fast.ops.loss_function import wants_entropies
-from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.rewards import RewardSet
 from maestro_fast.settings import SettingsError
 from maestro_fast.specs import EntropyMode, LossFunction, resolve_profile
@@ -199,7 +199,12 @@ def choose_scoring(
 
     ``refills`` says that other prompts take the place of groups without a signal, for which the responses have to be
     judged before the training forward.
+
+    Raises:
+        ValueError: the weight policy reads the first layer, and the model has no list of layers.
     """
+    if context_mode(weights) == "response_first_layer":
+        first_layer_of(model)
     readers = [
         reader
         for reader, reads in (
@@ -227,7 +232,7 @@ def choose_scoring(
     return Scoring("training", f"{named} read the training forward: one micro-batch, one update")
 
 
-def context_mode(weights: WeightPolicy) -> PoolMode | None:
+def context_mode(weights: WeightPolicy) -> ContextMode | None:
     """Which hidden state of the policy's own forward a weight policy reads; None if it reads none."""
     if not weights.needs_context or weights.context_kind == "reference_prompt_mean":
         return None

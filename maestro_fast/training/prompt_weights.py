@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from maestro_fast.config_file import read_run_config
 from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
-from maestro_fast.model.forward import last_hidden, prompt_mean, terminal_states
+from maestro_fast.model.forward import last_hidden, prompt_mean, response_contexts
+from maestro_fast.model.hidden_states import ContextMode
 from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.load import ModelConfig, load_policy
 from maestro_fast.model.rows import Sequences
 from maestro_fast.model_path import check_model_path, loading_model
-from maestro_fast.ops.pool_hidden import PoolMode
 from maestro_fast.records import Rollouts, plain_text
 from maestro_fast.training.config import TrainConfig, parse_config
 from maestro_fast.training.plan import context_mode
@@ -165,6 +165,24 @@ def prompt_weights(
     Raises:
         ValueError: the model is not known, or its width is not the Conductor's.
     """
+    if saved.inner.needs_context:
+        states, samples, source = _states(saved, dataset, model, samples, seed)
+    else:
+        states, samples, source = torch.empty(len(dataset), 0), 1, ["It reads no context: every prompt weighs alike."]
+    return PromptWeights(
+        saved.policy.name,
+        saved.inner.reward_names,
+        [plain_text(row[dataset.prompt_column]) for row in dataset.rows],
+        dataset.families,
+        _weights(saved, states.float().cpu(), samples),
+        source,
+    )
+
+
+def _states(
+    saved: SavedConductor, dataset: PromptDataset, model: str | None, samples: int, seed: int
+) -> tuple[Tensor, int, list[str]]:
+    """The hidden states that the Conductor reads, how many there are of each prompt, and whose they are, in words."""
     inner = saved.inner
     config, origin = saved.model(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,34 +193,27 @@ def prompt_weights(
     width, expected = network.config.get_text_config().hidden_size, inner.statistics.mean.numel()  # type: ignore[union-attr,operator]
     if width != expected:
         raise ValueError(f"--model: {config.path} has states of width {width}, expected {expected}: another model?")
-    reads_responses = inner.context_kind == "response"
-    sampling = saved.run.sampling if saved.run is not None else SamplingConfig()
+    shuffled = (
+        ", which another one has, as in training" if isinstance(inner, Conductor) and inner.config.shuffle else ""
+    )
+    source = [f"Contexts: {_NAMES[inner.config.context]} of {origin}{shuffled}."]
+    mode = context_mode(inner)
     with torch.no_grad():
-        if reads_responses:
-            states = _response_states(network, tokenizer, dataset, sampling, samples, seed)
-        else:
-            samples = 1
-            states = _prompt_states(network, tokenizer, dataset, context_mode(inner))
-    source = [f"Contexts: {_NAMES[inner.config.context]} of {origin}."]
-    if reads_responses:
+        if mode is None or not inner.context_kind.startswith("response"):
+            return _prompt_states(network, tokenizer, dataset, mode), 1, source
+        sampling = saved.run.sampling if saved.run is not None else SamplingConfig()
         by = "as the run sampled" if saved.run is not None else "by the defaults of the section sampling"
         source.append(
             f"Responses: {samples} to each prompt, sampled by this model with seed {seed}, {by}, at most "
             f"{sampling.max_new_tokens} tokens; weights are means over them."
         )
-    return PromptWeights(
-        saved.policy.name,
-        inner.reward_names,
-        [plain_text(row[dataset.prompt_column]) for row in dataset.rows],
-        dataset.families,
-        _weights(saved, states.float().cpu(), samples),
-        source,
-    )
+        return _response_states(network, tokenizer, dataset, sampling, samples, seed, mode), samples, source
 
 
 _NAMES = {
     "response": "the terminal state of each response",
-    "shuffled": "the terminal state of another response, as in training,",
+    "response_mean": "the mean state of each response",
+    "response_first_layer": "the terminal state of each response after the first layer",
     "prompt_last": "the state of the prompt's last token",
     "prompt_mean": "the mean state of the prompt",
     "reference_prompt_mean": "the mean state of the prompt",
@@ -219,7 +230,7 @@ def _weights(saved: SavedConductor, states_Bd: Tensor, samples: int) -> Tensor:
 
 
 def _prompt_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, mode: PoolMode | None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: PromptDataset, mode: ContextMode | None
 ) -> Tensor:
     """The hidden state of each prompt, [N, d], pooled by ``mode``; None: the mean that ``PromptContexts`` gives.
 
@@ -243,13 +254,14 @@ def _response_states(
     sampling: SamplingConfig,
     samples: int,
     seed: int,
+    mode: ContextMode,
 ) -> Tensor:
-    """The terminal state of each response, [N * samples, d]."""
+    """The context of each response, [N * samples, d]."""
     layouts = choose_layout(model, "auto")
     states = []
     for rollouts in sample_responses(model, tokenizer, dataset, sampling, samples, seed):
         sequences = Sequences(rollouts.prompts.token_ids, rollouts.completion_ids)
-        states.append(terminal_states(model, sequences, layouts, CHUNK))
+        states.append(response_contexts(model, sequences, layouts, CHUNK, mode))
     return torch.cat(states)
 
 

@@ -134,7 +134,7 @@ def prepare(config: TrainConfig) -> Prepared:
     anchor = None if config.anchor is None else build_anchor(config.anchor)
     policy = build_weight_policy(config.weights, rewards.names, 1)  # This finds unknown names before a model is loaded.
     check_conditions(rewards, anchor, policy, dataset, evaluation)
-    keep_best = _keeps_best(config, args, policy.name)
+    keep_best = _keeps_best(config, args)
     check_best_metric(args, rewards.names, evaluation, anchor is not None)
     check_alarms(config.alarms, rewards.names, evaluates=evaluation is not None)
     generation = generation_config(config.generation)
@@ -300,9 +300,9 @@ def _check_layout(attention: str, layout: str) -> None:
         raise SettingsError("model.attention: varlen does not serve this model, for the reason logged as its layout")
 
 
-def _keeps_best(config: TrainConfig, args: TrainingArguments, policy: str) -> bool:
+def _keeps_best(config: TrainConfig, args: TrainingArguments) -> bool:
     if config.final == "auto":
-        return policy == "anchored" and config.anchor is not None and not args.load_best_model_at_end
+        return config.weights.trains_on_utility and not args.load_best_model_at_end
     if config.final == "best" and config.anchor is None:
         raise SettingsError("final: best, but no utility is known, expected a section anchor")
     if config.final == "best" and args.load_best_model_at_end:

@@ -288,7 +288,8 @@ class MaestroTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the policy loss of a micro-batch; an optimiser step has the sum over its micro-batches."""
-        hidden = last_hidden(model, inputs.sequences, self.step.scorer.layouts)
+        mode = context_mode(self.step.weights) if self.step.scoring.source == "training" else None
+        hidden = last_hidden(model, inputs.sequences, self.step.scorer.layouts, mode)
         if isinstance(inputs, MicroBatch):
             batch, (loss, metrics, logprobs) = inputs, self._loss_scored_before(hidden, inputs)
         else:

@@ -24,9 +24,11 @@ from maestro_fast.weighting.policy import (
     Weights,
     check_profile,
 )
+from maestro_fast.weighting.reward_model import RewardModel
 from maestro_fast.weighting.saved import from_pretrained, save_pretrained
 from maestro_fast.weighting.saw import Saw
-from maestro_fast.weighting.utilities import scored
+from maestro_fast.weighting.scored_rewards import scored
+from maestro_fast.weighting.utility import Utility
 from maestro_fast.weighting.weakest_first import WeakestFirst
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ = [
     "Guarded",
     "Outcome",
     "Random",
+    "RewardModel",
     "Router",
     "Saw",
     "Schedule",
     "Static",
+    "Utility",
     "WeakestFirst",
     "WeightContext",
     "WeightPolicy",

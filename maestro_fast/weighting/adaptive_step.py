@@ -11,9 +11,10 @@ standard deviation of scores. With s, m and std under the policy's own weights, 
     (f s - f m) / (f std + eps)  =  (s - m) / (std + eps / f)          where the score's standard deviation divides
      f s - f m                   =  f (s - m)                          where it does not
 
-and an epsilon in the variance becomes eps / f^2. So the op that makes weights and advantages at once needs a smaller
-epsilon, and its scores are multiplied afterwards. The result is exact but for rounding, and exact to the last bit if f
-is a power of two.
+and an epsilon in the variance becomes eps / f^2. A learnt reward has its weight relative to the scores' standard
+deviation, so its part of the score is f times as large, too. So the op that makes weights and advantages at once needs
+a smaller epsilon, and its scores are multiplied afterwards. The result is exact but for rounding, and exact to the last
+bit if f is a power of two.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from maestro_fast.ops.maestro_advantages import maestro_advantages
 from maestro_fast.specs import AdvantageProfile, resolve_profile
 from maestro_fast.weighting.conductor import Conductor
 from maestro_fast.weighting.policy import Comparison, WeightContext, WeightPolicy, Weights
-from maestro_fast.weighting.utilities import scored
+from maestro_fast.weighting.scored_rewards import scored
 
 
 def weigh_and_compare(
@@ -53,8 +54,16 @@ def weigh(
 
 def compare(context: WeightContext, weights: Weights, comparison: Comparison) -> GroupAdvantages:
     """The advantages of a batch under weights that are known."""
+    return _compare(context, *scored(context, weights, comparison.profile), comparison)
+
+
+def _compare(
+    context: WeightContext, rewards: torch.Tensor, weights: torch.Tensor, comparison: Comparison
+) -> GroupAdvantages:
+    """The advantages from what ``scored`` returned."""
     return group_advantages(
-        *scored(context, weights),
+        rewards,
+        weights,
         context.group_size,
         kl=comparison.kl_B,
         beta=comparison.beta,
@@ -133,7 +142,7 @@ def compare_scaled(context: WeightContext, weights: Weights, comparison: Compari
     profile = resolve_profile(comparison.profile)
     if scales(profile):
         return _larger(compare(context, weights, _under_smaller(comparison, profile, factor)), profile, factor)
-    return compare(context, replace(weights, weights_BK=weights.weights_BK * factor), comparison)
+    return _compare(context, *scored(context, weights, profile, factor), comparison)
 
 
 def _under_smaller(comparison: Comparison, profile: AdvantageProfile, factor: float) -> Comparison:

@@ -25,7 +25,9 @@ from maestro_fast.weighting.fixed import (
 )
 from maestro_fast.weighting.guard import GuardConfig, Guarded
 from maestro_fast.weighting.policy import WeightPolicy
+from maestro_fast.weighting.reward_model import RewardModelConfig
 from maestro_fast.weighting.saw import SawConfig
+from maestro_fast.weighting.utility import UtilityConfig
 from maestro_fast.weighting.weakest_first import WeakestFirstConfig
 
 
@@ -48,6 +50,8 @@ POLICIES: dict[str, type[Any]] = {
     "exp3": Exp3Config,
     "conductor": ConductorConfig,
     "anchored": AnchoredConfig,
+    "reward_model": RewardModelConfig,
+    "utility": UtilityConfig,
 }
 
 
@@ -76,11 +80,27 @@ class WeightsConfig:
     )
     guard: GuardConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.guard is not None and isinstance(self.policy, RewardModelConfig | UtilityConfig):
+            raise ValueError(
+                f"guard: given with {self._type}, under which no reward has a weight, expected none: "
+                "the guard compares utility with weighted rewards"
+            )
+
+    @property
+    def _type(self) -> str:
+        return next(name for name, kind in POLICIES.items() if type(self.policy) is kind)
+
+    @property
+    def trains_on_utility(self) -> bool:
+        """Whether known utilities decide how responses are scored, so that these are worth as much as the labels."""
+        return isinstance(self.policy, AnchoredConfig | RewardModelConfig | UtilityConfig)
+
     @property
     def needs_utility(self) -> str:
         """The setting that makes no sense without a known utility; "" if there is none."""
-        if isinstance(self.policy, AnchoredConfig):
-            return "weights: anchored"
+        if self.trains_on_utility:
+            return f"weights: {self._type}"
         if isinstance(self.policy, ConductorConfig) and self.policy.objective == "first_order":
             return "weights.objective: first_order"
         return "" if self.guard is None else "weights.guard"

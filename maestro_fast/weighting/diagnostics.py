@@ -12,10 +12,12 @@ responses.
     diagnostics/abstained_weight   mean share of a response's expected weight that lies on rewards that abstain from it
     diagnostics/abstained_excess   that share beyond what equal weights put there, in the prompt where it is greatest
     advantage_share/<name>         sum of w_k r'_k A divided by that of s A: what a reward contributes; they add up to 1
+                                   less the share of a learnt reward beside the named ones
     rewards_correlation/mean, min  mean and least correlation of two rewards within groups
 
-Responses that are scored by their utility count neither in self_flattery nor in advantage_share. A figure that is not
-defined for a batch is left out.
+Responses that are scored by their utility count neither in self_flattery nor in advantage_share. A learnt reward beside
+the named ones counts in advantage_share alone; conductor/residual_share is what it contributes itself. A figure that is
+not defined for a batch is left out.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.policy import Outcome, WeightContext, entropy
+from maestro_fast.weighting.scored_rewards import scored
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +156,9 @@ def _one_top(x_BK: Tensor) -> Tensor:
 
 def _spread(expected_BK: Tensor, group_size: int) -> dict[str, Tensor]:
     """The entropy of the expected weights, and the share of their variance that lies between prompts."""
-    total_B1 = expected_BK.abs().sum(1, keepdim=True)
-    q_BK = expected_BK.abs() / torch.where(total_B1 > 0, total_B1, 1.0)
-    share_of_ln_k = entropy(q_BK).mean() / math.log(expected_BK.shape[1])
+    size_BK = expected_BK.abs()
+    q_BK = size_BK[size_BK.sum(1) > 0]  # Weights that are all 0 have no entropy.
+    share_of_ln_k = entropy(q_BK / q_BK.sum(1, keepdim=True)).mean() / math.log(expected_BK.shape[1])
     share_of_ln_k = share_of_ln_k.clamp(max=1.0)  # rounding may lift the entropy of equal weights above ln K
     x_NGK = expected_BK.view(-1, group_size, expected_BK.shape[1])
     mean_N1K = x_NGK.mean(1, keepdim=True)
@@ -207,9 +210,11 @@ def _inversions(rewards_BK: Tensor, w_BK: Tensor, outcome: Outcome) -> dict[str,
 
 def _shares(outcome: Outcome, used_B: Tensor) -> dict[str, Tensor]:
     """What each reward contributes to the advantages of the responses ``used_B``."""
-    names = outcome.context.reward_names
-    parts_BK = outcome.weights.weights_BK * outcome.advantages.normalized_rewards[:, : len(names)]
-    parts_K = (parts_BK * outcome.advantages.advantages[:, None])[used_B].sum(0)
+    names, weights = outcome.context.reward_names, outcome.weights.weights_BK
+    if outcome.weights.residual_B is not None:  # Its column comes behind those of the named rewards.
+        weights = scored(outcome.context, outcome.weights, outcome.profile)[1][:, : len(names) + 1]
+    parts = weights * outcome.advantages.normalized_rewards[:, : weights.shape[1]]
+    parts_K = (parts * outcome.advantages.advantages[:, None])[used_B].sum(0)
     return {f"advantage_share/{name}": parts_K[k] / parts_K.sum() for k, name in enumerate(names)}
 
 

@@ -6,8 +6,9 @@ falls. The guard compares windows of ``window`` batches, out of the batches that
     u_best - u_now > margin * sqrt(var(u_best) / window + var(u_now) / window)      and      s_now > s_best
 
 u is the batch mean of held-back utility, and s that of the weighted rewards, with each reward in units of its standard
-deviation during the first window. "now" is the last window. "best" is the window of highest u among those that ended
-before the last one began. The margin is wide because the best of many windows is high by chance, too.
+deviation during the first window. A learnt residual has no part in s, since it has no unit that lasts. "now" is the
+last window. "best" is the window of highest u among those that ended before the last one began. The margin is wide
+because the best of many windows is high by chance, too.
 """
 
 from __future__ import annotations

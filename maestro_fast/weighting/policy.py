@@ -18,9 +18,12 @@ from torch import Tensor
 from maestro_fast.ops.group_advantages import GroupAdvantages
 from maestro_fast.specs import AdvantageProfile
 
-# Which hidden state a policy reads: the response's last one, or the prompt's last or mean one, which all responses of a
-# group share. "reference_prompt_mean" is the prompt's mean under the frozen reference model.
-ContextKind = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_mean"]
+# Which hidden state a policy reads: the response's last one, that one after the first layer instead of the last layer,
+# or the mean over the response's tokens; or the prompt's last or mean one, which all responses of a group share.
+# "reference_prompt_mean" is the prompt's mean under the frozen reference model.
+ContextKind = Literal[
+    "response", "response_mean", "response_first_layer", "prompt_last", "prompt_mean", "reference_prompt_mean"
+]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,17 @@ class Weights:
         actions_B: [B], the actions that were drawn, or None if the policy draws none.
         direct_B: bool [B], True for responses that are scored by their utility instead of their rewards. None means
             that there are no such responses.
+        residual_B: float32 [B], a learnt reward beside the named ones, in any unit: it counts by where it stands in the
+            group. It is NaN for responses without one, and None if there is none at all. See ``scored_rewards``.
+        residual_factor: The standard deviation of its part of the score, as a multiple of that of the weighted rewards.
     """
 
     weights_BK: Tensor
     expected_BK: Tensor
     actions_B: Tensor | None = None
     direct_B: Tensor | None = None
+    residual_B: Tensor | None = None
+    residual_factor: float = 1.0
 
 
 @dataclass(frozen=True)

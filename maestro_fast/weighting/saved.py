@@ -108,7 +108,10 @@ def from_pretrained(folder: str | Path) -> Conductor | Anchored:
         raise ValueError(f"{path / CONFIG_FILE}: {found}, expected format {FORMAT} of {' or '.join(_CONFIGS)}")
     try:
         names, size = tuple(map(str, about["rewards"])), int(about["context_size"])
-        policy = build(_CONFIGS[about["policy"]], about["config"], "config").build(names, size)
+        options = dict(about["config"])
+        if about["policy"] == "anchored":
+            options.setdefault("residual", False)  # A file without the option is older than it, and has no residual.
+        policy = build(_CONFIGS[about["policy"]], options, "config").build(names, size)
     except (KeyError, TypeError, SettingsError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     policy.load_state_dict(load_file(path / TENSORS_FILE))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
-from maestro_fast.weighting.policy import WeightContext, Weights, live_range
+from maestro_fast.weighting.policy import WeightContext, live_range
 
 
 def labelled_groups(context: WeightContext) -> Tensor:
@@ -64,19 +64,3 @@ def hide_utilities(context: WeightContext, hidden_N: Tensor) -> WeightContext:
     assert context.utilities_B is not None
     hidden_B = hidden_N.repeat_interleave(context.group_size).to(context.utilities_B.device)
     return replace(context, utilities_B=torch.where(hidden_B, float("nan"), context.utilities_B))
-
-
-def scored(context: WeightContext, weights: Weights) -> tuple[Tensor, Tensor]:
-    """The rewards and weights of a batch, as ``group_advantages`` takes them.
-
-    Both are [B, K]. With ``weights.direct_B`` both are [B, K + 1]: the utility becomes one more reward. It has all the
-    weight in the groups that are scored by it and none elsewhere, so the profile normalises it like any other reward.
-    """
-    if weights.direct_B is None:
-        return context.rewards_BK, weights.weights_BK
-    assert context.utilities_B is not None
-    direct_B1 = weights.direct_B[:, None]
-    utilities_B1 = context.utilities_B.to(context.rewards_BK)[:, None]
-    rewards = torch.cat([context.rewards_BK, torch.where(direct_B1, utilities_B1, float("nan"))], 1)
-    own = torch.where(direct_B1, 0.0, weights.weights_BK)
-    return rewards, torch.cat([own, direct_B1.to(own.dtype)], 1)

@@ -63,6 +63,16 @@ class Keeping(MaestroGRPOTrainer):
             handle.remove()
 
 
+class Beside(Spy):
+    """Gives a reward of its own beside equal weights."""
+
+    needs_context = False
+
+    def weights(self, context: WeightContext) -> Weights:
+        equal = torch.full_like(context.rewards_BK, 1 / context.rewards_BK.shape[1])
+        return Weights(equal, equal, residual_B=equal[:, 0])
+
+
 def one_batch(trainer: Any) -> None:
     trainer.model.train()
     torch.manual_seed(0)
@@ -98,6 +108,34 @@ def test_the_terminal_states(settings: Make, ingredients: Make, free: bool, mask
     expected = expected_states(trainer.model, trainer.prompt_ids, trainer.completion_ids)
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
     assert trainer.calls == (2 if free else 1), "two micro-batches of TRL's own forward, or one of ours"
+
+
+@pytest.mark.parametrize(
+    ("free", "masked"), [(True, True), (False, False)], ids=["read off TRL's forward", "a forward of its own"]
+)
+def test_states_of_prompts_and_means_over_responses(
+    settings: Make, ingredients: Make, free: bool, masked: bool
+) -> None:
+    args = settings(mask_truncated_completions=masked, **(FREE if free else {}))
+    trainer = Keeping(args=args, weights=Spy(), **ingredients())
+    with torch.no_grad():  # Some responses shall end early.
+        trainer.model.get_output_embeddings().weight[trainer.processing_class.eos_token_id] *= 20
+    for kind in ("response_mean", "prompt_last", "prompt_mean"):
+        trainer.weight_policy.context_kind = kind
+        one_batch(trainer)
+        expected = []
+        for prompt, completion in zip(trainer.prompt_ids, trainer.completion_ids, strict=True):
+            with torch.no_grad():
+                out = backbone_of(trainer.model)(input_ids=torch.tensor([[*prompt, *completion]]))
+            states = out.last_hidden_state[0].split([len(prompt), len(completion)])[kind == "response_mean"]
+            expected.append(states[-1] if kind == "prompt_last" else states.mean(0))
+        torch.testing.assert_close(trainer.weight_policy.seen[-1], torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_beside_the_weights_is_not_dropped_in_silence(settings: Make, ingredients: Make) -> None:
+    trainer = MaestroGRPOTrainer(args=settings(), weights=Beside(), profile="maestro", **ingredients())
+    with pytest.raises(ValueError, match=r"^weights: policy spy returned direct_B or residual_B, expected None"):
+        one_batch(trainer)
 
 
 def test_no_forward_is_added_for_a_policy_that_reads_nothing(settings: Make, ingredients: Make) -> None:

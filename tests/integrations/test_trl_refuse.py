@@ -33,6 +33,9 @@ from maestro_fast.ops import LossInputs
 Make = Callable[..., Any]
 STATIC = {"type": "static", "values": {"parity": 1, "brevity": 2}}
 BASELINE = {"type": "conductor", "estimator": "baseline"}
+FIRST_LAYER, REFERENCE = (
+    {"type": "conductor", "context": kind} for kind in ("response_first_layer", "reference_prompt_mean")
+)
 
 
 def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,6 +48,14 @@ def own_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         ({"reward_weights": [1.0, 2.0]}, {"weights": STATIC}, "reward_weights: not with weights: static"),
         ({}, {"weights": BASELINE, "profile": "gdpo"}, "a profile that compares scores beyond their group"),
         ({"scale_rewards": "batch"}, {"weights": BASELINE}, "a profile that compares scores beyond their group"),
+        ({}, {"weights": {"type": "anchored", "context": "prompt_mean"}}, "no known utility (anchored): not with"),
+        ({}, {"weights": {"type": "anchored", "residual": True}}, "no known utility (anchored)"),
+        ({}, {"weights": "utility"}, "no known utility (utility)"),
+        ({}, {"weights": "reward_model"}, "no known utility (reward_model)"),
+        ({}, {"weights": {"type": "equal", "guard": {}}}, "no known utility (equal)"),
+        ({}, {"weights": {"type": "conductor", "objective": "first_order"}}, "no known utility (conductor)"),
+        ({}, {"weights": FIRST_LAYER}, "context: response_first_layer or reference_prompt_mean (response_first_layer)"),
+        ({}, {"weights": REFERENCE}, "context: response_first_layer or reference_prompt_mean (reference_prompt_mean)"),
         ({"loss_type": "sapo"}, {"loss": "maestro_fast"}, "loss_type luspo, sapo, vespo"),
         ({"off_policy_mask_threshold": 0.5}, {"loss": "maestro_fast"}, "off_policy_mask_threshold"),
         ({"top_entropy_quantile": 0.2}, {"loss": "maestro_fast"}, "top_entropy_quantile below 1"),

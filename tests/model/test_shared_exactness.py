@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maestro_fast.model.forward import last_hidden, terminal_states
+from maestro_fast.model.forward import last_hidden, response_contexts
 from maestro_fast.model.layouts import Layouts
 from maestro_fast.model.prefix_tree import MIN_COMMON
 from maestro_fast.model.rows import Sequences
@@ -166,5 +166,5 @@ def test_gradients_of_a_response_reach_its_own_tokens_alone(name: str) -> None:
 def test_batches_without_any_response_token_are_served() -> None:
     model = model_of("qwen3")
     prompts = [[5, 6, 7], [5, 6, 7], [8]]
-    both = [terminal_states(model, Sequences(prompts, [[], [], []]), layout, 2) for layout in (SHARED, "padded")]
+    both = [response_contexts(model, Sequences(prompts, [[], [], []]), layout, 2) for layout in (SHARED, "padded")]
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from maestro_fast.reporting.prompt_weights import family_table, prompt_picture, prompt_table, spread_sentence
+from maestro_fast.reporting.prompt_weights import (
+    family_table,
+    prompt_picture,
+    prompt_table,
+    residual_sentence,
+    spread_sentence,
+)
 from maestro_fast.reporting.tables import format_table
 from maestro_fast.training.prompt_weights import PromptWeights
 from maestro_fast.weighting.families import spread_between_families
@@ -82,6 +90,18 @@ def test_the_sentence_claims_no_more_than_chance_allows() -> None:
     equal = PromptWeights("anchored", NAMES, ["p"] * 12, FAMILIES, torch.full((12, 3), 1 / 3), [])
     assert "NOT beyond chance" in (spread_sentence(equal) or "")
     assert spread_sentence(found(families=[""] * 12)) is None
+
+
+def test_the_residuals_share_is_that_of_the_last_logged_steps(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert f"{file} does not have it" in residual_sentence(file)
+    shares = [None, 0.9, *[0.25] * 20]
+    rows = [
+        {"step": i, "loss": 1.0} | ({} if x is None else {"conductor/residual_share": x}) for i, x in enumerate(shares)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = residual_sentence(file)
+    assert "made 25% of the scores' variance within groups" in said and "mean of the last 20 logged steps" in said
 
 
 def test_the_picture_shows_every_weight_where_it_says() -> None:

@@ -56,6 +56,7 @@ def test_labels_reach_the_policy_and_the_log(raw: dict[str, Any]) -> None:
 
 def test_a_killed_run_repeats_the_uninterrupted_one(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["trainer"] |= {"max_steps": 3, "save_steps": 1}
+    raw["weights"]["residual"] = True
     whole, records = run(raw | {"run_dir": str(tmp_path / "whole")})
     half = raw | {"run_dir": str(tmp_path / "half")}
     run(half | {"trainer": half["trainer"] | {"max_steps": 2}})
@@ -64,6 +65,25 @@ def test_a_killed_run_repeats_the_uninterrupted_one(raw: dict[str, Any], tmp_pat
         assert torch.equal(ours.weights_BK, theirs.weights_BK) and torch.equal(ours.advantages_B, theirs.advantages_B)
     state = whole.step.weights.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in resumed.step.weights.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["utility", "reward_model"])
+def test_policies_without_weights_train(raw: dict[str, Any], kind: str) -> None:
+    """Groups without labels have no part in the update under ``utility``; ``final: auto`` keeps the best policy."""
+    raw["weights"] = kind
+    raw["batch"] = raw.get("batch", {}) | {"no_signal": "drop"}
+    trainer, records = run(raw)
+    assert trainer.best is not None
+    utilities_B, last = records[1].utilities_B, records[1]
+    assert utilities_B is not None
+    unlabelled_B = utilities_B.isnan()
+    assert unlabelled_B.any() and not last.weights_BK.any()
+    logged = trainer.state.log_history[1]
+    assert bool((last.advantages_B[unlabelled_B] != 0).any()) is (kind == "reward_model")
+    if kind == "utility":
+        assert logged["batch/left_out"] >= unlabelled_B.float().mean().item()
+    else:
+        assert logged["conductor/residual_loss"] > 0
 
 
 def test_a_guard_can_stop_the_run(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,15 @@ def test_of_the_anchored_policy_bit_by_bit(raw_config: dict[str, Any], tmp_path:
     assert torch.equal(shown(raw_config, run_dir / "checkpoint-2").weights_NK, expected)
 
 
+def test_one_weighting_for_all_prompts_needs_no_model(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    weights = {"type": "anchored", "steps": 2, "context": "none", "residual": True}
+    trainer, run_dir = trained(raw_config, tmp_path, weights)
+    found = shown(raw_config, run_dir, model="nowhere")
+    expected_K = trainer.step.weights.params.bias.detach().softmax(0)  # type: ignore[attr-defined]
+    torch.testing.assert_close(found.weights_NK, expected_K.expand_as(found.weights_NK))
+    assert expected_K.std() > 0 and found.source == ["It reads no context: every prompt weighs alike."]
+
+
 def responses(trainer: MaestroTrainer) -> Sequences:
     parts = sample_responses(
         trainer.model, trainer.processing_class, trainer.train_dataset, trainer.method.sampling, SAMPLES, SEED

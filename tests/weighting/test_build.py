@@ -37,6 +37,7 @@ ENTRIES: dict[str, Any] = {
     "router": {"type": "router", "column": "kind", "routes": {"x": dict.fromkeys(NAMES, 0.5)}},
     "conductor": {"type": "conductor", "period": 2},
     "anchored": {"type": "anchored", "steps": 2},
+    "reward_model": {"type": "reward_model", "steps": 2},
 }
 
 
@@ -91,7 +92,7 @@ def test_the_entry_is_not_changed() -> None:
         ({"type": "conductor", "mode": "hard"}, "weights.mode: got str 'hard', expected one of sample, soft"),
         (
             {"type": "conductor", "context": "h"},
-            "weights.context: got str 'h', expected one of response, prompt_last",
+            "weights.context: got str 'h', expected one of response, response_mean",
         ),
         ({"type": "conductor", "learning_rate": -1}, "weights.learning_rate: -1.0, expected a number >= 0"),
         ({"type": "conductor", "weight_decay": -1}, "weights.weight_decay: -1.0, expected a number >= 0"),
@@ -148,7 +149,7 @@ def test_errors_carry_the_given_path() -> None:
 def test_satisfies_the_protocol(name: str) -> None:
     policy = build(name)
     assert policy.name == {"function": "callable"}.get(name, name)  # checkpoints of release 0.1 hold this name
-    assert policy.needs_context is (name in ("conductor", "anchored"))
+    assert policy.needs_context is (name in ("conductor", "anchored", "reward_model"))
     methods = [key for key, value in vars(WeightPolicy).items() if inspect.isfunction(value) and key[0] != "_"]
     assert {"weights", "observe", "metrics", "state_dict", "load_state_dict"} == set(methods)
     for method in methods:

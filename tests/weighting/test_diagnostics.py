@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maestro_fast.ops import group_advantages
-from maestro_fast.weighting import Outcome, WeightContext, Weights
+from maestro_fast.weighting import Comparison, Outcome, WeightContext, Weights, compare
 from maestro_fast.weighting.diagnostics import Watch, diagnose, healthy_ranges
 from tests.weighting.helpers import normal
 
@@ -96,6 +96,26 @@ def test_directly_scored_groups_are_left_out_of_the_weights_part() -> None:
     half = outcome(rewards_BK[4:], weights_BK[4:], g=4)
     for name in ("advantage_share/a", "advantage_share/b"):
         assert diagnose(whole)[name] == pytest.approx(diagnose(half)[name], rel=1e-5)
+
+
+def test_a_learnt_reward_takes_its_part_of_the_advantage() -> None:
+    """Both rewards and f say the same, and f has the spread of the two together, so the shares are 1/4, 1/4 and 1/2."""
+    rewards_BK = normal(8, 1, seed=0).expand(8, 2).contiguous()
+    weights_BK = torch.full((8, 2), 0.5)
+    context = WeightContext(NAMES, 4, 0, rewards_BK)
+    weights = Weights(weights_BK, weights_BK, residual_B=rewards_BK[:, 0] * 7.0)
+    found = diagnose(Outcome(context, weights, compare(context, weights, Comparison())))
+    for name in ("advantage_share/a", "advantage_share/b"):
+        assert found[name] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_weights_of_0_have_no_entropy() -> None:
+    """Nothing is said of weights where a response has none, and all rows that have some count."""
+    rewards_BK, zeros_BK = normal(8, 2, seed=0), torch.zeros(8, 2)
+    none = diagnose(outcome(rewards_BK, zeros_BK, g=4))
+    assert not {"diagnostics/entropy", "diagnostics/argmax_agreement", "advantage_share/a"} & none.keys()
+    half_BK = torch.where(torch.arange(8)[:, None] < 4, 0.5, zeros_BK)
+    assert diagnose(outcome(rewards_BK, half_BK, g=4))["diagnostics/entropy"] == pytest.approx(1.0)
 
 
 def test_abstentions_and_single_rewards() -> None:

@@ -17,6 +17,7 @@ ENTRIES: list[dict[str, Any]] = [
     {"type": "conductor", "hidden": 4, "period": 2, "alpha": 0.4},
     {"type": "anchored", "hybrid": True, "steps": 2},
     {"type": "anchored", "steps": 2, "guard": {}},
+    {"type": "anchored", "steps": 2, "residual": True, "context": "none"},
 ]
 
 
@@ -38,6 +39,16 @@ def test_a_round_trip_keeps_weights_options_and_future(entry: dict[str, Any], tm
     for step in range(3, 6):
         at, advantages_B = context(B, normal(B, D, seed=step), step=step), normal(B, seed=50 + step)
         assert torch.equal(play(loaded, at, advantages_B).weights_BK, play(inner, at, advantages_B).weights_BK)
+
+
+def test_a_file_that_is_older_than_the_residual_has_none(tmp_path: Path) -> None:
+    policy = trained({"type": "anchored", "residual": False})
+    save_pretrained(policy, tmp_path)
+    about = json.loads((tmp_path / "conductor.json").read_text())
+    del about["config"]["residual"], about["config"]["residual_factor"]
+    (tmp_path / "conductor.json").write_text(json.dumps(about))
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded, Anchored) and loaded.residual is None and loaded.labelled == policy.labelled > 0
 
 
 def test_the_json_says_what_it_is(tmp_path: Path) -> None:

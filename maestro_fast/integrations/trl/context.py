@@ -1,8 +1,8 @@
 """Hidden states of the responses that TRL has just sampled, for weight policies that read them.
 
 TRL scores the log-probs of the sampling policy if a batch serves several updates, or if it corrects for vLLM. During
-that forward a hook on the backbone reads the terminal states, so they cost nothing. Otherwise the trainer makes one
-forward for them (``model.terminal_states``).
+that forward a hook on the backbone reads the states, so they cost nothing. Otherwise the trainer makes one forward for
+them (``model.response_contexts``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from maestro_fast.model import Sequences, backbone_of
+from maestro_fast.model.hidden_states import ContextMode
 from maestro_fast.ops import GroupAdvantages, pool_hidden
-from maestro_fast.weighting import WeightContext, Weights
+from maestro_fast.weighting import ContextKind, WeightContext, Weights
 
 
 class Weighed(NamedTuple):
@@ -45,7 +46,7 @@ class GenerationBatch:
 
     Attributes:
         prompt_ids, completion_ids: the token ids of its b responses.
-        states: terminal hidden states, a tensor [., d] for each micro-batch of TRL's forward.
+        states: the contexts of its responses, a tensor [., d] for each micro-batch of TRL's forward.
         weighed: the weights of all processes, once the rewards are known.
     """
 
@@ -77,17 +78,34 @@ def _integers(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[int(token) for token in row] for row in rows]
 
 
+# The context kinds that are served, by what ``model.response_contexts`` calls them. Those of the reference and of the
+# first layer would need hooks of their own.
+MODES: dict[ContextKind, ContextMode] = {
+    "response": "last",
+    "response_mean": "response_mean",
+    "prompt_last": "prompt_last",
+    "prompt_mean": "prompt_mean",
+}
+
+
 @contextlib.contextmanager
-def reading_terminal_states(model: nn.Module, mask_BL: Tensor, states: list[Tensor]) -> Iterator[None]:
-    """While this is open, each forward of ``model`` appends the terminal states of its rows to ``states``.
+def reading_contexts(
+    model: nn.Module, mask_BL: Tensor, completion_width: int, kind: ContextKind, states: list[Tensor]
+) -> Iterator[None]:
+    """While this is open, each forward of ``model`` appends the contexts of its rows to ``states``.
 
     Args:
         mask_BL: the attention mask of all rows; consecutive forwards take consecutive rows of it.
+        completion_width: how many columns of it, the last ones, are those of the completions.
+        kind: the context, a key of ``MODES``.
 
     Raises:
-        RuntimeError: hidden states and mask differ in shape, so it is unknown which state is the last of a response.
+        RuntimeError: hidden states and mask differ in shape, so it is unknown which states are those of a response.
     """
-    done = 0
+    done, start = 0, mask_BL.shape[1] - completion_width
+    if kind != "response":  # Its terminal state is the last one of the prompt if the completion is empty.
+        inside = torch.arange(mask_BL.shape[1], device=mask_BL.device) >= start
+        mask_BL = mask_BL * (inside if kind == "response_mean" else ~inside)
 
     def read(_module: nn.Module, _args: Any, out: Any) -> None:
         nonlocal done
@@ -96,7 +114,7 @@ def reading_terminal_states(model: nn.Module, mask_BL: Tensor, states: list[Tens
         done += hidden.shape[0]
         if hidden.shape[:2] != mask.shape:
             raise RuntimeError(f"hidden states of shape {tuple(hidden.shape)}, expected {tuple(mask.shape)} and d")
-        states.append(pool_hidden(hidden.detach(), mask=mask, mode="last"))
+        states.append(pool_hidden(hidden.detach(), mask=mask, mode="mean" if kind.endswith("mean") else "last"))
 
     handle = backbone_of(model).register_forward_hook(read)
     try:

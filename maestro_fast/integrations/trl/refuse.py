@@ -17,11 +17,20 @@ from packaging.version import Version
 from transformers import ProcessorMixin
 
 from maestro_fast.integrations.refusals import Refusal, as_table
-from maestro_fast.integrations.trl.context import scores_old_logprobs
+from maestro_fast.integrations.trl.context import MODES, scores_old_logprobs
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages, other_loss
 from maestro_fast.model import causal_lm
 from maestro_fast.ops import LossFunction
-from maestro_fast.weighting import Static, WeightPolicy, check_profile
+from maestro_fast.weighting import (
+    Anchored,
+    Conductor,
+    Guarded,
+    RewardModel,
+    Static,
+    Utility,
+    WeightPolicy,
+    check_profile,
+)
 
 # --- versions of TRL ---
 
@@ -85,10 +94,18 @@ def _compares_beyond_groups(trainer: Any, policy: WeightPolicy) -> bool:
     return False
 
 
+def _needs_utility(policy: WeightPolicy) -> bool:
+    """Whether the policy fails without known utilities, which TRL has no place for."""
+    if isinstance(policy, Conductor):
+        return policy.config.objective == "first_order"
+    return isinstance(policy, Anchored | Guarded | RewardModel | Utility)
+
+
 EVERYTHING = "everything"
 STATIC = "weights: static"
 OTHER_WEIGHTS = "the Conductor's estimators baseline, all_actions and pathwise"
 OUR_PROFILE = "a profile that is not TRL's"
+UTILITY = "weights anchored, reward_model and utility, the Conductor's objective first_order, and a guard"
 CONTEXT = "a weight policy that reads hidden states"
 OUR_LOSS = 'loss="maestro_fast"'
 NOT_TRLS_LOSS = 'loss="maestro_fast" or a function'
@@ -132,6 +149,18 @@ _REFUSALS = (
         OTHER_WEIGHTS,
         "they ask what other weights would have given, one group at a time",
         _compares_beyond_groups,
+    ),
+    Refusal(
+        "no known utility",
+        UTILITY,
+        "TRL hands out rewards alone: train with maestro-fast train or verl, or take other weights",
+        lambda _trainer, policy: policy.name,
+    ),
+    Refusal(
+        "context: response_first_layer or reference_prompt_mean",
+        CONTEXT,
+        "only the last layer of the policy itself is read: set context to one of " + ", ".join(MODES),
+        lambda _trainer, policy: policy.context_kind not in MODES and policy.context_kind,
     ),
     Refusal(
         "a vision-language model",
@@ -242,6 +271,7 @@ def check(trainer: Any, policy: WeightPolicy, loss: str | LossFunction) -> None:
         OUR_PROFILE: not trainer._trl_aggregates,
         STATIC: True,
         OTHER_WEIGHTS: policy.needs_group_scores,
+        UTILITY: _needs_utility(policy),
         CONTEXT: policy.needs_context,
         OUR_LOSS: loss == "maestro_fast",
         NOT_TRLS_LOSS: loss != "trl",

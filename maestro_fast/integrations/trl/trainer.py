@@ -27,16 +27,17 @@ from maestro_fast.integrations.trl.advantages import (
     set_advantages,
 )
 from maestro_fast.integrations.trl.context import (
+    MODES,
     GenerationBatch,
     Weighed,
     is_reference_pass,
-    reading_terminal_states,
+    reading_contexts,
     scores_old_logprobs,
 )
 from maestro_fast.integrations.trl.loss import head_policy_loss, layouts_for_loss, loss_config, packed_policy_loss
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
 from maestro_fast.integrations.trl.sharing import layouts_of, regrouped, regroups
-from maestro_fast.model import Layouts, causal_lm, check_trainable, terminal_states, warn_of_half_precision
+from maestro_fast.model import Layouts, causal_lm, check_trainable, response_contexts, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.records import TOKEN_COUNTS
 from maestro_fast.rewards.reward import figures
@@ -225,7 +226,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         if self.mask_truncated_completions:  # This changes log-probs of truncated completions only: no loss reads them.
             attention_mask = batch.attention_mask(input_ids, logits_to_keep)
         batch.states = []
-        with reading_terminal_states(model, attention_mask, batch.states):
+        with reading_contexts(model, attention_mask, logits_to_keep, self.weight_policy.context_kind, batch.states):
             return forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -250,6 +251,11 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             weights, advantages = weigh_scaled(self.weight_policy, context, Comparison(self.profile), scale)
         else:
             weights = self.weight_policy.weights(context)
+        if weights.direct_B is not None or weights.residual_B is not None:
+            raise ValueError(
+                f"weights: policy {self.weight_policy.name} returned direct_B or residual_B, expected None: TRL scores "
+                "responses by weighted rewards alone"
+            )
         if not training:  # An evaluation draws nothing: it uses the expected weights.
             weights = Weights(weights.expected_BK, weights.expected_BK)
         self._check_agreement(weights)
@@ -266,13 +272,14 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         return plain and not self._trl_aggregates and scales(self.profile)
 
     def _context(self, batch: GenerationBatch) -> Tensor:
-        """The terminal states [b, d] of this process's responses."""
+        """The contexts [b, d] of this process's responses."""
         if batch.states:
             return torch.cat(batch.states)
         args = self.args
         size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        mode = MODES[self.weight_policy.context_kind]
         with self.accelerator.autocast():
-            return terminal_states(self.model, batch.sequences, self._layouts, size)
+            return response_contexts(self.model, batch.sequences, self._layouts, size, mode)
 
     def _check_agreement(self, weights: Weights) -> None:
         """Raises if the processes have different weights, by comparing a sum of them that depends on their order."""

@@ -3,6 +3,7 @@
 A batch asks by a key of its own, ``batch.CONTEXT_FLAG``, whose value is one of
 
     response       the state of the last token
+    response_mean  the mean over the tokens of the response
     prompt_last    the state of the last token of the prompt
     prompt_mean    the mean over the tokens of the prompt
 
@@ -22,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from maestro_fast.integrations.verl.batch import CONTEXT_FLAG
 
-KINDS = ("response", "prompt_last", "prompt_mean")
+KINDS = ("response", "response_mean", "prompt_last", "prompt_mean")
 
 
 def wanted_kind(batch: Any, forward_only: bool) -> str | None:
@@ -61,6 +62,8 @@ def spans(batch: Any, kind: str) -> tuple[Tensor, Tensor]:
     prompt_B = _lengths(batch, "prompts", kind)
     if prompt_B.shape != length_B.shape:
         raise ValueError(f"prompts: {len(prompt_B)} rows, expected {len(length_B)} as in input_ids")
+    if kind == "response_mean":
+        return prompt_B, length_B - prompt_B
     if kind == "prompt_last":
         return prompt_B - 1, torch.ones_like(prompt_B)
     return torch.zeros_like(prompt_B), prompt_B

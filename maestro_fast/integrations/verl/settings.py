@@ -16,6 +16,7 @@ from typing import Any
 
 from maestro_fast.integrations.refusals import Refusal, as_table
 from maestro_fast.integrations.verl.batch import ESTIMATORS
+from maestro_fast.integrations.verl.contexts import KINDS
 from maestro_fast.rewards.conditional import LabelsConfig
 from maestro_fast.settings import SettingsError, build, near
 from maestro_fast.specs import PROFILES, resolve_profile
@@ -267,6 +268,12 @@ _REFUSALS = (
         CONTEXT,
         "the layer of the LM head is then not called with the states of the log-probs: set it to False",
         _megatron_without_states,
+    ),
+    Refusal(
+        "context: response_first_layer",
+        CONTEXT,
+        "verl's engines hand out states of the last layer alone: set context to one of " + ", ".join(KINDS),
+        lambda _config, settings: settings.policy(1).context_kind == "response_first_layer",
     ),
     Refusal(
         "no reference policy, where the context is reference_prompt_mean",

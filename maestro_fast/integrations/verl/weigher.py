@@ -11,7 +11,7 @@ responses from which every reward abstains, which count in no mean, no deviation
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,7 +98,14 @@ class Filled:
                 part(context.rewards_BK),
                 utilities_B=maybe(context.utilities_B),
             ),
-            Weights(part(weights.weights_BK), part(weights.expected_BK), direct_B=maybe(weights.direct_B)),
+            replace(
+                weights,
+                weights_BK=part(weights.weights_BK),
+                expected_BK=part(weights.expected_BK),
+                actions_B=None,
+                direct_B=maybe(weights.direct_B),
+                residual_B=maybe(weights.residual_B),
+            ),
             GroupAdvantages(*[part(x) for x in outcome.advantages]),
             outcome.profile,
         )

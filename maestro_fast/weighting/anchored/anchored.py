@@ -12,30 +12,34 @@ from some of them, those are scored as the advantage profile says. rho is the co
 group: the mean of the product of the two standardised values. GRPO's advantage is the standardised score, so rho says
 how well advantages under w order the responses as the utility does. b and V start at 0, so the weights start equal.
 
+With ``residual``, a small regression f(x, r') beside the weights is learnt from the same labels (see ``residual``), and
+the score becomes z(w . r') + c z(f) (see ``scored_rewards``). The figure ``conductor/residual_share`` says how much of
+the score's variance within groups comes from f; the rest is what the weights say.
+
 Each labelled group is kept for good (see ``replay``), and after every batch the Conductor learns from all of them
 again. It may, because nothing that is kept (context, standardised rewards, utilities) depends on the current policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.group_advantages import group_advantages, live_weights
+from maestro_fast.ops.group_advantages import live_weights
 from maestro_fast.specs import PROFILES, AdvantageProfile, resolve_profile
-from maestro_fast.weighting.anchored.replay import Replay
-from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
+from maestro_fast.weighting.anchored.adam import NamedAdam
+from maestro_fast.weighting.anchored.replay import Memory, PromptContext, normalised_rewards
+from maestro_fast.weighting.anchored.residual import Regression
 from maestro_fast.weighting.diagnostics import self_flattery
-from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, Weights, check_shapes, entropy
-from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
+from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, check_shapes, entropy
+from maestro_fast.weighting.scored_rewards import residual_share
+from maestro_fast.weighting.utilities import labelled_groups
 
-VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
 SCORE_EPS = 1e-2  # It is added to the std of a group's scores: groups whose scores hardly differ say little.
-CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others gets no extreme weights.
+_RESIDUAL = "residual."  # what names of the residual's tensors begin with in a saved state
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,12 @@ class AnchoredConfig:
             the utility within groups. "first_order" is the weighted mean of each reward's own correlation; it is linear
             in the weights, so they become one-hot, and it did worse.
         hybrid: Whether groups whose utility is known are trained on that utility instead of their weighted rewards.
+        residual: Whether a small regression of the utility on context and rewards, learnt from the same labels, is
+            added to the weighted rewards.
+        residual_factor: The standard deviation of the residual's part of a score, as a multiple of that of the weighted
+            rewards.
         context: The hidden state of the prompt that the network reads. A prompt's state under the frozen reference
-            model never changes.
+            model never changes. "none" reads no state and learns one weighting for all prompts.
         hidden: The number of tanh units.
         steps: The number of Adam steps after every batch, each over all labelled groups so far. 20 steps over n groups
             of width d cost about 4000 n d operations on the CPU.
@@ -62,7 +70,9 @@ class AnchoredConfig:
 
     surrogate: Literal["correlation", "first_order"] = "correlation"
     hybrid: bool = False
-    context: Literal["reference_prompt_mean", "prompt_mean", "prompt_last"] = "reference_prompt_mean"
+    residual: bool = False
+    residual_factor: float = 1.0
+    context: PromptContext = "reference_prompt_mean"
     hidden: int = 16
     steps: int = 20
     learning_rate: float = 0.03
@@ -74,7 +84,7 @@ class AnchoredConfig:
         for name in ("hidden", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "entropy_coef", "l2"):
+        for name in ("learning_rate", "entropy_coef", "l2", "residual_factor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a number >= 0")
         if not 0 <= self.seed < 2**64:
@@ -96,9 +106,12 @@ class AnchoredParams:
 
     @staticmethod
     def start(size: int, actions: int, hidden: int, seed: int) -> AnchoredParams:
-        """The tensors before learning: H and c are uniform within +-1 / sqrt(d), V and b are zero."""
+        """The tensors before learning: H and c are uniform within +-1 / sqrt(d), V and b are zero.
+
+        Without contexts (d = 0) there are no hidden units, so the weights are softmax(b).
+        """
         generator = torch.Generator().manual_seed(seed % 2**63)
-        bound = size**-0.5
+        hidden, bound = (hidden, size**-0.5) if size else (0, 0.0)
         uniform = (torch.rand(hidden, size + 1, generator=generator) * 2 - 1) * bound
         first, offset = uniform[:, :-1].clone(), uniform[:, -1].clone()
         parts = (first, offset, torch.zeros(actions, hidden), torch.zeros(actions))
@@ -111,17 +124,12 @@ class AnchoredParams:
     def logits(self, x_Nd: Tensor) -> Tensor:
         """The logits [N, K] of contexts that ``standardised`` returned."""
         hidden = torch.tanh(x_Nd @ self.hidden_weight.T + self.hidden_bias)
-        logits_NK: Tensor = self.bias + hidden @ self.weight.T / float(self.weight.shape[1]) ** 0.5
+        logits_NK: Tensor = self.bias + hidden @ self.weight.T / float(max(1, self.weight.shape[1])) ** 0.5
         return logits_NK
 
     def weights(self, x_Nd: Tensor) -> Tensor:
         """w(x) [N, K] where no reward abstains."""
         return self.logits(x_Nd).softmax(-1)
-
-
-def standardised(x_Nd: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """(x - mean) * rstd, clipped at +-4."""
-    return ((x_Nd - mean) * rstd).clamp(-CLIP, CLIP)
 
 
 def weights_of_present(logits_NK: Tensor, present_NK: Tensor) -> Tensor:
@@ -170,7 +178,6 @@ class Anchored:
     """
 
     name = "anchored"
-    needs_context = True
     needs_columns: tuple[str, ...] = ()
     needs_group_scores = False
     should_stop = False
@@ -178,13 +185,15 @@ class Anchored:
     def __init__(self, config: AnchoredConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config
         self.reward_names = reward_names
-        self.context_kind: ContextKind = config.context
-        self.params = AnchoredParams.start(context_size, len(reward_names), config.hidden, config.seed)
-        self.statistics = RunningStatistics(context_size)
-        self._optimizer = torch.optim.Adam(
-            list(self.params.named().values()), lr=config.learning_rate, betas=(0.9, 0.99)
-        )
-        self.replay = Replay(context_size, len(reward_names))
+        self.memory = Memory(config.context, context_size, len(reward_names))
+        self.needs_context, self.context_kind = self.memory.needs_context, self.memory.context_kind
+        self.statistics, self.replay = self.memory.statistics, self.memory.replay
+        size, K = self.memory.size, len(reward_names)
+        self.params = AnchoredParams.start(size, K, config.hidden, config.seed)
+        self._adam = NamedAdam(self.params.named(), config.learning_rate)
+        self.residual: Regression | None = None
+        if config.residual:
+            self.residual = Regression(size, K, learning_rate=config.learning_rate, seed=config.seed)
         self._metrics: dict[str, float] = {}
 
     @property
@@ -196,12 +205,13 @@ class Anchored:
         """w(x) for each group, over the rewards that do not abstain from all of its responses.
 
         The figure ``conductor/abstained_weight`` is the mean weight that has so moved from absent rewards to the
-        others. With ``hybrid``, labelled groups are marked to be scored by their utility instead.
+        others. With ``hybrid``, labelled groups are marked to be scored by their utility instead. With ``residual``, f
+        stands beside the weights from the first labelled group on.
         """
-        x_Nd = self._contexts(context)
+        x_Nd = self.memory.standardised(self.memory.contexts(context))
         present_NK = ~context.rewards_BK.isnan().cpu().view(len(x_Nd), context.group_size, -1).all(1)
         with torch.no_grad():
-            logits_NK = self.params.logits(self._standardised(x_Nd))
+            logits_NK = self.params.logits(x_Nd)
         weights_NK = weights_of_present(logits_NK, present_NK)
         kept_NK = present_NK | ~present_NK.any(1, keepdim=True)
         moved_N = torch.where(kept_NK, 0.0, logits_NK.softmax(-1)).sum(1)
@@ -210,49 +220,38 @@ class Anchored:
             "conductor/entropy": entropy(weights_NK).mean().item(),
             "conductor/labelled_groups": float(self.labelled),
         }
-        weights_BK = weights_NK.repeat_interleave(context.group_size, 0).to(context.rewards_BK.device)
-        direct_B = None
+        device = context.rewards_BK.device
+        weights_BK = weights_NK.repeat_interleave(context.group_size, 0).to(device)
+        direct_B, residual_B = None, None
         if self.config.hybrid:
-            direct_B = labelled_groups(context).repeat_interleave(context.group_size).to(weights_BK.device)
-        return Weights(weights_BK, weights_BK, direct_B=direct_B)
+            direct_B = labelled_groups(context).repeat_interleave(context.group_size).to(device)
+        if self.residual is not None and self.residual.learnt:
+            residual_B = self.residual.predict(x_Nd, normalised_rewards(context)).flatten().to(device)
+        return Weights(
+            weights_BK,
+            weights_BK,
+            direct_B=direct_B,
+            residual_B=residual_B,
+            residual_factor=self.config.residual_factor,
+        )
 
     def weights_of(self, x_Nd: Tensor) -> Tensor:
         """w(x) [N, K] of contexts as the model gives them, before they are standardised, where no reward abstains."""
-        return self.params.weights(self._standardised(x_Nd))
-
-    def _standardised(self, x_Nd: Tensor) -> Tensor:
-        return standardised(x_Nd, *self.statistics.standardisation(VARIANCE_EPS))
-
-    def _contexts(self, context: WeightContext) -> Tensor:
-        """float32 [N, d] on the CPU, one context per group."""
-        size = self.statistics.mean.numel()
-        x_Bd = policy_contexts(context, self.config.context, size, self.config.seed, torch.device("cpu"))
-        return x_Bd[:: context.group_size]
+        return self.params.weights(self.memory.standardised(x_Nd))
 
     def observe(self, outcome: Outcome) -> None:
         """Keeps the labelled groups of the batch, and learns from all labelled groups so far."""
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
-        context = outcome.context
-        x_Nd = self._contexts(context)
-        self.statistics.update(x_Nd)
-        self._remember(context, x_Nd)
+        if (share := residual_share(outcome)) is not None:
+            self._metrics["conductor/residual_share"] = share
+        self.memory.observe(outcome.context)
         if self.labelled and self.config.learning_rate > 0:
             self._learn(resolve_profile(outcome.profile))
 
-    def _remember(self, context: WeightContext, x_Nd: Tensor) -> None:
-        """Adds the labelled groups of the batch to the replay."""
-        labelled_N = labelled_groups(context)
-        shape = (-1, context.group_size)
-        rewards_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
-        rewards_BK = torch.where(context.rewards_BK.isnan(), float("nan"), rewards_BK)
-        rewards_NGK = rewards_BK.float().cpu().view(*shape, rewards_BK.shape[1])
-        utilities_NG = standardised_utilities(context).view(shape)
-        self.replay.add(x_Nd[labelled_N], rewards_NGK[labelled_N], utilities_NG[labelled_N])
-
     def _learn(self, profile: AdvantageProfile) -> None:
-        """Takes ``steps`` Adam steps on J over everything in the replay."""
+        """Takes ``steps`` Adam steps on J over everything in the replay, and as many on the residual's loss."""
         config, replay = self.config, self.replay
-        x_Pd = self._standardised(replay.contexts)
+        x_Pd = self.memory.standardised(replay.contexts)
         present_NK = ~replay.rewards.isnan().all(1)
         surrogate = correlation if config.surrogate == "correlation" else first_order
         for _ in range(config.steps):
@@ -260,57 +259,38 @@ class Anchored:
             value = surrogate(weights_NK, replay.rewards, replay.utilities, profile).mean()
             penalty = config.l2 * self.params.weight.square().sum() / len(self.reward_names)
             objective = value + config.entropy_coef * entropy(weights_NK).mean() - penalty
-            self._optimizer.zero_grad()
-            (-objective).backward()
-            self._optimizer.step()
-        norms = [p.grad.norm() for p in self.params.named().values() if p.grad is not None]
+            self._adam.step(-objective)
         self._metrics |= {
             "conductor/objective": objective.item(),
             "conductor/correlation": value.item(),
-            "conductor/grad_norm": torch.stack(norms).norm().item(),
+            "conductor/grad_norm": self._adam.grad_norm(),
         }
+        if self.residual is not None:
+            self._metrics["conductor/residual_loss"] = self.residual.learn(x_Pd, replay, config.steps)
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last batch and of the learning after it."""
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network, the statistics of the contexts, Adam's moments and the replay."""
-        return {
-            **{name: tensor.detach().clone() for name, tensor in self.params.named().items()},
-            **self.statistics.state_dict("statistics."),
-            **self._moments(),
-            **self.replay.state_dict(),
-        }
+        """The networks with Adam's moments, the statistics of the contexts and the replay."""
+        residual = {} if self.residual is None else self.residual.state_dict(_RESIDUAL)
+        return self._adam.state_dict() | residual | self.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over a ``state_dict``.
 
         Raises:
-            ValueError: A tensor is missing or has another shape. The policy is then as it was.
+            ValueError: A tensor is missing or has another shape, or there is a residual on one side alone. The policy
+                is then as it was.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.params.named().items()}
-        check_shapes(state, shapes | self.statistics.saved_shapes("statistics."))
-        self.replay.check(state)
-        for name, parameter in self.params.named().items():
-            parameter.data.copy_(state[name])
-        self._load_moments(state)
-        self.statistics.load_state_dict(state, "statistics.")
-        self.replay.load_state_dict(state)
-
-    def _moments(self) -> dict[str, Tensor]:
-        """Adam's state of each parameter, as ``optimizer.<parameter>.<key>``; nothing before the first step."""
-        return {
-            f"optimizer.{name}.{key}": value.detach().clone()
-            for name, parameter in self.params.named().items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
-
-    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces Adam's state by what ``_moments`` returned."""
-        for name, parameter in self.params.named().items():
-            prefix = f"optimizer.{name}."
-            found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            self._optimizer.state.pop(parameter, None)
-            if found:
-                self._optimizer.state[parameter] = {key: value.clone() for key, value in found.items()}
+        residual = {} if self.residual is None else self.residual.saved_shapes(_RESIDUAL)
+        if any(name.startswith(_RESIDUAL) for name in state) != bool(residual):
+            saved, own = ("false", "true") if residual else ("true", "false")
+            raise ValueError(f"state.residual: was saved with `residual: {saved}`, expected it with `residual: {own}`")
+        check_shapes(state, self._adam.saved_shapes() | residual)
+        self.memory.check(state)
+        self._adam.load_state_dict(state)
+        if self.residual is not None:
+            self.residual.load_state_dict(state, _RESIDUAL)
+        self.memory.load_state_dict(state)

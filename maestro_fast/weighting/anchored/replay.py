@@ -1,4 +1,4 @@
-"""What the anchored Conductor learns from: every labelled group of the run, kept for good.
+"""What is learnt from utilities: every labelled group of the run, kept for good, and the statistics of all contexts.
 
 The frozen reference model gives a prompt the same context at every visit, so equal contexts are stored once. A labelled
 group takes 4 (G K + G + 1) bytes, and each different context 4 d more. (Contexts of the trained policy differ at every
@@ -11,9 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from maestro_fast.ops.group_advantages import group_advantages
+from maestro_fast.weighting.conductor.experience import RunningStatistics, policy_contexts
+from maestro_fast.weighting.policy import ContextKind, WeightContext, check_shapes
+from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
+
+VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
+CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others gets no extreme weights.
+
+# The hidden state of the prompt that is read. "none" reads no state: what is learnt is the same for every prompt.
+PromptContext = Literal["reference_prompt_mean", "prompt_mean", "prompt_last", "none"]
 
 _PREFIX = "replay."
 _NAMES = ("contexts", "index", "rewards", "utilities")
@@ -96,6 +108,79 @@ class Replay:
                 raise ValueError(f"state.{_PREFIX}{name}: shape {tuple(found[name].shape)}, expected {shape}")
         if groups and not 0 <= int(found["index"].min()) <= int(found["index"].max()) < known:
             raise ValueError(f"state.{_PREFIX}index: points beyond the {known} contexts")
+
+
+class Memory:
+    """The labelled groups so far, with the contexts of all groups so far, standardised.
+
+    Attributes:
+        context_kind: the hidden state that is read; without a meaning where ``needs_context`` is False.
+        needs_context: whether one is read at all.
+        statistics: the running mean and variance of the contexts.
+        replay: the labelled groups.
+    """
+
+    def __init__(self, kind: PromptContext, size: int, actions: int) -> None:
+        self.needs_context = kind != "none"
+        self.context_kind: ContextKind = "response" if kind == "none" else kind
+        size = size if self.needs_context else 0
+        self.statistics = RunningStatistics(size)
+        self.replay = Replay(size, actions)
+
+    @property
+    def size(self) -> int:
+        """d, the width of the contexts; 0 for none."""
+        return self.statistics.mean.numel()
+
+    def contexts(self, context: WeightContext) -> Tensor:
+        """float32 [N, d] on the CPU, one context per group."""
+        if not self.needs_context:
+            return torch.empty(len(context.rewards_BK) // context.group_size, 0)
+        x_Bd = policy_contexts(context, self.context_kind, self.size, 0, torch.device("cpu"))
+        return x_Bd[:: context.group_size]
+
+    def standardised(self, x_Nd: Tensor) -> Tensor:
+        """The contexts in standard deviations, clipped at +-4."""
+        return standardised(x_Nd, *self.statistics.standardisation(VARIANCE_EPS))
+
+    def observe(self, context: WeightContext) -> None:
+        """Adds the contexts of the batch to the statistics, and its labelled groups to the replay.
+
+        A group in which fewer than two responses have a reward is left out: it says nothing of what rewards are worth,
+        and a regression that had seen no other group would give arbitrary scores.
+        """
+        x_Nd = self.contexts(context)
+        self.statistics.update(x_Nd)
+        rewards_NGK = normalised_rewards(context)
+        chosen_N = labelled_groups(context) & ((~rewards_NGK.isnan().all(-1)).sum(1) > 1)
+        utilities_NG = standardised_utilities(context).view(-1, context.group_size)
+        self.replay.add(x_Nd[chosen_N], rewards_NGK[chosen_N], utilities_NG[chosen_N])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The statistics under ``statistics.`` and the replay under ``replay.``."""
+        return self.statistics.state_dict("statistics.") | self.replay.state_dict()
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Checks a saved state before it is loaded. A ValueError names a tensor that is missing or does not fit."""
+        check_shapes(state, self.statistics.saved_shapes("statistics."))
+        self.replay.check(state)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a ``state_dict`` that ``check`` has accepted."""
+        self.statistics.load_state_dict(state, "statistics.")
+        self.replay.load_state_dict(state)
+
+
+def standardised(x_Nd: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x - mean) * rstd, clipped at +-4."""
+    return ((x_Nd - mean) * rstd).clamp(-CLIP, CLIP)
+
+
+def normalised_rewards(context: WeightContext) -> Tensor:
+    """r' [N, G, K] on the CPU in float32: the rewards standardised within their group, NaN where one abstained."""
+    rewards_BK = group_advantages(context.rewards_BK, None, context.group_size).normalized_rewards
+    rewards_BK = torch.where(context.rewards_BK.isnan(), float("nan"), rewards_BK)
+    return rewards_BK.float().cpu().view(-1, context.group_size, rewards_BK.shape[1])
 
 
 def _widened(x_NG: Tensor, width: int, fill: float) -> Tensor:

@@ -28,8 +28,6 @@ from maestro_fast.weighting.policy import ContextKind, Outcome, WeightContext, W
 
 logger = logging.getLogger(__name__)
 
-Context = Literal["response", "prompt_last", "prompt_mean", "reference_prompt_mean", "shuffled"]
-
 WEAKNESS = (
     "The Conductor's meta-objective 'advantage' is the published one. The group-normalised advantage carries no "
     "information on which reward a task needs: in our simulations the true utility stayed at or below that of equal "
@@ -50,10 +48,12 @@ class ConductorConfig:
         mode: "sample" draws one action per response (training, as in the paper). "group" draws one per group, from the
             group's mean context. "soft" uses the probabilities as weights, which leaves nothing to reinforce: it needs
             the estimator "pathwise", or learning_rate 0.
-        context: "response" is the terminal hidden state of each response (the paper). "prompt_last" and "prompt_mean"
-            are states of the prompt, the same for its whole group. "reference_prompt_mean" is the prompt's mean under
-            the frozen reference model. "shuffled" hands every response the state of another one: this control shows
-            what the states contribute.
+        context: "response" is the terminal hidden state of each response (the paper). "response_mean" is the mean over
+            the tokens of the response, and "response_first_layer" the terminal state after the first layer instead of
+            the last. "prompt_last" and "prompt_mean" are states of the prompt, the same for its whole group.
+            "reference_prompt_mean" is the prompt's mean under the frozen reference model.
+        shuffle: whether every response gets the state of another one (with a state of the prompt: every group that of
+            another group), anew in each batch. This control shows what the states contribute.
         standardise: "running" uses the mean and variance of all contexts so far, which change at updates only;
             "layer_norm" normalises each context by itself.
         hidden: the width of the hidden layer if the network is an MLP, d -> hidden -> GELU -> K; usually 256. 0 makes
@@ -85,7 +85,8 @@ class ConductorConfig:
     tau: float = 1.0
     min_prob: float = 0.05
     mode: Literal["sample", "soft", "group"] = "sample"
-    context: Context = "response"
+    context: ContextKind = "response"
+    shuffle: bool = False
     standardise: Literal["running", "layer_norm"] = "running"
     hidden: int = 0
     objective: Objective = "advantage"
@@ -190,7 +191,7 @@ class Conductor:
     def __init__(self, config: ConductorConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config
         self.reward_names = reward_names
-        self.context_kind: ContextKind = "response" if config.context == "shuffled" else config.context
+        self.context_kind: ContextKind = config.context
         self.needs_group_scores = config.needs_group_scores
         self.device = torch.device(config.chosen_device)
         self.network = Network(context_size, len(reward_names), config.hidden, config.seed, self.device)
@@ -226,9 +227,9 @@ class Conductor:
 
     def contexts(self, context: WeightContext) -> Tensor:
         """What the network reads for each response, [B, d]."""
-        size = self.statistics.mean.numel()
-        h_Bd = policy_contexts(context, self.config.context, size, self.config.seed, self.device)
-        return functional.layer_norm(h_Bd, h_Bd.shape[-1:]) if self.config.standardise == "layer_norm" else h_Bd
+        config, size = self.config, self.statistics.mean.numel()
+        h_Bd = policy_contexts(context, config.context, size, config.seed, self.device, shuffle=config.shuffle)
+        return functional.layer_norm(h_Bd, h_Bd.shape[-1:]) if config.standardise == "layer_norm" else h_Bd
 
     def weights(self, context: WeightContext) -> Weights:
         """The weights that the present network gives the responses of a batch."""

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maestro_fast.weighting.policy import WeightContext
+from maestro_fast.weighting.policy import ContextKind, WeightContext
 
 # --- contexts ---
 
 
-def policy_contexts(context: WeightContext, kind: str, size: int, seed: int, device: torch.device) -> Tensor:
+def policy_contexts(
+    context: WeightContext, kind: ContextKind, size: int, seed: int, device: torch.device, *, shuffle: bool = False
+) -> Tensor:
     """The contexts that a Conductor reads, float32 [B, d] on ``device``.
 
     A batched forward leaves rounding noise between copies of one prompt. Contexts of the prompt are therefore made
@@ -24,10 +26,12 @@ def policy_contexts(context: WeightContext, kind: str, size: int, seed: int, dev
 
     Args:
         context: the batch.
-        kind: the option ``context`` of ``ConductorConfig``.
+        kind: which hidden state of each response the batch has.
         size: d, the width that the Conductor's network expects.
-        seed: decides, together with the step, which response gets which state if ``kind`` is "shuffled".
+        seed: decides, together with the step, which response gets which state where they are shuffled.
         device: the device of the contexts that are returned.
+        shuffle: whether each response gets the state of another one, and with a state of the prompt each group that of
+            another group.
 
     Raises:
         ValueError: the batch has no contexts, or they have the wrong shape.
@@ -38,9 +42,10 @@ def policy_contexts(context: WeightContext, kind: str, size: int, seed: int, dev
     if context.context_Bd.shape != expected:
         raise ValueError(f"context_Bd: shape {tuple(context.context_Bd.shape)}, expected {expected}")
     h_Bd = context.context_Bd.detach().float().to(device)
-    if kind == "shuffled":
-        return _shuffled(h_Bd, seed, context.step)
-    return h_Bd if kind == "response" else h_Bd[:: context.group_size].repeat_interleave(context.group_size, 0)
+    of_prompts = not kind.startswith("response")
+    rows = h_Bd[:: context.group_size] if of_prompts else h_Bd
+    rows = _shuffled(rows, seed, context.step) if shuffle else rows
+    return rows.repeat_interleave(context.group_size, 0) if of_prompts else rows
 
 
 def group_mean(h_Bd: Tensor, group_size: int) -> Tensor:
@@ -48,17 +53,17 @@ def group_mean(h_Bd: Tensor, group_size: int) -> Tensor:
     return h_Bd.view(-1, group_size, h_Bd.shape[-1]).mean(1)
 
 
-def _shuffled(h_Bd: Tensor, seed: int, step: int) -> Tensor:
-    """Gives every response the state of another one.
+def _shuffled(rows: Tensor, seed: int, step: int) -> Tensor:
+    """Gives every row, which is a response or a prompt, the state of another one; a row that is alone keeps its own.
 
-    The responses are put in a random order, and each gets the state of the one before it. A random permutation would
-    leave some responses their own state.
+    The rows are put in a random order, and each gets the state of the one before it. A random permutation would leave
+    some rows their own state.
     """
     generator = torch.Generator().manual_seed((seed + step) % 2**63)
-    order_B = torch.randperm(h_Bd.shape[0], generator=generator).to(h_Bd.device)
-    shuffled_Bd = torch.empty_like(h_Bd)
-    shuffled_Bd[order_B] = h_Bd[order_B.roll(1)]
-    return shuffled_Bd
+    order = torch.randperm(rows.shape[0], generator=generator).to(rows.device)
+    shuffled = torch.empty_like(rows)
+    shuffled[order] = rows[order.roll(1)]
+    return shuffled
 
 
 # --- running statistics ---

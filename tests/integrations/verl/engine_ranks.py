@@ -30,7 +30,7 @@ from maestro_fast.model import backbone_of
 from tests.integrations.verl.ranks import error_of
 
 ROWS = 8
-KINDS = ("response", "prompt_last", "prompt_mean")
+KINDS = ("response", "response_mean", "prompt_last", "prompt_mean")
 
 
 @dataclass(frozen=True)

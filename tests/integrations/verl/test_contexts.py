@@ -24,7 +24,13 @@ def batch(**changes: Any) -> dict[str, Any]:
 def truth(hidden: Tensor, kind: str) -> Tensor:
     found = []
     for row, prompt in zip(hidden[: sum(LENGTHS)].split(LENGTHS), PROMPTS, strict=True):
-        found.append({"response": row[-1], "prompt_last": row[prompt - 1], "prompt_mean": row[:prompt].mean(0)}[kind])
+        states = {
+            "response": row[-1],
+            "response_mean": row[prompt:].mean(0),
+            "prompt_last": row[prompt - 1],
+            "prompt_mean": row[:prompt].mean(0),
+        }
+        found.append(states[kind])
     return torch.stack(found)
 
 

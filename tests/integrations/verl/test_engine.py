@@ -18,7 +18,7 @@ from tests.tiny import tiny_checkpoint
 pytestmark = pytest.mark.verl
 ONE = ("padded", "packed", "packed, dynamic", "padded, dynamic", "bucketed", "fsdp1", "fused")
 TWO = ("two ranks", "ulysses", "ulysses, dynamic", "ulysses, bucketed")
-KINDS = ("response", "prompt_last", "prompt_mean")
+KINDS = ("response", "response_mean", "prompt_last", "prompt_mean")
 FIELD = "maestro_h"
 
 
@@ -61,7 +61,8 @@ def expected(checkpoint: Path, sequences: Sequences, adapter: dict[str, Tensor] 
         with torch.no_grad():
             output = model(ids[None], output_hidden_states=True)
         hidden = output.hidden_states[-1][0]
-        contexts = {"response": hidden[-1], "prompt_last": hidden[prompt - 1], "prompt_mean": hidden[:prompt].mean(0)}
+        contexts = {"response": hidden[-1], "response_mean": hidden[prompt:].mean(0)}
+        contexts |= {"prompt_last": hidden[prompt - 1], "prompt_mean": hidden[:prompt].mean(0)}
         log_probs = output.logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         found.append(Row(contexts, log_probs))
     return found
@@ -149,7 +150,10 @@ def test_a_batch_that_is_trained_on_gives_none(one: list[dict[str, Any]]) -> Non
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("unknown kind", "maestro_context: 'terminal', expected one of response, prompt_last, prompt_mean"),
+        (
+            "unknown kind",
+            "maestro_context: 'terminal', expected one of response, response_mean, prompt_last, prompt_mean",
+        ),
         ("no prompts", "prompts: missing, expected a jagged tensor, for the context prompt_mean"),
         ("not seen", "hidden states: the forward of the module that makes them was not seen"),
         (

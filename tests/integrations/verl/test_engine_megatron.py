@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.verl,
     pytest.mark.skipif(not find_spec("megatron") or not find_spec("megatron.core"), reason="needs megatron-core"),
 ]
-KINDS = ("response", "prompt_last", "prompt_mean")
+KINDS = ("response", "response_mean", "prompt_last", "prompt_mean")
 LAYOUTS = ("packed", "packed, dynamic", "padded", "padded, dynamic", "bucketed")
 SPLITS = {"whole": (1, 1, 1), "tensor": (2, 1, 1), "pipeline": (1, 2, 1), "context": (1, 1, 2)}
 FIELD = "maestro_h"
@@ -53,7 +53,8 @@ def test_contexts_are_those_of_each_sequence_by_itself(
     _, prompts = whole["sequences"]
     want = []
     for states, prompt in zip(whole["truth"]["states"], prompts, strict=True):
-        spans = {"response": states[-1:], "prompt_last": states[prompt - 1 : prompt], "prompt_mean": states[:prompt]}
+        spans = {"response": states[-1:], "response_mean": states[prompt:]}
+        spans |= {"prompt_last": states[prompt - 1 : prompt], "prompt_mean": states[:prompt]}
         want.append(spans[kind].mean(0))
     for rank in ranks:
         found = rank[layout][kind]

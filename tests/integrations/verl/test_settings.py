@@ -125,6 +125,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"actor_rollout_ref__actor__strategy": "megatron", "actor_rollout_ref__model__mtp": {"enable": True}},
         {"actor_rollout_ref__model__mtp": {"enable": False}},
     ),
+    "context: response_first_layer": (
+        "maestro",
+        {"algorithm__maestro": {"weights": {"type": "conductor", "context": "response_first_layer"}}},
+        {"algorithm__maestro": {"weights": {"type": "conductor", "context": "response_mean"}}},
+    ),
     "no reference policy, where the context is reference_prompt_mean": (
         "maestro",
         {"algorithm__maestro": ANCHORED},

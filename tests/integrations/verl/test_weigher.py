@@ -14,9 +14,17 @@ from torch import Tensor
 from maestro_fast.integrations.verl.batch import TrainerBatch
 from maestro_fast.integrations.verl.rows import Rows, prompt_rank
 from maestro_fast.integrations.verl.settings import run_settings
-from maestro_fast.integrations.verl.weigher import Weigher
-from maestro_fast.ops import group_advantages
-from maestro_fast.weighting import Comparison, Outcome, WeightContext, adaptive_step, build_weight_policy
+from maestro_fast.integrations.verl.weigher import Filled, Weigher
+from maestro_fast.ops import Groups, group_advantages
+from maestro_fast.weighting import (
+    Comparison,
+    Outcome,
+    WeightContext,
+    Weights,
+    adaptive_step,
+    build_weight_policy,
+    compare,
+)
 from maestro_fast.weighting.adaptive_step import compare_scaled, weigh_scaled
 
 NAMES, D, G = ("correct", "brief", "summary"), 6, 4
@@ -113,6 +121,32 @@ def test_advantages_are_those_of_the_ops(profile: str) -> None:
             world.rewards.double(), used.double(), world.prompts, profile=profile, lengths=lengths
         )
         torch.testing.assert_close(found.double(), expected.advantages, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("profile", ["maestro", "verl_grpo", "verl_dr_grpo"])
+@pytest.mark.parametrize("residual", [{"type": "anchored", "residual": True}, {"type": "reward_model"}])
+def test_a_learnt_residual_is_scored_in_groups_of_several_sizes(residual: dict[str, Any], profile: str) -> None:
+    """What fills a group up takes no part in the residual, and the figures are those of the groups of one size."""
+    entry = {**residual, "steps": 5, "context": "none"}
+    ours, policy = weigher(entry, profile, utility={"key": "judge"}), build_weight_policy(entry, NAMES, D)
+    whole = [0, 1, 2, 3, 7, 8, 9, 10]  # the groups of 4, by the calls that our trainer makes
+    for step in range(3):
+        world = World((4, 3, 4), step)
+        policy.load_state_dict(ours.policy.state_dict())
+        found = play(ours, world.batch(), world.lengths)
+        context = WeightContext(NAMES, G, step, world.rewards[whole])
+        weights = policy.weights(context)
+        assert (weights.residual_B is None) is (step == 0)
+        expected = compare_scaled(context, weights, Comparison(profile), float(K)).advantages
+        torch.testing.assert_close(found[whole], expected, rtol=1e-4, atol=1e-5)
+
+    filled = Filled.of(Groups.of([0, 0, 1, 2, 2], 5))
+    weights_BK, six_B = torch.ones(6, 1), torch.arange(6.0)
+    context = WeightContext(("r",), 2, 0, six_B[:, None])
+    weights = Weights(weights_BK, weights_BK, residual_B=six_B, residual_factor=0.5)
+    part = filled.like_groups(Outcome(context, weights, compare(context, weights, Comparison())))
+    assert part.weights.residual_B is not None and part.weights.residual_factor == 0.5
+    assert part.weights.residual_B.tolist() == [0.0, 1.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("entry", [CONDUCTOR, {**CONDUCTOR, "estimator": "all_actions", "context": "prompt_last"}])

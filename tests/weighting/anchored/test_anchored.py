@@ -14,7 +14,8 @@ from torch import Tensor
 from maestro_fast.ops import group_advantages
 from maestro_fast.specs import PROFILES, AdvantageProfile
 from maestro_fast.weighting import Anchored, AnchoredConfig, Outcome, WeightContext, Weights, scored
-from maestro_fast.weighting.anchored.anchored import AnchoredParams, correlation, first_order, standardised
+from maestro_fast.weighting.anchored.anchored import AnchoredParams, correlation, first_order
+from maestro_fast.weighting.anchored.replay import standardised
 from tests.weighting.helpers import NAMES, K, normal
 
 N, G, D = 8, 6, 5

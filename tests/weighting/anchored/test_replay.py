@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from maestro_fast.specs import resolve_profile
-from maestro_fast.weighting.anchored.anchored import correlation, entropy, standardised
-from maestro_fast.weighting.anchored.replay import Replay
+from maestro_fast.weighting.anchored.anchored import correlation, entropy
+from maestro_fast.weighting.anchored.replay import Replay, standardised
 from tests.weighting.anchored.test_anchored import anchored, run, world
 from tests.weighting.helpers import normal
 

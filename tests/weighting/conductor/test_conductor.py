@@ -222,7 +222,7 @@ def test_self_flattery_by_hand() -> None:
         (torch.zeros(B * D), rf"context_Bd: shape \({B * D},\), expected \({B}, {D}\)"),
     ],
 )
-@pytest.mark.parametrize("kind", ["response", "shuffled"])
-def test_a_wrong_context_is_named(h: Tensor | None, words: str, kind: str) -> None:
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_wrong_context_is_named(h: Tensor | None, words: str, shuffle: bool) -> None:
     with pytest.raises(ValueError, match=f"^{words}"):
-        conductor(context=kind).weights(context(B, h))
+        conductor(shuffle=shuffle).weights(context(B, h))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maestro_fast.ops import group_advantages
-from maestro_fast.weighting import ConductorConfig, Outcome
+from maestro_fast.weighting import ConductorConfig, ContextKind, Outcome
 from maestro_fast.weighting.conductor.experience import RunningStatistics
 from tests.weighting.helpers import NAMES, K, context, normal
 
@@ -90,7 +88,7 @@ def test_an_update_leaves_earlier_figures_alone() -> None:
 
 def test_shuffling_gives_every_response_the_state_of_another() -> None:
     at = context(B, torch.arange(B).float()[:, None].expand(B, D), step=3)
-    policy = ConductorConfig(context="shuffled", seed=5).build(NAMES, D)
+    policy = ConductorConfig(shuffle=True, seed=5).build(NAMES, D)
     policy.observe(Outcome(at, policy.weights(at), group_advantages(at.rewards_BK, None, 4)))
     source_B = policy.state_dict()["buffer.0.h"][:, 0]
     assert sorted(source_B.tolist()) == list(range(B))
@@ -100,19 +98,30 @@ def test_shuffling_gives_every_response_the_state_of_another() -> None:
 def test_shuffling_follows_from_seed_and_step_alone() -> None:
     h = normal(B, D, seed=0)
 
-    def expected(seed: int, step: int, kind: Any = "shuffled") -> Tensor:
-        policy = ConductorConfig(context=kind, seed=seed).build(NAMES, D)
+    def expected(seed: int, step: int, shuffle: bool = True) -> Tensor:
+        policy = ConductorConfig(shuffle=shuffle, seed=seed).build(NAMES, D)
         policy.weight.data.copy_(normal(K, D, seed=7))
         return policy.weights(context(B, h, step=step)).expected_BK
 
     rows = expected(5, 3)
     assert torch.equal(expected(5, 3), rows)
-    for other in (expected(5, 4), expected(6, 3), expected(5, 3, "response")):
+    for other in (expected(5, 4), expected(6, 3), expected(5, 3, False)):
         assert not torch.equal(other, rows)
         assert sorted(other.tolist()) == sorted(rows.tolist())  # the same states, in another order
 
 
+@pytest.mark.parametrize("kind", ["prompt_last", "prompt_mean", "reference_prompt_mean"])
+def test_states_of_prompts_are_shuffled_among_the_groups(kind: ContextKind) -> None:
+    groups = B // 4
+    states_Bd = torch.arange(groups).repeat_interleave(4).float()[:, None].expand(B, D)
+    policy = ConductorConfig(context=kind, shuffle=True, seed=5).build(NAMES, D)
+    source_NG = policy.contexts(context(B, states_Bd, step=3, group_size=4))[:, 0].view(groups, 4)
+    assert (source_NG == source_NG[:, :1]).all(), "a group has one state"
+    assert sorted(source_NG[:, 0].tolist()) == list(range(groups))
+    assert (source_NG[:, 0] != torch.arange(groups)).all(), "that of another group"
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_shuffling_tiny_batches(batch: int) -> None:
-    policy = ConductorConfig(context="shuffled").build(NAMES, D)
+    policy = ConductorConfig(shuffle=True).build(NAMES, D)
     assert policy.weights(context(batch, normal(batch, D, seed=0), group_size=1)).weights_BK.shape == (batch, K)

@@ -46,7 +46,7 @@ def test_learns_a_planted_preference() -> None:
 
 
 def test_shuffled_states_teach_nothing() -> None:
-    policy, named, most_frequent = planted(context="shuffled")
+    policy, named, most_frequent = planted(shuffle=True)
     assert 1 / K - 0.03 < named < most_frequent + 0.03  # this much is possible without the states
     assert policy.weight.abs().sum() > 0  # it has updated
 
@@ -75,7 +75,7 @@ def test_the_published_objective_learns_to_flatter_itself() -> None:
 
 def test_no_flattery_without_learning_or_without_the_states() -> None:
     assert abs(flattery_after(20, learning_rate=0.0)[1]) < 0.05
-    assert abs(flattery_after(80, context="shuffled")[1]) < 0.05
+    assert abs(flattery_after(80, shuffle=True)[1]) < 0.05
 
 
 def test_equal_weights_do_not_flatter() -> None:

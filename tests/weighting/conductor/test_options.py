@@ -74,6 +74,15 @@ def test_layer_norm_in_place_of_running_statistics() -> None:
     torch.testing.assert_close(policy.weights(at(h=h)).expected_BK, 0.7 / K + 0.3 * p_BK)
 
 
+@pytest.mark.parametrize("kind", ["response", "response_mean", "response_first_layer"])
+def test_contexts_of_the_response_differ_within_a_group(kind: str) -> None:
+    policy = conductor(context=kind)
+    policy.weight.data.copy_(normal(K, D, seed=7))
+    expected_BK = policy.weights(at()).expected_BK
+    assert policy.context_kind == kind
+    assert len(expected_BK.unique(dim=0)) == B
+
+
 @pytest.mark.parametrize("kind", ["prompt_last", "prompt_mean", "reference_prompt_mean"])
 def test_contexts_of_the_prompt_are_one_per_group(kind: str) -> None:
     policy = conductor(context=kind)
