@@ -29,9 +29,9 @@ from bench.tables import emit
 from maestro_fast.evals.statistics import paired_difference
 from maestro_fast.model import forward
 from maestro_fast.ops import pool_hidden
+from maestro_fast.quickstart.arms import EXAMPLE, example_config
 from maestro_fast.quickstart.model import make_checkpoint
 from maestro_fast.quickstart.reward_model import make_reward_model
-from maestro_fast.quickstart.run import EXAMPLE, example_config
 from maestro_fast.records import StepRecord
 from maestro_fast.settings import override
 from maestro_fast.training import parse_config, train

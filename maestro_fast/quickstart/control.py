@@ -1,4 +1,4 @@
-"""The control run of the quickstart: it trains with equal weights, in a process beside the adaptive run.
+"""The control runs of the quickstart: each trains another way, in a process of its own beside the adaptive run.
 
 The quickstart starts ``python -m maestro_fast.quickstart.control CONFIG [--resume]``. Standard input of that process is
 a pipe that nothing is written to. The pipe closes when the quickstart ends, however it ends, and then the control run
@@ -24,19 +24,19 @@ import yaml
 def control_run(raw: dict[str, Any], out: Path, lock: int) -> Iterator[subprocess.Popen[bytes] | None]:
     """Runs the config ``raw`` in a process that ends with this one. Yields it, or None if the run has finished already.
 
-    The process writes its output to equal.log in ``out``. It also holds the ``lock`` on ``out``, so that no other
-    quickstart begins there before the control run has ended.
+    The process writes its output to a file in ``out`` that has the name of the run, such as equal.log. It also holds
+    the ``lock`` on ``out``, so that no other quickstart begins there before the control run has ended.
     """
     run_dir = Path(raw["run_dir"])
     if (run_dir / "final").exists():
         yield None
         return
-    config = out / "equal.yaml"
+    config = out / f"{run_dir.name}.yaml"
     config.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "maestro_fast.quickstart.control", str(config)]
     if has_checkpoint(run_dir):
         command.append("--resume")
-    with (out / "equal.log").open("ab") as log:
+    with (out / f"{run_dir.name}.log").open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -58,14 +58,14 @@ def control_run(raw: dict[str, Any], out: Path, lock: int) -> Iterator[subproces
 
 
 def wait_for(process: subprocess.Popen[bytes] | None, log: Path) -> None:
-    """Waits for the control run to end.
+    """Waits for a control run to end.
 
     Raises:
         RuntimeError: It failed; the message shows the end of its output.
     """
     if process is not None and process.wait() != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(f"the control run failed, its output in {log} ends with:\n{tail}")
+        raise RuntimeError(f"the run {log.stem} failed, its output in {log} ends with:\n{tail}")
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -91,10 +91,10 @@ def end_with_parent(descriptor: int = 0) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Trains the run of a config, and writes its report."""
+    """Trains the run of a config. Its curves are in the report of the anchored run, so it gets none of its own."""
     end_with_parent()
     # These imports take seconds, so the pipe is watched before they begin.
-    from maestro_fast.reporting.recorded_run import recorded_train, try_report
+    from maestro_fast.reporting.recorded_run import recorded_train
     from maestro_fast.training import read_config
     from maestro_fast.training.interrupt import Interrupted
 
@@ -104,7 +104,6 @@ def main(arguments: list[str]) -> None:
     except Interrupted as stopped:
         print("\n".join([str(stopped), *stopped.__notes__]))
         sys.exit(128 + stopped.signal)
-    print(try_report(Path(run["run_dir"])))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from maestro_fast.rewards import build_anchor
 from maestro_fast.training import PromptDataset, parse_config
 from maestro_fast.training.prompt_weights import sample_responses
 
-SAMPLES, SEED = 8, 1  # the number of responses to each prompt, and the seed with which they are sampled
+SAMPLES, SEED = 6, 1  # the number of responses to each prompt, and the seed with which they are sampled
 
 
 def split(prompts: Path, folder: Path, limit: int | None) -> None:
@@ -93,24 +93,38 @@ def utility_table(found: dict[str, Utilities]) -> Table:
     return Table(caption, ("policy", "all", *known), tuple(rows))
 
 
-def verdict(anchored: Utilities, equal: Utilities) -> list[str]:
-    """Sentences on what the two runs show about the anchored Conductor. They claim no more than the interval does."""
-    gap = paired_difference(anchored.mean_N, equal.mean_N)
-    if gap.low > 0:
-        words = "so here the anchored weights helped"
-    elif gap.high < 0:
-        words = "so here the anchored weights did HARM"
-    else:
-        words = "so these two runs do NOT show that the anchored weights help"
+def verdict(found: dict[str, Utilities], label: str, start: str) -> list[str]:
+    """Sentences on what the runs show about the one called ``label``. They claim no more than the intervals do.
+
+    Args:
+        found: the utilities of all policies on the same prompts, by label.
+        label: the policy that is compared with all others.
+        start: the policy that all others were trained from.
+    """
+    own = found[label]
+    rise = paired_difference(own.mean_N, found[start].mean_N)
+    words = "it rose" if rise.low > 0 else "it FELL" if rise.high < 0 else "it did NOT clearly change"
     sentences = [
-        f"Anchored minus equal weights: {gap.mean:+.3f} ± {gap.half_width:.3f} utility on held-out prompts (95 %, "
-        f"prompt by prompt), {words}. It is one run of each: another seed may say otherwise."
+        f"Utility of the {label} policy on held-out prompts: {rise.mean:+.3f} ± {rise.half_width:.3f} from the {start} "
+        f"(95 %, prompt by prompt), so {words}."
     ]
-    gaps = Utilities(equal.families, anchored.mean_N - equal.mean_N).by_family()
-    if worse := [f"{family} ({mean:+.2f})" for family, mean in gaps.items() if mean < 0]:
+    for other, theirs in found.items():
+        if other in (label, start):
+            continue
+        gap = paired_difference(own.mean_N, theirs.mean_N)
+        if gap.low > 0:
+            words = "so here the anchored weights helped"
+        elif gap.high < 0:
+            words = "so here the anchored weights did HARM"
+        else:
+            words = "so these two runs do NOT show that the anchored weights help"
+        gaps = Utilities(theirs.families, own.mean_N - theirs.mean_N).by_family()
+        worse = [f"{family} ({mean:+.2f})" for family, mean in gaps.items() if mean < 0]
         sentences.append(
-            f"It does not help everywhere: utility is lower than with equal weights in {', '.join(worse)}."
+            f"{label.capitalize()} minus {other}: {gap.mean:+.3f} ± {gap.half_width:.3f}, {words}"
+            + (f"; it is lower in {', '.join(worse)}." if worse else ".")
         )
+    sentences.append("It is one run of each: another seed may say otherwise.")
     return sentences
 
 

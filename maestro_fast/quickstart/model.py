@@ -22,7 +22,7 @@ def read_pairs(prompts: Path) -> list[tuple[str, str]]:
     return [(row["prompt"], draft) for row in rows for draft in row["drafts"]]
 
 
-def build_tokenizer(texts: list[str], vocabulary: int = 3000) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], vocabulary: int = 2000) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE. Each tag is one token but not a special one, so that it stays in the decoded text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,8 +65,8 @@ def warm_start(
     *,
     epochs: int,
     seed: int,
-    batch: int = 32,
-    learning_rate: float = 3e-3,
+    batch: int = 16,
+    learning_rate: float = 4e-3,
 ) -> float:
     """Trains on the drafts, with the loss on the draft's tokens alone. Returns the mean loss of the last epoch."""
     rows = [_encode(tokenizer, prompt, draft) for prompt, draft in pairs]

@@ -1,4 +1,4 @@
-"""The quickstart: makes two tiny models, trains with the anchored Conductor and with equal weights, and compares."""
+"""The quickstart: makes two tiny models, trains with the anchored Conductor and in two other ways, and compares."""
 
 from __future__ import annotations
 
@@ -7,50 +7,58 @@ import json
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.utils.logging import disable_progress_bar
 
+from maestro_fast.quickstart.arms import ANCHORED, ARMS, EXAMPLE, example_config, run_config
 from maestro_fast.quickstart.control import control_run, has_checkpoint, wait_for
 from maestro_fast.quickstart.held_out import save, split, utilities, utility_table, verdict
 from maestro_fast.quickstart.model import make_checkpoint
 from maestro_fast.quickstart.reward_model import HeldOut, make_reward_model
 from maestro_fast.reporting import Table, family_spread, format_table, read_jsonl
-from maestro_fast.reporting.prompt_weights import family_table, spread_sentence
+from maestro_fast.reporting.json_lines import METRICS_FILE
+from maestro_fast.reporting.prompt_weights import family_table, residual_sentence, spread_sentence
 from maestro_fast.reporting.recorded_run import recorded_train, try_report
-from maestro_fast.settings import override
 from maestro_fast.training import DataConfig, load_prompts, parse_config
 from maestro_fast.training.prompt_weights import load_conductor, prompt_weights
 from maestro_fast.training.run_directory import locked
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart"
+WARM_START = "warm start"
 
 
 def quickstart(
-    out: Path, *, resume: bool = False, epochs: int = 8, reward_epochs: int = 4, limit: int | None = None
+    out: Path,
+    *,
+    resume: bool = False,
+    epochs: int = 8,
+    reward_epochs: int = 4,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Runs everything and prints the outcome.
 
-    The two runs go side by side, each on one thread, since a model this small gains nothing from a second thread.
+    The three runs go side by side, each on one thread, since a model this small gains nothing from a second thread. Two
+    cores share three runs in less time than they need for two runs and then the third.
 
     Args:
-        out: The directory of the models and of both runs. Without ``resume`` it must be empty or not exist yet.
-        resume: Whether finished parts in ``out`` are kept, and an unfinished run goes on from its last checkpoint. The
+        out: The directory of the models and of all runs. Without ``resume`` it must be empty or not exist yet.
+        resume: Whether finished parts in ``out`` are kept, and unfinished runs go on from their last checkpoints. The
             other arguments must be the same as before.
         epochs: The number of epochs of the warm start.
         reward_epochs: The number of epochs in which the reward model is trained.
         limit: The number of prompts that are trained on; None takes all.
+        settings: Settings that replace those of the bundled config, by dotted name.
 
     Returns:
         The directory of the run with the anchored Conductor.
 
     Raises:
         FileExistsError: ``out`` is not empty, and ``resume`` is not set.
-        SettingsError: Another quickstart, or the control run of one, still works in ``out``.
+        SettingsError: Another quickstart, or a control run of one, still works in ``out``.
     """
     began = time.monotonic()
     if out.exists() and any(out.iterdir()) and not resume:
@@ -67,21 +75,28 @@ def quickstart(
         )
         print(textwrap.indent(textwrap.fill(f"it {judged}", 95), "     "))
         split(EXAMPLE / "prompts.jsonl", out, limit)
-        equal = _config(out, "equal", {"weights": "equal", "trainer.disable_tqdm": True})
-        with control_run(equal, out, lock) as control:
-            print(
-                "3/4  GRPO with the anchored Conductor, which learns from utilities of a quarter of the prompts",
-                flush=True,
-            )
-            if not (out / "anchored" / "final").exists():
-                recorded_train(_config(out, "anchored", {}), resume=has_checkpoint(out / "anchored"))
-            print(
-                "4/4  The same with equal weights, started beside it; then both are measured on held-out prompts",
-                flush=True,
-            )
-            wait_for(control, out / "equal.log")
+        _train_all(out, settings, lock)
         _conclude(out, judged, began)
-    return out / "anchored"
+    return out / ANCHORED
+
+
+def _train_all(out: Path, settings: Mapping[str, Any] | None, lock: int) -> None:
+    """Trains the anchored run in this process, and the others beside it."""
+    configs = {arm: run_config(out, arm, settings) for arm in ARMS}
+    for arm, raw in configs.items():
+        raw["trainer"]["disable_tqdm"] = arm != ANCHORED  # A log file has no use for a bar.
+    share = configs[ANCHORED]["anchor"]["labels"]["share"]
+    with contextlib.ExitStack() as stack:
+        controls = {
+            arm: stack.enter_context(control_run(raw, out, lock)) for arm, raw in configs.items() if arm != ANCHORED
+        }
+        print(f"3/4  GRPO with the anchored Conductor, which learns from utilities of {share:.0%} of the prompts")
+        print(f"     Beside it run {' and '.join(ARMS[arm].label for arm in controls)}", flush=True)
+        if not (out / ANCHORED / "final").exists():
+            recorded_train(configs[ANCHORED], resume=has_checkpoint(out / ANCHORED))
+        print("4/4  When these have ended, too, all policies are measured on held-out prompts", flush=True)
+        for arm, control in controls.items():
+            wait_for(control, out / f"{arm}.log")
 
 
 @contextlib.contextmanager
@@ -120,50 +135,29 @@ def _made(folder: Path, make: Callable[[Path], Any]) -> Any:
     return json.loads((folder / outcome).read_text(encoding="utf-8"))
 
 
-def _config(out: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The config of the run ``name`` in ``out``; ``changes`` maps dotted settings to values."""
-    raw = example_config(out)
-    for dotted, value in {"run_dir": str((out / name).absolute()), "trainer.disable_tqdm": False, **changes}.items():
-        override(raw, dotted, value)
-    return raw
-
-
-def example_config(out: Path) -> dict[str, Any]:
-    """The bundled config, with paths into this installation and into ``out``."""
-    raw: dict[str, Any] = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
-    out = out.absolute()  # Relative paths in the files that are written would start in their folders.
-    override(raw, "model.path", str(out / "model"))
-    override(raw, "data.path", str(out / "train.jsonl"))
-    override(raw, "evaluation.data.path", str(out / "held_out.jsonl"))
-    for entry in [*raw["rewards"], raw["anchor"]]:
-        if "function" in entry:
-            entry["function"] = str(EXAMPLE / Path(entry["function"]).name)
-        if "model" in entry:
-            entry["model"] = str(out / "reward_model")
-    return raw
-
-
 def _conclude(out: Path, judged: HeldOut, began: float) -> None:
     """Measures all policies on held-out prompts, prints tables and sentences, and writes the report."""
-    run, equal = out / "anchored", out / "equal"
-    lines, raw = read_jsonl(run / "metrics.jsonl"), example_config(out)
+    run, raw = out / ANCHORED, example_config(out)
+    lines = read_jsonl(run / METRICS_FILE)
     held_out = load_prompts(DataConfig(str(out / "held_out.jsonl")), parse_config(raw).chat)
-    models = {"warm start": out / "model", "equal weights": equal / "final", "anchored": run / "final"}
+    models = {WARM_START: out / "model"} | {own.label: out / arm / "final" for arm, own in ARMS.items()}
     found = {label: utilities(raw, model, held_out) for label, model in models.items()}
     save(found, out / "held_out_utilities.json")
     weights = prompt_weights(load_conductor(run / "final"), held_out)
     by_family = family_table(weights)
     tables = [utility_table(found), *([by_family] if by_family else []), _change_table(lines)]
     summary = [
-        *verdict(found["anchored"], found["equal weights"]),
+        *verdict(found, ARMS[ANCHORED].label, WARM_START),
         f"Utilities were known for {_mean(lines, 'anchor/labelled'):.0%} of the responses in training.",
         f"Weights on held-out prompts. {spread_sentence(weights) or ''}",
+        residual_sentence(run / METRICS_FILE),
         f"The reward model behind `preference` {judged}.",
     ]
     for table in tables:
         print("\n" + format_table(table))
     print("\n" + "\n".join(textwrap.fill(sentence, 100) for sentence in summary))
-    where = try_report(run, title="Quickstart", summary=summary, tables=tables, compare={"equal weights": equal})
+    others = {own.label: out / arm for arm, own in ARMS.items() if arm != ANCHORED}
+    where = try_report(run, title="Quickstart", summary=summary, tables=tables, compare=others)
     print(f"\n{where}\nPrompt by prompt: maestro-fast conductor show {run}/final --on {out}/held_out.jsonl")
     print(f"{time.monotonic() - began:.0f} seconds in all.")
 

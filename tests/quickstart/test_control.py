@@ -1,4 +1,4 @@
-"""The run with equal weights ends with the quickstart that began it, and two quickstarts do not share a directory."""
+"""A control run ends with the quickstart that began it, and two quickstarts do not share a directory."""
 
 from __future__ import annotations
 

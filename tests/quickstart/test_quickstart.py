@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from maestro_fast.functions import load_function
+from maestro_fast.quickstart.arms import EXAMPLE, example_config
 from maestro_fast.quickstart.held_out import Utilities, split, utility_table, verdict
 from maestro_fast.quickstart.model import build_tokenizer, read_pairs
 from maestro_fast.quickstart.reward_model import HeldOut, Pair, make_reward_model, margins, read_preferences
-from maestro_fast.quickstart.run import EXAMPLE, example_config, quickstart
+from maestro_fast.quickstart.run import quickstart
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards import build_rewards
 
@@ -53,12 +54,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from maestro_fast.quickstart.run import quickstart
-quickstart(Path(sys.argv[1]), resume="--resume" in sys.argv, epochs=1, reward_epochs=1, limit=56)
+settings = {"trainer.max_steps": 5, "trainer.save_steps": 3}
+quickstart(Path(sys.argv[1]), resume="--resume" in sys.argv, epochs=1, reward_epochs=1, limit=40, settings=settings)
 """
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """Starts a quickstart of seven steps in its own process group."""
+    """Starts a quickstart of five steps in its own process group."""
     command = [sys.executable, "-c", PROGRAM, *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -91,19 +93,20 @@ def test_quickstart_runs_to_its_end(uninterrupted: tuple[Path, str]) -> None:
 
     for name in ("config.yaml", "metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "report/report.html", "final"):
         assert (run / name).exists(), name
-    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 56 * 8
-    assert set(found) == {"warm start", "equal weights", "anchored"}
-    for label, one in found.items():
-        mean = sum(one["utility"]) / 8
-        assert re.search(rf"{label} +{mean:.3f} ± 0\.", printed), label
-    gap = sum(found["anchored"]["utility"]) / 8 - sum(found["equal weights"]["utility"]) / 8
-    assert f"Anchored minus equal weights: {gap:+.3f} ±" in printed
+    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 40 * 8
+    means = {label: sum(one["utility"]) / 5 for label, one in found.items()}
+    assert list(means) == ["warm start", "equal weights", "labelled prompts alone", "anchored"]
+    printed = " ".join(printed.split())
+    for label, mean in means.items():
+        assert re.search(rf"{label} {mean:.3f} ± 0\.", printed), label
+    for label in ("equal weights", "labelled prompts alone"):
+        assert f"Anchored minus {label}: {means['anchored'] - means[label]:+.3f} ±" in printed
     assert "conductor show" in printed and "report.html" in printed and "held-out pairs" in printed
     names = ("format", "brevity", "entropy", "perplexity", "preference", "richness")
     assert all(first[f"rewards/{name}/mean"] is not None for name in names)
     assert first["rewards/preference/std"] > 0
-    assert first["anchor/labelled"] == 1.0 and first["weights/format"] == pytest.approx(1 / 6)
-    assert abs(last["weights/format"] - 1 / 6) > 1e-3 and last["eval_utility_count"] == 16
+    assert first["anchor/labelled"] == 1.0 and first["weights/format"] == pytest.approx(1 / 7)
+    assert abs(last["weights/format"] - 1 / 7) > 1e-3 and last["eval_utility_count"] == 5
     with pytest.raises(FileExistsError, match=r"--out: .* is not empty"):
         quickstart(out)
 
@@ -114,7 +117,7 @@ def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple
         shutil.copytree(whole / part, killed / part)
     process = start(str(killed), "--resume")
     deadline = time.monotonic() + 300
-    while not (killed / "anchored" / "checkpoint-5").exists():
+    while not (killed / "anchored" / "checkpoint-3").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -125,7 +128,7 @@ def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple
 
     name = "held_out_utilities.json"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    for run in ("anchored", "equal"):
+    for run in ("anchored", "equal", "labelled"):
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             assert (killed / run / name).read_bytes() == (whole / run / name).read_bytes(), f"{run}/{name}"
         for name in ("model.safetensors", "weight_policy.safetensors"):
@@ -138,14 +141,19 @@ def utilities(*means: float) -> Utilities:
     return Utilities(["fact", "opening"] * (len(means) // 2), torch.tensor(means))
 
 
-def test_the_verdict_claims_no_more_than_the_interval() -> None:
-    equal = utilities(0.5, 0.5, 0.4, 0.4)
-    helped = verdict(utilities(0.61, 0.6, 0.5, 0.51), equal)
-    assert helped == [helped[0]] and "+0.105 ±" in helped[0] and "helped" in helped[0] and "NOT" not in helped[0]
-    assert "did HARM" in verdict(utilities(0.41, 0.4, 0.3, 0.31), equal)[0]
-    unclear = verdict(utilities(0.9, 0.3, 0.8, 0.3), equal)
-    assert "do NOT show that the anchored weights help" in unclear[0]
-    assert "lower than with equal weights in opening (-0.15)" in unclear[1]
+def test_the_verdict_claims_no_more_than_the_intervals() -> None:
+    found = {"start": utilities(0.3, 0.3, 0.2, 0.2), "equal": utilities(0.5, 0.5, 0.4, 0.4)}
+    rise, helped, last = verdict({**found, "anchored": utilities(0.61, 0.6, 0.5, 0.51)}, "anchored", "start")
+    assert "+0.305 ±" in rise and "so it rose" in rise
+    assert helped.startswith("Anchored minus equal: +0.105 ±") and helped.endswith(
+        "so here the anchored weights helped."
+    )
+    assert last == "It is one run of each: another seed may say otherwise."
+    fell, harm, _ = verdict({**found, "anchored": utilities(0.1, 0.1, 0.02, 0.0)}, "anchored", "start")
+    assert "so it FELL" in fell and "did HARM; it is lower in fact (-0.39), opening (-0.40)." in harm
+    still, unclear, _ = verdict({**found, "anchored": utilities(0.9, 0.1, 0.8, 0.1)}, "anchored", "start")
+    assert "did NOT clearly change" in still
+    assert unclear.endswith("do NOT show that the anchored weights help; it is lower in opening (-0.35).")
 
 
 def test_utilities_stand_with_their_interval_and_by_family() -> None:
@@ -185,15 +193,30 @@ utility = load_function(f"{EXAMPLE}/rewards.py:utility", field="function")
         ("format", "1. hammer 2. saw 3. ladder", "hammer; saw; ladder", 1 / 3),  # half of F1 with 3 of 6 and 3 words
         ("format", "name: fox; colour: red; size: small", "name: fire engine; colour: red; size: small", 0.5 + 5 / 13),
         ("format", "no, because a cow has no wings.", "yes, because cows fly.", 0.5 + 1 / 11),
-        ("opening", "ignored", "word " * 20, 1 / 20),
-        ("opening", "ignored", " ".join(f"w{i}" for i in range(10)), 0.5),
-        ("opening", "ignored", " ".join(f"w{i}" for i in range(50)), 0.5),
-        ("opening", "ignored", " ".join(f"w{i}" for i in range(22)), 1.0),
+        ("opening", "ignored", "word " * 20, 1 / 20 / 2),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(10)), 10 / 15 / 2),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(50)), 1 / 2 / 2),
+        ("opening", "ignored", " ".join(f"w{i}" for i in range(22)), 1 / 2),
+        ("opening", "ignored", " W" + " ".join(f"w{i}" for i in range(22)) + ".", 1.0),
+        ("opening", "ignored", "One. W" + " ".join(f"w{i}" for i in range(20)) + ".", 1 / 2),  # two sentences
+        ("rewrite", "The cat stayed.", "The cat stayed there long.", (6 / 8 + 1) / 2),
+        ("rewrite", "The cat stayed.", "The cat stayed there long", 6 / 8 / 2),  # not a sentence
+        ("rewrite", "The cat stayed.", "The cat remained there long.", (4 / 8 + 4 / 5) / 2),  # one long word of five
+        ("rewrite", "The cat stayed.", "The cat stayed.", (1 + 3 / 5) / 2),
     ],
 )
 def test_the_utility_by_hand(family: str, reference: str, answer: str, expected: float) -> None:
     found = utility([answer], family=[family], reference=[reference], prompts=["ignored"])
     assert found == [pytest.approx(expected)]
+
+
+def test_the_rewards_of_the_example_by_hand() -> None:
+    richness, faithful = (load_function(f"{EXAMPLE}/rewards.py:{name}") for name in ("richness", "faithful"))
+    thought = "<think> Some other words. </think> <answer> The windmill, the old windmill turns. </answer>"
+    assert richness(["The windmill, the old windmill turns.", thought, ""]) == [2 / 8, 2 / 8, 0.0]
+    assert richness([" ".join(f"word{'abcdefghij'[i]}" for i in range(10))]) == [1.0]
+    prompts = ["Fill in a card for a fox: name, colour, size.", "Rewrite plainly: The mill has ceased.", "Fact: is it?"]
+    assert faithful(["name: fox; size", "The mill stopped.", "no"], prompts=prompts) == [2 / 3, 1 / 2, 0.0]
 
 
 def test_references_are_worth_more_than_drafts() -> None:
