@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_fast import __version__
-from maestro_fast.config_file import absolute_paths, check_paths, read_config
+from maestro_fast.config_file import absolute_paths, check_paths, read_config, settings_of_words
 from maestro_fast.error_report import explain
 
 _VERBOSE = ("-v", "--verbose")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = any(word in _VERBOSE for word in words)  # It may stand anywhere, also behind the settings of a run.
     parser = _parser()
     arguments, rest = parser.parse_known_args([word for word in words if word not in _VERBOSE])
-    if rest and arguments.command not in ("train", "check"):
+    if rest and arguments.command not in ("train", "check", "eval"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("maestro_fast").setLevel(logging.INFO if verbose else logging.WARNING)
@@ -62,6 +62,10 @@ def _run(arguments: argparse.Namespace, settings: list[str]) -> int:
         return _check(arguments.config, settings, arguments.prompts, arguments.tokens)
     if arguments.command == "report":
         return _report(arguments.run_dir, arguments.compare, arguments.title)
+    if arguments.command == "eval":
+        return _eval(arguments.suite, settings)
+    if arguments.command == "compare":
+        return _compare(arguments.runs, arguments.out)
     if arguments.command == "conductor":
         return _show_conductor(arguments)
     return _info()
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABEL=RUN_DIR",
         help="lay the weights of another run over those of this one, up to three times",
     )
+    _add_evals(commands)
     _add_conductor(commands)
     commands.add_parser("info", help="versions, devices, and which backend and attention serve, with the reasons")
     return parser
@@ -142,6 +147,20 @@ def _add_starting(commands: Any) -> None:
         command.add_argument(
             "--tokens", type=int, default=64, help="the most tokens of a response, where the policy samples itself (64)"
         )
+
+
+def _add_evals(commands: Any) -> None:
+    suite = commands.add_parser(
+        "eval", help="train many arms on many seeds: do adaptive weights pay, with how many labels?", allow_abbrev=False
+    )
+    suite.add_argument("suite", help="conflict, conflict_lm, or the YAML file of a suite of your own")
+    suite.epilog = (
+        "Any setting can be changed behind it: --seeds 3 --out runs/mine --run.model.path M. A suite that was stopped "
+        "goes on where it was; finished trainings are not repeated. maestro_fast/evals/README.md lists the settings."
+    )
+    compare = commands.add_parser("compare", help="tables, intervals and plots of suites or runs side by side")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="the directory of a suite or a run, or LABEL=DIR,DIR")
+    compare.add_argument("--out", type=Path, help="a directory for tables, figures and a page in HTML")
 
 
 def _add_conductor(commands: Any) -> None:
@@ -256,6 +275,25 @@ def _report(run_dir: Path, compare: list[str], title: str | None) -> int:
 
     print(printed_verdict(run_dir, compare=others))
     print(f"Report: {write_report(run_dir, title=title, compare=others)}")
+    return 0
+
+
+def _eval(suite: str, words: list[str]) -> int:
+    settings = settings_of_words(words)
+    from maestro_fast.evals.run import BUNDLED, CONFLICT, evaluate
+
+    if suite not in (*BUNDLED, CONFLICT) and not Path(suite).is_file():
+        known = ", ".join([CONFLICT, *BUNDLED])
+        raise ValueError(f"eval: there is no file {suite}, expected {known} or the YAML file of a suite")
+    _quiet_loading()
+    print(evaluate(suite, settings))
+    return 0
+
+
+def _compare(runs: list[str], out: Path | None) -> int:
+    from maestro_fast.evals.compare import compare
+
+    print(compare(runs, out))
     return 0
 
 

@@ -49,8 +49,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         SettingsError: the file cannot be read, it is no YAML mapping, a key stands in it twice, an override is broken,
             or a path is relative to the working directory where it should be relative to the file.
     """
-    values = _read_file(path)
-    given = list(_pairs(overrides))
+    values = read_plain(path)
+    given = list(settings_of_words(overrides))
     taken = tuple(name for name, _ in given)
     folder, here = path.absolute().parent, Path.cwd()
     located: dict[str, Any] = _located(
@@ -69,10 +69,15 @@ def read_run_config(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: the file cannot be read, or it is no YAML mapping.
     """
-    return absolute_paths(_read_file(path), Path.cwd())
+    return absolute_paths(read_plain(path), Path.cwd())
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_plain(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file as it stands there.
+
+    Raises:
+        SettingsError: the file cannot be read, it is no YAML mapping, or a key stands in it twice.
+    """
     if not path.exists():
         raise SettingsError(f"config: no file {path}")
     try:
@@ -119,8 +124,12 @@ def _yaml(text: str, what: str) -> Any:
         raise SettingsError(f"{what}{where}: is not valid YAML: {problem}") from error
 
 
-def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """The dotted names and the values of ``--a.b value`` and ``--a.b=value``."""
+def settings_of_words(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """The dotted names and the values of ``--a.b value`` and ``--a.b=value``, from the words of a command line.
+
+    Raises:
+        SettingsError: a word is no setting, a value is missing, or it is not YAML.
+    """
     rest, found = list(words), []
     while rest:
         word = rest.pop(0)

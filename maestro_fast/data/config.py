@@ -119,14 +119,18 @@ def check_training_data(data: Data, trainer: Mapping[str, Any]) -> None:
             )
 
 
-def check_held_out_data(data: Data) -> None:
+def check_held_out_data(data: Data, field: str = "evaluation.data") -> None:
     """Checks the data sets of an evaluation, which reads every prompt of them each time.
+
+    Args:
+        data: the data sets.
+        field: the name of their section, for errors.
 
     Raises:
         SettingsError: there is no data set, or one has a share or is a stream.
     """
-    sets = named_sets(data, "evaluation.data")
-    _check_some(sets, "evaluation.data")
+    sets = named_sets(data, field)
+    _check_some(sets, field)
     for name, each in sets:
         if each.share is not None:
             raise SettingsError(f"{name}.share: {each.share}, but an evaluation reads every prompt, expected null")

@@ -206,19 +206,19 @@ def _page(run: RecordedRun, title: str | None, summary: Sequence[str], tables: S
     if run.config is None:
         left_out.append(("Configuration", "there is no config.yaml"))
     more = [table for table in _spread_tables(run) if table not in tables]
-    page: str = _template().render(
+    page: str = page_template(Path(__file__).with_name("report.html.j2")).render(
         title=title or f"Training run {run.directory.resolve().name}",
         facts=[*_facts(run.history, run.timings), *_kept(run.directory), *_about_data(run.directory)],
         summary=summary,
         verdict=run.verdict,
         headings={plot.name: plot.heading for plot in PLOTS if any(p["name"] == plot.name for p in pictures)},
-        tables=[_table(table) for table in (*tables, *more)],
+        tables=[table_cells(table) for table in (*tables, *more)],
         pictures=pictures,
         left_out=left_out,
         pairs=pairs,
         about_pairs=say_pairs(pairs),
         config=run.config,
-        versions=_versions(),
+        versions=versions(),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
     )
     return page
@@ -356,13 +356,13 @@ def _spread_tables(run: RecordedRun) -> Iterator[Table]:
             yield Table(caption, ("run", "spread"), tuple((label, s.spread) for label, s in spreads.items()))
 
 
-def _table(table: Table) -> dict[str, Any]:
-    """What the template needs of a table."""
+def table_cells(table: Table) -> dict[str, Any]:
+    """What page_tables.html.j2 needs of a table."""
     rows, numeric = cell_texts(table), numeric_columns(table)
     return {"caption": table.caption, "header": table.header, "rows": rows, "numeric": numeric}
 
 
-def _versions() -> list[tuple[str, str]]:
+def versions() -> list[tuple[str, str]]:
     """The versions of Python and of the packages that matter, as far as they are installed."""
     installed = [("Python", platform.python_version())]
     for package in _PACKAGES:
@@ -373,13 +373,14 @@ def _versions() -> list[tuple[str, str]]:
     return installed
 
 
-def _template() -> Any:
+def page_template(path: Path) -> Any:
+    """The template at ``path``, which may include page.css and page_tables.html.j2 of this folder."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([path.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"
-    return environment.get_template("report.html.j2")
+    return environment.get_template(path.name)

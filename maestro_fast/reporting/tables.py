@@ -1,4 +1,4 @@
-"""Tables of text and numbers, which look the same on the terminal and on the report page."""
+"""Tables of text and numbers, which look the same on the terminal, in Markdown and on the report page."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def format_table(table: Table, width: int = 100) -> str:
         for columns in _column_blocks(cells, right, width)
     ]
     return "\n".join([*textwrap.wrap(table.caption, width), "\n\n".join(blocks)])
+
+
+def markdown_table(table: Table) -> str:
+    """Writes the table in Markdown, with its caption as a paragraph above it."""
+    rows = [list(table.header), *cell_texts(table)]
+    marks = ["---:" if right else "---" for right in numeric_columns(table)]
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in (rows[0], marks, *rows[1:])]
+    return "\n".join([table.caption, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def cell_texts(table: Table) -> list[list[str]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from maestro_fast.evals import conflict
 from maestro_fast.evals.conflict import (
     FAMILIES,
     REWARDS,
@@ -19,12 +23,13 @@ from maestro_fast.evals.conflict import (
 )
 from maestro_fast.evals.statistics import paired_difference
 from maestro_fast.reporting.plots import CONDUCTOR_CURVES
+from maestro_fast.weighting import WeightContext
 
 SMALL = ConflictConfig(steps=40, prompts=8, evaluation=32, learning_rate=0.03, labelled=0.5)
 SEEDS = range(4)
 ENTRIES: dict[str, Any] = {
     "equal": "equal",
-    "anchored": {"type": "anchored", "context": "prompt_mean", "steps": 8},
+    "anchored": {"type": "anchored", "context": "prompt_mean", "steps": 3},
     "advantage": {
         "type": "conductor",
         "learning_rate": 0.05,
@@ -89,6 +94,101 @@ def test_utility_by_hand() -> None:
     assert rewards[0, :, 0].tolist() == [pytest.approx([1.5, -4.5, 0, 0, 0]), pytest.approx([1.5, 0, 2.25, 0, 0])]
 
 
+def test_in_anyof_the_best_quality_that_a_family_needs_counts() -> None:
+    bench = Bench(WORLDS["anyof"], (0,), ConflictConfig(prompts=2))
+    v = torch.zeros(1, 2, 1, 2 * K)
+    v[..., 0], v[..., 1], v[..., 2], v[..., 3] = -1.5, -3.0, 3.0, 1.5
+    # Family 0 needs brevity or facts, family 1 richness or creativity; nothing can be exploited.
+    expected = [math.tanh(1.0), math.tanh(2.0)]
+    assert bench.utility(v, torch.tensor([0, 1]))[0, :, 0].tolist() == pytest.approx(expected)
+
+
+def test_in_null_the_oracle_is_equal_weights() -> None:
+    needs = enumerate(WORLDS["null"].needs)
+    routes = {str(f): dict(zip(REWARDS, row, strict=True)) for f, row in needs}
+    tiny = ConflictConfig(steps=3, prompts=4, group_size=4, evaluation=8)
+    oracle = run_conflict("null", {"type": "router", "column": "family", "routes": routes}, (0, 1), tiny)
+    torch.testing.assert_close(oracle.family_SF, run_conflict("null", "equal", (0, 1), tiny).family_SF)
+
+
+def seen_by_policies(config: ConflictConfig) -> list[WeightContext]:
+    """What a weight policy is shown in one world."""
+    seen: list[WeightContext] = []
+
+    def weights(context: WeightContext) -> Tensor:
+        seen.append(context)
+        return torch.full((K,), 1 / K)
+
+    run_conflict("strong", {"type": "function", "function": weights}, (0,), config)
+    return seen
+
+
+def test_early_labels_are_a_part_of_the_share() -> None:
+    config = ConflictConfig(steps=40, prompts=16, group_size=2, evaluation=4, labelled=0.25, early=5)
+    known = [context.utilities_B.view(-1, 2).isfinite() for context in seen_by_policies(config)]
+    assert all(step.all() for step in known[:5]) and all(torch.equal(step[:, 0], step[:, 1]) for step in known)
+    assert sum(config.label_chance(step) for step in range(40)) == pytest.approx(0.25 * 40)
+    assert torch.stack(known).double().mean().item() == pytest.approx(0.25, abs=0.04)
+
+
+def test_shuffled_contexts_are_those_of_other_prompts() -> None:
+    config = ConflictConfig(steps=2, prompts=8, group_size=2, evaluation=4)
+    plain, shuffled = seen_by_policies(config), seen_by_policies(replace(config, shuffled=True))
+    for one, other in zip(plain, shuffled, strict=True):
+        whole_NGd, own_Nd = other.context_Bd.view(8, 2, -1), one.context_Bd[::2]
+        assert torch.equal(whole_NGd[:, 0], whole_NGd[:, 1])
+        same_NN = (whole_NGd[:, None, 0] == own_Nd).all(-1)
+        assert same_NN.sum(0).tolist() == same_NN.sum(1).tolist() == [1] * 8 and not same_NN.diagonal().all()
+
+
+def test_labelled_alone_averages_over_labelled_groups() -> None:
+    config = ConflictConfig(prompts=4, group_size=4, labelled=0.15, evaluation=4)
+    training = conflict._Training(Bench(WORLDS["strong"], range(8), config), "utility")
+    training.step(0, diagnosed=False)
+    bench = Bench(WORLDS["strong"], range(8), config)
+    log_probs = bench.log_probs(bench.prompts(0, bench.families_N))
+    y = bench.sample(log_probs.detach(), 4, 0)
+    utility = bench.utility(bench.qualities(y), bench.families_N) + 0.3 * bench.random(0, 4, 4, stream=4)
+    advantages = (utility - utility.mean(2, keepdim=True)) / (utility.std(2, keepdim=True) + 1e-4)
+    labelled_SN = bench.random(0, 4, 1, kind="uniform", stream=5)[..., 0] < 0.15
+    assert 0 < labelled_SN.any(1).sum() < 8
+    surrogate = (log_probs[:, :, None] * y).sum((-1, -2)) * advantages
+    for s, optimizer in enumerate(training.optimizers):
+        own = optimizer.param_groups[0]["params"]
+        if labelled_SN[s].any():
+            mean = -surrogate[s][labelled_SN[s]].mean()
+            for p, gradient in zip(own, torch.autograd.grad(mean, bench.parameters, retain_graph=True), strict=True):
+                torch.testing.assert_close(p.grad, gradient[s], rtol=1e-3, atol=3e-5)
+        else:
+            assert all(p.grad is None and torch.equal(p, q[s]) for p, q in zip(own, bench.parameters, strict=True))
+
+
+def test_a_profile_with_the_kl_in_the_loss_is_held_back_by_it() -> None:
+    config = ConflictConfig(steps=8, prompts=4, group_size=4, evaluation=4, profile="dr_grpo", learning_rate=0.03)
+    free, held = (
+        run_conflict("strong", "equal", (0, 1), replace(config, beta=beta)).figures["kl"] for beta in (0.0, 3.0)
+    )
+    assert 0 < held < 0.7 * free
+
+
+def test_watched_labels_show_the_utility_of_the_second_half() -> None:
+    config = ConflictConfig(steps=8, prompts=4, group_size=2, evaluation=4, watched=(1.0,), label_noise=0.0)
+    seen = seen_by_policies(replace(config, labelled=1.0))
+    late = torch.stack([context.utilities_B for context in seen[4:]]).mean().item()
+    found = run_conflict("strong", "equal", (0,), replace(config, labelled=0.0))
+    assert found.figures["labelled_utility/1"] == pytest.approx(late, abs=1e-6)
+
+
+def test_utility_over_time_ends_with_the_utility(results: dict[str, ConflictResult]) -> None:
+    for s, history in enumerate(results["anchored"].history_S):
+        assert len(history["utility"]) > 10 and history["utility"][0] == (0, results["anchored"].start_S[s].item())
+        assert history["utility"][-1] == (SMALL.steps, pytest.approx(results["anchored"].utility_S[s].item()))
+    # Weights that follow the prompt lie further apart between families than chance allows, equal ones do not.
+    anchored, equal = results["anchored"].figures, results["equal"].figures
+    assert anchored["diagnostics/family_spread"] > 1.3 * anchored["diagnostics/family_spread_shuffled"]
+    assert equal["diagnostics/family_spread"] < 1e-6
+
+
 def test_qualities_are_scaled_and_opposed() -> None:
     bench = Bench(WORLDS["strong"], range(20), ConflictConfig())
     z = bench.fixed["qualities"].view(20, 8, 4, 2 * K)
@@ -107,7 +207,13 @@ def test_a_router_may_read_the_family() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^world: 'calm', expected one of strong, mild, aligned, hack"):
+    with pytest.raises(ValueError, match=r"^world: 'calm', expected one of strong, mild, hack, anyof, null"):
         run_conflict("calm", "equal", (0,))
     with pytest.raises(ValueError, match=r"^seeds: none given"):
         run_conflict("strong", "equal", ())
+    with pytest.raises(ValueError, match=r"^profile: 'ppo', expected one of maestro"):
+        ConflictConfig(profile="ppo")
+    with pytest.raises(ValueError, match=r"^early: 11 of 100 batches, expected at most the labelled share 0\.1"):
+        ConflictConfig(steps=100, labelled=0.1, early=11)
+    with pytest.raises(ValueError, match=r"^steps: 0, expected at least 1"):
+        ConflictConfig(steps=0)
