@@ -9,10 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from maestro_fast.evals.suite import SuiteConfig
+from maestro_fast.evals.training_arms import ARMS, CHOSEN, SINGLE
 from maestro_fast.integrations.trl.refuse import refusal_table
 from maestro_fast.integrations.verl.settings import refusal_table as verl_refusal_table
 from maestro_fast.ops import PROFILES
 from maestro_fast.rewards import REWARD_TYPES
+from maestro_fast.settings import sentences, settings_of
 from maestro_fast.weighting import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +70,22 @@ def profiles() -> str:
     return markdown(head, rows)
 
 
+def arms() -> str:
+    about = {name: arm.about for name, arm in ARMS.items()} | CHOSEN | {SINGLE: "Each reward alone, one arm for each."}
+    return markdown(["arm", "what is done"], [[f"`{name}`", text] for name, text in about.items()])
+
+
+def suite() -> str:
+    about = sentences(SuiteConfig)
+    return markdown(["setting", "what it says"], [[f"`{name}`", about[name]] for name in settings_of(SuiteConfig)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "policies": policies,
     "rewards": rewards,
     "profiles": profiles,
+    "arms": arms,
+    "suite": suite,
     "refusals": refusal_table,
     "verl_refusals": verl_refusal_table,
 }
