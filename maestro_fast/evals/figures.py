@@ -47,7 +47,18 @@ CURVES = {
 # Arms keep their colours in every figure. Each has a dash of its own too, for those who tell no colours apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#777777")
 _DASHES = ((), (5.0, 1.2), (2.5, 1.0), (6.0, 1.2, 1.5, 1.2))
-_FIRST = ("anchored_residual", "labelled", "anchored", "reward_model_hybrid", "static", "anchored_hybrid", "global")
+# These have colours that no other arm has: they stand in one panel wherever labels are read.
+_FIRST = (
+    "anchored_residual",
+    "labelled",
+    "anchored",
+    "reward_model_hybrid",
+    "static",
+    "anchored_hybrid",
+    "global",
+    "reward_model",
+    "anchored_shuffled",
+)
 _BETTER, _WORSE = "#0072B2", "#D55E00"
 
 
