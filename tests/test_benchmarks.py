@@ -38,6 +38,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.rehearsal
 def test_first(tmp_path: Path) -> None:
     status, printed = gpu_sh("first", out=tmp_path)
 
@@ -56,6 +57,7 @@ def test_compute_sanitizer_gets_every_op() -> None:
         assert f"ops.{op}(" in program
 
 
+@pytest.mark.rehearsal
 def test_second(tmp_path: Path) -> None:
     status, printed = gpu_sh("second", out=tmp_path)
 
@@ -75,6 +77,7 @@ def test_second(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"second.jsonl", "second.log"}
 
 
+@pytest.mark.rehearsal
 def test_third(tmp_path: Path) -> None:
     status, printed = gpu_sh("third", out=tmp_path)
 
@@ -92,6 +95,7 @@ def test_third(tmp_path: Path) -> None:
     assert not shared["faults"]
 
 
+@pytest.mark.rehearsal
 def test_cases_that_are_no_headline(tmp_path: Path) -> None:
     """Those with code of their own; and TRL, where it is installed."""
     rest = ["conductor_weights", "counterfactual_advantages", "linear_policy_loss:24x50x6"]
