@@ -197,6 +197,20 @@ class RewardBatch:
     prompt_ids: list[list[int]] = field(default_factory=list)
     prefills: list[str] = field(default_factory=list)
 
+    @staticmethod
+    def of(rollouts: Rollouts, step: int) -> RewardBatch:
+        """The batch of some rollouts, without what only the policy can give."""
+        prompts = rollouts.prompts
+        return RewardBatch(
+            prompts.texts,
+            rollouts.completions,
+            rollouts.completion_ids,
+            prompts.columns,
+            step=step,
+            prompt_ids=prompts.token_ids,
+            prefills=prompts.prefills,
+        )
+
     @property
     def replies(self) -> list[str]:
         """The assistant's replies, B entries: what the prompt has of each, and then what the policy wrote."""

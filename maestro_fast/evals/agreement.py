@@ -50,16 +50,7 @@ def judge(config: TrainConfig, count: int, samples: int, seed: int = 0) -> tuple
     model, tokenizer = load_policy(config.model)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for part in sample_responses(model.eval(), tokenizer, dataset, config.sampling, samples, seed):
-        prompts = part.prompts
-        batch = RewardBatch(
-            prompts.texts,
-            part.completions,
-            part.completion_ids,
-            prompts.columns,
-            step=-1,  # as in evaluations, where every prompt is labelled
-            prompt_ids=prompts.token_ids,
-            prefills=prompts.prefills,
-        )
+        batch = RewardBatch.of(part, -1)  # as in evaluations, where every prompt is labelled
         found.append((rewards(batch), anchor(batch), part.completion_lengths_B.float()))
     rewards_BK, utilities_B, lengths_B = (torch.cat(parts) for parts in zip(*found, strict=True))
     if rewards_BK.isnan().any() or utilities_B.isnan().any():

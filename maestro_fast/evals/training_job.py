@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,18 +312,10 @@ class Measure(TrainerCallback):
             rows = self._held_out.rows[i : i + size]
             prompts = self._held_out.prompts(rows, trainer.step.judges.tokenizer).repeat(samples)
             rollouts = trainer.step.sampler(trainer.model, prompts, -1 - i)  # Training's numbers are 0 and more.
-            reads_policy = self._utility.needs_policy
-            batch = RewardBatch(
-                prompts.texts,
-                rollouts.completions,
-                rollouts.completion_ids,
-                prompts.columns,
-                score_texts=trainer.step.judges.text_scorer(trainer.model, prompts) if reads_policy else None,
-                device=trainer.args.device,
-                step=-1,
-                prompt_ids=prompts.token_ids,
-                prefills=prompts.prefills,
-            )
+            batch = RewardBatch.of(rollouts, -1)
+            if self._utility.needs_policy:
+                scorer = trainer.step.judges.text_scorer(trainer.model, prompts)
+                batch = replace(batch, score_texts=scorer, device=trainer.args.device)
             values.append(self._utility(batch).view(-1, samples).nanmean(1))
             lengths.append(rollouts.completion_lengths_B.float())
         utility_N, families = torch.cat(values), self._held_out.families

@@ -61,17 +61,7 @@ def utilities(raw: dict[str, Any], model: Path, dataset: PromptDataset) -> Utili
     anchor = build_anchor(config.anchor)
     found = []
     for part in sample_responses(network.eval(), tokenizer, dataset, config.sampling, SAMPLES, SEED):
-        prompts = part.prompts
-        batch = RewardBatch(
-            prompts.texts,
-            part.completions,
-            part.completion_ids,
-            prompts.columns,
-            step=-1,
-            prompt_ids=prompts.token_ids,
-            prefills=prompts.prefills,
-        )
-        found.append(anchor(batch).view(-1, SAMPLES).mean(1))
+        found.append(anchor(RewardBatch.of(part, -1)).view(-1, SAMPLES).mean(1))
     return Utilities(dataset.families, torch.cat(found))
 
 

@@ -239,16 +239,10 @@ class Judges:
             entropies_B = response_means(outputs.entropies_C, rollouts).cpu()
             logprobs_B = response_means(outputs.logprobs_C, rollouts).cpu()
         needs_policy = self.rewards.needs_policy or (self.anchor is not None and self.anchor.needs_policy)
-        return RewardBatch(
-            rollouts.prompts.texts,
-            rollouts.completions,
-            rollouts.completion_ids,
-            rollouts.prompts.columns,
-            entropies_B,
-            self.text_scorer(model, rollouts.prompts) if needs_policy else None,
-            self.processes.device,
-            logprobs_B,
-            number,
-            rollouts.prompts.token_ids,
-            rollouts.prompts.prefills,
+        return replace(
+            RewardBatch.of(rollouts, number),
+            mean_entropies_B=entropies_B,
+            score_texts=self.text_scorer(model, rollouts.prompts) if needs_policy else None,
+            device=self.processes.device,
+            mean_logprobs_B=logprobs_B,
         )

@@ -131,7 +131,5 @@ def evaluate_model(
     for part in sample_responses(
         network.eval(), tokenizer, dataset, sampling or SamplingConfig(max_new_tokens=1024), samples, seed
     ):
-        prompts = part.prompts
-        batch = RewardBatch(prompts.texts, part.completions, part.completion_ids, prefills=prompts.prefills)
-        texts += batch.replies  # What the template has of a reply, such as <think>, belongs to it.
+        texts += RewardBatch.of(part, -1).replies  # What the template has of a reply, such as <think>, belongs to it.
     return evaluate(benchmark, rows, [texts[i : i + samples] for i in range(0, len(texts), samples)])
