@@ -75,7 +75,7 @@ _BETAS = _choices(beta=(0.0, 0.01, 0.03, 0.1))
 _STEPS = 3  # Adam steps after each batch: a network of this size needs no more, and 20 would take most of the time.
 # The published meta-objective: it reads the response, draws an action for each, and reinforces group advantages.
 _PUBLISHED = {"type": "conductor", "estimator": "reinforce", "min_prob": 0.0, "entropy_coef": 0.01}
-_ANCHORED = {"type": "anchored", "residual": False, "steps": _STEPS}
+_ANCHORED = {"type": "anchored", "residual": False, "hybrid": False, "steps": _STEPS}
 _REWARD_MODEL = {"type": "reward_model", "steps": _STEPS}
 _WEIGHTS = _choices(learning_rate=(0.03, 0.1), entropy_coef=(0.01, 0.1))
 _RESIDUAL = _choices(learning_rate=(0.03, 0.1), residual_factor=(0.5, 1.0))

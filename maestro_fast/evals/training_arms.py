@@ -65,13 +65,13 @@ _BUILT_IN = [
     Arm(
         "global",
         "One weighting for all prompts, learnt from the labels as they come.",
-        {"weights": {"type": "anchored", "context": "none", "residual": False}},
+        {"weights": {"type": "anchored", "context": "none", "residual": False, "hybrid": False}},
         labels=True,
     ),
     Arm(
         "anchored",
         "Weights of the prompt's state, learnt from the labels.",
-        {"weights": {"type": "anchored", "residual": False}},
+        {"weights": {"type": "anchored", "residual": False, "hybrid": False}},
         labels=True,
     ),
     Arm(

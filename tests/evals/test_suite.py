@@ -29,6 +29,7 @@ from maestro_fast.rewards.conditional import LabelsConfig
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.batches import Processes
 from maestro_fast.training.parts import Sampler
+from maestro_fast.weighting import AnchoredConfig
 from tests.tiny import tiny_checkpoint
 
 FUNCTIONS = """
@@ -380,3 +381,9 @@ def test_settings_of_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
     assert suite.raw["model"]["path"] == str(tmp_path / "model") and suite.raw["data"]["path"] == "train.jsonl"
     assert len(suite.seeds) == 7 and suite.raw["trainer"]["learning_rate"] == 0.5
+
+
+def test_a_user_of_anchored_gets_what_the_suites_have_measured() -> None:
+    entry = ARMS["anchored_residual"].changes["weights"]
+    assert AnchoredConfig() == AnchoredConfig(**{name: value for name, value in entry.items() if name != "type"})
+    assert AnchoredConfig() != AnchoredConfig(residual=False)
