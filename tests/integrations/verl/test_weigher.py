@@ -124,7 +124,7 @@ def test_advantages_are_those_of_the_ops(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["maestro", "verl_grpo", "verl_dr_grpo"])
-@pytest.mark.parametrize("residual", [{"type": "anchored", "residual": True}, {"type": "reward_model"}])
+@pytest.mark.parametrize("residual", [{"type": "anchored", "hybrid": False}, {"type": "reward_model"}])
 def test_a_learnt_residual_is_scored_in_groups_of_several_sizes(residual: dict[str, Any], profile: str) -> None:
     """What fills a group up takes no part in the residual, and the figures are those of the groups of one size."""
     entry = {**residual, "steps": 5, "context": "none"}
