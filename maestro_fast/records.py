@@ -291,6 +291,8 @@ class StepRecord:
         lengths_B: the number of tokens of each completion.
         truncated_B: True where the token limit ended the response.
         utilities_B: the known utilities, NaN where none is known; None without an anchor.
+        residuals_B: a learnt reward beside the named ones, in a unit of its own; NaN where a response has none, and
+            None where the weight policy has none. It enters the score, see ``weighting.scored_rewards``.
     """
 
     step: int
@@ -307,6 +309,7 @@ class StepRecord:
     lengths_B: Tensor
     truncated_B: Tensor
     utilities_B: Tensor | None = None
+    residuals_B: Tensor | None = None
 
 
 def cumulative(lengths_B: Tensor) -> Tensor:

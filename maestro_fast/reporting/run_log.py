@@ -120,8 +120,10 @@ class RolloutsLog:
     """Observes step records, and writes one line for each response to ``run_dir``/rollouts.jsonl.
 
     A line holds step, family, prompt, completion, rewards {name: value, or null if the reward abstained}, weights
-    {name: value}, advantage, score, length (in tokens), truncated and degenerate. The step is the first optimiser step
-    that trains on the response; the line of that step in metrics.jsonl has the means of its batch.
+    {name: value}, advantage, score, length (in tokens), truncated and degenerate. A run with an anchor adds utility,
+    null where it is unknown, and a policy with a learnt reward adds residual, in that reward's own unit. The step is
+    the first optimiser step that trains on the response; the line of that step in metrics.jsonl has the means of its
+    batch.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -202,6 +204,8 @@ def rollout_rows(record: StepRecord) -> list[dict[str, Any]]:
         "truncated": record.truncated_B.tolist(),
         "degenerate": record.degenerate_B.tolist(),
     }
+    for name, known_B in {"utility": record.utilities_B, "residual": record.residuals_B}.items():
+        columns |= {} if known_B is None else {name: known_B.tolist()}
     return [
         {
             "step": record.step,

@@ -32,6 +32,7 @@ _PLOT_OF = {  # the plot that shows a metric, by the beginning of its name
     "advantages": "advantages",
     "frac_reward_zero_std": "advantages",
     "conductor": "conductor",
+    "diagnostics/flat_groups": "advantages",
     "diagnostics": "diagnostics",
     "anchor": "diagnostics",
     "guard": "diagnostics",

@@ -368,4 +368,5 @@ def step_record(step: int, rollouts: Rollouts, outcome: Outcome, processes: Proc
         lengths_B=all_lengths(rollouts, processes).cpu(),
         truncated_B=processes.gather(rollouts.truncated_B.to(processes.device)).cpu(),
         utilities_B=None if context.utilities_B is None else context.utilities_B.cpu(),
+        residuals_B=None if weights.residual_B is None else weights.residual_B.cpu(),
     )

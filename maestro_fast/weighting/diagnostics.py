@@ -11,13 +11,17 @@ responses.
                                    reward; a pair is inverted if the better response has the lower score
     diagnostics/abstained_weight   mean share of a response's expected weight that lies on rewards that abstain from it
     diagnostics/abstained_excess   that share beyond what equal weights put there, in the prompt where it is greatest
+    diagnostics/flat_groups        share of the groups without spread, among those that the policy has scored
     advantage_share/<name>         sum of w_k r'_k A divided by that of s A: what a reward contributes; they add up to 1
                                    less the share of a learnt reward beside the named ones
     rewards_correlation/mean, min  mean and least correlation of two rewards within groups
 
+    conductor/residual_share       what a learnt reward beside the named ones contributes, see ``residual_share``
+
 Responses that are scored by their utility count neither in self_flattery nor in advantage_share. A learnt reward beside
-the named ones counts in advantage_share alone; conductor/residual_share is what it contributes itself. A figure that is
-not defined for a batch is left out.
+the named ones counts in advantage_share and flat_groups alone. The policy has not scored a group to which it gives
+neither weights nor a learnt reward nor its utility: it is to teach nothing. A figure that is not defined for a batch is
+left out.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from torch import Tensor
 
 from maestro_fast.ops.group_advantages import group_advantages
 from maestro_fast.weighting.policy import Outcome, WeightContext, entropy
-from maestro_fast.weighting.scored_rewards import scored
+from maestro_fast.weighting.scored_rewards import residual_share, scored
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def healthy_ranges(reward_names: tuple[str, ...]) -> dict[str, Range]:
         ),
         "diagnostics/abstained_excess": Range(0.0, 0.15, _ABSTAINED),
         "conductor/abstained_weight": Range(0.0, 1 / K + 0.15, _ABSTAINED),
-        "frac_reward_zero_std": Range(
+        "diagnostics/flat_groups": Range(
             0.0, 0.6, "most groups have no spread, so nothing is learnt from them; use harder prompts or larger groups"
         ),
         "rewards_correlation/min": Range(
@@ -116,7 +120,9 @@ def diagnose(outcome: Outcome) -> dict[str, float]:
             context.rewards_BK.isnan(), expected_BK, context.group_size
         )
     figures |= _inversions(context.rewards_BK, w_BK, outcome)
-    figures |= _shares(outcome, used_B)
+    figures |= _shares(outcome, used_B) | {"diagnostics/flat_groups": _flat(outcome)}
+    if (share := residual_share(outcome)) is not None:
+        figures["conductor/residual_share"] = share
     values = torch.stack([value.double() for value in figures.values()]).tolist()
     return {name: value for name, value in zip(figures, values, strict=True) if math.isfinite(value)}
 
@@ -206,6 +212,19 @@ def _inversions(rewards_BK: Tensor, w_BK: Tensor, outcome: Outcome) -> dict[str,
     better_NGG = (r_NGK[:, :, None] > r_NGK[:, None]).all(-1)  # False if a reward abstained from one of the two
     inverted_NGG = better_NGG & (s_NG[:, :, None] < s_NG[:, None])
     return {"diagnostics/pareto_inversions": inverted_NGG.sum() / better_NGG.sum()}
+
+
+def _flat(outcome: Outcome) -> Tensor:
+    """The share of the groups whose responses all score the same; NaN if the policy has scored none."""
+    weights, shape = outcome.weights, (-1, outcome.context.group_size)
+    scored_B = (weights.weights_BK != 0).any(1)
+    if weights.direct_B is not None:
+        scored_B = scored_B | weights.direct_B
+    if weights.residual_B is not None:
+        scored_B = scored_B | ~weights.residual_B.isnan()
+    scored_N = scored_B.view(shape).any(1)
+    flat_N = outcome.advantages.degenerate.view(shape).all(1)
+    return (flat_N & scored_N).sum() / scored_N.sum()
 
 
 def _shares(outcome: Outcome, used_B: Tensor) -> dict[str, Tensor]:

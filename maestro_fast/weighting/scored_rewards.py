@@ -87,14 +87,14 @@ def _normalised(rewards: Tensor, group_size: int, profile: AdvantageProfile) -> 
     return group_advantages(rewards, None, group_size, profile=unscored).normalized_rewards
 
 
-def residual_share(outcome: Outcome) -> float | None:
+def residual_share(outcome: Outcome) -> Tensor | None:
     """The share of the scores' variance within groups that comes from the residual: cov(part, s) / var(s), as a mean.
 
     The shares of the weighted rewards and of the residual add up to 1, so either may be negative or above 1 where the
     two oppose each other. Groups that are scored by their utility, and those without spread, do not count.
 
     Returns:
-        The mean over groups, or None if there is no residual or no group that counts.
+        The mean over groups, float64, NaN if no group counts; None if there is no residual.
     """
     context, weights = outcome.context, outcome.weights
     if weights.residual_B is None:
@@ -112,9 +112,7 @@ def residual_share(outcome: Outcome) -> float | None:
     )
     variance_N = score_NG.square().sum(1)
     counts_N = variance_N > 1e-12
-    if not counts_N.any():
-        return None
-    return ((part_NG * score_NG).sum(1)[counts_N] / variance_N[counts_N]).mean().item()
+    return ((part_NG * score_NG).sum(1)[counts_N] / variance_N[counts_N]).mean()
 
 
 def _centred(x_NG: Tensor, live_NG: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ def test_rollouts_have_one_line_per_response(tmp_path: Path, make_record: Callab
     }
     assert torch.isnan(record.rewards_BK[0, 0])
     assert rows[0]["rewards"]["perplexity"] is None
+
+    known_B = torch.where(torch.arange(16) < 4, 0.25, float("nan"))
+    RolloutsLog(tmp_path)(replace(record, utilities_B=known_B, residuals_B=torch.arange(16.0)))
+    first, fifth = (read_jsonl(tmp_path / "rollouts.jsonl")[row] for row in (0, 4))
+    assert first == rows[0] | {"utility": 0.25, "residual": 0.0}
+    assert fifth == rows[4] | {"utility": None, "residual": 4.0}
 
 
 def test_resumed_rollouts_repeat_no_step(tmp_path: Path, make_record: Callable[[int], StepRecord]) -> None:

@@ -95,7 +95,10 @@ def test_the_best_utility_on_held_out_prompts_is_named() -> None:
             "a had timeouts in 30 of 60 logged steps",
         ),
         ({"entropy": 2.5 * RISE[::-1] + NOISE}, "lost more than half of its entropy"),
-        ({"frac_reward_zero_std": 0.7}, "frac_reward_zero_std ended at 0.7, above 0.6: most groups have no spread"),
+        (
+            {"diagnostics__flat_groups": 0.7},
+            "diagnostics/flat_groups ended at 0.7, above 0.6: most groups have no spread",
+        ),
         ({"anchor__utility": -RISE + NOISE, "rewards__a__mean": 0.5}, "The known utility FELL from -0.2"),
     ],
 )

@@ -60,6 +60,24 @@ def test_a_pareto_inversion() -> None:
     assert found["diagnostics/pareto_inversions"] == pytest.approx(1 / 3)
 
 
+def test_flat_groups_are_those_that_were_scored() -> None:
+    """Of three groups with weights one is flat. The fourth is because the policy leaves it out, which is no fault."""
+    rewards_BK = torch.tensor(
+        [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    )
+    half_BK, zeros_BK = torch.full((8, 2), 0.5), torch.zeros(8, 2)
+    found = diagnose(outcome(rewards_BK, torch.where(torch.arange(8)[:, None] < 6, half_BK, zeros_BK)))
+    assert found["diagnostics/flat_groups"] == pytest.approx(1 / 3)
+    assert diagnose(outcome(rewards_BK, half_BK))["diagnostics/flat_groups"] == pytest.approx(1 / 4)
+    # None of them is scored, or only the last one, which has no spread either.
+    assert "diagnostics/flat_groups" not in diagnose(outcome(rewards_BK, zeros_BK))
+    context = WeightContext(NAMES, 2, 0, rewards_BK, utilities_B=torch.ones(8))
+    for more in ({"direct_B": torch.arange(8) >= 6}, {"residual_B": torch.tensor([float("nan")] * 6 + [1.0, 1.0])}):
+        weights = Weights(zeros_BK, zeros_BK, **more)
+        found = diagnose(Outcome(context, weights, compare(context, weights, Comparison())))
+        assert found["diagnostics/flat_groups"] == 1.0, more
+
+
 def test_equal_weights_are_healthy() -> None:
     rewards_BK = normal(64, 2, seed=0)
     found = diagnose(outcome(rewards_BK, torch.full((64, 2), 0.5), g=8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -183,8 +184,8 @@ def test_the_residuals_share_of_the_variance() -> None:
     weights = Weights(ones_BK, ones_BK, residual_B=f_NG.flatten(), residual_factor=2.0)
 
     def share(weights: Weights) -> float | None:
-        found = compare(context, weights, Comparison())
-        return residual_share(Outcome(context, weights, found))
+        found = residual_share(Outcome(context, weights, compare(context, weights, Comparison())))
+        return None if found is None else found.item()
 
     # In group 1 the two agree: the parts are in the proportion 1 to 2.
     assert share(weights) == pytest.approx((4 / 5 + 2 / 3) / 2, abs=1e-3)
@@ -192,3 +193,5 @@ def test_the_residuals_share_of_the_variance() -> None:
     assert share(replace(weights, weights_BK=0 * ones_BK)) == pytest.approx(1.0)
     assert share(replace(weights, residual_factor=0.0)) == 0.0
     assert share(replace(weights, residual_B=None)) is None
+    nobody = share(replace(weights, direct_B=torch.ones(8, dtype=torch.bool)))
+    assert nobody is not None and math.isnan(nobody)

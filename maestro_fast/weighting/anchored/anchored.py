@@ -35,7 +35,6 @@ from maestro_fast.weighting.anchored.replay import Memory, PromptContext, normal
 from maestro_fast.weighting.anchored.residual import Regression
 from maestro_fast.weighting.diagnostics import self_flattery
 from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, check_shapes, entropy
-from maestro_fast.weighting.scored_rewards import residual_share
 from maestro_fast.weighting.utilities import labelled_groups
 
 SCORE_EPS = 1e-2  # It is added to the std of a group's scores: groups whose scores hardly differ say little.
@@ -242,8 +241,6 @@ class Anchored:
     def observe(self, outcome: Outcome) -> None:
         """Keeps the labelled groups of the batch, and learns from all labelled groups so far."""
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
-        if (share := residual_share(outcome)) is not None:
-            self._metrics["conductor/residual_share"] = share
         self.memory.observe(outcome.context)
         if self.labelled and self.config.learning_rate > 0:
             self._learn(resolve_profile(outcome.profile))

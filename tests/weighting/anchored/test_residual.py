@@ -23,6 +23,7 @@ from maestro_fast.weighting import (
 )
 from maestro_fast.weighting.anchored.replay import normalised_rewards
 from maestro_fast.weighting.anchored.residual import RegressionParams, error_and_gradient, shares
+from maestro_fast.weighting.diagnostics import diagnose
 from tests.weighting.anchored.test_anchored import world
 from tests.weighting.helpers import NAMES, K, normal
 
@@ -135,16 +136,18 @@ def test_nothing_is_learnt_or_scored_before_the_first_label(entry: dict[str, Any
     for step in range(2):
         weights, advantages_B = run(policy, world(step, share=0.0))
         assert torch.equal(weights.weights_BK, torch.full((B, K), 1 / K)) and weights.residual_B is None
-        assert not {"conductor/residual_loss", "conductor/residual_share"} & policy.metrics().keys()
+        assert "conductor/residual_loss" not in policy.metrics()
         equal_B = group_advantages(world(step).rewards_BK, weights.weights_BK, G).advantages
         assert torch.equal(advantages_B, equal_B)
     run(policy, world(2, share=1.0))
-    weights, _ = run(policy, world(3))
+    context = world(3)
+    weights, found = weigh_and_compare(policy, context, Comparison())
     assert weights.residual_B is not None and weights.residual_B.isfinite().all()
+    share = diagnose(Outcome(context, weights, found))["conductor/residual_share"]
     if entry["type"] == "reward_model":
-        assert not weights.weights_BK.any()
+        assert not weights.weights_BK.any() and share == pytest.approx(1.0)
     else:
-        assert 0.0 < policy.metrics()["conductor/residual_share"] < 1.0
+        assert 0.0 < share < 1.0
 
 
 @pytest.mark.parametrize("entry", [RESIDUAL, MODEL], ids=str)
