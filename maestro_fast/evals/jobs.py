@@ -2,7 +2,8 @@
 
 A job is a name and a payload of JSON that says everything about it. A function, found by its name, turns the payload
 into a list of results. Each worker is a process of its own with one thread. The results of a job are one line of
-results.jsonl, written when the job has ended, so a kill costs the jobs in flight and nothing else.
+results.jsonl, written when the job has ended, so a kill costs the jobs in flight and nothing else. Where there are
+GPUs, each worker has one, in turns: with twice as many workers as GPUs, two trainings share each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from maestro_fast.evals import worker
@@ -132,6 +134,13 @@ def _finished(jobs: Sequence[Job], function: str, folder: Path) -> dict[str, lis
     return found
 
 
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them, without using one."""
+    count = torch.cuda.device_count()
+    named = os.environ.get(worker.VISIBLE_DEVICES)
+    return [name.strip() for name in named.split(",")][:count] if named else [str(i) for i in range(count)]
+
+
 def _outcomes(jobs: Sequence[Job], function: str, workers: int) -> Generator[tuple[Job, Attempt], None, None]:
     """Each job with its outcome, as they come in."""
     if workers == 0:
@@ -139,7 +148,12 @@ def _outcomes(jobs: Sequence[Job], function: str, workers: int) -> Generator[tup
             yield job, worker.attempt(function, {**job.payload, **job.places})
         return
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, worker.start, (os.getpid(),)) as pool:
+    devices = None
+    if gpus := _visible_gpus():
+        devices = context.SimpleQueue()
+        for _, gpu in zip(range(workers), itertools.cycle(gpus), strict=False):
+            devices.put(gpu)
+    with ProcessPoolExecutor(workers, context, worker.start, (os.getpid(), devices)) as pool:
         running: dict[Future[Attempt], Job] = {}
         left = iter(jobs)
         try:

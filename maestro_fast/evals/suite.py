@@ -73,7 +73,8 @@ class SuiteConfig:
         world: "package.module:function", called with a folder and a seed to write the files of the run for that seed;
             null means that the files are there. Relative paths in ``run`` then start in that folder.
         keep: whether the run directories stay, with their logs and final policies.
-        workers: the number of trainings at a time, each on one thread.
+        workers: the number of trainings at a time, each on one thread and, where there are GPUs, on one of these, in
+            turns.
     """
 
     run: str | dict[str, Any]

@@ -1,7 +1,7 @@
-"""What happens in a worker of ``run_jobs``: one thread, one job after another, and an end when its parent ends.
+"""What happens in a worker of ``run_jobs``: one thread, one GPU, one job after another, an end when its parent ends.
 
-The module imports nothing that takes time. A worker loads it before anything else, so it can limit the threads of the
-libraries that the job's function needs.
+The module imports nothing that takes time. A worker loads it before anything else, so it can limit the threads and the
+GPUs of the libraries that the job's function needs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 from maestro_fast.evals.results import Result
 from maestro_fast.functions import load_function
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -54,10 +56,18 @@ def attempt(function: str, payload: Mapping[str, Any]) -> Attempt:
         return Attempt(None, time.monotonic() - began, text, traceback.format_exc())
 
 
-def start(parent: int) -> None:
-    """Gives this process one thread, and lets it end soon after the process ``parent`` has ended, however that was."""
+def start(parent: int, devices: SimpleQueue[str] | None) -> None:
+    """Gives this process one thread and one GPU, and lets it end soon after its parent, however that ended.
+
+    Args:
+        parent: the number of the process whose end ends this one.
+        devices: one GPU for each worker that has not started yet, as ``CUDA_VISIBLE_DEVICES`` names them. This process
+            takes the first one and sees no other. None where there are no GPUs.
+    """
     for name in _THREADS:
         os.environ[name] = "1"
+    if devices is not None:
+        os.environ[VISIBLE_DEVICES] = devices.get()
     if "torch" in sys.modules:  # The parent's main module may import it, and then it has read the variables before.
         sys.modules["torch"].set_num_threads(1)
 

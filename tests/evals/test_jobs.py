@@ -41,6 +41,10 @@ def work(payload):
         os._exit(9)
     if payload.get("lies"):
         return [{"utility": 1.0}]
+    if payload.get("meets"):  # It waits for another worker, so that two have begun.
+        while len(list(folder.glob("pid-*"))) < 2:
+            time.sleep(0.02)
+        payload["value"] = float(os.environ.get("CUDA_VISIBLE_DEVICES", "nan"))
     threads = float(os.environ.get("OMP_NUM_THREADS", "nan"))
     return [Result(payload["name"], 1, {}, float("nan") if payload.get("nan") else payload["value"], {}, threads)]
 '''
@@ -153,3 +157,24 @@ def test_a_utility_that_is_not_a_number_comes_back_as_it_was(tmp_path: Path, fun
     for _ in range(2):
         assert math.isnan(run_jobs(jobs, function, tmp_path, workers=0)["a"][0].utility)
     assert begun(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "dealt"), [("4, 7", 2, [4.0, 7.0]), (None, 2, [0.0, 1.0]), ("5", 1, [5.0] * 2)]
+)
+def test_each_worker_has_one_gpu(
+    tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, dealt: list[float]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    found = run_jobs([job(tmp_path, name, meets=True) for name in "ab"], function, tmp_path, workers=2)
+    assert sorted(results[0].utility for results in found.values()) == dealt
+
+
+def test_without_gpus_the_environment_stays(tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    found = run_jobs([job(tmp_path, name, meets=True) for name in "ab"], function, tmp_path, workers=2)
+    assert {results[0].utility for results in found.values()} == {9.0}
