@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
-from maestro_fast.training.batches import BatchPlan, MicroBatch, TokenLogprobs
+from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs
 from maestro_fast.training.best_policy import BestPolicy
+from maestro_fast.training.manifest import MANIFEST, check_manifest
 from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.overlap import Started
 from maestro_fast.weighting import WeightPolicy
@@ -118,12 +121,43 @@ def batch_sizes(plan: BatchPlan, group_size: int, processes: int) -> dict[str, i
     }
 
 
-def check_complete(checkpoint: Path, *, deepspeed: bool) -> None:
-    """Checks for the files without which transformers would silently go on with a new optimiser.
+def check_resumed(resumed: str | bool | None, args: TrainingArguments, processes: Processes) -> None:
+    """Checks the checkpoint that a run goes on from, before any of it is loaded.
+
+    The first process of each node reads the files, and all processes raise what one has found.
+
+    Args:
+        resumed: the folder; True for the last one of the run directory; None and False for none.
+        args: the run's arguments.
+        processes: those of the run.
 
     Raises:
-        ValueError: one of these files is missing. DeepSpeed has its own files, which are not checked.
+        ValueError: there is no such folder, or a file is missing or damaged.
     """
+    folder = get_last_checkpoint(args.output_dir) if resumed is True else resumed
+    if not folder:
+        return
+    problem = None
+    if args.local_process_index == 0:
+        try:
+            _check_files(Path(folder), deepspeed=processes.accelerator.distributed_type == DistributedType.DEEPSPEED)
+        except ValueError as error:
+            problem = str(error)
+    for words in filter(None, processes.gather_objects([problem])):
+        raise ValueError(words)
+
+
+def _check_files(checkpoint: Path, *, deepspeed: bool) -> None:
+    """Checks the files of a checkpoint by its manifest.
+
+    One of an older version has none. There it checks for the files without which transformers would silently go on with
+    a new optimiser; DeepSpeed has files of its own instead.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume_from_checkpoint: {checkpoint}, expected the folder of a checkpoint")
+    if check_manifest(checkpoint):
+        return
+    logger.warning("%s has no %s, so its files are not checked", checkpoint, MANIFEST)
     for pattern in ("optimizer*", SCHEDULER_NAME):
         if not deepspeed and not any(checkpoint.glob(pattern)):
             raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {pattern}, it is incomplete")

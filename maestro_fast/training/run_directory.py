@@ -1,8 +1,9 @@
 """The run directory: one run at a time writes into it, and each folder in it is there whole or not at all.
 
-A checkpoint is written to ``.saving`` in the run directory, flushed to the disk, and renamed. Whatever kills the run,
-the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is replaced waits under
-``.old-<name>`` until its successor is in place. If the run dies in between, ``recover`` puts the old folder back.
+A checkpoint is written to ``.saving`` in the run directory, gets its manifest, is flushed to the disk, and renamed.
+Whatever kills the run, the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is
+replaced waits under ``.old-<name>`` until its successor is in place. If the run dies in between, ``recover`` puts the
+old folder back.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from maestro_fast.settings import SettingsError
+from maestro_fast.training.manifest import write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +168,8 @@ def _once_per_disk(accelerator: Accelerator, action: Callable[[], None]) -> None
 def _publish(folder: Path, run_dir: Path) -> None:
     if not folder.exists():
         return
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        write_manifest(checkpoint)
     for path in sorted(folder.rglob("*"), reverse=True):
         _flush(path)
     for new in sorted(folder.iterdir()):

@@ -51,7 +51,7 @@ from maestro_fast.training.checkpoint import (
     Checkpoints,
     StepState,
     batch_sizes,
-    check_complete,
+    check_resumed,
     use_learning_rate,
 )
 from maestro_fast.training.dynamic_sampling import dynamic_sampling
@@ -204,15 +204,17 @@ class MaestroTrainer(Trainer):
     def _prompts_of(self, rows: Sequence[int]) -> Prompts:
         return self._dataset.prompts([self._dataset[row] for row in rows], self._tokenizer)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as ``transformers.Trainer.train`` does, and saves the run before a signal stops it.
 
         Raises:
             Interrupted: SIGINT or SIGTERM has come.
             NonFiniteError: a loss, a gradient or a parameter is not finite.
+            ValueError: the checkpoint to resume from is not whole.
         """
+        check_resumed(resume_from_checkpoint, self.args, self.step.processes)
         with self.interrupts.caught("Training had ended."), contextlib.closing(self._progress), self._ahead:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trains on one micro-batch; for the first one of a generation batch, it samples the batch."""
@@ -408,8 +410,6 @@ class MaestroTrainer(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            check_complete(Path(checkpoint), deepspeed=self.is_deepspeed_enabled)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             use_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.training import run_directory
+from maestro_fast.training.manifest import MANIFEST
 from maestro_fast.training.run_directory import staged
 from tests.training.test_trainer import run
 
@@ -34,8 +35,9 @@ def test_a_finished_run_makes_no_further_step(raw: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["optimizer*", "scheduler.pt"])
-def test_half_a_checkpoint_is_refused(raw: dict[str, Any], pattern: str) -> None:
+def test_half_a_checkpoint_of_an_older_version_is_refused(raw: dict[str, Any], pattern: str) -> None:
     run(raw)
+    (Path(raw["run_dir"]) / "checkpoint-3" / MANIFEST).unlink()
     for path in (Path(raw["run_dir"]) / "checkpoint-3").glob(pattern):
         path.unlink()
 

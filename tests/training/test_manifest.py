@@ -1,0 +1,156 @@
+"""A checkpoint that is damaged in any file is refused before any of it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maestro_fast.training import manifest
+from maestro_fast.training.manifest import MANIFEST, check_manifest, write_manifest
+from tests.training.test_trainer import run
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "checkpoint-20"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "shards" / "0.bin").write_bytes(b"optimizer")
+    (folder / "empty").touch()
+    write_manifest(folder)
+    return folder
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shards/0.bin"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes, expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"has [\d,]+ bytes, expected"),
+        (lambda path: path.write_bytes(path.read_bytes() + b" "), r"has [\d,]+ bytes, expected"),
+        (lambda path: flip(path, 0), "is not as it was written"),
+        (lambda path: flip(path, -1), "is not as it was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), "is not as it was written"),
+    ],
+    ids=["deleted", "empty", "cut", "longer", "first byte", "last byte", "another of its size"],
+)
+def test_a_damaged_file_is_named(saved: Path, name: str, damage: Callable[[Path], Any], words: str) -> None:
+    assert check_manifest(saved)
+    damage(saved / name)
+    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: .*checkpoint-20 is damaged: {name} {words}"):
+        check_manifest(saved)
+
+
+def test_the_manifest_itself_may_be_damaged(saved: Path) -> None:
+    """Wherever one of its bytes is another, the checkpoint is refused."""
+    path = saved / MANIFEST
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        flip(path, at)
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-20 is damaged: "):
+            check_manifest(saved)
+        path.write_bytes(whole)
+    for content in (
+        b"",
+        whole[:40],
+        b"[]",
+        b"null",
+        b'{"format": 1}',
+        b'{"format": 1, "files": {"empty": {}}}',
+        b"\xff",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"is damaged: {MANIFEST} cannot be read"):
+            check_manifest(saved)
+    path.write_text(json.dumps({"format": 2, "files": {}}))
+    with pytest.raises(ValueError, match=f"is damaged: {MANIFEST} has format 2, expected 1"):
+        check_manifest(saved)
+
+
+def test_large_files_have_a_sum_for_each_piece(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are those of any other tool, whether the last piece is whole or not."""
+    monkeypatch.setattr(manifest, "_PIECE", 1000)
+    monkeypatch.setattr(manifest, "_CHUNK", 300)
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "whole.bin").write_bytes(data[:2000])
+    write_manifest(saved)
+    named = json.loads((saved / MANIFEST).read_text())["files"]
+    for name, content in {"model.safetensors": data, "whole.bin": data[:2000], "empty": b""}.items():
+        pieces = [content[i : i + 1000] for i in range(0, len(content), 1000)] or [b""]
+        assert named[name] == {"bytes": len(content), "sha256": [hashlib.sha256(x).hexdigest() for x in pieces]}
+    assert check_manifest(saved)
+    flip(saved / "model.safetensors", 1500)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not as it was written"):
+        check_manifest(saved)
+
+
+def test_the_checkpoint_before_is_named(saved: Path) -> None:
+    for name in ("checkpoint-3", "checkpoint-12", "checkpoint-30", "checkpoint-x"):
+        (saved.parent / name).mkdir()
+    (saved / "empty").unlink()
+    with pytest.raises(ValueError, match=r"empty is missing; move it away to go on from checkpoint-12$"):
+        check_manifest(saved)
+    for name in ("checkpoint-3", "checkpoint-12"):
+        (saved.parent / name).rmdir()
+    with pytest.raises(ValueError, match=r"empty is missing; the run has no checkpoint before it$"):
+        check_manifest(saved)
+
+
+def test_other_files_are_told_and_left_alone(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (saved / "notes.txt").write_text("the good one")
+    assert check_manifest(saved)
+    assert "holds files that are not of the checkpoint: notes.txt" in caplog.text
+    (saved / MANIFEST).unlink()
+    assert not check_manifest(saved)
+
+
+@pytest.fixture
+def raw(raw_config: dict[str, Any]) -> dict[str, Any]:
+    raw_config["trainer"] |= {"max_steps": 2, "save_steps": 1}
+    return raw_config
+
+
+def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any]) -> None:
+    """The manifest names every file of a run's checkpoints. Without it, other parameters would be trained on."""
+    trainer, _ = run(raw)
+    folder = Path(raw["run_dir"])
+    assert all(check_manifest(folder / f"checkpoint-{step}") for step in (1, 2))
+    last, named = folder / "checkpoint-2", json.loads((folder / "checkpoint-2" / MANIFEST).read_text())["files"]
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "weight_policy.safetensors"} < named.keys()
+
+    shutil.copytree(last, folder / "kept")
+    flip(last / "model.safetensors", -3)  # A byte of the last tensor: the file can be read.
+    ours, theirs = (load_file(path / "model.safetensors") for path in (last, folder / "kept"))
+    assert any(not torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: model\.safetensors is not as it was written; move"):
+        run(raw, resume=True, trainer__max_steps=3)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*run, expected the folder of a checkpoint$"):
+        trainer.train(resume_from_checkpoint=str(folder / "config.yaml" / "run"))
+    shutil.rmtree(last)
+    (folder / "kept").rename(last)
+    assert run(raw, resume=True, trainer__max_steps=3)[0].state.global_step == 3
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(raw: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    run(raw)
+    (Path(raw["run_dir"]) / "checkpoint-2" / MANIFEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        trainer, _ = run(raw, resume=True, trainer__max_steps=3)
+    assert trainer.state.global_step == 3
+    assert f"checkpoint-2 has no {MANIFEST}, so its files are not checked" in caplog.text
