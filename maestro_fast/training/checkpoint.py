@@ -26,11 +26,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from maestro_fast.manifest import MANIFEST, check_manifest
 from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs
 from maestro_fast.training.best_policy import BestPolicy
-from maestro_fast.training.manifest import MANIFEST, check_manifest
 from maestro_fast.training.metrics import MetricMeans
 from maestro_fast.training.overlap import Started
 from maestro_fast.weighting import WeightPolicy

@@ -23,8 +23,8 @@ from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from maestro_fast.manifest import write_manifest
 from maestro_fast.settings import SettingsError
-from maestro_fast.training.manifest import write_manifest
 
 logger = logging.getLogger(__name__)
 

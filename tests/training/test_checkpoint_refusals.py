@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from maestro_fast.manifest import MANIFEST, check_manifest
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.training import run_directory
-from maestro_fast.training.manifest import MANIFEST
 from maestro_fast.training.run_directory import staged
 from tests.training.test_trainer import run
 
@@ -126,3 +130,35 @@ def test_metrics_hold_each_step_once(raw: dict[str, Any]) -> None:
 
     assert (Path(raw["run_dir"]) / "metrics.jsonl").read_bytes() == before
     assert [line["step"] for line in read_jsonl(Path(raw["run_dir"]) / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any]) -> None:
+    """The manifest names every file of a run's checkpoints. Without it, other parameters would be trained on."""
+    trainer, _ = run(raw)
+    folder = Path(raw["run_dir"])
+    assert all(check_manifest(path) for path in folder.glob("checkpoint-*"))
+    last, named = folder / "checkpoint-3", json.loads((folder / "checkpoint-3" / MANIFEST).read_text())["files"]
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "weight_policy.safetensors"} < named.keys()
+
+    shutil.copytree(last, folder / "kept")
+    content = bytearray((last / "model.safetensors").read_bytes())
+    content[-3] ^= 1  # A byte of the last tensor: the file can be read.
+    (last / "model.safetensors").write_bytes(content)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (last, folder / "kept"))
+    assert any(not torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: model\.safetensors is not as it was written; move"):
+        run(raw, resume=True, trainer__max_steps=4)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*run, expected the folder of a checkpoint$"):
+        trainer.train(resume_from_checkpoint=str(folder / "config.yaml" / "run"))
+    shutil.rmtree(last)
+    (folder / "kept").rename(last)
+    assert run(raw, resume=True, trainer__max_steps=4)[0].state.global_step == 4
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(raw: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    run(raw)
+    (Path(raw["run_dir"]) / "checkpoint-3" / MANIFEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        trainer, _ = run(raw, resume=True, trainer__max_steps=4)
+    assert trainer.state.global_step == 4
+    assert f"checkpoint-3 has no {MANIFEST}, so its files are not checked" in caplog.text

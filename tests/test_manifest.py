@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from maestro_fast.training import manifest
-from maestro_fast.training.manifest import MANIFEST, check_manifest, write_manifest
-from tests.training.test_trainer import run
+from maestro_fast import manifest
+from maestro_fast.manifest import MANIFEST, check_manifest, write_manifest
 
 
 @pytest.fixture
@@ -118,39 +113,3 @@ def test_other_files_are_told_and_left_alone(saved: Path, caplog: pytest.LogCapt
     assert "holds files that are not of the checkpoint: notes.txt" in caplog.text
     (saved / MANIFEST).unlink()
     assert not check_manifest(saved)
-
-
-@pytest.fixture
-def raw(raw_config: dict[str, Any]) -> dict[str, Any]:
-    raw_config["trainer"] |= {"max_steps": 2, "save_steps": 1}
-    return raw_config
-
-
-def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any]) -> None:
-    """The manifest names every file of a run's checkpoints. Without it, other parameters would be trained on."""
-    trainer, _ = run(raw)
-    folder = Path(raw["run_dir"])
-    assert all(check_manifest(folder / f"checkpoint-{step}") for step in (1, 2))
-    last, named = folder / "checkpoint-2", json.loads((folder / "checkpoint-2" / MANIFEST).read_text())["files"]
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "weight_policy.safetensors"} < named.keys()
-
-    shutil.copytree(last, folder / "kept")
-    flip(last / "model.safetensors", -3)  # A byte of the last tensor: the file can be read.
-    ours, theirs = (load_file(path / "model.safetensors") for path in (last, folder / "kept"))
-    assert any(not torch.equal(value, theirs[name]) for name, value in ours.items())
-    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: model\.safetensors is not as it was written; move"):
-        run(raw, resume=True, trainer__max_steps=3)
-    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*run, expected the folder of a checkpoint$"):
-        trainer.train(resume_from_checkpoint=str(folder / "config.yaml" / "run"))
-    shutil.rmtree(last)
-    (folder / "kept").rename(last)
-    assert run(raw, resume=True, trainer__max_steps=3)[0].state.global_step == 3
-
-
-def test_a_checkpoint_of_an_older_version_goes_on(raw: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    run(raw)
-    (Path(raw["run_dir"]) / "checkpoint-2" / MANIFEST).unlink()
-    with caplog.at_level(logging.WARNING):
-        trainer, _ = run(raw, resume=True, trainer__max_steps=3)
-    assert trainer.state.global_step == 3
-    assert f"checkpoint-2 has no {MANIFEST}, so its files are not checked" in caplog.text
