@@ -146,7 +146,7 @@ def check_experience(params: ConductorParams, batch: ConductorBatch, config: Con
 
 def _check_dtype(name: str, x: Tensor) -> None:
     if name == "actions" and not is_integer(x):
-        raise TypeError(f"actions: dtype {x.dtype}, expected an integer dtype")
+        raise TypeError(f"actions: dtype {x.dtype}, expected a signed integer dtype")
     if name == "live" and x.dtype != torch.bool:
         raise TypeError(f"live: dtype {x.dtype}, expected bool")
     if name in ("meta", "drawn_probs") and not x.is_floating_point():

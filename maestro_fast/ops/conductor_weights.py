@@ -19,7 +19,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.ops.tensors import contiguous_columns, floats
+from maestro_fast.ops.tensors import check_number, contiguous_columns, floats
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, WeightMode
 
 __all__ = ["ConductorSample", "WeightMode", "conductor_weights"]
@@ -84,8 +84,9 @@ def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) 
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
     check_params(h, params)
     tau, min_prob, alpha, mode, seed, step, offset = choice
-    if not tau > 0:
-        raise ValueError(f"tau: {tau}, expected a positive number")
+    check_number("tau", tau, 0.0, above=True)
+    check_number("min_prob", min_prob)
+    check_number("alpha", alpha)
     if not 0 <= min_prob < 1 / params.num_rewards:
         raise ValueError(f"min_prob: {min_prob}, expected 0 <= min_prob < 1 / K = {1 / params.num_rewards:.4g}")
     if not 0 < alpha <= 1:
@@ -94,7 +95,7 @@ def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) 
         raise ValueError(f"mode: {mode!r}, expected 'sample' or 'soft'")
     if mode == "soft":
         return ConductorChoice(tau, min_prob, alpha, mode)
-    check_key(seed, step, offset)
+    check_key(seed, step, offset, h.shape[0])
     return choice
 
 

@@ -22,7 +22,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.tensors import floats, is_integer, readable, wide
+from maestro_fast.ops.tensors import check_number, floats, is_integer, readable, wide
 from maestro_fast.specs import (
     AdvantageProfile,
     Center,
@@ -107,10 +107,13 @@ def check_inputs(
         whole = rewards.shape if rewards.ndim == 2 else (rewards.shape[0], 1)
         if weights.shape != whole and weights.shape != whole[1:]:
             raise ValueError(f"weights: shape {tuple(weights.shape)}, expected {tuple(whole)} or ({whole[1]},)")
+    if kl is not None and not kl.is_floating_point():
+        raise TypeError(f"kl: dtype {kl.dtype}, expected a floating dtype")
     if kl is not None and kl.shape != rewards.shape[:1]:
         raise ValueError(f"kl: shape {tuple(kl.shape)}, expected ({rewards.shape[0]},)")
     if kl is not None and profile.kl_in == "loss":
         raise ValueError("kl: given, but this profile has the KL in the loss (kl_in='loss'); it must enter once")
+    check_number("beta", beta)
     if kl is None and beta != 0.0:
         raise ValueError(f"beta: {beta} without kl, expected the [B] tensor kl beside it")
     if weights is not None and weights.device != rewards.device:
@@ -130,7 +133,7 @@ def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantagePro
     if lengths.shape != rewards.shape[:1]:
         raise ValueError(f"lengths: shape {tuple(lengths.shape)}, expected ({rewards.shape[0]},)")
     if not (is_integer(lengths) or lengths.is_floating_point()):
-        raise TypeError(f"lengths: dtype {lengths.dtype}, expected an integer or floating dtype")
+        raise TypeError(f"lengths: dtype {lengths.dtype}, expected a signed integer or floating dtype")
     if lengths.device != rewards.device:
         raise ValueError(f"lengths: on {lengths.device}, expected {rewards.device} as rewards")
     if readable(lengths) and not bool(((lengths >= 0) & lengths.isfinite()).all()):

@@ -7,6 +7,8 @@ calls, on how responses are split over processes, or on whether a run has been r
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -27,19 +29,27 @@ def uniform(seed: int, step: int, offset: int, count: int, device: torch.device)
 
     Raises:
         ValueError: a number does not fit into these bits.
+        TypeError: a number is no integer.
     """
-    check_key(seed, step, offset)
+    check_key(seed, step, offset, count)
     index = torch.arange(offset, offset + count, device=device)
     zero = torch.zeros_like(index)
     words = philox_4x32((index & _WORD, index >> 32, zero + step, zero), (seed & _WORD, seed >> 32))
     return (words[0] >> 8).float() * 2.0**-24  # a float32 holds 24 bits exactly
 
 
-def check_key(seed: int, step: int, offset: int) -> None:
-    """Raises a ValueError for a number that does not fit into the bits of its place."""
+def check_key(seed: int, step: int, offset: int, count: int = 0) -> None:
+    """Raises a TypeError for what is no integer, and a ValueError for one that does not fit into the bits of its place.
+
+    ``count`` is the number of responses from ``offset`` on.
+    """
     for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("offset", offset, 63)):
+        if isinstance(value, bool) or not isinstance(value, int | Integral):
+            raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected an integer")
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: {value}, expected 0 <= {name} < 2**{bits}")
+    if offset + count >= 1 << 63:
+        raise ValueError(f"offset: {offset} with {count} responses, expected offset + responses < 2**63")
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

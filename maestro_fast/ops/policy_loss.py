@@ -40,7 +40,7 @@ from maestro_fast.ops.loss_function import (
     wants_entropies,
 )
 from maestro_fast.ops.reference_loss import reference_loss
-from maestro_fast.ops.tensors import is_integer, library, readable
+from maestro_fast.ops.tensors import check_number, is_integer, library, readable
 from maestro_fast.specs import (
     LOSS_METRICS,
     LossFunction,
@@ -80,7 +80,8 @@ def policy_loss(
             where the sampler reported none, which counts as a ratio of 1.
         entropies: [T], entropies of the current policy, which ``config.entropy_coef`` > 0 needs; differentiable.
         token_mask: [T]; a zero leaves a token out of loss, lengths and metrics.
-        normalizer: the divisor for the whole optimizer step, see the top of the module.
+        normalizer: the divisor for the whole optimizer step, above 0, see the top of the module. The host does not read
+            a tensor on a CUDA device.
         entropy_normalizer: the divisor of the summed entropies; None divides by the number of live tokens.
         config: the variant and its coefficients; or a loss of your own, which is a function of ``LossInputs`` that
             returns the scalar loss and a dict of scalar tensors as metrics. PyTorch calls it with these arguments.
@@ -159,7 +160,7 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
             "expected [B] and [B + 1]"
         )
     if not is_integer(cu_seqlens):
-        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected an integer dtype")
+        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected a signed integer dtype")
     of_tokens = inputs.of_tokens
     for name, tensor in of_tokens.items():
         if tensor is not None and tensor.shape != logprobs.shape:
@@ -171,8 +172,21 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
             raise ValueError(f"{name}: on {tensor.device}, expected {logprobs.device} as logprobs")
         if name not in ("token_mask", "cu_seqlens") and not tensor.is_floating_point():
             raise TypeError(f"{name}: dtype {tensor.dtype}, expected a floating dtype")
+    for name in ("normalizer", "entropy_normalizer"):
+        _check_divisor(name, getattr(inputs, name))
     _check_needed(inputs, config)
     check_bounds(cu_seqlens, logprobs.shape[0])
+
+
+def _check_divisor(name: str, x: float | Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        if x is not None:
+            check_number(name, x, 0.0, above=True)
+        return
+    if x.ndim != 0 or x.dtype is torch.bool or x.is_complex():
+        raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)}, expected a number or a real scalar tensor")
+    if readable(x):
+        check_number(name, x.item(), 0.0, above=True)
 
 
 def _check_needed(inputs: LossInputs, config: PolicyLossConfig | LossFunction) -> None:

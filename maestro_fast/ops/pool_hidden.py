@@ -107,7 +107,7 @@ def _check_bounds(hidden: Tensor, cu_seqlens: Tensor) -> None:
             "expected [B + 1] beside [T, d]"
         )
     if not is_integer(cu_seqlens):
-        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected an integer dtype")
+        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected a signed integer dtype")
     if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first < 0 or last > hidden.shape[0] or bool((cu_seqlens.diff() < 0).any()):
@@ -131,7 +131,7 @@ def _check_lengths(name: str, lengths: Tensor, batch: int, most: int | None) -> 
     if lengths.shape != (batch,):
         raise ValueError(f"{name}: shape {tuple(lengths.shape)}, expected ({batch},)")
     if not is_integer(lengths):
-        raise TypeError(f"{name}: dtype {lengths.dtype}, expected an integer dtype")
+        raise TypeError(f"{name}: dtype {lengths.dtype}, expected a signed integer dtype")
     if readable(lengths):
         wrong = (lengths < 0) if most is None else (lengths < 0) | (lengths > most)
         if bool(wrong.any()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
-from maestro_fast.ops.tensors import contiguous_columns, library, readable
+from maestro_fast.ops.tensors import check_number, contiguous_columns, library, readable
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
@@ -87,8 +87,8 @@ def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Te
     """
     if hidden.ndim != 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected [T, d]")
-    if lm_head.ndim != 2 or lm_head.shape[1] != hidden.shape[1]:
-        raise ValueError(f"lm_head: shape {tuple(lm_head.shape)}, expected [V, {hidden.shape[1]}]")
+    if lm_head.ndim != 2 or lm_head.shape[1] != hidden.shape[1] or not lm_head.numel():
+        raise ValueError(f"lm_head: shape {tuple(lm_head.shape)}, expected [V, {hidden.shape[1]}] with V and d above 0")
     if not hidden.is_floating_point() or hidden.dtype != lm_head.dtype:
         raise TypeError(f"lm_head: dtype {lm_head.dtype} beside hidden {hidden.dtype}, expected one floating dtype")
     if targets.shape != hidden.shape[:1]:
@@ -99,10 +99,10 @@ def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Te
         raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({lm_head.shape[0]},)")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias: dtype {bias.dtype}, expected a floating dtype")
-    if not spec.temperature > 0:
-        raise ValueError(f"temperature: {spec.temperature}, expected a positive number")
-    if spec.softcap is not None and not spec.softcap > 0:
-        raise ValueError(f"softcap: {spec.softcap}, expected a positive number or None")
+    check_number("temperature", spec.temperature, 0.0, above=True)
+    check_number("logit_scale", spec.scale)
+    if spec.softcap is not None:
+        check_number("softcap", spec.softcap, 0.0, above=True)
     if spec.entropy not in ("none", "value", "grad"):
         raise ValueError(f"entropy: {spec.entropy!r}, expected 'none', 'value' or 'grad'")
     for name, tensor in (("lm_head", lm_head), ("targets", targets), ("bias", bias)):

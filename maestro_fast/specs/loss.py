@@ -204,12 +204,23 @@ class PolicyLossConfig:
             if value not in allowed:
                 reason = f" ({_REFUSED[value]})" if value in _REFUSED else ""
                 raise ValueError(f"{name}: {value!r}{reason}, expected one of {allowed}")
+        numbers = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "clip_max", "sampler_cap")
+        for name in numbers:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (
+                isinstance(value, int | float) or (name == "clip_max" and value is None)
+            ):
+                raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected a number")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low: {self.clip_low}, expected 0 <= clip_low <= 1")
         for name in ("clip_high", "kl_coef", "entropy_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected {name} >= 0")
-        if self.normalization == "dr_grpo" and not (self.max_completion_length or 0) > 0:
+            value = getattr(self, name)
+            if not value >= 0 or (name != "clip_high" and value == math.inf):
+                raise ValueError(f"{name}: {value}, expected a {'finite ' * (name != 'clip_high')}number >= 0")
+        length = self.max_completion_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"max_completion_length: {length!r}, expected a positive int or None")
+        if self.normalization == "dr_grpo" and length is None:
             raise ValueError("max_completion_length: missing, expected a positive int with normalization='dr_grpo'")
         if self.objective == "cispo" and self.clip_max is None:
             raise ValueError("clip_max: missing, expected the cap of the ratio with objective='cispo'")

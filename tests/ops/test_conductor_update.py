@@ -230,7 +230,7 @@ def wrong(**changes: Any) -> Callable[[], Any]:
         (wrong(h=torch.ones(0, D).double()), ValueError, r"h: shape \(0, 6\), expected at least one row"),
         (wrong(meta=torch.ones(N, K)), ValueError, r"meta: shape \(9, 3\), expected \(9,\) with actions"),
         (wrong(actions=None), ValueError, r"meta: shape \(9,\), expected \(9, 3\) without actions"),
-        (wrong(actions=torch.ones(N)), TypeError, "actions: dtype torch.float32, expected an integer dtype"),
+        (wrong(actions=torch.ones(N)), TypeError, "actions: dtype torch.float32, expected a signed integer dtype"),
         (wrong(actions=torch.full((N,), 3)), ValueError, "actions: from 3 to 3, expected 0 <= action < 3"),
         (wrong(actions=torch.zeros(2).long()), ValueError, r"actions: shape \(2,\), expected \(9,\)"),
         (

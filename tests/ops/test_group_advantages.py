@@ -588,7 +588,14 @@ def test_two_runs_are_bitwise_equal() -> None:
         ({"groups": 3}, ValueError, "groups: 4 responses"),
         ({"kl": torch.ones(3)}, ValueError, r"kl: shape \(3,\), expected \(4,\)"),
         ({"kl": torch.ones(4, device="meta")}, ValueError, "kl: on meta"),
+        (
+            {"kl": torch.ones(4, dtype=torch.complex64)},
+            TypeError,
+            "kl: dtype torch.complex64, expected a floating dtype",
+        ),
         ({"beta": 0.1}, ValueError, "beta: 0.1 without kl"),
+        ({"beta": NAN, "kl": torch.ones(4)}, ValueError, "beta: nan, expected a finite number"),
+        ({"beta": "0.1", "kl": torch.ones(4)}, TypeError, "beta: got str '0.1', expected a number"),
         ({"kl": torch.ones(4), "profile": "grpo"}, ValueError, "kl: given, but this profile has the KL in the loss"),
         ({"profile": "verl_gdpo"}, ValueError, r"lengths: missing, expected \(4,\)"),
         ({"lengths": torch.ones(4)}, ValueError, "lengths: given, but no scope of this profile is 'tokens'"),
@@ -598,6 +605,7 @@ def test_two_runs_are_bitwise_equal() -> None:
             r"lengths: shape \(4, 1\), expected \(4,\)",
         ),
         ({"lengths": torch.ones(4).bool(), "profile": "verl_gdpo"}, TypeError, "lengths: dtype torch.bool"),
+        ({"lengths": torch.ones(4).to(torch.uint32), "profile": "verl_gdpo"}, TypeError, "lengths: dtype torch.uint32"),
         ({"lengths": torch.ones(4, device="meta"), "profile": "verl_gdpo"}, ValueError, "lengths: on meta"),
         ({"lengths": torch.tensor([1, 2, -1, 3]), "profile": "verl_gdpo"}, ValueError, "lengths: negative"),
         (

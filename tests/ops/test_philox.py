@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,3 +85,17 @@ def test_a_number_that_does_not_fit_is_named(name: str, value: int) -> None:
     arguments = {"seed": 0, "step": 0, "offset": 0, name: value}
     with pytest.raises(ValueError, match=f"^{name}: "):
         uniform(arguments["seed"], arguments["step"], arguments["offset"], 1, CPU)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", None), ("step", 1.5), ("step", True), ("offset", "0")])
+def test_what_is_no_integer_is_named(name: str, value: Any) -> None:
+    arguments = {"seed": 0, "step": 0, "offset": 0, name: value}
+    with pytest.raises(TypeError, match=f"^{name}: got {type(value).__name__} .*, expected an integer"):
+        uniform(arguments["seed"], arguments["step"], arguments["offset"], 1, CPU)
+
+
+def test_the_last_response_has_an_index_too() -> None:
+    last = 2**63 - 1
+    assert torch.equal(uniform(0, 0, last - 3, 3, CPU)[2:], uniform(0, 0, last - 1, 1, CPU))
+    with pytest.raises(ValueError, match=f"^offset: {last - 3} with 4 responses, expected offset \\+ responses < "):
+        uniform(0, 0, last - 3, 4, CPU)

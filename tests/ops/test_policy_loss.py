@@ -397,6 +397,24 @@ def test_compiles_to_one_graph_and_runs_on_fake_tensors(normalization: Any) -> N
         ({"token_mask": torch.ones(2)}, ValueError, "token_mask: shape"),
         ({"config": config("bnpo", kl_coef=0.1)}, ValueError, "ref_logprobs: missing"),
         ({"config": config("dapo")}, ValueError, "normalizer: missing"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 1, 5]).to(torch.uint8), "advantages": torch.ones(3)},
+            TypeError,
+            "torch.uint8",
+        ),
+        ({"normalizer": 0}, ValueError, r"^normalizer: 0, expected a finite number > 0"),
+        ({"normalizer": -5.0}, ValueError, "^normalizer: -5.0, expected a finite number > 0"),
+        ({"normalizer": torch.tensor(0.0)}, ValueError, "^normalizer: 0.0, expected a finite number > 0"),
+        (
+            {"normalizer": torch.ones(5)},
+            ValueError,
+            r"^normalizer: torch.float32 \(5,\), expected a number or a real scalar",
+        ),
+        ({"normalizer": True}, TypeError, "^normalizer: got bool True, expected a number"),
+        ({"normalizer": "3"}, TypeError, "^normalizer: got str '3', expected a number"),
+        ({"entropy_normalizer": math.inf}, ValueError, "^entropy_normalizer: inf, expected a finite number > 0"),
+        ({"entropy_normalizer": torch.tensor(math.nan)}, ValueError, "^entropy_normalizer: nan, expected"),
+        ({"entropy_normalizer": torch.tensor(2j)}, ValueError, "^entropy_normalizer: torch.complex64"),
         ({"backend": "triton"}, ValueError, "backend: 'triton'"),
     ],
 )
@@ -421,10 +439,22 @@ def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception
         ("clip_high", -0.1),
         ("clip_high", math.nan),
         ("kl_coef", -1.0),
+        ("kl_coef", math.inf),
+        ("kl_coef", True),
+        ("entropy_coef", math.inf),
+        ("entropy_coef", "0.1"),
+        ("clip_low", None),
+        ("clip_max", "none"),
+        ("sampler_cap", None),
+        ("max_completion_length", 1.5),
+        ("max_completion_length", True),
+        ("max_completion_length", 0),
     ],
 )
 def test_a_wrong_option_is_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{field}: "):
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    named = number or field in ("normalization", "max_completion_length")
+    with pytest.raises(ValueError if named else TypeError, match=f"^{field}: "):
         PolicyLossConfig(**{field: value})
 
 

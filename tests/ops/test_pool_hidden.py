@@ -160,6 +160,7 @@ def test_compiles_to_one_graph_and_runs_on_fake_tensors(mode: PoolMode) -> None:
         ({"hidden": torch.ones(5)}, ValueError, "cu_seqlens: shape"),
         ({"cu_seqlens": torch.tensor(3)}, ValueError, r"cu_seqlens: shape \(\)"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens: dtype torch.float32"),
+        ({"cu_seqlens": torch.tensor([0, 3, 1, 5]).to(torch.uint8)}, TypeError, "cu_seqlens: dtype torch.uint8"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens: from 0 to 6"),
         ({"cu_seqlens": torch.tensor([-1, 5])}, ValueError, "cu_seqlens: from -1 to 5"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, ValueError, "cu_seqlens: from 0 to 5, expected non-decreasing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -396,7 +397,14 @@ def test_runs_on_fake_tensors(entropy: Any) -> None:
         ({"bias": torch.ones(4)}, ValueError, r"bias: shape \(4,\), expected \(7,\)"),
         ({"bias": torch.ones(7, dtype=torch.int64)}, TypeError, "bias: dtype torch.int64"),
         ({"temperature": 0.0}, ValueError, "temperature: 0.0"),
+        ({"temperature": math.inf}, ValueError, "temperature: inf, expected a finite number > 0"),
+        ({"temperature": "1"}, TypeError, "temperature: got str '1', expected a number"),
+        ({"logit_scale": math.nan}, ValueError, "logit_scale: nan, expected a finite number"),
         ({"softcap": -1.0}, ValueError, "softcap: -1.0"),
+        ({"softcap": math.inf}, ValueError, "softcap: inf, expected a finite number > 0"),
+        ({"softcap": True}, TypeError, "softcap: got bool True, expected a number"),
+        ({"lm_head": torch.ones(0, 4)}, ValueError, r"lm_head: shape \(0, 4\), expected \[V, 4\] with V and d above 0"),
+        ({"hidden": torch.ones(3, 0), "lm_head": torch.ones(7, 0)}, ValueError, r"lm_head: shape \(7, 0\)"),
         ({"entropy": True}, ValueError, "entropy: True"),
     ],
 )
