@@ -86,10 +86,14 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise SettingsError(f"config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"config: {path} is not a text in UTF-8, see byte {error.start}") from error
+    _check_nesting(values, f"config: {path}")
     if not isinstance(values, dict):
         got = "nothing" if values is None else f"a {type(values).__name__}"
         raise SettingsError(f"config: {path} holds {got}, expected a mapping of settings")
     return values
+
+
+_DEEPEST = 64
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,6 +126,20 @@ def _yaml(text: str, what: str) -> Any:
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise SettingsError(f"{what}{where}: is not valid YAML: {problem}") from error
+    except RecursionError:  # The traceback of it would hold a thousand equal lines.
+        raise SettingsError(f"{what}: nests too deep, expected at most {_DEEPEST} levels") from None
+
+
+def _check_nesting(value: Any, what: str, around: tuple[Any, ...] = ()) -> None:
+    """Refuses values that hold themselves, as YAML's anchors allow, or that nest deeper than any config does."""
+    if not isinstance(value, dict | list):
+        return
+    if any(value is other for other in around):
+        raise SettingsError(f"{what}: holds an anchor that stands within itself, expected none")
+    if len(around) == _DEEPEST:
+        raise SettingsError(f"{what}: nests too deep, expected at most {_DEEPEST} levels")
+    for item in value.values() if isinstance(value, dict) else value:
+        _check_nesting(item, what, (*around, value))
 
 
 def settings_of_words(words: Sequence[str]) -> list[tuple[str, Any]]:

@@ -163,6 +163,9 @@ def test_what_is_missing_is_named_before_it_is_read(tmp_path: Path, name: str, v
     [
         ("run_dir: a\nmodel: {path: [\n", "c.yaml, line 3, column 1: is not valid YAML: expected the node content"),
         ("a: 1\nb:\n\tc: 2\n", r"c.yaml, line 3, column 1: is not valid YAML: found character '\\t'"),
+        ("[" * 3000, r"c.yaml: nests too deep, expected at most 64 levels"),
+        ("a: " + "[" * 70 + "]" * 70, r"c.yaml: nests too deep, expected at most 64 levels"),
+        ("a: &x {b: [*x]}", r"c.yaml: holds an anchor that stands within itself, expected none"),
         ("a: 1\nb: {c: 1, c: 2}\n", "c.yaml, line 2, column 11: is not valid YAML: the key 'c' stands there twice"),
         ("- a\n", "c.yaml holds a list, expected a mapping"),
         ("", "c.yaml holds nothing, expected a mapping"),

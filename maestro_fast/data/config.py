@@ -52,6 +52,8 @@ class DataConfig:
     shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path: is empty, expected a file, a folder or the name of a data set")
         for name in ("max_prompt_tokens", "limit", "shuffle_buffer"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -6,6 +6,7 @@ weights, in this process or behind a server; the trainer wraps it into a generat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from maestro_fast.records import Prompts, Rollouts, Text
+
+_MOST = 2**31 - 1  # Engines count tokens and responses in 32 bits.
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,17 @@ class SamplingConfig:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("group_size", "max_new_tokens"):
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at most {_MOST}")
         if self.group_size < 2:
             raise ValueError(
                 f"group_size: {self.group_size}, expected at least 2: an advantage is relative to the response's group"
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens}, expected at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}, expected a positive number")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature}, expected a finite positive number")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p}, expected 0 < top_p <= 1")
         if self.top_k < 0:

@@ -57,6 +57,13 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
 
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: {self.dropout}, expected 0 <= dropout < 1")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

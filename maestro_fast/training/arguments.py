@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import fields
 from enum import Enum, EnumType
 from functools import cache
@@ -62,6 +63,7 @@ _AT_LEAST_0 = {
     "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
     "num_train_epochs", "save_steps", "save_total_limit", "eval_steps", "dataloader_num_workers",
 }  # fmt: skip
+_BELOW_1 = {"adam_beta1", "adam_beta2"}
 _LOWER_IS_BETTER = ("kl", "/abstained", "/clipped_ratio")  # what the names of such metrics end with
 MEDIA_TRACKERS = {"tensorboard", "wandb"}  # the trackers of the section ``trackers``
 _OF_EVALUATION = ("eval_strategy", "eval_steps", "eval_on_start", "eval_delay")
@@ -186,6 +188,11 @@ def _checked(name: str, value: Any) -> Any:
     found = convert(value, hint, path)
     if options and (found.value if isinstance(found, Enum) else found) not in options:
         raise SettingsError(f"{path}: {value!r}, expected one of {', '.join(options)}{near(value, options)}")
-    if name in _AT_LEAST_0 and isinstance(found, int | float) and not found >= 0:
-        raise SettingsError(f"{path}: {value}, expected at least 0")
+    if isinstance(found, int | float):
+        if name in _AT_LEAST_0 and not 0 <= found < math.inf:
+            raise SettingsError(f"{path}: {value}, expected a finite number of at least 0")
+        if name in _BELOW_1 and not found < 1:
+            raise SettingsError(f"{path}: {value}, expected a number below 1")
+        if name == "max_steps" and found < 1 and found != -1:
+            raise SettingsError(f"{path}: {value}, expected at least 1, or -1 to train for num_train_epochs")
     return value if isinstance(value, int) else found  # A whole number stays one: some fields are a count or a share.

@@ -124,6 +124,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise SettingsError("run_dir: is empty, expected a directory")
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed: {self.seed}, expected 0 <= seed < 2**32")
         if self.anchor is None and (needing := self.weights.needs_utility):

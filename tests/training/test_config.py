@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,22 @@ def test_every_section_is_read_into_its_dataclass(config_file: Path) -> None:
     (reward,) = config.rewards
     assert isinstance(reward.reward, PreferenceConfig)
     assert reward.gate == GateConfig(RewardConfig(FormatReward()), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run_dir", "''"], r"^run_dir: is empty, expected a directory"),
+        (["--data.path", "''"], r"^data\.path: is empty, expected a file, a folder or the name of a data set"),
+        (["--model.lora", "{r: 0}"], r"^model\.lora\.r: 0, expected at least 1"),
+        (["--model.lora", "{alpha: -5}"], r"^model\.lora\.alpha: -5, expected at least 1"),
+        (["--model.lora", "{dropout: 2}"], r"^model\.lora\.dropout: 2(\.0)?, expected 0 <= dropout < 1"),
+        (["--sampling.temperature", ".inf"], r"^sampling\.temperature: inf, expected a finite positive number"),
+    ],
+)
+def test_values_that_no_run_can_have_are_named(config_file: Path, words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_config(read_config(config_file, words))
 
 
 OLD = """
@@ -312,8 +329,15 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ({"max_steps": 1.5}, r"^trainer\.max_steps: got float 1\.5, expected int"),
         ({"bf16": "yes"}, r"^trainer\.bf16: got str 'yes', expected bool"),
         ({"learning_rate": None}, r"^trainer\.learning_rate: got nothing, expected float"),
-        ({"learning_rate": -1}, r"^trainer\.learning_rate: -1, expected at least 0"),
-        ({"dataloader_num_workers": -1}, r"^trainer\.dataloader_num_workers: -1, expected at least 0"),
+        ({"learning_rate": -1}, r"^trainer\.learning_rate: -1, expected a finite number of at least 0"),
+        ({"learning_rate": math.inf}, r"^trainer\.learning_rate: inf, expected a finite number of at least 0"),
+        (
+            {"dataloader_num_workers": -1},
+            r"^trainer\.dataloader_num_workers: -1, expected a finite number of at least 0",
+        ),
+        ({"adam_beta2": 1.0}, r"^trainer\.adam_beta2: 1\.0, expected a number below 1"),
+        ({"max_steps": 0}, r"^trainer\.max_steps: 0, expected at least 1, or -1 to train for num_train_epochs"),
+        ({"max_steps": -5}, r"^trainer\.max_steps: -5, expected at least 1, or -1"),
         ({"report_to": ["none", "wandbb"]}, r"^trainer\.report_to: 'none', expected one of none, all, .*"),
         ({"report_to": "wandbb"}, r"^trainer\.report_to: 'wandbb', expected one of none, all, .*'wandb'\?$"),
         ({"eval_steps": 5}, r"^trainer\.eval_steps: there are no prompts for it, expected a section evaluation"),
