@@ -12,16 +12,19 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_PREFIX = "checkpoint"  # of the names of checkpoints, as transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
 _PIECE = 1 << 28  # The bytes of a sum: a large file has several, so that several threads can share it.
 _CHUNK = 1 << 20
 
@@ -63,6 +66,20 @@ def check_manifest(folder: Path) -> bool:
         if found != named[name]["sha256"]:
             raise _damaged(folder, f"{name} is not as it was written")
     return True
+
+
+@contextmanager
+def tensors_of(file: Path) -> Iterator[Any]:
+    """Opens a file of safetensors, as ``safetensors.safe_open`` gives it.
+
+    Raises:
+        ValueError: it is damaged, or it is another kind of file.
+    """
+    try:
+        with safe_open(file, framework="pt") as found:
+            yield found
+    except SafetensorError as error:
+        raise ValueError(f"{file}: is damaged, or no file of safetensors ({error})") from error
 
 
 def _files(folder: Path) -> list[str]:
@@ -115,4 +132,4 @@ def _damaged(folder: Path, what: str) -> ValueError:
 def _step(folder: Path) -> int:
     """The step of a checkpoint by its name; -1 for a folder of another name."""
     prefix, _, number = folder.name.partition("-")
-    return int(number) if prefix == PREFIX_CHECKPOINT_DIR and number.isdecimal() else -1
+    return int(number) if prefix == _PREFIX and number.isdecimal() else -1

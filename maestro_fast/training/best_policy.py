@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maestro_fast.manifest import tensors_of
 from maestro_fast.records import StepRecord
 from maestro_fast.rewards import RewardSet
 
@@ -121,7 +121,7 @@ class BestPolicy:
                 f"resume_from_checkpoint: {folder} holds no {BEST_FILE}, its run did not keep the best policy; "
                 "expected final: last"
             )
-        with safe_open(file, framework="pt") as saved:
+        with tensors_of(file) as saved:
             about = json.loads(saved.metadata()["about"])
             if self.holds:
                 self.parameters = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118

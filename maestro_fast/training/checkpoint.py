@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from maestro_fast.manifest import MANIFEST, check_manifest
+from maestro_fast.manifest import MANIFEST, check_manifest, tensors_of
 from maestro_fast.model.rows import Sequences
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs
@@ -312,7 +311,7 @@ def _file(folder: Path, rank: int, processes: int) -> Path:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(file, framework="pt") as saved:
+    with tensors_of(file) as saved:
         tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 - safe_open is no dictionary
         return tensors, json.loads(saved.metadata()["numbers"])
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from maestro_fast.config_file import read_run_config
 from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig, TransformersGenerator
+from maestro_fast.manifest import tensors_of
 from maestro_fast.model.forward import last_hidden, prompt_mean, response_contexts
 from maestro_fast.model.hidden_states import ContextMode
 from maestro_fast.model.layout_trial import choose_layout
@@ -113,8 +113,8 @@ def _of_run(folder: Path) -> SavedConductor:
             "expected it in its run directory"
         )
     run = parse_config(read_run_config(config))
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as saved:
-        about = saved.metadata()
+    with tensors_of(folder / WEIGHTS_FILE) as saved:
+        about = saved.metadata() or {}
         names = saved.keys()
         sizes = [saved.get_slice(name).get_shape()[0] for name in names if _is_context_mean(name)]
     if about.get("policy") not in ("conductor", "anchored") or not sizes:

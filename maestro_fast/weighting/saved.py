@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from maestro_fast.manifest import tensors_of
 from maestro_fast.settings import SettingsError, build
 from maestro_fast.weighting.anchored import Anchored, AnchoredConfig
 from maestro_fast.weighting.conductor import Conductor, ConductorConfig
@@ -50,12 +50,12 @@ def load_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[s
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {WEIGHTS_FILE}, it is incomplete")
-    with safe_open(file, framework="pt") as saved:
-        found = saved.metadata()
+    with tensors_of(file) as saved:
+        found, state = saved.metadata() or {}, {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
     for name, value in _metadata(policy, reward_names).items():
         if found.get(name) != value:
             raise ValueError(f"resume_from_checkpoint: {file} is of {name} {found.get(name)}, this run has {value}")
-    policy.load_state_dict(load_file(file))
+    policy.load_state_dict(state)
 
 
 def _metadata(policy: WeightPolicy, reward_names: tuple[str, ...]) -> dict[str, str]:
@@ -114,5 +114,6 @@ def from_pretrained(folder: str | Path) -> Conductor | Anchored:
         policy = build(_CONFIGS[about["policy"]], options, "config").build(names, size)
     except (KeyError, TypeError, SettingsError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    policy.load_state_dict(load_file(path / TENSORS_FILE))
+    with tensors_of(path / TENSORS_FILE) as saved:
+        policy.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
     return policy

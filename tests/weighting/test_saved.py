@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maestro_fast.weighting import Anchored, Conductor, build_weight_policy, from_pretrained, save_pretrained
+from maestro_fast.weighting.saved import TENSORS_FILE, WEIGHTS_FILE, load_weight_policy, save_weight_policy
 from tests.weighting.helpers import NAMES, context, normal, play
 
 B, D = 8, 5
@@ -96,3 +97,18 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "conductor.safetensors").touch()
     with pytest.raises(ValueError, match=r"conductor\.json: is not JSON"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x10\0\0\0\0\0\0\0{}", b"no tensors at all" * 9], ids=["empty", "cut", "text"]
+)
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    policy = trained(ENTRIES[0])
+    save_pretrained(policy, tmp_path)
+    save_weight_policy(tmp_path, policy, NAMES)
+    for name in (TENSORS_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{TENSORS_FILE}: is damaged, or no file of safetensors \("):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: is damaged, or no file of safetensors \("):
+        load_weight_policy(tmp_path, policy, NAMES)
