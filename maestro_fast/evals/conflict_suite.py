@@ -32,6 +32,7 @@ from maestro_fast.evals.conflict_arms import ARMS, STATICS, WEIGHTINGS, Arm, Set
 from maestro_fast.evals.jobs import Job, run_jobs
 from maestro_fast.evals.results import Result
 from maestro_fast.evals.training_arms import STATIC, STATIC_ORACLE, weightings
+from maestro_fast.reporting.json_lines import plain
 
 FUNCTION = "maestro_fast.evals.conflict_suite:run_training"
 GRID_FILE = "grid.json"
@@ -130,7 +131,7 @@ def run_suite(folder: Path, *, workers: int = 2, size: SuiteSize | None = None) 
                 weighed.setdefault(world, {})[i] = found[job.name]
         picked = pick_static(size, weighed)
         grid = _grid(size, means, chosen, weighed, picked)
-        (folder / GRID_FILE).write_text(json.dumps(grid, indent=1) + "\n", encoding="utf-8")
+        (folder / GRID_FILE).write_text(json.dumps(plain(grid), indent=1) + "\n", encoding="utf-8")
         done = run_jobs(comparison_jobs(size, chosen, picked), FUNCTION, folder, workers=workers, title="test worlds")
     return [result for results in done.values() for result in results]
 

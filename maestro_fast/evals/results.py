@@ -13,6 +13,7 @@ from typing import Any
 
 Value = str | int | float
 Condition = tuple[tuple[str, Value], ...]
+_NUMBERS = ("utility", "length")  # the fields of a result that may be NaN
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Result:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The result as a mapping of JSON's types."""
-        return asdict(self)
+        """The result as a mapping of JSON's types, in which null stands for a NaN."""
+        unknown = {name: None for name in _NUMBERS if math.isnan(getattr(self, name))}
+        return asdict(self) | unknown
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Result:
         """Reads what ``as_json`` gave. JSON has no NaN, so a null stands for it."""
-        numbers = {name: math.nan if row[name] is None else row[name] for name in ("utility", "length")}
+        numbers = {name: math.nan if row[name] is None else row[name] for name in _NUMBERS}
         return Result(**{name: row[name] for name in Result.__dataclass_fields__ if name in row} | numbers)
 
 

@@ -32,6 +32,7 @@ from maestro_fast.evals.jobs import Job, run_jobs
 from maestro_fast.evals.results import Result
 from maestro_fast.evals.training_arms import CHOSEN, STATIC, STATIC_ORACLE, Arm, named_arms, static, weightings
 from maestro_fast.evals.training_job import held_out_data
+from maestro_fast.reporting.json_lines import plain
 from maestro_fast.rewards import build_anchor, build_rewards
 from maestro_fast.settings import SettingsError, build, override
 from maestro_fast.training import parse_config
@@ -287,7 +288,9 @@ def run_suite(suite: Suite) -> list[Result]:
             tried = run_jobs(validation_jobs(suite), FUNCTION, folder, workers=workers, title="static weightings")
             found = [result for results in tried.values() for result in results]
             picked = choose(suite, found)
-            (folder / GRID_FILE).write_text(json.dumps(grid(suite, found, picked), indent=1) + "\n", encoding="utf-8")
+            (folder / GRID_FILE).write_text(
+                json.dumps(plain(grid(suite, found, picked)), indent=1) + "\n", encoding="utf-8"
+            )
         done = run_jobs(test_jobs(suite, set(picked.values())), FUNCTION, folder, workers=workers, title="trainings")
     return assemble(suite, [result for results in done.values() for result in results], picked)
 

@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(results))
     if options.json:
         rows = [result.as_json() for result in results]
-        text = json.dumps({"seeds": options.seeds, "results": rows}, indent=1)
+        text = json.dumps({"seeds": options.seeds, "results": rows}, indent=1, allow_nan=False)
         options.json.write_text(text + "\n", encoding="utf-8")
 
 

@@ -151,22 +151,22 @@ def read_tail(path: str | Path, max_bytes: int) -> list[dict[str, Any]]:
 
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", errors="replace") + b"\n"  # UTF-8 cannot encode a lone surrogate.
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Converts a value to JSON's own types. NaN and infinities, which JSON lacks, become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _plain(value.item())
+        return plain(value.item())
     raise TypeError(f"row: cannot write a {type(value).__name__} ({value!r:.80}) as JSON")
 
 

@@ -34,6 +34,7 @@ def test_a_result_survives_json(tmp_path: Path) -> None:
     assert first.as_json() == json.loads(json.dumps(whole.as_json()))
     assert first.history["utility"] == [[0, 0.1], [80, 0.25]]
     assert math.isnan(second.utility) and math.isnan(second.length) and second.tokens == 0
+    assert json.loads(json.dumps(second.as_json(), allow_nan=False))["utility"] is None
 
 
 def test_the_conditions_come_once_each_in_the_order_of_their_first_result() -> None:
