@@ -7,9 +7,12 @@ With weights w, normalised rewards r' and a residual f of factor c, the score of
 so in a group's advantages w . r' and f have parts in the proportion 1 to c, whatever their units are, and the score
 keeps the unit of the weighted rewards, which a KL in the score and profiles without a scale expect. Where the weighted
 rewards do not tell the responses apart, f alone does: std_group(w . r') then counts as 1. (So it does where it is too
-large for its dtype, since an infinite weight would make every score NaN.) f enters as one more column
-of rewards, which an advantage profile normalises as it does all rewards; the column's weight makes up for that. An
-abstention moves no weight between the named rewards and f.
+large for its dtype, since an infinite weight would make every score NaN.) Where the two say the opposite of each other,
+as they may in groups with two kinds of responses, next to nothing is left of the score. Its sign is chance, and the
+division by its standard deviation would make a full advantage of it. So such a group has no score.
+
+f enters as one more column of rewards, which an advantage profile normalises as it does all rewards; the column's
+weight makes up for that. An abstention moves no weight between the named rewards and f.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor
 from maestro_fast.ops.group_advantages import group_advantages, live_weights, over, sum_over_rewards
 from maestro_fast.specs import AdvantageProfile, resolve_profile
 from maestro_fast.weighting.policy import Outcome, WeightContext, Weights
+
+_OPPOSED = 0.02  # This share of the weighted rewards' standard deviation has to be left once the residual is added.
 
 
 def scored(
@@ -78,7 +83,10 @@ def _with_residual(context: WeightContext, weights: Weights, profile: AdvantageP
     spread_B = torch.where((std_B > 0) & std_B.isfinite(), std_B, 1.0)
     weight_B = weights.residual_factor * spread_B * over(std_z_B, std_after_B)
     weight_B = torch.where(column_B.isnan(), 0.0, weight_B)
-    return rewards, torch.cat([own_BK, weight_B[:, None]], 1)
+    whole_B = torch.where(column_B.isnan(), score_B, score_B + weight_B * normalised[:, -1])
+    left_B = group_advantages(whole_B, None, size, profile="dr_grpo").std
+    opposed_B1 = (left_B < _OPPOSED * std_B)[:, None]
+    return rewards, torch.where(opposed_B1, 0.0, torch.cat([own_BK, weight_B[:, None]], 1))
 
 
 def _normalised(rewards: Tensor, group_size: int, profile: AdvantageProfile) -> Tensor:

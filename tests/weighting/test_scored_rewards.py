@@ -195,3 +195,18 @@ def test_the_residuals_share_of_the_variance() -> None:
     assert share(replace(weights, residual_B=None)) is None
     nobody = share(replace(weights, direct_B=torch.ones(8, dtype=torch.bool)))
     assert nobody is not None and math.isnan(nobody)
+
+
+@pytest.mark.parametrize("profile", ["maestro", "grpo", "dr_grpo", "gdpo", "rloo"])
+def test_opposite_opinions_give_no_advantage(profile: str) -> None:
+    """In a group of two kinds of responses, rewards and residual agree or are opposites, but for an epsilon."""
+    r_NG = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(3, 1)
+    f_NG = torch.tensor([[0.2, 0.7, 0.7, 0.7], [0.7, 0.2, 0.2, 0.2], [0.0, 0.7, 0.7, 0.2]])
+    context, ones_BK = WeightContext(("r",), 4, 0, r_NG.view(-1, 1)), torch.ones(12, 1)
+    weights = Weights(ones_BK, ones_BK, residual_B=f_NG.flatten())
+    found = compare(context, weights, Comparison(profile))
+    opposite, alike, between = found.advantages.view(3, 4)
+    assert not opposite.any() and found.degenerate.view(3, 4)[0].all() and not found.degenerate[4:].any()
+    assert alike[0] > 0.4 and (alike[1:] < 0).all() and between.abs().max() > 0.1
+    share = residual_share(Outcome(context, weights, found, profile))
+    assert share is not None and 0.0 < share.item() < 1.0
