@@ -92,11 +92,13 @@ def _named(folder: Path) -> dict[str, dict[str, Any]]:
     """What the manifest says of each file."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT:
-            raise _damaged(folder, f"{MANIFEST} has format {found['format']!r}, expected {_FORMAT}")
-        return {str(name): {"bytes": int(x["bytes"]), "sha256": [*x["sha256"]]} for name, x in found["files"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        version = found["format"]
+        files = {str(name): {"bytes": int(x["bytes"]), "sha256": [*x["sha256"]]} for name, x in found["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({error})") from error
+    if version != _FORMAT:
+        raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {_FORMAT}")
+    return files
 
 
 def _sums(folder: Path, names: list[str]) -> dict[str, list[str]]:

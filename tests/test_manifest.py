@@ -69,6 +69,7 @@ def test_the_manifest_itself_may_be_damaged(saved: Path) -> None:
         b'{"format": 1}',
         b'{"format": 1, "files": {"empty": {}}}',
         b"\xff",
+        b'{"format": 1, "files": {"empty": {"bytes": "x", "sha256": []}}}',
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"is damaged: {MANIFEST} cannot be read"):

@@ -142,6 +142,8 @@ def check_resumed(resumed: str | bool | None, args: TrainingArguments, processes
             _check_files(Path(folder), deepspeed=processes.accelerator.distributed_type == DistributedType.DEEPSPEED)
         except ValueError as error:
             problem = str(error)
+        except OSError as error:  # The others would wait for this process, were it to end here.
+            problem = f"resume_from_checkpoint: {error.filename or folder} cannot be read: {error.strerror}"
     for words in filter(None, processes.gather_objects([problem])):
         raise ValueError(words)
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from maestro_fast import manifest
 from maestro_fast.manifest import MANIFEST, check_manifest
 from maestro_fast.reporting import read_jsonl
 from maestro_fast.training import run_directory
@@ -132,7 +133,11 @@ def test_metrics_hold_each_step_once(raw: dict[str, Any]) -> None:
     assert [line["step"] for line in read_jsonl(Path(raw["run_dir"]) / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any]) -> None:
+def unreadable(path: Path, start: int) -> str:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest names every file of a run's checkpoints. Without it, other parameters would be trained on."""
     trainer, _ = run(raw)
     folder = Path(raw["run_dir"])
@@ -150,6 +155,10 @@ def test_a_run_refuses_what_it_would_load_in_silence(raw: dict[str, Any]) -> Non
         run(raw, resume=True, trainer__max_steps=4)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*run, expected the folder of a checkpoint$"):
         trainer.train(resume_from_checkpoint=str(folder / "config.yaml" / "run"))
+    with monkeypatch.context() as patch:  # Root, who may run the tests, can read every file.
+        patch.setattr(manifest, "_sha256", unreadable)
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-3/.* cannot be read: Permission"):
+            trainer.train(resume_from_checkpoint=str(last))
     shutil.rmtree(last)
     (folder / "kept").rename(last)
     assert run(raw, resume=True, trainer__max_steps=4)[0].state.global_step == 4
