@@ -117,7 +117,7 @@ void Batch::measure_columns() {
     const Center center(all, profile.ddof);
     const double divisor = center.std + profile.reward_eps;
     columns.mean.push_back(center.mean);
-    columns.factor.push_back(divisor > 0 ? 1.0 / divisor : 0.0);
+    columns.factor.push_back(divisor == 0 ? 0.0 : 1.0 / divisor);
     columns.count.push_back(all.weight);
   }
   for (auto* values : {&columns.mean, &columns.factor, &columns.count}) {

@@ -49,17 +49,18 @@ MAESTRO_INLINE GroupSums sums_of_group(const Chunk& chunk, bool abstained, std::
 // A = (s - center) * factor for the rows of one group, and the mean and std that all of them report.
 struct Affine {
   double center, factor, mean, std;
+  bool zero;  // A is 0, whatever the scores are
 };
 
 MAESTRO_INLINE Affine affine_of_group(const GroupSums& own, const AdvantageProfile& p, const Center& batch,
                                       const Center& tokens, bool flat) {
-  Affine a{0.0, 1.0, 0.0, 0.0};
+  Affine a{0.0, 1.0, 0.0, 0.0, false};
   const bool raw = p.raw_singleton && own.count == 1;
   const Scope spread = p.score_scale == Scope::none ? Scope::group : p.score_scale;
   a.std = spread == Scope::batch ? batch.std : spread == Scope::tokens ? tokens.std : raw ? 1.0 : own.std(p.ddof);
   if (p.score_scale != Scope::none) {
     const double divisor = p.eps_in_variance ? std::sqrt(a.std * a.std + p.score_eps) : a.std + p.score_eps;
-    a.factor = divisor > 0 ? 1.0 / divisor : 0.0;
+    a.factor = divisor == 0 ? 0.0 : 1.0 / divisor;  // of a NaN a NaN
   }
   if (p.score_center == Scope::batch) a.mean = batch.mean;
   if (p.score_center == Scope::tokens) a.mean = tokens.mean;
@@ -68,7 +69,7 @@ MAESTRO_INLINE Affine affine_of_group(const GroupSums& own, const AdvantageProfi
   }
   a.center = a.mean;
   if (p.score_center == Scope::leave_one_out && own.count > 1) a.factor *= own.count / (own.count - 1.0);
-  if (flat && !raw) a.factor = 0;
+  a.zero = flat && !raw;
   return a;
 }
 
@@ -92,6 +93,7 @@ MAESTRO_INLINE void write_group(const Chunk& chunk, bool abstained, std::int64_t
     chunk.out.scores[first + i] = static_cast<float>(scores[i]);
     chunk.out.advantages[first + i] = static_cast<float>(dead ? 0.0 : (scores[i] - a.center) * a.factor);
   }
+  if (a.zero) fill(chunk.out.advantages + first, 0.0, n);
   fill(chunk.out.mean + first, a.mean, n);
   fill(chunk.out.std + first, a.std, n);
   std::fill_n(chunk.out.degenerate + first, n, chunk.flat[group]);

@@ -7,7 +7,7 @@
 namespace maestro_fast {
 namespace {
 
-MAESTRO_INLINE Double4 one_over(Double4 x) { return x > 0.0 ? 1.0 / x : splat(0.0); }
+MAESTRO_INLINE Double4 one_over(Double4 x) { return x == 0.0 ? splat(0.0) : 1.0 / x; }
 
 // The moments of four columns of a group.
 struct Columns {
@@ -46,7 +46,7 @@ MAESTRO_INLINE void moments_of_columns(const float* x, std::int64_t n, std::int6
   for (int b = 0; b < kBlocks; ++b) {
     const Double4 m = total[b] / max4(count[b], one);
     const Double4 variance =
-        max4(squares[b] - total[b] * m, splat(0.0)) / max4(count[b] - static_cast<double>(ddof), one);
+        not_below_0(squares[b] - total[b] * m) / max4(count[b] - static_cast<double>(ddof), one);
     out[b] = {count[b], shift[b] + m, sqrt4(variance)};
   }
 }

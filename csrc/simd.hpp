@@ -62,6 +62,9 @@ MAESTRO_INLINE Double4 sqrt4(Double4 x) {
 
 MAESTRO_INLINE Double4 max4(Double4 a, Double4 b) { return a > b ? a : b; }
 
+// x, or 0 where it is below 0. A NaN stays one.
+MAESTRO_INLINE Double4 not_below_0(Double4 x) { return x < 0.0 ? splat(0.0) : x; }
+
 MAESTRO_INLINE bool any(Mask4 x) { return (x[0] | x[1] | x[2] | x[3]) != 0; }
 
 MAESTRO_INLINE double sum(Double4 x) { return (x[0] + x[1]) + (x[2] + x[3]); }

@@ -35,7 +35,7 @@ from maestro_fast.kernels.group_advantages import (
     reward_moments,
     switches,
 )
-from maestro_fast.kernels.moments import over
+from maestro_fast.kernels.moments import over, unit_of
 from maestro_fast.specs import AdvantageProfile
 
 _ROWS = 16  # responses j of one program
@@ -113,7 +113,8 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
     top_J = tl.where(top_J == float("-inf"), 0.0, top_J)  # there are no others
     shifted_JG = tl.where(others_JG, score_1G - top_J[:, None], 0.0)
     mean_J = tl.div_rn(tl.sum(shifted_JG, 1), tl.maximum(count_J, 1.0))
-    off_JG = tl.where(others_JG, shifted_JG - mean_J[:, None], 0.0)
+    unit_J, per_unit_J = unit_of(mean_J)  # M is in units whose squares float32 can hold
+    off_JG = tl.where(others_JG, (shifted_JG - mean_J[:, None]) * per_unit_J[:, None], 0.0)
     squares_J = tl.sum(off_JG * off_JG, 1)
     # Whether there is any spread is decided before the KL.
     high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
@@ -133,9 +134,13 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
         out_JA = delta_JA * shrink_J[:, None]
     out_JA = tl.where(alone_JA, own_JA if rules.RAW or rules.SCORE_CENTER == "none" else 0.0, out_JA)
     if rules.SCORE_SCALE != "none":
-        all_JA = squares_J[:, None] + delta_JA * delta_JA * shrink_J[:, None]
+        # D may be far larger than the unit of M, so their sum has a unit for both.
+        unit_JA, per_unit_JA = unit_of(tl.maximum(tl.abs(delta_JA), unit_J[:, None]))
+        smaller_JA = unit_J[:, None] * per_unit_JA
+        own_off_JA = delta_JA * per_unit_JA
+        all_JA = squares_J[:, None] * smaller_JA * smaller_JA + own_off_JA * own_off_JA * shrink_J[:, None]
         freedom_J = tl.maximum(count_J + 1.0 - rules.DDOF, 1.0)
-        std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA)))
+        std_JA = tl.sqrt_rn(tl.div_rn(all_JA, freedom_J[:, None] + tl.zeros_like(all_JA))) * unit_JA
         std_JA = tl.where(alone_JA, 1.0 if rules.RAW else 0.0, std_JA)
         out_JA = over(out_JA, divisor(std_JA, rules.score_eps, rules.IN_VARIANCE))
     if rules.RAW:

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_fast.kernels.bound_launch import BoundLaunch, blocks, power_of_2
-from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread
+from maestro_fast.kernels.moments import centred, deviation, over, scope_sum, spread, unit_of
 from maestro_fast.specs import AdvantageProfile, GroupAdvantages
 
 TILE = 16  # responses of one program, which one warp reduces without a barrier
@@ -262,7 +262,10 @@ def advantage_tile(rows_NG, inside_NG, inputs, rules, out, state_ptr, K: tl.cons
 def divisor(std, eps, IN_VARIANCE: tl.constexpr):
     """The divisor of the centred score."""
     if IN_VARIANCE:
-        return tl.sqrt_rn(std * std + eps)
+        # The square of a large one may be beyond float32, and an epsilon beside it changes no bit. The square of a
+        # small one may vanish, which only matters without an epsilon.
+        alone = (std > 1e15) | (eps == 0)
+        return tl.where(alone, std, tl.sqrt_rn(tl.where(alone, 1.0, std * std) + eps))
     else:
         return std + eps
 
@@ -403,12 +406,13 @@ def _batch_moments(series, KIND: tl.constexpr, DDOF: tl.constexpr, BLOCK: tl.con
         count_L += counted_L
     count = tl.sum(count_L, 0)
     mean = tl.div_rn(tl.sum(total_L, 0), tl.maximum(count, 1.0))
+    unit, per_unit = unit_of(mean)
     squares_L = tl.zeros([BLOCK], tl.float32)
     for start in range(0, series.B, BLOCK):
         value_L, live_L, counted_L = _element(start + lane, series, KIND)
-        off_L = tl.where(live_L, value_L - top - mean, 0.0)
+        off_L = tl.where(counted_L > 0, (value_L - top - mean) * per_unit, 0.0)
         squares_L += off_L * off_L * counted_L
-    std = tl.sqrt_rn(tl.div_rn(tl.sum(squares_L, 0), tl.maximum(count - DDOF, 1.0)))
+    std = tl.sqrt_rn(tl.div_rn(tl.sum(squares_L, 0), tl.maximum(count - DDOF, 1.0))) * unit
     return top, mean, std, count
 
 

@@ -41,6 +41,18 @@ def scope_shifted(x_NG, live_NG, SCOPE: tl.constexpr):
 
 
 @triton.jit
+def unit_of(mean):
+    """A unit in which squares of deviations from the mean neither overflow nor vanish, and one over it.
+
+    The mean is that of x minus its maximum, so its size lies between the range of x and that over the number of
+    elements. Multiplying by a power of 2 is exact, so the unit changes no bit of a deviation that did without it.
+    """
+    size = tl.minimum(tl.maximum(tl.abs(mean), 2.0**-100), 2.0**100)
+    bits = size.to(tl.int32, bitcast=True) & 0x7F800000  # the exponent without the mantissa
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def centred(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, RAW: tl.constexpr):
     """x minus its scope's mean, and that mean, both of the tile's shape.
 
@@ -75,10 +87,12 @@ def deviation(x_NG, live_NG, counted_NG, SCOPE: tl.constexpr, DDOF: tl.constexpr
     count = scope_sum(counted_NG, SCOPE)
     mean = tl.div_rn(scope_sum(shifted_NG * counted_NG, SCOPE), tl.maximum(count, 1.0))
     # A second pass over the registers adds up squares around the mean, because E[x^2] - E[x]^2 would cancel.
-    off_NG = shifted_NG - mean
-    squares = scope_sum(tl.where(live_NG, off_NG * off_NG, 0.0) * counted_NG, SCOPE)
+    # Elements that count 0 times may be as far away as they like.
+    unit, per_unit = unit_of(mean)
+    off_NG = tl.where(counted_NG > 0, (shifted_NG - mean) * per_unit, 0.0)
+    squares = scope_sum(off_NG * off_NG * counted_NG, SCOPE)
     zero_NG = tl.zeros_like(x_NG)
-    std_NG = tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count - DDOF, 1.0)) + zero_NG)
+    std_NG = tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count - DDOF, 1.0)) + zero_NG) * unit
     if RAW and SCOPE == "group":
         std_NG = tl.where((count + zero_NG) == 1.0, 1.0, std_NG)
     return std_NG

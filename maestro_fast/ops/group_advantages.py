@@ -7,6 +7,10 @@
 The maximum of each scope is subtracted before the mean is taken. In exact arithmetic that changes nothing. In floating
 point it makes groups of identical rewards exactly 0, where r - mean would leave rounding noise, which the division by a
 tiny std would blow up.
+
+A number that is not finite (an infinite reward, a NaN weight or KL) makes everything that is compared with it not
+finite, and touches nothing else: that is its group, or the whole batch under a profile with the scope batch or tokens.
+Groups without spread have the advantage 0 all the same.
 """
 
 from __future__ import annotations
@@ -181,10 +185,13 @@ class Members:
         shifted, _ = self._shifted(x_NG, scope)
         count = self._count(scope)
         mean = self._sum(shifted, scope) / count.clamp(min=1)
-        squares = self._sum(torch.where(self.live_NG, (shifted - mean) ** 2, 0.0), scope)
+        # Elements that count 0 times may be as far away as they like.
+        counted = self.live_NG if scope != "tokens" or self.lengths_NG is None else self.live_NG & (self.lengths_NG > 0)
+        unit = unit_of(mean)
+        squares = self._sum(torch.where(counted, (shifted - mean) / unit, 0.0) ** 2, scope)
         variance = squares / (count - ddof).clamp(min=1)
-        positive = variance > 0  # sqrt has no finite derivative at 0
-        std = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+        none = variance == 0  # sqrt has no finite derivative at 0
+        std = torch.where(none, 0.0, torch.where(none, 1.0, variance).sqrt()) * unit
         if self.singleton == "raw" and scope == "group":
             std = torch.where(self.alone_N1, 1.0, std)
         return std.expand_as(x_NG)
@@ -238,9 +245,7 @@ def standardise_scores(raw_NG: Tensor, scores_NG: Tensor, members: Members, prof
     spread: Scope = "group" if profile.score_scale == "none" else profile.score_scale
     std_NG = members.deviation(scores_NG, spread, profile.ddof)
     if profile.score_scale != "none":
-        inside = profile.score_eps_in == "variance"
-        divisor_NG = (std_NG**2 + profile.score_eps).sqrt() if inside else std_NG + profile.score_eps
-        centred_NG = over(centred_NG, divisor_NG)
+        centred_NG = over(centred_NG, divisor(std_NG, profile))
     flat_N1 = members.flat(raw_NG)
     zero_N1 = flat_N1 & ~members.alone_N1 if profile.singleton == "raw" else flat_N1
     advantages_NG = torch.where(zero_N1 | ~members.live_NG, 0.0, centred_NG)
@@ -286,6 +291,24 @@ def sum_over_rewards(x: Tensor) -> Tensor:
     for k in range(1, x.shape[-1]):
         total = total + x[..., k]
     return total
+
+
+def divisor(std: Tensor, profile: AdvantageProfile) -> Tensor:
+    """What the centred score is divided by."""
+    if profile.score_eps_in == "std" or profile.score_eps == 0:
+        return std + profile.score_eps
+    large = std > 1e15  # Its square may be beyond float32, and an epsilon beside it changes no bit.
+    return torch.where(large, std, (torch.where(large, 1.0, std) ** 2 + profile.score_eps).sqrt())
+
+
+def unit_of(mean: Tensor) -> Tensor:
+    """A unit in which squares of deviations from the mean neither overflow nor vanish.
+
+    The mean is that of x minus its maximum, so its size lies between the range of x and that over the number of
+    elements. Dividing by a power of 2 is exact, so the unit changes no bit of a deviation that did without it.
+    """
+    size = mean.detach().abs().clamp(2.0**-100, 2.0**100)
+    return size / torch.frexp(size).mantissa
 
 
 def over(x: Tensor, divisor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
     logprobs = torch.where(live, chosen - totals.log(), 0.0)
     if spec.entropy == "none":
         return RowStatistics(logprobs, peaks, totals, x.new_empty(0))
-    entropies = totals.log() - exp.mul_(shifted).sum(-1) / totals
+    entropies = totals.log() - exp.mul_(_finite(shifted)).sum(-1) / totals
     return RowStatistics(logprobs, peaks, totals, torch.where(live, entropies, 0.0))
 
 
@@ -78,7 +78,7 @@ def dlogits_(
     p = shifted.exp().div_(stats.totals[:, None])
     dz = -p * dlp
     if dentropies is not None:
-        logp = shifted.sub_(stats.totals.log()[:, None])
+        logp = _finite(shifted).sub_(stats.totals.log()[:, None])
         dent = torch.where(dead, 0.0, dentropies)[:, None]
         dz -= p.mul_(dent).mul_(logp.add_(stats.entropies[:, None]))
     dz.scatter_add_(1, torch.where(live, targets, 0)[:, None], dlp)
@@ -101,6 +101,11 @@ def _gaps(y: Tensor, peaks: Tensor, spec: HeadSpec) -> Tensor:
     """z_v - max z, [C, V]."""
     gaps = y - peaks[:, None]
     return gaps if spec.temperature == 1.0 else gaps.div_(spec.temperature)
+
+
+def _finite(gaps: Tensor) -> Tensor:
+    """The gaps with the lowest finite number in place of -inf, so that p times the gap is 0 where p is."""
+    return gaps.clamp_(min=torch.finfo(gaps.dtype).min)
 
 
 # --- Triton ---

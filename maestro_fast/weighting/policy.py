@@ -271,10 +271,11 @@ def live_mean_and_std(values: Tensor, dim: int, *, correction: int) -> tuple[Ten
     """
     live = ~values.isnan()
     count = live.sum(dim)
-    mean = values.nanmean(dim)
-    squares = torch.where(live, (values - mean.unsqueeze(dim)).square(), 0.0).sum(dim)
+    wide = values.double()  # The squares of large and small numbers are beyond float32.
+    mean = wide.nanmean(dim)
+    squares = torch.where(live, (wide - mean.unsqueeze(dim)).square(), 0.0).sum(dim)
     std = (squares / (count - correction).clamp(min=1)).sqrt()
-    return mean, torch.where(count > 0, std, float("nan"))
+    return mean.to(values.dtype), torch.where(count > 0, std, float("nan")).to(values.dtype)
 
 
 def live_range(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,14 @@ from maestro_fast.ops import (
 from maestro_fast.specs import as_text
 from tests.kernels.helpers import DEVICE, assert_close, counted_launches
 from tests.kernels.test_policy_loss import Operations
-from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
+from tests.ops.awkward import (
+    MAGNITUDES,
+    POISONS,
+    check_a_weight_that_is_not_a_number,
+    check_any_magnitude,
+    check_no_epsilon_and_no_spread,
+    check_poison_reaches_only_what_is_compared,
+)
 
 B, K, D, H, G = 12, 3, 40, 8, 4
 BOUNDS = torch.tensor([0, 3, 4, 9, 11, 18, 19, 25, 27, 30, 33, 34, 40])
@@ -280,6 +287,18 @@ def test_without_an_epsilon_no_spread_is_zero(profile: str) -> None:
 @pytest.mark.parametrize("profile", ["maestro", "grpo", "verl_grpo"])
 def test_a_weight_that_is_not_a_number_shows(profile: str) -> None:
     check_a_weight_that_is_not_a_number(profile, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("profile", ops.PROFILES)
+def test_poison_reaches_only_what_is_compared(profile: str, poison: str) -> None:
+    check_poison_reaches_only_what_is_compared(profile, poison, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("size", MAGNITUDES)
+@pytest.mark.parametrize("profile", ops.PROFILES)
+def test_rewards_of_any_magnitude(profile: str, size: float) -> None:
+    check_any_magnitude(profile, size, "triton", DEVICE)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
 
-from maestro_fast.ops import PROFILES, counterfactual_advantages, group_advantages
+from maestro_fast.ops import PROFILES, GroupAdvantages, counterfactual_advantages, group_advantages
 from maestro_fast.ops.backend import Backend
 
 G = 4
@@ -41,3 +42,69 @@ def check_a_weight_that_is_not_a_number(name: str, backend: Backend, device: str
     assert not out.degenerate.any()
     other = counterfactual_advantages(rewards_BK, weights_BK, ACTIONS_AK.to(device), G, profile=name, backend=backend)
     assert other.isnan().any(1).tolist() == [True, False, True, True] + [False] * 4  # response 1 under a known weight
+
+
+POISONS = ("NaN weight", "infinite reward", "NaN KL")
+
+
+def check_poison_reaches_only_what_is_compared(name: str, poison: str, backend: Backend, device: str = "cpu") -> None:
+    """A number that is none makes everything that is compared with it not finite, and touches nothing else."""
+    profile = PROFILES[name]
+    if poison == "NaN KL" and profile.kl_in == "loss":
+        return
+    # The first group is poisoned, the second one is sound, and the third one has no spread.
+    rewards_BK = torch.tensor([[1.0, 2], [3, 1], [2, 5], [4, 4], [1, 5], [3, 4], [5, 1], [7, 8]] + [[2.0, 2]] * 4)
+    weights_BK, kl_B = torch.ones(12, 2), torch.linspace(0, 1, 12)
+    options = {"lengths": torch.arange(1.0, 13, device=device)} if profile.needs_lengths else {}
+
+    def advantages() -> GroupAdvantages:
+        kl = {"kl": kl_B.to(device), "beta": 0.5} if profile.kl_in == "score" else {}
+        given = rewards_BK.to(device), weights_BK.to(device), G
+        return group_advantages(*given, **kl, **options, profile=profile, backend=backend)
+
+    sound = advantages()
+    if poison == "NaN weight":
+        weights_BK[1, 1] = torch.nan
+    elif poison == "infinite reward":
+        rewards_BK[1, 1] = torch.inf
+    else:
+        kl_B[[1, 9]] = torch.nan
+    with warnings.catch_warnings():  # Triton's interpreter computes with NumPy, which warns of a NaN.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        out = advantages()
+    assert not out.advantages[:4].isfinite().any()
+    scopes = {profile.reward_center, profile.reward_scale, profile.score_center, profile.score_scale}
+    if scopes.isdisjoint(("batch", "tokens")):
+        assert torch.equal(out.advantages[4:], sound.advantages[4:])
+    else:
+        assert not out.advantages[4:8].isfinite().any()
+    assert (out.advantages[8:] == 0).all()
+    assert out.degenerate.tolist() == [False] * 8 + [True] * 4
+
+
+MAGNITUDES = (1e-30, 1e-24, 1e20, 1e30)  # the squares of these are no float32 numbers
+
+
+def check_any_magnitude(name: str, size: float, backend: Backend, device: str = "cpu") -> None:
+    """Rewards whose squares are too large or too small for float32 give the advantages that float64 gives."""
+    profiles = PROFILES[name], replace(PROFILES[name], reward_eps=0.0, score_eps=0.0)
+    rewards_BK = torch.tensor([[1.0, 2], [3, 1], [2, 5], [4, 4], [1, 5], [3, 4], [5, 1], [7, 9]], device=device) * size
+    rewards_BK[2, 0] = torch.nan
+    half_K, actions_AK = torch.full((2,), 0.5, device=device), ACTIONS_AK.to(device)
+    for profile in profiles:
+        lengths = torch.arange(1.0, 9, device=device) if profile.needs_lengths else None
+        out = group_advantages(rewards_BK, half_K, G, lengths=lengths, profile=profile, backend=backend)
+        truth = group_advantages(
+            rewards_BK.double(), half_K.double(), G, lengths=lengths, profile=profile, backend="torch"
+        )
+        compared = [(out.advantages, truth.advantages), (out.std, truth.std)]
+        if not {profile.score_center, profile.score_scale} & {"batch", "tokens"}:
+            other = counterfactual_advantages(rewards_BK, half_K, actions_AK, G, profile=profile, backend=backend)
+            expected = counterfactual_advantages(
+                rewards_BK.double(), half_K.double(), actions_AK.double(), G, profile=profile, backend="torch"
+            )
+            compared.append((other, expected))
+        for ours, wanted in compared:
+            assert ours.isfinite().all(), ours
+            error = (ours.double() - wanted).abs().max() / wanted.abs().max()
+            assert error < 1e-6, (profile, float(error), ours, wanted)

@@ -23,7 +23,14 @@ from maestro_fast.ops import (
     maestro_advantages,
 )
 from maestro_fast.specs import Center, Scale, ScoreCenter, ScoreScale
-from tests.ops.awkward import check_a_weight_that_is_not_a_number, check_no_epsilon_and_no_spread
+from tests.ops.awkward import (
+    MAGNITUDES,
+    POISONS,
+    check_a_weight_that_is_not_a_number,
+    check_any_magnitude,
+    check_no_epsilon_and_no_spread,
+    check_poison_reaches_only_what_is_compared,
+)
 from tests.ops.helpers import assert_as_accurate
 
 NAN = float("nan")
@@ -305,3 +312,17 @@ def test_without_an_epsilon_no_spread_is_zero(profile: str, backend: Any) -> Non
 @pytest.mark.parametrize("profile", ["maestro", "grpo", "verl_grpo"])
 def test_a_weight_that_is_not_a_number_shows(profile: str, backend: Any) -> None:
     check_a_weight_that_is_not_a_number(profile, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_poison_reaches_only_what_is_compared(profile: str, poison: str, backend: Any) -> None:
+    check_poison_reaches_only_what_is_compared(profile, poison, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("size", MAGNITUDES)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_rewards_of_any_magnitude(profile: str, size: float, backend: Any) -> None:
+    check_any_magnitude(profile, size, backend)

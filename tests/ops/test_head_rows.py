@@ -61,6 +61,24 @@ def test_statistics_and_gradient(s: HeadSpec, bias: Tensor | None) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("s", [spec(), spec(scale=1.7, temperature=0.6)])
+def test_a_token_that_is_ruled_out_might_as_well_not_exist(s: HeadSpec) -> None:
+    """A bias of -inf gives the statistics and the gradient of the vocabulary without the token, and itself 0."""
+    bias, kept = BIAS.clone(), torch.ones(V, dtype=torch.bool)
+    kept[20:30] = False
+    bias[~kept] = -torch.inf
+    targets = torch.where(TARGETS > 30, TARGETS - 10, TARGETS)
+    stats = row_statistics(X, TARGETS, bias, s)
+    without = row_statistics(X[:, kept], targets, bias[kept], s)
+    for ours, expected in zip(stats, without, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    gradient, expected = X.clone(), X[:, kept]
+    dlogits_(gradient, TARGETS, bias, stats, DLP, DENT, s)
+    dlogits_(expected, targets, bias[kept], without, DLP, DENT, s)
+    torch.testing.assert_close(gradient[:, kept], expected, rtol=1e-12, atol=1e-12)
+    assert (gradient[:, ~kept] == 0).all()
+
+
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_a_dead_row_is_exactly_zero_whatever_it_holds(with_entropy: bool) -> None:
     s = SPECS[-1]

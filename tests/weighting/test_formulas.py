@@ -74,6 +74,9 @@ def test_dvao_by_hand() -> None:
     torch.testing.assert_close(found[::2], torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.75, 0.25]]))
     found = build("dvao").weights(at([[0.0, 1.0], [2.0, NAN], [0.1, NAN], [0.1, NAN]])).weights_BK
     torch.testing.assert_close(found[::2], torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    for size in (1e-30, 1e25):  # whose squares are no float32 numbers
+        found = build("dvao").weights(at([[0.0, 1.0 * size], [2.0 * size, 7.0 * size]])).weights_BK
+        torch.testing.assert_close(found[0], torch.tensor([0.25, 0.75]))
 
 
 def test_dvao_is_the_published_advantage() -> None:
