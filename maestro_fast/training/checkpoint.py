@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from accelerate import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.manifest import MANIFEST, check_manifest, tensors_of
@@ -152,16 +155,37 @@ def _check_files(checkpoint: Path, *, deepspeed: bool) -> None:
     """Checks the files of a checkpoint by its manifest.
 
     One of an older version has none. There it checks for the files without which transformers would silently go on with
-    a new optimiser; DeepSpeed has files of its own instead.
+    a new optimiser; DeepSpeed has files of its own instead, which it unpickles whatever they hold.
     """
     if not checkpoint.is_dir():
         raise ValueError(f"resume_from_checkpoint: {checkpoint}, expected the folder of a checkpoint")
-    if check_manifest(checkpoint):
-        return
-    logger.warning("%s has no %s, so its files are not checked", checkpoint, MANIFEST)
-    for pattern in ("optimizer*", SCHEDULER_NAME):
-        if not deepspeed and not any(checkpoint.glob(pattern)):
-            raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {pattern}, it is incomplete")
+    if not check_manifest(checkpoint):
+        logger.warning("%s has no %s, so its files are not checked", checkpoint, MANIFEST)
+        for pattern in ("optimizer*", SCHEDULER_NAME):
+            if not deepspeed and not any(checkpoint.glob(pattern)):
+                raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {pattern}, it is incomplete")
+    if not deepspeed:
+        _check_pickles(checkpoint)
+
+
+def _check_pickles(checkpoint: Path) -> None:
+    """Checks that files of PyTorch hold nothing but tensors and numbers, since a pickle of anything else may run code.
+
+    transformers and peft refuse such files, too, each in words of its own. Tensors are mapped into memory, not read.
+    """
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix not in (".pt", ".pth", ".bin") or path.name == TRAINING_ARGS_NAME:  # The latter is never read.
+            continue
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {path} holds more than tensors and numbers, or is damaged; it is not loaded, "
+                "because it could run code of whoever wrote it"
+            ) from error
+        except (RuntimeError, ValueError, EOFError) as error:
+            raise ValueError(f"resume_from_checkpoint: {path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
