@@ -47,10 +47,13 @@ class WeightTransfer(Protocol):
 
 
 def serve_command(transfer: WeightTransfer) -> str:
-    """The command that starts a server for ``transfer``; MODEL stands for the path of the checkpoint."""
-    return (
-        f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs {transfer.server_options}".rstrip()
-    )
+    """The command that starts a server for ``transfer``.
+
+    MODEL stands for the path of the checkpoint, HOST for the one address that the server listens on. Without it vLLM
+    would listen on all of them, and its development routes ask nobody who he is.
+    """
+    options = f"--host HOST --logprobs-mode processed_logprobs {transfer.server_options}"
+    return f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL {options}".rstrip()
 
 
 class FolderTransfer:

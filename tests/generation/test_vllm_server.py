@@ -238,7 +238,7 @@ def test_more_stop_strings_than_the_server_takes(connect: Callable[..., VllmServ
 
 def test_raw_logprobs_are_refused(connect: Callable[..., VllmServer], vllm: FakeVllm) -> None:
     vllm.logprob = -0.01
-    with pytest.raises(ValueError, match=r"(?s)not those of the distribution .*\nVLLM_SERVER_DEV_MODE=1 vllm serve "):
+    with pytest.raises(ValueError, match=r"(?s)not those of .*\nVLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host HOST "):
         connect()
 
 
