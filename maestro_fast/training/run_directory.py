@@ -3,7 +3,7 @@
 A checkpoint is written to ``.saving`` in the run directory, gets its manifest, is flushed to the disk, and renamed.
 Whatever kills the run, the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is
 replaced waits under ``.old-<name>`` until its successor is in place. If the run dies in between, ``recover`` puts the
-old folder back.
+old folder back. One that is deleted is renamed to ``.gone-<name>`` before, so that no part of it stays under its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from maestro_fast.manifest import write_manifest
 from maestro_fast.settings import SettingsError
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 STAGING = ".saving"
 _REPLACED = ".old-"
+_DELETED = ".gone-"
 _LOCK = ".lock"
 _OF_A_STEP = ("metrics.jsonl", "final")  # A run that ended before its first step leaves none of these, and starts anew.
 _PATIENCE = 5.0  # seconds to wait for the lock, because a child of a killed process may hold it for a moment longer
@@ -142,8 +143,32 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
     _once_per_disk(accelerator, lambda: _publish(folder, run_dir))
 
 
+def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints, as transformers' ``rotate_checkpoints`` does, but whole or not at all.
+
+    Args:
+        run_dir: the run directory.
+        limit: how many may stay; None and numbers below 1 delete nothing.
+        best: the path of the best checkpoint, which stays as the newest does, or None.
+    """
+    checkpoints = sort_checkpoints(str(run_dir))
+    if limit is None or limit < 1 or not checkpoints:
+        return
+    protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+    surplus = max(0, len(checkpoints) - max(limit, len(protected)))
+    for name in [name for name in checkpoints if name not in protected][:surplus]:
+        gone = run_dir / f"{_DELETED}{Path(name).name}"
+        try:
+            Path(name).rename(gone)
+            shutil.rmtree(gone)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", name, error.strerror)
+
+
 def recover(run_dir: Path) -> None:
-    """Puts back the folders that a run had moved away when it was killed between two renames."""
+    """Puts back the folders that a run had moved away when it was killed between two renames, and ends deletions."""
+    for gone in run_dir.glob(f"{_DELETED}*"):
+        shutil.rmtree(gone)
     for old in run_dir.glob(f"{_REPLACED}*"):
         target = run_dir / old.name.removeprefix(_REPLACED)
         if target.exists():

@@ -30,7 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from maestro_fast.data.conditions import check_conditions
 from maestro_fast.data.dataset import PromptDataset
@@ -64,7 +64,7 @@ from maestro_fast.training.overlap import Ahead, Lessons, check_parts
 from maestro_fast.training.plan import LossTerms, Method, checked_plan, context_mode, reads_reference
 from maestro_fast.training.progress import StageProgress, StepEvents
 from maestro_fast.training.rescue import Rescue
-from maestro_fast.training.run_directory import staged
+from maestro_fast.training.run_directory import rotate, staged
 from maestro_fast.training.step import Sampled
 from maestro_fast.training.weight_sync import check_engine
 from maestro_fast.weighting import WeightPolicy
@@ -403,11 +403,7 @@ class MaestroTrainer(Trainer):
                 self._staging = None
         self.saved_at = self.state.global_step
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

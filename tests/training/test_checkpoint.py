@@ -18,6 +18,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from maestro_fast.model.rows import Sequences
 from maestro_fast.reporting.recorded_run import recorded_train
@@ -159,6 +160,40 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(
 
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]  # the last publishes final/
     assert [path.name for path in Path(raw["run_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_kill_leaves_no_part_of_a_checkpoint_that_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "value").touch()
+
+    def dying(path: Path) -> None:
+        next(Path(path).iterdir()).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dying)
+        run_directory.rotate(tmp_path, 2, None)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    run_directory.recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 9])
+@pytest.mark.parametrize("best", [None, 2, 5, 7])
+def test_the_checkpoints_that_stay_are_those_of_transformers(
+    tmp_path: Path, limit: int | None, best: int | None
+) -> None:
+    for where in ("ours", "theirs"):
+        for step in (2, 5, 10, 9):
+            (tmp_path / where / f"checkpoint-{step}").mkdir(parents=True)
+    names = {
+        where: None if best is None else str(tmp_path / where / f"checkpoint-{best}") for where in ("ours", "theirs")
+    }
+    run_directory.rotate(tmp_path / "ours", limit, names["ours"])
+    rotate_checkpoints(str(tmp_path / "theirs"), limit, names["theirs"])
+    left = [sorted(path.name for path in (tmp_path / where).iterdir()) for where in ("ours", "theirs")]
+    assert left[0] == left[1]
 
 
 def test_the_best_checkpoint_is_named_where_it_lies(make_raw: Callable[..., dict[str, Any]]) -> None:
