@@ -31,6 +31,7 @@ _PATHS = re.compile(
 )
 _PATHS_OR_NAMES = re.compile(rf"model\.path|(?:evaluation\.)?data(?:\[\d+\])?\.path|{_ENTRY}\.model")
 _FUNCTIONS = re.compile(rf"{_ENTRY}(?:\.function)?|(?:weights|loss)(?:\.function)?|weights\.meta_reward")
+_LONGEST = 255  # bytes of a file's name on Linux
 _FILE = re.compile(r"[./~]|.*/.*/|.*\.(?:jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz|zip)$|.*/$")
 
 
@@ -126,6 +127,8 @@ def _yaml(text: str, what: str) -> Any:
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise SettingsError(f"{what}{where}: is not valid YAML: {problem}") from error
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise SettingsError(f"{what}: is not valid YAML: {error}") from error
     except RecursionError:  # The traceback of it would hold a thousand equal lines.
         raise SettingsError(f"{what}: nests too deep, expected at most {_DEEPEST} levels") from None
 
@@ -215,9 +218,9 @@ def check_paths(values: dict[str, Any]) -> None:
 def _in_file(text: str, name: str, folder: Path) -> str:
     """As ``_absolute``, but refuses a path that leads somewhere from the working directory alone."""
     path, _ = _path_in(text, name)
-    if path is not None and not Path(path).expanduser().is_absolute():
+    if path is not None and not _expanded(path, name).is_absolute():
         inside, here = folder / path, Path.cwd() / path
-        if not inside.exists() and here.exists():
+        if not os.path.exists(inside) and os.path.exists(here):
             if name != "run_dir":
                 raise SettingsError(
                     f"{name}: {path} is not in {folder}, where the relative paths of this config start, but in the "
@@ -233,10 +236,20 @@ def _absolute(text: str, name: str, base: Path) -> str:
     if path is None:
         return text
     # The system follows a link before it goes up by "..", so the base may hold none when the text is shortened.
-    found = os.path.normpath(base.resolve() / Path(path).expanduser())
+    found = os.path.normpath(base.resolve() / _expanded(path, name))
     if _PATHS_OR_NAMES.fullmatch(name) and not _FILE.match(path) and not os.path.exists(found):
         return text
     return found + attribute
+
+
+def _expanded(path: str, name: str) -> Path:
+    """The path with the folder of a user in place of "~" or "~user". One that no file can have is refused."""
+    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST for part in path.split("/")):
+        raise SettingsError(f"{name}: {path[:_LONGEST]!r}... is no path that a file can have")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise SettingsError(f"{name}: {path!r} begins with the folder of a user whom there is not") from error
 
 
 def _path_in(text: str, name: str) -> tuple[str | None, str]:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, g
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+_SHOWN = 200  # characters of a value in a message
 
 REST: Final = "the settings that no other field names"
 SHORTHANDS = ("weights", "generation", "loss", "anchor")  # These sections may be a mere name, see ``Choice``.
@@ -246,12 +247,18 @@ def _named_entry(name: str) -> dict[str, Any]:
     return {"function": name} if ":" in name else {"type": name}
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else str(name)
+def _join(path: str, name: object) -> str:
+    """The dotted name of a key in a section; one that is no text, or none at all, as Python writes it."""
+    shown = name if isinstance(name, str) and name else repr(name)
+    return f"{path}.{shown}" if path else shown
 
 
 def _show(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
+    """A value in the words of a message, which a long value does not fill."""
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= _SHOWN else f'{text[:_SHOWN]}...'}"
 
 
 def _convert_setting(value: Any, setting: Setting, path: str) -> Any:
@@ -284,7 +291,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise SettingsError(f"{path}: got {_show(value)}, expected a mapping")
         inner = get_args(hint)[1] if get_args(hint) else Any
-        return {str(name): convert(item, inner, _join(path, str(name))) for name, item in value.items()}
+        return {str(name): convert(item, inner, _join(path, name)) for name, item in value.items()}
     if origin is Callable:
         if not callable(value):
             raise SettingsError(f"{path}: got {_show(value)}, expected a function")
@@ -327,7 +334,10 @@ def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
 def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
     if hint is float and not isinstance(value, bool):
         if isinstance(value, (int, float)):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise SettingsError(f"{path}: got {_show(value)}, which is beyond the largest number") from None
         if isinstance(value, str):
             try:
                 return float(value)

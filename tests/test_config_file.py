@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from maestro_fast.config_file import absolute_paths, check_paths, read_config
 from maestro_fast.config_reference import sections
@@ -167,6 +168,7 @@ def test_what_is_missing_is_named_before_it_is_read(tmp_path: Path, name: str, v
         ("a: " + "[" * 70 + "]" * 70, r"c.yaml: nests too deep, expected at most 64 levels"),
         ("a: &x {b: [*x]}", r"c.yaml: holds an anchor that stands within itself, expected none"),
         ("a: 1\nb: {c: 1, c: 2}\n", "c.yaml, line 2, column 11: is not valid YAML: the key 'c' stands there twice"),
+        ("a: 2026-13-45\n", "c.yaml: is not valid YAML: month must be in 1..12"),
         ("- a\n", "c.yaml holds a list, expected a mapping"),
         ("", "c.yaml holds nothing, expected a mapping"),
         (b"a: caf\xe9\n", "c.yaml is not a text in UTF-8, see byte 6"),
@@ -197,6 +199,24 @@ def test_anchors_and_merges_of_yaml_stay_legal(tmp_path: Path) -> None:
     read = read_config(path)
     assert read["parts"] == {"mine": {"low": 1, "high": 3}} and read["next"] == {"low": 1, "high": 5, "wide": 4}
     assert read["last"]["low"] == 6 and read["last"]["wide"] == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("a" * 256, r"^data\.path: 'a{255}'\.\.\. is no path that a file can have"),
+        ("a\0b", r"^data\.path: .* is no path that a file can have"),
+        (
+            "~nobody-of-this-name/x",
+            r"^data\.path: '~nobody-of-this-name/x' begins with the folder of a user whom there",
+        ),
+    ],
+)
+def test_a_path_that_no_file_can_have(folder: Path, path: str, complaint: str) -> None:
+    text = yaml.safe_dump({"data": {"path": path}})
+    (folder / "c.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=complaint):
+        read_config(folder / "c.yaml")
 
 
 @pytest.mark.parametrize(

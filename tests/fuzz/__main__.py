@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz import kills
+from tests.fuzz import configs, kills
 
-TRIALS = {"kills": kills}
+TRIALS = {"configs": configs, "kills": kills}
 
 
 def main() -> None:
