@@ -11,7 +11,7 @@ export PYTHON COMMIT PEERS
 in_environment = python=$$(bash .ci/setup.sh "$(TORCH)" $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fuzz test-rehearsal test-trl-oldest test-vllm test-verl lint bench gpu gpu-sanitize gpu-bench gpu-rehearsal clean
+.PHONY: help quickstart test test-long test-rehearsal test-trl-oldest test-vllm test-verl lint bench gpu gpu-sanitize gpu-bench gpu-rehearsal clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\): ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -22,8 +22,8 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 test: ## Set up, then run the tests
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-fuzz: ## Set up, then try what must not fail: kills at random moments, hostile input
-	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 -m fuzz tests/fuzz $(ARGS)
+test-long: ## Set up, then run the long tests: the quickstart, kills at random moments, hostile input
+	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m long tests/fuzz tests/quickstart $(ARGS)
 
 test-rehearsal: ## Set up, then rehearse the scripts of a GPU machine on the CPU, in Triton's interpreter
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 -m rehearsal tests/test_benchmarks.py $(ARGS)

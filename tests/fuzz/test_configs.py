@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz import configs
 
-pytestmark = pytest.mark.fuzz
+pytestmark = pytest.mark.long
 
 
 def test_a_config_that_is_almost_right_is_answered(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz.kills import kill_and_compare
 
-pytestmark = pytest.mark.fuzz
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 8), (2, 4)])

@@ -82,7 +82,7 @@ def check_poison_reaches_only_what_is_compared(name: str, poison: str, backend: 
     assert out.degenerate.tolist() == [False] * 8 + [True] * 4
 
 
-MAGNITUDES = (1e-30, 1e-24, 1e20, 1e30)  # the squares of these are no float32 numbers
+MAGNITUDES = (1e-30, 1e30)  # the squares of these are no float32 numbers
 
 
 def check_any_magnitude(name: str, size: float, backend: Backend, device: str = "cpu") -> None:

@@ -85,6 +85,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, finish(start(str(out)))
 
 
+@pytest.mark.long
 def test_quickstart_runs_to_its_end(uninterrupted: tuple[Path, str]) -> None:
     out, printed = uninterrupted
     run = out / "anchored"
@@ -111,6 +112,7 @@ def test_quickstart_runs_to_its_end(uninterrupted: tuple[Path, str]) -> None:
         quickstart(out)
 
 
+@pytest.mark.long
 def test_quickstart_killed_in_the_middle_goes_on_bit_by_bit(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
     whole, killed = uninterrupted[0], tmp_path / "killed"
     # It is as if an earlier quickstart had been killed behind the models, and one of the control runs were over.
