@@ -17,6 +17,7 @@ namespace {
 struct Part {
   double count = 0, mean = 0, squares = 0;
   double low = std::numeric_limits<double>::infinity(), top = -std::numeric_limits<double>::infinity();
+  bool unknown = false;  // whether one of these is NaN, over which the range passes
 };
 
 MAESTRO_INLINE Part joined(const Part& a, const Part& b) {
@@ -24,12 +25,12 @@ MAESTRO_INLINE Part joined(const Part& a, const Part& b) {
   if (b.count == 0) return a;
   const double count = a.count + b.count, apart = b.mean - a.mean;
   return {count, a.mean + apart * (b.count / count), a.squares + b.squares + apart * apart * (a.count * b.count / count),
-          a.low < b.low ? a.low : b.low, a.top > b.top ? a.top : b.top};
+          a.low < b.low ? a.low : b.low, a.top > b.top ? a.top : b.top, a.unknown || b.unknown};
 }
 
 MAESTRO_INLINE Part single(const Chunk& chunk, std::int64_t r) {
   if (*chunk.abstained && chunk.live[r] == 0) return {};
-  return {1, chunk.scores[r], 0, chunk.raw[r], chunk.raw[r]};
+  return {1, chunk.scores[r], 0, chunk.raw[r], chunk.raw[r], chunk.raw[r] != chunk.raw[r]};
 }
 
 // The weights of the actions [K, A padded] as doubles, so that the weights of four actions are adjacent.
@@ -82,19 +83,22 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
   const Double4 zero = splat(0.0), score = own.raw - penalty, apart = score - others.mean;
   const double count = others.count + 1, share = others.count / count;
   const bool alone = others.count == 0, raw = alone && p.raw_singleton;
+  const Double4 nothing = score - score;  // 0, or NaN for a score that is one
   Double4 centred = score;
-  if (p.score_center == Scope::group && !raw) centred = alone ? zero : apart * share;
-  if (p.score_center == Scope::leave_one_out && !raw) centred = alone ? zero : apart;
+  if (p.score_center == Scope::group && !raw) centred = alone ? nothing : apart * share;
+  if (p.score_center == Scope::leave_one_out && !raw) centred = alone ? nothing : apart;
   if (p.score_scale != Scope::none) {
     const double divisor = std::max(count - p.ddof, 1.0);
     const Double4 variance = alone ? splat(raw ? 1.0 : 0.0) : (others.squares + apart * apart * share) / divisor;
     const Double4 spread = p.eps_in_variance ? sqrt4(variance + p.score_eps) : sqrt4(variance) + p.score_eps;
     centred = spread == 0.0 ? zero : centred / spread;
   }
-  const Mask4 unknown = apart != apart;  // a NaN among the scores counts as spread
+  // A NaN among the scores before the KL counts as spread.
+  const Mask4 unknown = (own.raw != own.raw) | (Mask4{} - (others.unknown ? 1 : 0));
   const Mask4 spread_out =
       (own.raw > others.low) | (own.raw < others.top) | (splat(others.top) > others.low) | unknown;
-  const Mask4 counts = raw ? own.live : own.live & (alone ? Mask4{} : spread_out);
+  // What is alone has nothing to be compared with, so only a NaN shows.
+  const Mask4 counts = raw ? own.live : own.live & (alone ? unknown : spread_out);
   return counts ? centred : zero;
 }
 

@@ -120,8 +120,9 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
     high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
     low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
     flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
-    # A NaN counts as spread. Maxima pass over NaN, sums do not.
-    flat_JA = flat_JA & (squares_J == squares_J)[:, None] & (own_raw_JA == own_raw_JA)
+    # A NaN counts as spread, and maxima pass over it.
+    unknown_J = tl.max(tl.where(others_JG & (raw_1G != raw_1G), 1, 0), 1)
+    flat_JA = flat_JA & (unknown_J == 0)[:, None] & (own_raw_JA == own_raw_JA)
 
     delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]  # D
     alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
@@ -132,7 +133,7 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
         out_JA = delta_JA
     else:
         out_JA = delta_JA * shrink_J[:, None]
-    out_JA = tl.where(alone_JA, own_JA if rules.RAW or rules.SCORE_CENTER == "none" else 0.0, out_JA)
+    out_JA = tl.where(alone_JA, own_JA if rules.RAW or rules.SCORE_CENTER == "none" else own_JA - own_JA, out_JA)
     if rules.SCORE_SCALE != "none":
         # D may be far larger than the unit of M, so their sum has a unit for both.
         unit_JA, per_unit_JA = unit_of(tl.maximum(tl.abs(delta_JA), unit_J[:, None]))

@@ -9,6 +9,7 @@ not of q.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.philox import check_key, uniform
-from maestro_fast.ops.tensors import check_number, contiguous_columns, floats
+from maestro_fast.ops.tensors import check_number, check_tensors, contiguous_columns, floats
 from maestro_fast.specs import ConductorChoice, ConductorParams, ConductorSample, WeightMode
 
 __all__ = ["ConductorSample", "WeightMode", "conductor_weights"]
+_PARAMETERS = tuple(f"params.{item.name}" for item in fields(ConductorParams))
 
 
 def conductor_weights(
@@ -80,6 +82,7 @@ def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) 
     Raises:
         ValueError, TypeError: see ``conductor_weights``.
     """
+    check_tensors(1, h=h)
     if not h.is_floating_point():
         raise TypeError(f"h: dtype {h.dtype}, expected a floating dtype")
     check_params(h, params)
@@ -99,8 +102,16 @@ def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) 
     return choice
 
 
+def check_is_params(name: str, params: Any) -> None:
+    """Raises a TypeError unless ``params`` is a network of tensors."""
+    if not isinstance(params, ConductorParams):
+        raise TypeError(f"{name}: got {type(params).__name__}, expected ConductorParams")
+    check_tensors(4, **dict(zip(_PARAMETERS, params.tensors, strict=True)))
+
+
 def check_params(h: Tensor, params: ConductorParams) -> None:
     """Raises a ValueError or TypeError that names the parameter. Every launch waits for this, so it has to be quick."""
+    check_is_params("params", params)
     if h.ndim != 2 or h.shape[1:] != params.mean.shape:
         raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d] with d = {params.mean.numel()}")
     if (params.hidden_weight is None) != (params.hidden_bias is None):

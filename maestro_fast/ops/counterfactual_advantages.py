@@ -33,7 +33,7 @@ from maestro_fast.ops.group_advantages import (
     triton_whole,
 )
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.tensors import floats
+from maestro_fast.ops.tensors import check_tensors, floats
 from maestro_fast.specs import AdvantageProfile, resolve_profile
 
 
@@ -90,6 +90,7 @@ def counterfactual_advantages(
 
 def _check(rewards: Tensor, action_weights: Tensor, profile: AdvantageProfile) -> None:
     """Checks what ``check_inputs`` does not check, and raises an error that names the argument."""
+    check_tensors(1, action_weights=action_weights)
     K = rewards.shape[1] if rewards.ndim == 2 else 1
     if not action_weights.is_floating_point():
         raise TypeError(f"action_weights: dtype {action_weights.dtype}, expected a floating dtype")

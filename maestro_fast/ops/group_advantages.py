@@ -26,7 +26,7 @@ from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.groups import Groups, GroupsLike
-from maestro_fast.ops.tensors import check_number, floats, is_integer, readable, wide
+from maestro_fast.ops.tensors import check_number, check_tensors, floats, is_integer, readable, wide
 from maestro_fast.specs import (
     AdvantageProfile,
     Center,
@@ -101,6 +101,7 @@ def check_inputs(
     rewards: Tensor, weights: Tensor | None, kl: Tensor | None, beta: float, profile: AdvantageProfile
 ) -> None:
     """Raises an error that names the argument. This has to be quick, because the C++ kernel takes only 10 us."""
+    check_tensors(1, rewards=rewards, weights=weights, kl=kl)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: dtype {rewards.dtype}, expected a floating dtype")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and rewards.shape[1] == 0):
@@ -132,6 +133,7 @@ def check_lengths(lengths: Tensor | None, rewards: Tensor, profile: AdvantagePro
         if profile.needs_lengths:
             raise ValueError(f"lengths: missing, expected ({rewards.shape[0]},) with a profile of scope 'tokens'")
         return
+    check_tensors(1, lengths=lengths)
     if not profile.needs_lengths:
         raise ValueError("lengths: given, but no scope of this profile is 'tokens'")
     if lengths.shape != rewards.shape[:1]:

@@ -20,7 +20,7 @@ from maestro_fast.ops.head import Head
 from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.policy_loss import check_bounds, check_loss_inputs
 from maestro_fast.ops.sweep import IGNORED, Known, Step, Sweep, empty_logprobs, keeps_every_gradient, sweep_steps
-from maestro_fast.ops.tensors import readable
+from maestro_fast.ops.tensors import check_tensors, readable
 from maestro_fast.ops.token_logprobs import check_head_inputs
 from maestro_fast.specs import (
     EntropyMode,
@@ -96,6 +96,11 @@ def linear_policy_loss(
             tensor is on the CPU while a CUDA graph is captured.
         TypeError: a dtype is wrong.
     """
+    check_tensors(
+        5, hidden=hidden, lm_head=lm_head, targets=targets, advantages=advantages, cu_seqlens=cu_seqlens, bias=bias,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, sampling_logprobs=sampling_logprobs,
+        token_mask=token_mask, active=active,
+    )  # fmt: skip
     reads_entropies = wants_entropies(config)
     entropy: EntropyMode = "grad" if reads_entropies else "value" if mean_entropy else "none"
     resolve("linear_policy_loss", backend, hidden, lm_head, bias)  # raises if the backend cannot serve these

@@ -10,6 +10,7 @@ from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.conductor_weights import (
     CHOICE,
     PARAMS,
+    check_is_params,
     checked_choice,
     conductor_weights,
     flat_choice,
@@ -19,7 +20,7 @@ from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.group_advantages import check_inputs, check_lengths, group_advantages
 from maestro_fast.ops.groups import Groups, GroupsLike
 from maestro_fast.ops.pool_hidden import PoolMode, layout, pool_hidden
-from maestro_fast.ops.tensors import contiguous_columns
+from maestro_fast.ops.tensors import check_number, check_tensors, contiguous_columns
 from maestro_fast.specs import (
     AdvantageProfile,
     ConductorChoice,
@@ -80,6 +81,14 @@ def maestro_advantages(
     """
     if (h is None) == (hidden is None):
         raise ValueError("h, hidden: expected exactly one of them")
+    check_tensors(
+        1, rewards=rewards, h=h, hidden=hidden, cu_seqlens=cu_seqlens, prompt_lengths=prompt_lengths, kl=kl,
+        lengths=lengths,
+    )  # fmt: skip
+    check_number("beta", beta)
+    check_is_params("conductor", conductor)
+    if h is not None and h.ndim != 2:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [B, d]")
     if rewards.ndim != 2 or rewards.shape[1] != conductor.num_rewards:
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}, expected [B, {conductor.num_rewards}]")
     chosen = resolve("maestro_advantages", backend, rewards, h, hidden, *conductor.tensors, kl, lengths)

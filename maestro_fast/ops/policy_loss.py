@@ -40,7 +40,7 @@ from maestro_fast.ops.loss_function import (
     wants_entropies,
 )
 from maestro_fast.ops.reference_loss import reference_loss
-from maestro_fast.ops.tensors import check_number, is_integer, library, readable
+from maestro_fast.ops.tensors import check_number, check_tensors, is_integer, library, readable
 from maestro_fast.specs import (
     LOSS_METRICS,
     LossFunction,
@@ -152,6 +152,7 @@ def check_loss_inputs(inputs: LossInputs, config: PolicyLossConfig | LossFunctio
     logprobs, advantages, cu_seqlens = inputs.logprobs, inputs.advantages, inputs.cu_seqlens
     if not isinstance(config, PolicyLossConfig) and not callable(config):
         raise TypeError(f"config: got {type(config).__name__}, expected a PolicyLossConfig or a function of LossInputs")
+    check_tensors(3, logprobs=logprobs, advantages=advantages, cu_seqlens=cu_seqlens, **inputs.of_tokens)
     if logprobs.ndim != 1 or not logprobs.is_floating_point():
         raise ValueError(f"logprobs: {logprobs.dtype} {tuple(logprobs.shape)}, expected floating [T]")
     if advantages.ndim != 1 or cu_seqlens.shape != (advantages.shape[0] + 1,):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import on_its_device, operator
-from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, wide
+from maestro_fast.ops.tensors import check_tensors, contiguous_columns, is_integer, readable, wide
 
 PoolMode = Literal["last", "mean", "prompt_last", "prompt_mean"]
 
@@ -75,10 +75,14 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises an error that names the argument."""
+    check_tensors(1, hidden=hidden, mask=mask, lengths=lengths, cu_seqlens=cu_seqlens, prompt_lengths=prompt_lengths)
     named = (("mask", mask), ("lengths", lengths), ("cu_seqlens", cu_seqlens))
     given = [name for name, x in named if x is not None]
     if len(given) != 1:
         raise ValueError(f"mask, lengths, cu_seqlens: got {given or 'none'}, expected exactly one of them")
+    for name, x in (*named, ("prompt_lengths", prompt_lengths)):
+        if x is not None and x.device.type == "meta" != hidden.device.type:
+            raise ValueError(f"{name}: on meta, expected values beside hidden on {hidden.device}")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: dtype {hidden.dtype}, expected a floating dtype")
     if cu_seqlens is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
 from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
-from maestro_fast.ops.tensors import check_number, contiguous_columns, library, readable
+from maestro_fast.ops.tensors import check_number, check_tensors, contiguous_columns, library, readable
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
 Strategy = Literal["chunked", "fused"]
@@ -85,6 +85,7 @@ def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Te
     Raises:
         ValueError, TypeError: see ``token_logprobs``.
     """
+    check_tensors(3, hidden=hidden, lm_head=lm_head, targets=targets, bias=bias)
     if hidden.ndim != 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, expected [T, d]")
     if lm_head.ndim != 2 or lm_head.shape[1] != hidden.shape[1] or not lm_head.numel():
@@ -99,6 +100,10 @@ def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Te
         raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({lm_head.shape[0]},)")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias: dtype {bias.dtype}, expected a floating dtype")
+    if isinstance(spec.ignore_index, bool) or not isinstance(spec.ignore_index, int):
+        raise TypeError(f"ignore_index: got {type(spec.ignore_index).__name__}, expected an int")
+    if not -(2**63) <= spec.ignore_index < 2**63:
+        raise ValueError("ignore_index: beyond int64, expected a number that targets can hold")
     check_number("temperature", spec.temperature, 0.0, above=True)
     check_number("logit_scale", spec.scale)
     if spec.softcap is not None:

@@ -202,7 +202,7 @@ class PolicyLossConfig:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                reason = f" ({_REFUSED[value]})" if value in _REFUSED else ""
+                reason = f" ({_REFUSED[value]})" if isinstance(value, str) and value in _REFUSED else ""
                 raise ValueError(f"{name}: {value!r}{reason}, expected one of {allowed}")
         numbers = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "clip_max", "sampler_cap")
         for name in numbers:
@@ -211,6 +211,8 @@ class PolicyLossConfig:
                 isinstance(value, int | float) or (name == "clip_max" and value is None)
             ):
                 raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected a number")
+            if isinstance(value, int) and abs(value) > 2**63:
+                raise ValueError(f"{name}: an integer above 2**63, expected a number that a float32 can hold")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low: {self.clip_low}, expected 0 <= clip_low <= 1")
         for name in ("clip_high", "kl_coef", "entropy_coef"):

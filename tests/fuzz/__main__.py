@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz import configs, kills
+from tests.fuzz import configs, kills, ops
 
-TRIALS = {"configs": configs, "kills": kills}
+TRIALS = {"configs": configs, "kills": kills, "ops": ops}
 
 
 def main() -> None:

@@ -80,6 +80,16 @@ def check_poison_reaches_only_what_is_compared(name: str, poison: str, backend: 
         assert not out.advantages[4:8].isfinite().any()
     assert (out.advantages[8:] == 0).all()
     assert out.degenerate.tolist() == [False] * 8 + [True] * 4
+    if scopes.isdisjoint(("batch", "tokens")):
+        equal_AK = torch.tensor([[1.0, 1.0], [3.0, 3.0]], device=device)
+        given = rewards_BK.to(device), weights_BK.to(device), equal_AK, G
+        kl = {"kl": kl_B.to(device), "beta": 0.5} if profile.kl_in == "score" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            other = counterfactual_advantages(*given, **kl, profile=profile, backend=backend)
+        assert not other[[0, 2, 3]].isfinite().any()
+        assert other[4:8].isfinite().all()
+        assert (other[8:, 0] == 0).all()
 
 
 MAGNITUDES = (1e-30, 1e30)  # the squares of these are no float32 numbers
