@@ -128,11 +128,12 @@ def normalized(reward, live, k, moments_ptr, rules):
             std = deviation(reward, live, counted, rules.REWARD_SCALE, rules.DDOF, rules.RAW)
             out = over(out, std + rules.reward_eps)
         SCOPE: tl.constexpr = rules.REWARD_CENTER if rules.REWARD_SCALE == "none" else rules.REWARD_SCALE
-        # A single value has nothing to be compared with, and becomes 0 unless the profile keeps it raw.
+        # A single value has nothing to be compared with, and becomes 0 (NaN if it is not finite) unless the profile
+        # keeps it raw.
         if SCOPE == "split":
-            out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, 0.0, out)  # ... and live elements
+            out = tl.where((tl.load(moments_ptr + 4 * k + 3) + zero) < 2.0, reward - reward, out)  # ... live elements
         elif SCOPE == "batch" or not rules.RAW:
-            out = tl.where((scope_sum(counted, SCOPE) + zero) < 2.0, 0.0, out)
+            out = tl.where((scope_sum(counted, SCOPE) + zero) < 2.0, reward - reward, out)
         return tl.where(live, out, 0.0)
 
 

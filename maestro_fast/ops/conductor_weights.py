@@ -103,10 +103,12 @@ def checked_choice(h: Tensor, params: ConductorParams, choice: ConductorChoice) 
 
 
 def check_is_params(name: str, params: Any) -> None:
-    """Raises a TypeError unless ``params`` is a network of tensors."""
+    """Raises an error unless ``params`` is a network of tensors whose number of rewards can be read."""
     if not isinstance(params, ConductorParams):
         raise TypeError(f"{name}: got {type(params).__name__}, expected ConductorParams")
     check_tensors(4, **dict(zip(_PARAMETERS, params.tensors, strict=True)))
+    if params.weight.ndim != 2:
+        raise ValueError(f"params.weight: shape {tuple(params.weight.shape)}, expected [K, d] or [K, H]")
 
 
 def check_params(h: Tensor, params: ConductorParams) -> None:

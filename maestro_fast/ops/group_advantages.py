@@ -270,7 +270,7 @@ def normalize_rewards(rewards_BK: Tensor, live_BK: Tensor, groups: Groups, profi
         out_NGK = over(out_NGK, members.deviation(x_NGK, scope, profile.ddof) + profile.reward_eps)
     if profile.singleton == "zero" or scope == "batch":
         alone = live_NGK.sum(dims(scope), keepdim=True) < 2  # a single value has nothing to be compared with
-        out_NGK = torch.where(alone, 0.0, out_NGK)
+        out_NGK = torch.where(alone, x_NGK - x_NGK, out_NGK)  # 0, or NaN for one that is not finite
     return torch.where(live_BK, groups.scatter(out_NGK), 0.0)
 
 
