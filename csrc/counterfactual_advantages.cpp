@@ -83,7 +83,7 @@ MAESTRO_INLINE Double4 advantages_beside(const Part& others, const Scores4& own,
   const Double4 zero = splat(0.0), score = own.raw - penalty, apart = score - others.mean;
   const double count = others.count + 1, share = others.count / count;
   const bool alone = others.count == 0, raw = alone && p.raw_singleton;
-  const Double4 nothing = score - score;  // 0, or NaN for a score that is one
+  const Double4 nothing = score - score;  // 0, or NaN for a score that is not finite
   Double4 centred = score;
   if (p.score_center == Scope::group && !raw) centred = alone ? nothing : apart * share;
   if (p.score_center == Scope::leave_one_out && !raw) centred = alone ? nothing : apart;
