@@ -108,9 +108,8 @@ def check_is_params(name: str, params: Any) -> None:
     if not isinstance(params, ConductorParams):
         raise TypeError(f"{name}: got {type(params).__name__}, expected ConductorParams")
     for i, x in enumerate(params.tensors):  # check_tensors by itself would take six times as long
-        if x is None and i >= _NEEDED:
-            continue
-        if type(x) not in PLAIN or x.layout is not torch.strided:
+        wrong = i < _NEEDED if x is None else type(x) not in PLAIN or x.layout is not torch.strided
+        if wrong:
             check_tensors(_NEEDED, **dict(zip(_PARAMETERS, params.tensors, strict=True)))
             break
     if params.weight.ndim != 2:
