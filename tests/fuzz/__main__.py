@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz import configs, kills, ops
+from tests.fuzz import configs, data_files, kills, ops
 
-TRIALS = {"configs": configs, "kills": kills, "ops": ops}
+TRIALS = {"configs": configs, "data_files": data_files, "kills": kills, "ops": ops}
 
 
 def main() -> None:
