@@ -14,13 +14,8 @@ import argparse
 import copy
 import datetime
 import json
-import logging
 import random
-import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +30,11 @@ from maestro_fast.settings import SettingsError, settings_of
 from maestro_fast.training import parse_config
 from maestro_fast.training.config import TrainConfig
 from maestro_fast.training.run import prepare
+from tests.fuzz.trial import Input, add_options, as_tally, try_inputs
 from tests.tiny import tiny_checkpoint
 
-_SLOW = 20.0  # seconds that one answer may take
+__all__ = ["add_options", "main", "run"]
+
 _DEEP: Any = []
 for _ in range(60):
     _DEEP = [_DEEP]
@@ -229,55 +226,27 @@ def is_named(message: str, path: Path) -> bool:
 
 
 def run(folder: Path, inputs: int, seed: int, first: int = 0) -> tuple[Counter[str], list[str]]:
-    """Tries ``inputs`` configs. Returns how many ended in which way, and a text on each that failed."""
+    """Tries configs, see ``trial.try_inputs``; their files are written to ``folder``."""
     prepare_folder(folder)
     of, path = kinds(folder), folder / "config.yaml"
-    tally: Counter[str] = Counter()
-    failures: list[str] = []
-    logging.disable(logging.CRITICAL)
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # Names of the hub end at once.
-    begun = shown = time.monotonic()
-    for number in range(first, first + inputs):
-        text, changes = draw(random.Random(f"{seed}-{number}"), of)
+
+    def make(rng: random.Random) -> Input:
+        text, changes = draw(rng, of)
         path.write_bytes(text.encode("utf-8", errors="surrogatepass"))
-        start = time.monotonic()
-        kind, told = _outcome(path)
-        if time.monotonic() - start > _SLOW:
-            kind, told = "slow", f"{time.monotonic() - start:.0f} s"
-        tally[kind] += 1
-        if kind not in ("prepared", "refused by name"):
-            failures.append(f"input {number} of seed {seed}: {changes}\n{kind}: {told}")
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            left = (shown - begun) / (number - first + 1) * (first + inputs - number - 1)
-            print(f"{number - first + 1} of {inputs}, {len(failures)} failed, {left:.0f} s left", file=sys.stderr)
-    logging.disable(logging.NOTSET)
-    return tally, failures
+        return Input(changes, lambda: _outcome(path))
+
+    return try_inputs(make, ("prepared", "refused by name"), inputs=inputs, seed=seed, first=first)
 
 
 def _outcome(path: Path) -> tuple[str, str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = answer(path)
-    except Exception:
-        return "traceback", traceback.format_exc(limit=-4)
+    found = answer(path)
     if found == "prepared":
         return "prepared", ""
     return ("refused by name" if is_named(found, path) else "refused without a name"), found[:300]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m tests.fuzz configs``."""
-    parser.add_argument("--inputs", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
-
-
 def main(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the command, and returns its tally."""
     with tempfile.TemporaryDirectory() as folder:
-        tally, failures = run(Path(folder), given.inputs, given.seed, given.first)
-    for text in failures:
-        print(text, end="\n\n")
-    return {"inputs": given.inputs, "seed": given.seed, **dict(sorted(tally.items())), "failures": failures}
+        return as_tally(given, *run(Path(folder), given.inputs, given.seed, given.first))

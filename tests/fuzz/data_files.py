@@ -14,22 +14,21 @@ import csv
 import gzip
 import io
 import json
-import logging
 import random
-import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from maestro_fast.data import DataConfig, load_prompts
 from maestro_fast.model.chat import ChatConfig
+from tests.fuzz.trial import Input, add_options, as_tally, try_inputs
 from tests.tiny import tiny_tokenizer
 
-_SLOW = 20.0  # seconds that one answer may take
+__all__ = ["add_options", "main", "run"]
+
 _DEEP: Any = "end"
 for _ in range(200):
     _DEEP = [_DEEP]
@@ -125,51 +124,27 @@ def _written(found: list[dict[str, Any]], kind: str) -> bytes:
 
 
 def run(folder: Path, inputs: int, seed: int, first: int = 0) -> tuple[Counter[str], list[str]]:
-    """Tries ``inputs`` files. Returns how many ended in which way, and a text on each that failed."""
-    tally: Counter[str] = Counter()
-    failures: list[str] = []
+    """Tries files, see ``trial.try_inputs``; they are written to ``folder``."""
     tokenizer = tiny_tokenizer()
-    logging.disable(logging.CRITICAL)
-    begun = shown = time.monotonic()
-    for number in range(first, first + inputs):
-        data, chat, changes = draw(random.Random(f"{seed}-{number}"), folder)
-        start = time.monotonic()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dataset = load_prompts(data, chat)
-                dataset.check_prompts(tokenizer, len(tokenizer))
-            kind, told = ("read", "") if len(dataset) else ("empty", "no prompt is left")
-        except (ValueError, FileNotFoundError) as error:
-            kind, told = "refused by name", str(error)[:300]
-            if not told.startswith(("data", "chat")):
-                kind = "refused without a name"
-        except Exception:
-            kind, told = "traceback", traceback.format_exc(limit=-4)
-        if time.monotonic() - start > _SLOW:
-            kind, told = "slow", f"{time.monotonic() - start:.0f} s"
-        tally[kind] += 1
-        if kind not in ("read", "refused by name"):
-            failures.append(f"input {number} of seed {seed}: {changes}\n{kind}: {told}")
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            left = (shown - begun) / (number - first + 1) * (first + inputs - number - 1)
-            print(f"{number - first + 1} of {inputs}, {len(failures)} failed, {left:.0f} s left", file=sys.stderr)
-    logging.disable(logging.NOTSET)
-    return tally, failures
+
+    def make(rng: random.Random) -> Input:
+        data, chat, changes = draw(rng, folder)
+        return Input(changes, lambda: _outcome(data, chat, tokenizer))
+
+    return try_inputs(make, ("read", "refused by name"), inputs=inputs, seed=seed, first=first)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m tests.fuzz data_files``."""
-    parser.add_argument("--inputs", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
+def _outcome(data: DataConfig, chat: ChatConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    try:
+        dataset = load_prompts(data, chat)
+        dataset.check_prompts(tokenizer, len(tokenizer))
+    except (ValueError, FileNotFoundError) as error:
+        named = str(error).startswith(("data", "chat"))
+        return ("refused by name" if named else "refused without a name"), str(error)[:300]
+    return ("read", "") if len(dataset) else ("empty", "no prompt is left")
 
 
 def main(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the command, and returns its tally."""
     with tempfile.TemporaryDirectory() as folder:
-        tally, failures = run(Path(folder), given.inputs, given.seed, given.first)
-    for text in failures:
-        print(text, end="\n\n")
-    return {"inputs": given.inputs, "seed": given.seed, **dict(sorted(tally.items())), "failures": failures}
+        return as_tally(given, *run(Path(folder), given.inputs, given.seed, given.first))

@@ -13,10 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import sys
-import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,9 +24,11 @@ from torch import Tensor
 
 from maestro_fast import ops
 from maestro_fast.ops import PROFILES, ConductorParams, PolicyLossConfig
+from tests.fuzz.trial import Input, add_options, as_tally, try_inputs
+
+__all__ = ["add_options", "main", "run"]
 
 _TOLERANCE = 3e-5  # times the largest truth of a result
-_SLOW = 20.0  # seconds that a call may take
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, "", "abc", "torch", -1, 0, 1, 2, 3, 2**31, 2**63, -(2**63), 10**400, 1.5, -0.5, 0.0),
     *(float("nan"), float("inf"), -float("inf"), 1e-300, 1e300, [], {}, [1, 2], [0.5], "mean", 1j, object()),
@@ -278,43 +276,16 @@ def _differs(ours: Tensor, truth: Tensor, size: Tensor) -> str:
 
 
 def run(inputs: int, seed: int, first: int = 0) -> tuple[Counter[str], list[str]]:
-    """Tries ``inputs`` calls. Returns how many ended in which way, and a text on each that failed."""
-    tally: Counter[str] = Counter()
-    failures: list[str] = []
-    begun = shown = time.monotonic()
-    for number in range(first, first + inputs):
-        rng = random.Random(f"{seed}-{number}")
+    """Tries calls, see ``trial.try_inputs``."""
+
+    def make(rng: random.Random) -> Input:
         call, changes = changed(rng, valid(rng))
         backend = rng.choice(call.backends)
-        start = time.monotonic()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                kind, told = judge(call, backend)
-        except Exception:
-            kind, told = "traceback", traceback.format_exc(limit=-3)
-        if time.monotonic() - start > _SLOW:
-            kind, told = "slow", f"{time.monotonic() - start:.0f} s"
-        tally[kind] += 1
-        if kind not in ("right", "refused by name"):
-            failures.append(f"input {number} of seed {seed}: {call.op} by {backend}, {changes}\n{kind}: {told}")
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            left = (shown - begun) / (number - first + 1) * (first + inputs - number - 1)
-            print(f"{number - first + 1} of {inputs}, {len(failures)} failed, {left:.0f} s left", file=sys.stderr)
-    return tally, failures
+        return Input(f"{call.op} by {backend}, {changes}", lambda: judge(call, backend))
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m tests.fuzz ops``."""
-    parser.add_argument("--inputs", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
+    return try_inputs(make, ("right", "refused by name"), inputs=inputs, seed=seed, first=first)
 
 
 def main(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the command, and returns its tally."""
-    tally, failures = run(given.inputs, given.seed, given.first)
-    for text in failures:
-        print(text, end="\n\n")
-    return {"inputs": given.inputs, "seed": given.seed, **dict(sorted(tally.items())), "failures": failures}
+    return as_tally(given, *run(given.inputs, given.seed, given.first))
