@@ -107,7 +107,14 @@ def _raw_scores(rows_1G, inside_1G, factor_1G, own_JG, own_factor_JA, actions, i
 @triton.jit
 def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rules):
     """The advantages [BJ, BA] of the responses j, whose scores are own [BJ, BA], compared with the other responses."""
-    # First count, maximum t, mean m and squares M of the others of each j.
+    # Whether there is any spread is decided before the KL. A NaN counts as spread, so it is the highest and the lowest.
+    high_1G = tl.where(raw_1G == raw_1G, raw_1G, float("inf"))
+    low_1G = tl.where(raw_1G == raw_1G, raw_1G, float("-inf"))
+    high_J = tl.max(tl.where(others_JG, high_1G, float("-inf")), 1)
+    low_J = tl.min(tl.where(others_JG, low_1G, float("inf")), 1)
+    flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
+    flat_JA = flat_JA & (own_raw_JA == own_raw_JA)
+    # Then count, maximum t, mean m and squares M of the others of each j.
     count_J = tl.sum(others_JG.to(tl.float32), 1)
     top_J = tl.max(tl.where(others_JG, score_1G, float("-inf")), 1)
     top_J = tl.where(top_J == float("-inf"), 0.0, top_J)  # there are no others
@@ -116,13 +123,6 @@ def _compared(own_JA, own_raw_JA, own_live_JA, others_JG, score_1G, raw_1G, rule
     unit_J, per_unit_J = unit_of(mean_J)  # M is in units whose squares float32 can hold
     off_JG = tl.where(others_JG, (shifted_JG - mean_J[:, None]) * per_unit_J[:, None], 0.0)
     squares_J = tl.sum(off_JG * off_JG, 1)
-    # Whether there is any spread is decided before the KL.
-    high_J = tl.max(tl.where(others_JG, raw_1G, float("-inf")), 1)
-    low_J = tl.min(tl.where(others_JG, raw_1G, float("inf")), 1)
-    flat_JA = tl.maximum(high_J[:, None], own_raw_JA) == tl.minimum(low_J[:, None], own_raw_JA)
-    # A NaN counts as spread, and maxima pass over it.
-    unknown_J = tl.max(tl.where(others_JG & (raw_1G != raw_1G), 1, 0), 1)
-    flat_JA = flat_JA & (unknown_J == 0)[:, None] & (own_raw_JA == own_raw_JA)
 
     delta_JA = (own_JA - top_J[:, None]) - mean_J[:, None]  # D
     alone_JA = (count_J[:, None] + tl.zeros_like(own_JA)) == 0.0
