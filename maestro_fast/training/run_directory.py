@@ -160,15 +160,24 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
         gone = run_dir / f"{_DELETED}{Path(name).name}"
         try:
             Path(name).rename(gone)
-            shutil.rmtree(gone)
         except OSError as error:
             logger.warning("%s could not be deleted: %s", name, error.strerror)
+        else:
+            _delete(gone)
+
+
+def _delete(gone: Path) -> None:
+    """Deletes a checkpoint that was renamed for it. One that cannot be deleted is no reason to end the run."""
+    try:
+        shutil.rmtree(gone)
+    except OSError as error:
+        logger.warning("%s could not be deleted: %s", gone, error.strerror)
 
 
 def recover(run_dir: Path) -> None:
     """Puts back the folders that a run had moved away when it was killed between two renames, and ends deletions."""
     for gone in run_dir.glob(f"{_DELETED}*"):
-        shutil.rmtree(gone)
+        _delete(gone)
     for old in run_dir.glob(f"{_REPLACED}*"):
         target = run_dir / old.name.removeprefix(_REPLACED)
         if target.exists():

@@ -179,6 +179,23 @@ def test_a_kill_leaves_no_part_of_a_checkpoint_that_is_deleted(tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        run_directory.rotate(tmp_path, 1, None)
+        run_directory.recover(tmp_path)  # as the next checkpoint does
+    assert caplog.text.count(".gone-checkpoint-1 could not be deleted: Device or resource busy") == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 9])
 @pytest.mark.parametrize("best", [None, 2, 5, 7])
 def test_the_checkpoints_that_stay_are_those_of_transformers(
