@@ -7,6 +7,7 @@ weight and what the model does to its logits (bias, scale, softcap), and ``check
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypedDict
 
 import torch
@@ -40,7 +41,12 @@ class LanguageHead:
         """The weight [V, d], in the dtype in which a linear layer would multiply it, see ``product_dtype``.
 
         The gradient reaches the weight itself. A sharded weight is gathered, by all processes together.
+
+        Raises:
+            ValueError: a gradient is wanted of a sharded weight, see ``check_gradient_of``.
         """
+        if torch.is_grad_enabled():
+            check_gradient_of(self)
         weight = whole(self.module.weight)
         return weight.to(product_dtype(weight))
 
@@ -138,16 +144,20 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
     Raises:
         ValueError: they differ, so the model does something to its logits that ``head`` does not do.
     """
-    language_model = causal_lm(model)
-    device, vocabulary = head.weight.device, head.weight.shape[0]
+    language_model, captured = causal_lm(model), []
+    device, vocabulary = next(model.parameters()).device, vocabulary_of(language_model)
     ids = (torch.arange(8, device=device) * 97 + 11).remainder(vocabulary)[None]
-    was_training = language_model.training
-    language_model.eval()
+    was_training = model.training
+    model.eval()
+    # The model itself is called, because one that is sharded is put together by its outermost forward.
+    keep = backbone_of(model).register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state[0]))
     try:
-        states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        own = language_model(input_ids=ids, use_cache=False).logits[0].float()
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
-        language_model.train(was_training)
+        keep.remove()
+        model.train(was_training)
+    check_gradient_of(head)
+    (states,) = captured
     targets, weight = own.argmax(-1), head.weight
     ours = token_logprobs(states.to(weight.dtype), weight, targets, **head.numbers).logprobs
     theirs = own.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -158,6 +168,23 @@ def check_head(model: nn.Module, head: LanguageHead) -> None:
         raise ValueError(
             f"model: {type(language_model).__name__} computes its logits in a way that is not supported: log-probs "
             f"from its last hidden state and its head differ from its own by {worst:.3g} (expected below {tolerance:g})"
+        )
+
+
+def check_gradient_of(head: LanguageHead) -> None:
+    """Checks, behind a forward, that the gradient of the head would be that of all processes.
+
+    FSDP2 adds up the gradients of the weights that it has gathered for the forward, up to the backward. A head that is
+    sharded again by then would get the gradient of its own process alone. accelerate keeps the head whole since 1.14.
+
+    Raises:
+        ValueError: the head trains, and it is sharded.
+    """
+    weight = head.module.weight
+    if weight.requires_grad and hasattr(weight, "full_tensor"):
+        raise ValueError(
+            "trainer.fsdp: the LM head is sharded again between forward and backward, so its gradient would be lost, "
+            f"expected accelerate of at least 1.14, found {version('accelerate')}"
         )
 
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from maestro_fast.model.attention import Attention, attention_choice, use_attention
+from maestro_fast.model.attention import Attention, Layout, attention_choice, use_attention
 from maestro_fast.model.layouts import Sharing
 from maestro_fast.model_path import loading_model
 from maestro_fast.settings import SettingsError
@@ -94,6 +94,11 @@ class ModelConfig:
         """Whether responses share their prompt's computation."""
         modes: dict[str, Sharing] = {"auto": "auto", "shared": "always"}
         return modes.get(self.attention, "never")
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout that has to serve the model; None for any."""
+        return "varlen" if self.attention == "varlen" else None
 
 
 # --- what a checkpoint is ---

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from maestro_fast.model.forward import prompt_mean
 from maestro_fast.model.head import LanguageHead, head_of
 from maestro_fast.model.layouts import Layouts
+from maestro_fast.model.sharding import is_sharded, shard_frozen, sharded_again
 
 _LORA_A, _LORA_B = re.compile(r"\.lora_(embedding_)?A\."), re.compile(r"\.lora_(embedding_)?B\.")
 
@@ -52,9 +53,11 @@ def reference_policy(model: Any, accelerator: Accelerator) -> Reference:
         accelerator: puts the copy on the device, or shards it as the policy is sharded.
     """
     if not (hasattr(model, "disable_adapter") and _adds_nothing(model)):
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        frozen = frozen_copy(model, share=not sharded)
-        prepared = accelerator.prepare_model(frozen.to(accelerator.device), evaluation_mode=True)
+        if is_sharded(accelerator):
+            return _sharded_reference(frozen_copy(model, share=False), accelerator)
+        share = accelerator.distributed_type != DistributedType.DEEPSPEED
+        frozen = frozen_copy(model, share=share).to(accelerator.device)
+        prepared = accelerator.prepare_model(frozen, evaluation_mode=True)
         opened = (prepared, head_of(prepared))
         return lambda: contextlib.nullcontext(opened)
 
@@ -64,6 +67,18 @@ def reference_policy(model: Any, accelerator: Accelerator) -> Reference:
             yield model, head_of(model)
 
     return without_adapter
+
+
+def _sharded_reference(frozen: nn.Module, accelerator: Accelerator) -> Reference:
+    model = shard_frozen(frozen, accelerator)
+    head = head_of(model)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[tuple[nn.Module, LanguageHead]]:
+        with sharded_again(model):
+            yield model, head
+
+    return opened
 
 
 def _adds_nothing(model: nn.Module) -> bool:
@@ -83,12 +98,14 @@ class PromptContexts:
     Every vector is computed once and kept on the CPU for the rest of the run: 4 d bytes a prompt.
 
     Args:
-        layouts: how the attention of the reference takes its rows.
+        layouts: gives how the attention of the reference takes its rows.
         gather: joins a tensor over all processes, in the order of the processes.
         device: the device on which the vectors are returned.
     """
 
-    def __init__(self, layouts: Layouts, gather: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(
+        self, layouts: Callable[[], Layouts], gather: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
         self._layouts, self._gather, self._device = layouts, gather, device
         self._known: dict[tuple[int, ...], Tensor] = {}
 
@@ -99,5 +116,5 @@ class PromptContexts:
         rounds = int(self._gather(torch.tensor([len(missing)], device=self._device)).max())
         for i in range(rounds):
             ids = missing[i] if i < len(missing) else tuple(prompt_ids[0])
-            self._known[ids] = prompt_mean(reference, list(ids), self._layouts)
+            self._known[ids] = prompt_mean(reference, list(ids), self._layouts())
         return torch.stack([self._known[tuple(ids)] for ids in prompt_ids]).to(self._device)

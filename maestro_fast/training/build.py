@@ -63,7 +63,7 @@ def build_step(
     scoring = choose_scoring(given.model, plan, given.rewards, weights, terms, refills=refills)
     logger.info("log-probs and hidden states: %s, %s", scoring.source, scoring.reason)
     processes = Processes(accelerator)
-    scorer = Scorer.of(given.model, plan.micro_batch, method, accelerator.autocast)
+    scorer = Scorer.of(given.model, plan.micro_batch, method, accelerator)
     generator = _generator(given, scorer, accelerator, clock)
     return Step(
         plan=plan,
@@ -75,7 +75,7 @@ def build_step(
         judges=Judges(given.rewards, given.anchor, given.tokenizer, scorer, processes, given.dataset.chat),
         weights=weights,
         reference=reference,
-        prompt_contexts=PromptContexts(scorer.layouts, processes.gather, processes.device),
+        prompt_contexts=PromptContexts(lambda: scorer.layouts, processes.gather, processes.device),
         processes=processes,
         clock=clock,
     )

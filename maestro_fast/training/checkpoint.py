@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from accelerate import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from maestro_fast.manifest import MANIFEST, check_manifest, tensors_of
 from maestro_fast.model.rows import Sequences
+from maestro_fast.pickles import check_pickles
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.training.batches import BatchPlan, MicroBatch, Processes, TokenLogprobs
 from maestro_fast.training.best_policy import BestPolicy
@@ -165,27 +163,7 @@ def _check_files(checkpoint: Path, *, deepspeed: bool) -> None:
             if not deepspeed and not any(checkpoint.glob(pattern)):
                 raise ValueError(f"resume_from_checkpoint: {checkpoint} holds no {pattern}, it is incomplete")
     if not deepspeed:
-        _check_pickles(checkpoint)
-
-
-def _check_pickles(checkpoint: Path) -> None:
-    """Checks that files of PyTorch hold nothing but tensors and numbers, since a pickle of anything else may run code.
-
-    transformers and peft refuse such files, too, each in words of its own. Tensors are mapped into memory, not read.
-    """
-    for path in sorted(checkpoint.rglob("*")):
-        if path.suffix not in (".pt", ".pth", ".bin") or path.name == TRAINING_ARGS_NAME:  # The latter is never read.
-            continue
-        try:
-            with safe_globals():
-                torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"resume_from_checkpoint: {path} holds more than tensors and numbers, or is damaged; it is not loaded, "
-                "because it could run code of whoever wrote it"
-            ) from error
-        except (RuntimeError, ValueError, EOFError) as error:
-            raise ValueError(f"resume_from_checkpoint: {path} is damaged: {error}") from error
+        check_pickles(checkpoint)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,10 @@ class TrainConfig:
             loaded = replace(loss, function=function)
             loss = replace(loaded, needs_entropy=loaded.entropies)
         samples = 1 if self.evaluation is None else self.evaluation.samples
-        return Method(self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples, self.model.sharing)
+        model = self.model
+        return Method(
+            self.sampling, self.batch, loss, self.advantages.profile, self.seed, samples, model.sharing, model.layout
+        )
 
 
 def _check_loss_function(function: Callable[..., Any], name: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from maestro_fast.model.hidden_states import ContextMode, HiddenStates
 from maestro_fast.model.layout_trial import choose_layout
 from maestro_fast.model.layouts import Layouts
 from maestro_fast.model.rows import Sequences
+from maestro_fast.model.sharding import is_sharded
 from maestro_fast.model.text_scorer import encode_known, text_scorer
 from maestro_fast.records import (
     PolicyOutputs,
@@ -37,6 +39,7 @@ from maestro_fast.records import (
 from maestro_fast.rewards import RewardSet
 from maestro_fast.rewards.first_batches import FirstBatches
 from maestro_fast.rewards.reward import figures
+from maestro_fast.settings import SettingsError
 from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import Processes
 from maestro_fast.training.plan import Method
@@ -91,40 +94,76 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class ModelTrial:
+    """Tries the head and the layouts of a model once.
+
+    Attributes:
+        model, head: the model and its LM head.
+        method: says whether responses share their prompt, and which layout has to serve.
+        autocast: makes the context of mixed precision in which the model is trained.
+    """
+
+    model: nn.Module
+    head: LanguageHead
+    method: Method
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        """The layouts that serve the model. With a sharded model, all processes ask for them together.
+
+        Raises:
+            ValueError: the head is not read right, see ``check_head``, or the model has no layout.
+            SettingsError: the layout that has to serve does not.
+        """
+        with self.autocast():
+            check_head(self.model, self.head)
+            found, wanted = choose_layout(self.model, self.method.sharing), self.method.layout
+        if wanted not in (None, found.plain):
+            raise SettingsError(
+                f"model.attention: {wanted} does not serve this model, for the reason logged as its layout"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class Scorer:
     """Runs a forward without a gradient, of the policy or the reference, over any number of responses.
 
     Attributes:
         head: the policy's LM head.
-        layouts: how the sequences are laid out as rows of the model's input.
+        trial: finds the layouts of the policy.
         micro_batch: the number of responses in one forward.
         temperature: the number that divides the logits.
         autocast: makes the context of mixed precision in which the policy is trained, so that it is scored in the same.
     """
 
     head: LanguageHead
-    layouts: Layouts
+    trial: ModelTrial
     micro_batch: int
     temperature: float
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     @staticmethod
-    def of(
-        model: nn.Module,
-        micro_batch: int,
-        method: Method,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-    ) -> Scorer:
-        """Reads head and layouts off a policy, and tries both on a few tokens in the precision of the training.
+    def of(model: nn.Module, micro_batch: int, method: Method, accelerator: Accelerator) -> Scorer:
+        """Reads the head off a policy, and tries it and the layouts on a few tokens in the precision of the training.
+
+        A model that is going to be sharded is tried when the layouts are first asked for: only then is it on its
+        device, and only all processes together hold its weights.
 
         Raises:
             ValueError: the head cannot be read, see ``check_head``, or the model has no layout, see ``choose_layout``.
         """
         head = head_of(model)
-        with autocast():
-            check_head(model, head)
-            layouts = choose_layout(model, method.sharing)
-        return Scorer(head, layouts, micro_batch, method.sampling.temperature, autocast)
+        trial = ModelTrial(model, head, method, accelerator.autocast)
+        if not is_sharded(accelerator):
+            _ = trial.layouts
+        return Scorer(head, trial, micro_batch, method.sampling.temperature, accelerator.autocast)
+
+    @property
+    def layouts(self) -> Layouts:
+        """How the sequences are laid out as rows of the model's input."""
+        return self.trial.layouts
 
     def logprobs(self, hidden: HiddenStates, entropy: EntropyMode) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies [C] of the completion tokens, from the states of a training forward."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig
+from maestro_fast.model.attention import Layout
 from maestro_fast.model.head import causal_lm, first_layer_of, head_of
 from maestro_fast.model.hidden_states import ContextMode
 from maestro_fast.model.layouts import Sharing
@@ -48,6 +49,7 @@ class Method:
         evaluation_samples: the number of responses to each prompt of an evaluation.
         sharing: whether responses with a common prompt share its computation where that costs less ("auto"), always, or
             never, see ``model/layouts.py``.
+        layout: the layout that has to serve the model; None takes one that does.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -57,6 +59,7 @@ class Method:
     seed: int = 0
     evaluation_samples: int = 1
     sharing: Sharing = "auto"
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         check_correction(self.sampling, self.loss)

@@ -215,7 +215,6 @@ def built_trainer(
             timing_observers=timing_observers,
             callbacks=list(callbacks),
         )
-        _check_layout(config.model.attention, trainer.step.scorer.layouts.plain)
         yield trainer
 
 
@@ -293,11 +292,6 @@ def check_positions(model: nn.Module, longest_prompt: int, sampling: SamplingCon
     if getattr(config, "rope_parameters", None) is None:  # The positions are a table of that length.
         raise ValueError(complaint)
     logger.warning(complaint)
-
-
-def _check_layout(attention: str, layout: str) -> None:
-    if attention == "varlen" and layout != "varlen":
-        raise SettingsError("model.attention: varlen does not serve this model, for the reason logged as its layout")
 
 
 def _keeps_best(config: TrainConfig, args: TrainingArguments) -> bool:

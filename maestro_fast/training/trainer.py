@@ -38,6 +38,7 @@ from maestro_fast.generation import Engine, Generator, ProbeConfig
 from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.reference import reference_policy
+from maestro_fast.model.sharding import check_sharding, is_sharded, saves_shards
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
 from maestro_fast.records import PolicyOutputs, Prompts, StepRecord
@@ -163,6 +164,7 @@ class MaestroTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        check_sharding(self.accelerator)
         # A transformers that does not know loss_is_scaled_for_ga looks at this attribute instead, and never calls it.
         self.compute_loss_func = policy_loss
         self.clock = StageClock(self.args.device)
@@ -387,6 +389,17 @@ class MaestroTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the policy for ``from_pretrained``, on all processes together.
+
+        A checkpoint that holds the shards of each process (SHARDED_STATE_DICT) needs no such copy, a final policy does.
+        """
+        if is_sharded(self.accelerator) and saves_shards(self.accelerator):
+            if not _internal_call:
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            return
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))

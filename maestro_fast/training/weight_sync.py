@@ -270,12 +270,8 @@ def synced_generator(
     Raises:
         ValueError: the weights are sharded in a way from which they cannot be gathered.
     """
-    state = accelerator.state
-    if getattr(state, "deepspeed_plugin", None) is not None:
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise ValueError("trainer.deepspeed: its weights cannot be sent to an engine, expected DDP or fsdp")
-    plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version < 2:
-        raise ValueError("trainer.fsdp_config.version: 1, its weights cannot be sent to an engine, expected 2")
 
     def policy_logprobs(model: nn.Module, token_ids: list[list[int]]) -> list[Tensor]:
         sequences = Sequences([ids[:1] for ids in token_ids], [ids[1:] for ids in token_ids])

@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int, *more: str) -> None:
+def launch(
+    processes: int, checkpoint: Path, out: Path, *more: object, script: str = "two_processes.py", timeout: float = 180
+) -> None:
+    """Runs a script of this folder in processes that exchange tensors, with two folders and ``more`` as arguments."""
     out.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,15 +28,15 @@ def launch(processes: int, checkpoint: Path, out: Path, micro_batches: int, *mor
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command.append(str(Path(__file__).with_name("two_processes.py")))
+    command.append(str(Path(__file__).with_name(script)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(checkpoint), str(out), str(micro_batches), *more],
+        [*command, *map(str, (checkpoint, out, *more))],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
