@@ -297,12 +297,11 @@ class MaestroTrainer(Trainer):
         else:
             batch, (loss, metrics, logprobs) = self._loss_judged_in_forward(model, hidden, inputs)
         self.health.see(loss, batch, logprobs)
-        if batch.is_empty:  # Its metrics are means over no token, and would pull down those of the others.
-            metrics = {}
-        elif batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
+        if batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
             tokens, total = divergence(batch.live(logprobs), batch.live(batch.logprobs.ref_C))
             metrics = {**metrics, "kl": total / tokens.clamp(min=1)}
-        self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
+        named = {LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()}
+        self._means.add(named, batch.live_tokens)  # They are means over these tokens, and the log's over those of all.
         return (loss, None) if return_outputs else loss
 
     def _loss_scored_before(self, hidden: HiddenStates, batch: MicroBatch) -> _Found:
