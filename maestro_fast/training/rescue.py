@@ -91,7 +91,10 @@ class Rescue:
                 raise
             step, broken = self._trainer.state.global_step, broken_parameter(self._model)
             if broken is None:
-                self._save(step)
+                try:
+                    self._save(step)
+                except Exception as failed:  # The disk is full, say. What ended the run is told first.
+                    error.add_note(f"The run could not be saved either: {failed}")
             cause: BaseException = error
             if broken is not None and not isinstance(error, NonFiniteError):
                 cause = NonFiniteError.of_parameter(broken, step, self._trainer.args.learning_rate)
