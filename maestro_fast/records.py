@@ -183,6 +183,7 @@ class RewardBatch:
         prompt_ids: B entries, the token ids that the policy read; an empty list outside training.
         prefills: B entries, the part of each reply that stands in the prompt already, as in ``Prompts``; an empty list
             stands for none.
+        place: what messages call the batch, such as "step 3"; "" outside training.
     """
 
     prompts: list[Text]
@@ -196,6 +197,7 @@ class RewardBatch:
     step: int | None = None
     prompt_ids: list[list[int]] = field(default_factory=list)
     prefills: list[str] = field(default_factory=list)
+    place: str = ""
 
     @staticmethod
     def of(rollouts: Rollouts, step: int) -> RewardBatch:

@@ -19,8 +19,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def saves_shards(accelerator: Accelerator) -> bool:
-    """Whether each process of a sharded policy writes its own shards into a checkpoint."""
-    return "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
+    """Whether the policy is sharded, and each process writes its own shards into a checkpoint."""
+    return is_sharded(accelerator) and "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
 
 
 def check_sharding(accelerator: Accelerator, where: str = "trainer.") -> None:

@@ -11,9 +11,13 @@
 
     normalization   c_t                                           normalizer is the number of     normalizer=None means
     grpo            1 / (tokens of the response * normalizer)     responses of the optimizer step B
-    bnpo            1 / normalizer                                tokens of the batch             the live tokens
+    bnpo            1 / normalizer                                tokens of the micro-batch       the live tokens
     dapo            1 / normalizer                                tokens of the optimizer step    an error
     dr_grpo         1 / (max_completion_length * normalizer)      responses of the optimizer step B
+
+Gradients of micro-batches that were divided by the normalizer of their optimizer step add up to that of the whole step,
+however it was divided into micro-batches and processes. bnpo alone averages the means of micro-batches, as TRL does, so
+it depends on their size.
 
 Sources: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585; names and
 values as in TRL's ``loss_type``, ``importance_sampling_level``, ``delta`` and ``vllm_importance_sampling_mode``.

@@ -1,6 +1,7 @@
 """Files with one JSON object per line.
 
-A run that is killed loses no finished line, and an unfinished last line is repaired when the file is opened again.
+A run that is killed loses no finished line, and an unfinished last line is repaired when the file is opened again. Nor
+does a full disk cost one: the file is then as it was before, and the error names it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,10 +47,11 @@ class JsonLines:
 
         Raises:
             TypeError: A value is neither JSON's nor a number of NumPy or PyTorch. Nothing is written then.
+            OSError: The lines could not be written; the file is as it was.
         """
         data = b"".join(_encoded(row) for row in rows)
-        with self.path.open("ab") as file:
-            file.write(data)
+        with self.path.open("ab", buffering=0) as file:
+            _write_whole(file, file.seek(0, 2), data, self.path)
 
     def last(self) -> dict[str, Any] | None:
         """The last line, or None if the file is empty or absent."""
@@ -60,12 +63,14 @@ class JsonLines:
         return _decoded(line, self.path, "the last line") if line else None
 
     def replace_last(self, row: Mapping[str, Any]) -> None:
-        """Writes ``row`` over the last line, and then cuts off the rest of the old line."""
+        """Writes ``row`` over the last line, and then cuts off the rest of the old line.
+
+        Raises:
+            OSError: The line could not be written; the file is as it was.
+        """
         data = _encoded(row)
-        with self.path.open("r+b") as file:
-            file.seek(_start_of_last_line(file))
-            file.write(data)
-            file.truncate()
+        with self.path.open("r+b", buffering=0) as file:
+            _write_whole(file, _start_of_last_line(file), data, self.path)
 
     def count_from_one(self) -> None:
         """Adds 1 to the step of every line if the first one is of step 0, see ``counts_from_zero``."""
@@ -212,12 +217,29 @@ def _repair(path: Path) -> None:
             logger.warning("%s: cut off an unfinished last line of %d bytes", path.name, len(tail))
 
 
-def _start_of_last_line(file: BinaryIO) -> int:
+def _write_whole(file: FileIO, start: int, data: bytes, path: Path) -> None:
+    """Ends the file with ``data`` from ``start`` on, or leaves it as it is and raises OSError with its name."""
+    file.seek(start)
+    old = file.read() if file.readable() else b""
+    try:
+        file.seek(start)
+        left = memoryview(data)
+        while left:  # On a disk that is nearly full a call writes a part, and the next one fails.
+            left = left[file.write(left) or 0 :]
+        file.truncate(start + len(data))
+    except OSError as error:
+        file.seek(start)
+        file.write(old)  # These bytes have their room already.
+        file.truncate(start + len(old))
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _start_of_last_line(file: BinaryIO | FileIO) -> int:
     size = file.seek(0, 2)
     return _line_start(file, max(0, size - 1))
 
 
-def _line_start(file: BinaryIO, end: int) -> int:
+def _line_start(file: BinaryIO | FileIO, end: int) -> int:
     """The offset just after the last newline before ``end``."""
     while end > 0:
         start = max(0, end - _CHUNK)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from maestro_fast.records import StepRecord
 from maestro_fast.reporting.console import ConsoleSamples
 from maestro_fast.reporting.json_lines import ALARMS_FILE, iter_jsonl
@@ -16,6 +18,7 @@ from maestro_fast.reporting.report import write_report
 from maestro_fast.reporting.run_log import AlarmsLog, CostsCallback, MetricsCallback, RolloutsLog, TimingsLog
 from maestro_fast.reporting.trackers import TrackerMedia
 from maestro_fast.training import MaestroTrainer, parse_config, train
+from maestro_fast.training.run_directory import check_room
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -48,6 +51,8 @@ def recorded_train(
 
     def attach_all(trainer: MaestroTrainer) -> None:
         attach(trainer)
+        if trainer.is_world_process_zero() and isinstance(trainer.model, nn.Module):
+            check_room(Path(config.run_dir), trainer.model, trainer.args)
         if media is not None:
             media.attach(trainer.callback_handler.callbacks)
 
@@ -76,8 +81,11 @@ def ended_by_alarm(run_dir: Path, step: int) -> list[str]:
 def try_report(
     run_dir: Path, *, summary: Sequence[str] = (), compare: Mapping[str, Path] | None = None, **options: Any
 ) -> str:
-    """Writes the report if matplotlib is installed. Returns a sentence on where the report is, or why there is none."""
+    """Writes the report if matplotlib is installed. Returns a sentence on where the report is, or why there is none.
+
+    The training has ended well by then, so a disk that is full is no error.
+    """
     try:
         return f"Report: {write_report(run_dir, summary=summary, compare=compare, **options)}"
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"No report was written: {error}"

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -26,13 +27,15 @@ from contextvars import copy_context
 from inspect import isawaitable, iscoroutine
 from queue import SimpleQueue
 from threading import Thread
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
 
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look, own_reason
-from maestro_fast.rewards.reward import Reward, RewardValues, column_of, figures, judge
+from maestro_fast.rewards.reward import Reward, RewardValues, column_of, figures, judge, uncancelled
+from maestro_fast.rewards.whereabouts import prompts_of_call, prompts_of_error, whereabouts, with_prompts
 
 OnError = Literal["stop", "abstain"]
 MOST_HANGING = 4  # calls of one reward that may go on behind their deadlines
@@ -86,21 +89,22 @@ class Guarded:
         try:
             values = judge(self.reward, batch) if self.timeout is None else self._called(batch, self.timeout)
             if not isawaitable(values):
-                return self._checked(values, len(batch))
+                return self._checked(values, batch)
         except Exception as error:
             if self.on_error == "stop":
                 raise
-            return self._abstained(error, len(batch))
+            return self._abstained(error, batch)
         left = None if self.timeout is None else self.timeout - (time.monotonic() - began)
-        return self._later(values, len(batch), left)
+        return self._later(values, batch, left)
 
-    async def _later(self, values: Awaitable[RewardValues], count: int, left: float | None) -> RewardValues:
+    async def _later(self, values: Awaitable[RewardValues], batch: RewardBatch, left: float | None) -> RewardValues:
         try:
-            return self._checked(await values if left is None else await self._awaited(values, count, left), count)
+            own = values if left is None else self._awaited(values, batch, left)
+            return self._checked(await uncancelled(self.name, own), batch)
         except Exception as error:
             if self.on_error == "stop":
                 raise
-            return self._abstained(error, count)
+            return self._abstained(error, batch)
 
     def _called(self, batch: RewardBatch, timeout: float) -> RewardValues | Awaitable[RewardValues]:
         """Calls the reward, in the guard's thread unless the call merely makes a coroutine."""
@@ -115,7 +119,7 @@ class Guarded:
             return self.reward(own)
         if self._thread is None or not self._thread.is_alive():
             self._thread = _CallThread(f"reward {self.name}")
-        call = self._thread.submit(lambda: self.reward(own))
+        call, thread = self._thread.submit(lambda: self.reward(own)), self._thread.ident
         ended = False
         try:
             ended = bool(wait([call], timeout).done)
@@ -126,46 +130,54 @@ class Guarded:
                 self._hanging.append(call.done)
                 call.add_done_callback(_drop)
         if not ended:
-            raise self._too_late(len(batch))
+            raise self._too_late(batch, sys._current_frames().get(thread))
         values: RewardValues | Awaitable[RewardValues] = call.result()
         return values
 
-    async def _awaited(self, values: Awaitable[RewardValues], count: int, left: float) -> RewardValues:
+    async def _awaited(self, values: Awaitable[RewardValues], batch: RewardBatch, left: float) -> RewardValues:
         """Waits for ``left`` seconds. A coroutine that does not heed its cancellation is not waited for."""
         task = asyncio.ensure_future(values)
         try:
             await asyncio.wait([task], timeout=max(0.0, left))
             if task.done():
                 return task.result()
+            stack = task.get_stack()
         finally:
             task.cancel()
         self._hanging.append(task.done)
         task.add_done_callback(lambda late: late.cancelled() or late.exception())  # asyncio wants it to be looked at.
-        raise self._too_late(count)
+        raise self._too_late(batch, stack[-1] if stack else None)
 
-    def _too_late(self, count: int) -> RewardTimeoutError:
-        return RewardTimeoutError(f"reward {self.name!r}: was not back within {self.timeout:g} s for {count} responses")
+    def _too_late(self, batch: RewardBatch, frame: FrameType | None) -> RewardTimeoutError:
+        """The error of a call that still goes on; ``frame`` is where."""
+        words = f"reward {self.name!r}: was not back within {self.timeout:g} s for {len(batch)} responses"
+        error = with_prompts(RewardTimeoutError(words), prompts_of_call(batch, frame))
+        if frame is not None:
+            code = frame.f_code
+            error.add_note(f"it is in {code.co_name}, line {frame.f_lineno} of {code.co_filename}")
+        return error
 
-    def _checked(self, values: RewardValues, count: int) -> RewardValues:
+    def _checked(self, values: RewardValues, batch: RewardBatch) -> RewardValues:
         if self.on_error == "abstain":  # Otherwise whoever asked checks them.
-            column_of(self.name, values, count)
+            column_of(self.name, values, len(batch), batch.prompts)
         return values
 
-    def _abstained(self, error: Exception, count: int) -> list[None]:
+    def _abstained(self, error: Exception, batch: RewardBatch) -> list[None]:
         late = isinstance(error, RewardTimeoutError)
         self._counts["timeouts" if late else "errors"] += 1
         self._last = _words(error)
         if type(error) not in self._said:
             self._said.add(type(error))
             logger.warning(
-                "reward %r abstains from all %d responses of a batch: %s. This is said once for each kind of error; "
+                "reward %r abstains from all %d responses of a batch%s: %s. This is said once for each kind of error; "
                 "the log counts errors and timeouts",
                 self.name,
-                count,
-                self._last,
+                len(batch),
+                f", {whereabouts(batch, prompts_of_error(batch, error))}" if batch.place else "",
+                "; ".join([self._last, *(getattr(error, "__notes__", []) if late else [])]),
                 exc_info=None if late else error,
             )
-        return [None] * count
+        return [None] * len(batch)
 
     def metrics(self) -> dict[str, float]:
         """The reward's own figures, and with ``on_error: abstain`` the number of failures since the last call."""
@@ -219,7 +231,12 @@ class _CallThread:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=_make_calls, args=(self._calls,), name=name, daemon=True)
         self._thread.start()
-        weakref.finalize(self, self._calls.put, None)
+        weakref.finalize(self, self._calls.put, None).atexit = False  # A thread may not wake up when Python ends.
+
+    @property
+    def ident(self) -> int:
+        """The number of the thread among those that run."""
+        return self._thread.ident or 0
 
     def is_alive(self) -> bool:
         """Whether the thread runs; it does not in a process that was forked."""
@@ -250,6 +267,7 @@ class _CallThread:
 def _make_calls(calls: SimpleQueue[Callable[[], None] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
+        del call  # It holds a batch, whose tensors must not be freed in this thread when Python ends: that would abort.
 
 
 def _torch_settings() -> contextlib.AbstractContextManager[Any]:

@@ -32,6 +32,7 @@ from maestro_fast.rewards import judge_answers
 from maestro_fast.rewards.first_batches import Look
 from maestro_fast.rewards.judge_cache import Answer, JudgeCache, OpenCache
 from maestro_fast.rewards.judge_requests import Endpoint, Failure, Session
+from maestro_fast.rewards.whereabouts import whereabouts
 from maestro_fast.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ class JudgeReward:
             if name not in batch.columns:
                 listed = ", ".join(sorted(batch.columns)) or "none"
                 raise ValueError(f"reward {self.name!r}: no column {name!r}, the columns are {listed}")
-        return self._judge([self._questions(batch, row, reply) for row, reply in enumerate(batch.replies)])
+        return self._judge(batch, [self._questions(batch, row, reply) for row, reply in enumerate(batch.replies)])
 
     def metrics(self) -> dict[str, float]:
         """The figures since the last call, which are then forgotten.
@@ -323,7 +324,7 @@ class JudgeReward:
             **config.extra_body,
         }
 
-    async def _judge(self, rows: list[list[tuple[Body, ...]]]) -> list[float | None]:
+    async def _judge(self, batch: RewardBatch, rows: list[list[tuple[Body, ...]]]) -> list[float | None]:
         began = time.perf_counter()
         keyed = [[tuple(self._key(body) for body in vote) for vote in votes] for votes in rows]
         bodies = {
@@ -333,7 +334,8 @@ class JudgeReward:
             for body, key in zip(vote, of_vote, strict=True)
         }
         outcomes = await self._outcomes(bodies)
-        values = {key: self._read(outcome) for key, outcome in outcomes.items()}
+        row_of = {key: row for row, votes in enumerate(keyed) for vote in votes for key in vote}
+        values = {key: self._read(outcome, batch, row_of[key]) for key, outcome in outcomes.items()}
         self._counts["seconds"] += time.perf_counter() - began
         return [self._value([tuple(values[key] for key in vote) for vote in votes]) for votes in keyed]
 
@@ -394,10 +396,10 @@ class JudgeReward:
             f"reward {self.name!r}: the judge {config.model!r} at {config.url} {what}: {failure.reason}"
         )
 
-    def _read(self, outcome: Outcome) -> float | None:
-        """The number from 0 to 1 in an answer; None, counted, if there is none."""
+    def _read(self, outcome: Outcome, batch: RewardBatch, row: int) -> float | None:
+        """The number from 0 to 1 in an answer on a row of the batch; None, counted, if there is none."""
         if isinstance(outcome, Failure):
-            self._count("malformed" if outcome.malformed else "failed", outcome.reason)
+            self._count("malformed" if outcome.malformed else "failed", outcome.reason, batch, row)
             return None
         if self.config.against is None:
             value = judge_answers.read_score(outcome.text, self.config.scale, self._pattern)
@@ -406,19 +408,18 @@ class JudgeReward:
             value, wanted = judge_answers.read_verdict(outcome.text, self._pattern), "A, B or tie"
         if value is None:
             end = outcome.text[-200:]
-            self._count(
-                "malformed", f"an answer of {outcome.completion_tokens} tokens lacks {wanted}, its end is {end!r}"
-            )
+            words = f"an answer of {outcome.completion_tokens} tokens lacks {wanted}, its end is {end!r}"
+            self._count("malformed", words, batch, row)
         return value
 
-    def _count(self, kind: str, reason: str) -> None:
+    def _count(self, kind: str, reason: str, batch: RewardBatch, row: int) -> None:
         self._counts[kind] += 1
         if kind not in self._told:
-            self._told[kind] = reason
+            self._told[kind], where = reason, whereabouts(batch, batch.prompts[row : row + 1])
             logger.warning(
-                "reward %r: the judge %r at %s: %s. Without a valid vote a response abstains. This is said once; the "
-                "log counts it as rewards/%s/%s.",
-                *(self.name, self.config.model, self.config.url, reason, self.name, kind),
+                "reward %r: the judge %r at %s, %s: %s. Without a valid vote a response abstains. This is said once; "
+                "the log counts it as rewards/%s/%s.",
+                *(self.name, self.config.model, self.config.url, where, reason, self.name, kind),
             )
 
     def _value(self, votes: Sequence[tuple[float | None, ...]]) -> float | None:

@@ -27,7 +27,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from maestro_fast.records import RewardBatch
+from maestro_fast.records import RewardBatch, Text
+from maestro_fast.rewards.whereabouts import prompts_of_error, shown, whereabouts, with_prompts
 
 T = TypeVar("T")
 RewardValues = Sequence[float | None] | Tensor
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOGGED = frozenset({"mean", "std", "abstained", "utility", "labelled"})  # what the log says of every reward or anchor
 _LARGEST = torch.finfo(torch.float32).max
+_LONGEST = 200  # characters of a value in an error
 
 
 @runtime_checkable
@@ -119,21 +121,24 @@ class RewardSet:
         Raises:
             ValueError: a reward returned the wrong number of values, or NaN or inf.
             TypeError: a reward returned something else than numbers.
-            Exception: a reward raised it; a note names the reward.
+            Exception: a reward raised it; notes name the reward, and in training the step and the prompts.
             TimeoutError: an asynchronous reward blocks the event loop, and one of the rewards has a deadline.
         """
-        found = self._call_all(batch)
-        waiting = (own for own, value in zip(self.rewards, found, strict=True) if isawaitable(value))
-        values = _await_all(self.names, found, min(map(_patience, waiting), default=math.inf))
-        columns = [column_of(name, value, len(batch)) for name, value in zip(self.names, values, strict=True)]
+        with told_where(batch):
+            found = self._call_all(batch)
+            waiting = (own for own, value in zip(self.rewards, found, strict=True) if isawaitable(value))
+            values = _await_all(self.names, found, min(map(_patience, waiting), default=math.inf))
+            named = zip(self.names, values, strict=True)
+            columns = [column_of(name, value, len(batch), batch.prompts) for name, value in named]
         rewards_BK = torch.stack(columns, dim=1)
         if len(batch) and not self._warned and bool(rewards_BK.isnan().all()):
             self._warned = True
             logger.warning(
-                "every reward (%s) abstained on all %d completions of a batch, so nothing is learnt: are the "
+                "every reward (%s) abstained on all %d completions of a batch%s, so nothing is learnt: are the "
                 "columns that they read empty, or is the wanted format out of reach? This is said once.",
                 ", ".join(self.names),
                 len(batch),
+                f", {whereabouts(batch)}" if batch.place else "",
             )
         return rewards_BK
 
@@ -211,7 +216,7 @@ def _await_all(names: Sequence[str], values: list[object], patience: float) -> l
 
     async def awaited(name: str, value: Awaitable[object]) -> object:
         with blame(name):
-            return await value
+            return await uncancelled(name, value)
 
     pending = {i: awaited(names[i], value) for i, value in enumerate(values) if isawaitable(value)}
     if pending:
@@ -235,30 +240,75 @@ def blame(name: str, role: str = "") -> Iterator[None]:
         raise
 
 
-def column_of(name: str, values: object, batch: int) -> Tensor:
-    """float32 [B] on the CPU from what a reward returned: a list, a tuple, a tensor or a numpy array."""
-    items = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
-        got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"reward {name!r}: returned {got}, expected {batch} numbers, one per completion")
+@contextmanager
+def told_where(batch: RewardBatch) -> Iterator[None]:
+    """Notes on an error of a reward, in training, the step and the prompts whose responses it judged."""
+    try:
+        yield
+    except Exception as error:
+        if batch.place:
+            error.add_note(whereabouts(batch, prompts_of_error(batch, error)))
+        raise
+
+
+def column_of(name: str, values: object, batch: int, prompts: Sequence[Text] = ()) -> Tensor:
+    """float32 [B] on the CPU from what a reward returned: a list, a tuple, a tensor or a numpy array.
+
+    Args:
+        name: the reward's name.
+        values: what it returned.
+        batch: B.
+        prompts: B prompts, one of which the error names; without them it names the row alone.
+    """
+    items = _items(name, values, batch)
     if len(items) != batch:
         raise ValueError(f"reward {name!r}: returned {len(items)} values for {batch} completions")
-    numbers = [math.nan if item is None else _number(name, row, item) for row, item in enumerate(items)]
+    numbers = []
+    for row, item in enumerate(items):
+        try:
+            numbers.append(math.nan if item is None else _number(item))
+        except (TypeError, ValueError) as error:
+            to = f"; it is a response to {shown(prompts[row])}" if prompts else ""
+            wrong = f"reward {name!r}: row {row} is {_said(item)}, expected a finite number, or None to abstain{to}"
+            raise with_prompts(type(error)(wrong), prompts[row : row + 1]) from error.__cause__
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _number(name: str, row: int, item: object) -> float:
-    wrong = f"reward {name!r}: row {row} is {item!r}, expected a finite number, or None to abstain"
+def _items(name: str, values: object, batch: int) -> list[object]:
+    """What a reward returned as a list, which may have another length; TypeError unless it can be read as one."""
+    plain = isinstance(values, Tensor) and not values.is_nested
+    got = f"a tensor of shape {tuple(values.shape)}" if plain else type(values).__name__  # type: ignore[attr-defined]
+    wrong = f"reward {name!r}: returned {got}, expected {batch} numbers, one per completion"
+    try:
+        items = values.tolist() if hasattr(values, "tolist") else values
+        if isinstance(items, Sequence) and not isinstance(values, (str, bytes, bytearray, memoryview)):
+            return list(items)
+    except Exception as error:  # Tensors that are sparse or on meta have no list, and other classes may raise anything.
+        raise TypeError(f"{wrong}; it cannot be read: {error}") from error
+    raise TypeError(wrong)
+
+
+def _said(item: object) -> str:
+    """An item in the words of an error, which an object's own ``__repr__`` may neither fill nor prevent."""
+    try:
+        text = repr(item)
+    except Exception:
+        return f"of type {type(item).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _number(item: object) -> float:
+    """A finite number in float32; otherwise TypeError or ValueError, whose words ``column_of`` finds."""
     if isinstance(item, (str, bytes)):  # float() would read "1"
-        raise TypeError(wrong)
+        raise TypeError
     try:
         value = float(item)  # type: ignore[arg-type]
     except OverflowError as error:
-        raise ValueError(wrong) from error
+        raise ValueError from error
     except Exception as error:  # an object may raise anything in its __float__
-        raise TypeError(wrong) from error
+        raise TypeError from error
     if not abs(value) <= _LARGEST:  # this also refuses what overflows in float32
-        raise ValueError(wrong)
+        raise ValueError
     return value
 
 
@@ -293,9 +343,23 @@ def gather(coroutines: Sequence[Coroutine[Any, Any, T]], patience: float, who: s
                     "no deadline can be kept: one of them waits without await. Written as a plain function, it would "
                     "be called in a thread of its own"
                 )
-        return future.result()
+        results = future.result()
+        if isinstance(results, Exception):
+            raise results
+        return results
     finally:
         future.cancel()  # this has an effect only where the wait was interrupted
+
+
+async def uncancelled(name: str, value: Awaitable[T]) -> T:
+    """Awaits what a reward returned. One that is cancelled from inside fails as others do: nobody has cancelled us."""
+    try:
+        return await value
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError(f"reward {name!r}: something that it waited for was cancelled") from error
 
 
 @contextmanager
@@ -311,10 +375,13 @@ def plain_call() -> Iterator[None]:
 _PLAIN_CALLS: list[None] = []
 
 
-async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def _gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T] | Exception:
+    """Their results, or the first error. It is returned, since asyncio would hand on a copy of a TimeoutError."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
+    except Exception as error:
+        return error
     finally:
         for task in tasks:
             task.cancel()
@@ -325,8 +392,20 @@ class _BackgroundLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.thread = Thread(target=self.loop.run_forever, name="maestro-fast-rewards", daemon=True)
+        self.thread = Thread(target=self._serve, name="maestro-fast-rewards", daemon=True)
         self.thread.start()
+
+    def _serve(self) -> None:
+        """Runs the loop until it is told to stop.
+
+        A reward that calls ``sys.exit`` ends the loop, too. It goes on, because whoever waits for that reward would
+        otherwise never hear of it.
+        """
+        while True:
+            try:
+                return self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):  # The task has it, and so has whoever waits.
+                continue
 
     def close(self, pid: int) -> None:
         if os.getpid() == pid:  # a forked child inherits this handler, but not the thread

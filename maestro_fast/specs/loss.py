@@ -161,7 +161,8 @@ class PolicyLossConfig:
     """Options of ``policy_loss``.
 
     Attributes:
-        normalization: how the losses of tokens are averaged, see ``ops.policy_loss``.
+        normalization: how the losses of tokens are averaged, see ``ops.policy_loss``. With "bnpo" the update depends on
+            the size of the micro-batches, whose means it averages as TRL does; with the others it does not.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: coefficient of the k3 term; 0 needs no reference.
         kl_bias_correction: whether k3 is multiplied by the ratio before any clip, whose gradient counts too. Then the

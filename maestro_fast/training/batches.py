@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
@@ -226,45 +226,70 @@ class MicroBatch:
         """Whether all of its tokens are left out of the loss."""
         return self.token_mask_C is not None and not bool(self.token_mask_C.any())
 
+    @property
+    def live_tokens(self) -> int:
+        """The number of tokens that are in the loss."""
+        return int(self.cu_seqlens[-1] if self.token_mask_C is None else self.token_mask_C.sum())
+
     def live(self, values_C: Tensor) -> Tensor:
         """The values of the tokens that are in the loss."""
         mask_C = self.token_mask_C
         return values_C if mask_C is None else values_C[mask_C.to(values_C.device)]
 
 
-def group_order(prompts: int, group_size: int, generator: torch.Generator) -> list[int]:
-    """The indices of all responses, whole groups in random order.
+def group_order(plan: BatchPlan, rank: int, processes: int, own: torch.Generator, shared: torch.Generator) -> list[int]:
+    """The indices of all responses of a process, whole groups in random order, the groups of each update in turn.
 
     So an optimiser step trains on whole groups where they fit, as in verl, and a micro-batch holds responses with a
     common prompt, which the model needs to compute only once for them.
+
+    Where each process has a whole number of groups for each of U updates, every U groups of the batch in a row are
+    dealt to the U updates. So an update trains on the same groups however many processes share the batch.
+
+    Args:
+        plan: the share of the process.
+        rank, processes: the number of the process, and how many there are.
+        own: draws the order of the groups of an update.
+        shared: draws which group goes to which update; its state is the same in all processes.
     """
-    groups = torch.randperm(prompts, generator=generator)
+    blocks, rest = divmod(plan.prompts, plan.updates)
+    if rest:
+        groups = torch.randperm(plan.prompts, generator=own)
+    else:
+        dealt_NU = [torch.randperm(plan.updates, generator=shared) for _ in range(blocks * processes)]
+        order_N = torch.randperm(blocks, generator=own)
+        own_NU = torch.stack(dealt_NU[rank * blocks : (rank + 1) * blocks])
+        groups = (own_NU + torch.arange(blocks)[:, None] * plan.updates)[order_N].T.flatten()
+    group_size = plan.responses // plan.prompts
     return (groups[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
 
 
 def cut_order(plan: BatchPlan, order: list[int], live_B: Tensor) -> list[list[int]]:
-    """Deals the responses that are trained on to the micro-batches, in order and as evenly as they go.
+    """Deals the responses that are trained on to the updates, and those of an update to its micro-batches.
 
-    Responses that are left out of the loss need no forward, so they stand in no micro-batch. Whole groups stay together
-    where a micro-batch of the full batch holds whole groups. A process makes as many forwards as the others, so a
-    micro-batch that would be empty gets a response that is left out.
+    They are dealt in order and as evenly as they go. Responses that are left out of the loss need no forward, so they
+    stand in no micro-batch. Whole groups stay together where an update, or a micro-batch, of the full batch holds whole
+    groups. So it does not depend on the size of the micro-batches what an update trains on. A process makes as many
+    forwards as the others, so a micro-batch that would be empty gets a response that is left out.
 
     Args:
-        plan: says how many micro-batches there are.
+        plan: says how many updates and micro-batches there are.
         order: the responses' indices, whole groups one after another.
         live_B: bool [B], False for responses that are left out.
 
     Returns:
         The indices of each micro-batch.
     """
-    group_size = plan.responses // plan.prompts
-    whole = plan.micro_batch % group_size == 0
-    size = group_size if whole else 1
-    live = live_B.tolist()
-    runs = [[j for j in order[i : i + size] if live[j]] for i in range(0, len(order), size)]
-    runs = [run for run in runs if run]
-    bounds = [len(runs) * i // plan.micro_steps for i in range(plan.micro_steps + 1)]
-    cut = [[j for run in runs[a:b] for j in run] for a, b in pairwise(bounds)]
+    group_size, live = plan.responses // plan.prompts, live_B.tolist()
+
+    def deal(members: list[int], pieces: int, full: int) -> list[list[int]]:
+        size = group_size if full % group_size == 0 else 1
+        runs = [[*run] for _, run in groupby(members, key=lambda j: j // size)]
+        bounds = [len(runs) * i // pieces for i in range(pieces + 1)]
+        return [[j for run in runs[a:b] for j in run] for a, b in pairwise(bounds)]
+
+    updates = deal([j for j in order if live[j]], plan.updates, plan.responses // plan.updates)
+    cut = [members for update in updates for members in deal(update, plan.accumulation, plan.micro_batch)]
     return [members or [next(j for j in order if not live[j])] for members in cut]
 
 
@@ -288,7 +313,8 @@ class UpdateTotals:
     def normalizer(self, plan: BatchPlan, micro_step: int, tokens: int) -> float:
         """The divisor of a micro-batch's summed loss under which the micro-batches of a step add up.
 
-        It is at least 1, because a step may have no token at all, whose loss is 0.
+        A step may have no token at all, whose loss is 0; its divisor is 1. Other divisors may be below 1, because they
+        are means over the processes, most of which may have nothing in the loss.
 
         Args:
             plan: the sizes of the batch.
@@ -297,10 +323,10 @@ class UpdateTotals:
         """
         update = micro_step // plan.accumulation
         if self.normalization == "dapo":
-            return max(self.tokens[update], 1.0)
+            return self.tokens[update] or 1.0
         if self.normalization == "bnpo":  # As in TRL, each micro-batch is a mean over its own tokens.
-            return max(tokens, 1) * max(self.micro_batches[update], 1.0)
-        return max(self.responses[update], 1.0)
+            return max(tokens, 1) * (self.micro_batches[update] or 1.0)
+        return self.responses[update] or 1.0
 
 
 def split_micro_batches(
@@ -338,7 +364,7 @@ def split_micro_batches(
                 torch.tensor([0, *lengths[members].tolist()]).cumsum(0),
                 logprobs.select(tokens.to(device)),
                 totals.normalizer(plan, i, int(mask_C.sum())),
-                max(totals.tokens[i // plan.accumulation], 1.0),
+                totals.tokens[i // plan.accumulation] or 1.0,
                 tuple(members),
                 None if bool(live_B[members].all()) else mask_C,
             )

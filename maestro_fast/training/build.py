@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from torch import nn
@@ -70,9 +70,11 @@ def build_step(
         terms=terms,
         profile=profile,
         scoring=scoring,
-        sampler=Sampler.of(generator, method.sampling, method.seed, processes),
+        sampler=replace(Sampler.of(generator, method.sampling, method.seed, processes), updates=plan.updates),
         scorer=scorer,
-        judges=Judges(given.rewards, given.anchor, given.tokenizer, scorer, processes, given.dataset.chat),
+        judges=Judges(
+            given.rewards, given.anchor, given.tokenizer, scorer, processes, given.dataset.chat, plan.updates
+        ),
         weights=weights,
         reference=reference,
         prompt_contexts=PromptContexts(lambda: scorer.layouts, processes.gather, processes.device),

@@ -180,16 +180,17 @@ class SamplerGaps:
 
 
 class MetricMeans:
-    """Means of the figures that were added between two log lines."""
+    """Means of the figures that were added between two log lines, weighted where a figure came with a weight."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def add(self, metrics: dict[str, float], weight: int = 1) -> None:
+        """Adds figures; ``weight`` is over how many tokens they are means. With the weight 0 they say nothing."""
+        for name, value in metrics.items() if weight else ():
+            self._sums[name] = self._sums.get(name, 0.0) + value * weight
+            self._counts[name] = self._counts.get(name, 0) + weight
 
     def state(self) -> dict[str, tuple[float, int]]:
         """Sum and count by name, for a checkpoint."""

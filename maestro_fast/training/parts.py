@@ -39,6 +39,7 @@ from maestro_fast.records import (
 from maestro_fast.rewards import RewardSet
 from maestro_fast.rewards.first_batches import FirstBatches
 from maestro_fast.rewards.reward import figures
+from maestro_fast.rewards.whereabouts import first_of, shown
 from maestro_fast.settings import SettingsError
 from maestro_fast.specs import EntropyMode
 from maestro_fast.training.batches import Processes
@@ -58,6 +59,7 @@ class Sampler:
         processes: gives the rank of this process.
         truncates: whether some tokens cannot be sampled. The generator's log-probs are then those of another
             distribution than the policy's, and are left out.
+        updates: as in ``Judges``.
     """
 
     generator: Generator
@@ -65,6 +67,7 @@ class Sampler:
     seed: int
     processes: Processes
     truncates: bool = False
+    updates: int | None = None
 
     @staticmethod
     def of(generator: Generator, sampling: SamplingConfig, seed: int, processes: Processes) -> Sampler:
@@ -78,9 +81,17 @@ class Sampler:
         return Sampler(generator, sampling.group_size, seed, processes, sampling.truncation is not None)
 
     def __call__(self, model: nn.Module, prompts: Prompts, number: int, part: int = 0) -> Rollouts:
-        """Samples one response to each entry of ``prompts``; ``number`` and ``part`` key the random draws."""
+        """Samples one response to each entry of ``prompts``; ``number`` and ``part`` key the random draws.
+
+        An error gets a note on the step and the prompts.
+        """
         unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
-        rollouts = self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
+        try:
+            rollouts = self.generator.generate(unwrapped, prompts, seed=self.seed_of(number) ^ part << 48)
+        except Exception as error:
+            named = list(dict.fromkeys(map(shown, prompts.texts)))
+            error.add_note(f"in {batch_name(number, self.updates)}, while responses to {first_of(named)} were sampled")
+            raise
         return replace(rollouts, sampling_logprobs_C=None) if self.truncates else rollouts
 
     def renewed(self, model: nn.Module) -> Sampler:
@@ -88,9 +99,13 @@ class Sampler:
         unwrapped = self.processes.accelerator.unwrap_model(model, keep_torch_compile=False)
         return replace(self, generator=cast(AheadGenerator, self.generator).renewed(unwrapped))
 
-    def seed_of(self, number: int) -> int:
-        """A seed that differs between batches and processes, and that a resumed run computes again."""
-        return ((self.seed * 1_000_003 + number) * 65_537 + self.processes.rank) % 2**63
+    def seed_of(self, number: int, rank: int | None = None) -> int:
+        """A seed that differs between batches and processes, and that a resumed run computes again.
+
+        ``rank`` names a process; None is this one.
+        """
+        rank = self.processes.rank if rank is None else rank
+        return ((self.seed * 1_000_003 + number) * 65_537 + rank) % 2**63
 
 
 @dataclass(frozen=True)
@@ -208,6 +223,8 @@ class Judges:
         rewards: the rewards that the policy is trained on.
         anchor: the utility that a weight policy learns from, or None.
         tokenizer, scorer, processes, chat: serve the rewards that ask the policy for log-probs of texts.
+        updates: the number of optimiser steps of a generation batch, by which messages name the step; None lets them
+            name the batch.
     """
 
     rewards: RewardSet
@@ -216,6 +233,7 @@ class Judges:
     scorer: Scorer
     processes: Processes
     chat: ChatConfig = field(default_factory=ChatConfig)
+    updates: int | None = None
 
     def __call__(
         self, model: nn.Module, rollouts: Rollouts, outputs: PolicyOutputs | None, number: int
@@ -284,4 +302,17 @@ class Judges:
             score_texts=self.text_scorer(model, rollouts.prompts) if needs_policy else None,
             device=self.processes.device,
             mean_logprobs_B=logprobs_B,
+            place=batch_name(number, self.updates),
         )
+
+
+def batch_name(number: int, updates: int | None) -> str:
+    """What messages call a generation batch: by the first step that trains on it, as in the log, if that is known.
+
+    Args:
+        number: its number, from 0; those of evaluations are negative.
+        updates: the number of optimiser steps of each batch.
+    """
+    if number < 0:
+        return "an evaluation"
+    return f"generation batch {number + 1}" if updates is None else f"step {number * updates + 1}"

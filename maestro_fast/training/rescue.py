@@ -91,7 +91,10 @@ class Rescue:
                 raise
             step, broken = self._trainer.state.global_step, broken_parameter(self._model)
             if broken is None:
-                self._save(step)
+                try:
+                    self._save(step)
+                except Exception as failed:  # The disk is full, say. What ended the run is told first.
+                    error.add_note(f"The run could not be saved either: {failed}")
             cause: BaseException = error
             if broken is not None and not isinstance(error, NonFiniteError):
                 cause = NonFiniteError.of_parameter(broken, step, self._trainer.args.learning_rate)
@@ -137,7 +140,8 @@ def how_to_go_on(error: BaseException, step: int, saved: str | None, last: str |
     if last is not None:
         return f"Nothing was saved after step {step}. The last checkpoint is {last}; {then}."
     before = f"first {error.remedy}, then " if isinstance(error, NonFiniteError) else ""
-    return f"The run has no checkpoint to go on from; {before}start it again."
+    where = " in a new directory" if step else ""  # One with the log of a step holds a run already.
+    return f"The run has no checkpoint to go on from; {before}start it again{where}."
 
 
 @dataclass(frozen=True)

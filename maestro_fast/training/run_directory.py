@@ -4,14 +4,19 @@ A checkpoint is written to ``.saving`` in the run directory, gets its manifest, 
 Whatever kills the run, the last ``checkpoint-*`` is complete; older ones are deleted only after that. A folder that is
 replaced waits under ``.old-<name>`` until its successor is in place. If the run dies in between, ``recover`` puts the
 old folder back. One that is deleted is renamed to ``.gone-<name>`` before, so that no part of it stays under its name.
+
+A disk that is full or read-only is said in a sentence that names the folder: at the start, before a model is loaded,
+and whenever a checkpoint is written. Part of a checkpoint is then deleted, so its room is free for what comes next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,8 +25,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint, sort_checkpoints
 
 from maestro_fast.manifest import write_manifest
 from maestro_fast.settings import SettingsError
@@ -33,7 +39,18 @@ _REPLACED = ".old-"
 _DELETED = ".gone-"
 _LOCK = ".lock"
 _OF_A_STEP = ("metrics.jsonl", "final")  # A run that ended before its first step leaves none of these, and starts anew.
+_LOGS = "*.jsonl"
+_ROOM = 1 << 16  # bytes that have to be free at the start: config.yaml, and the first lines of the logs
+_TRIAL = 1 << 20  # bytes that are written to learn why a library could not write its own
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers put the number into their words.
+# PyTorch does not tell what went wrong, only where its writer noticed.
+_PYTORCH_ERROR = re.compile(r"PytorchStreamWriter|unexpected pos|iostream|inline_container")
 _PATIENCE = 5.0  # seconds to wait for the lock, because a child of a killed process may hold it for a moment longer
+
+
+class WriteError(OSError):
+    """Something could not be written to the run directory; the message names it, the directory and the reason."""
 
 
 @contextlib.contextmanager
@@ -60,6 +77,39 @@ def open_run_directory(path: Path, args: TrainingArguments, *, resume: bool) -> 
         yield path
 
 
+def check_room(run_dir: Path, model: nn.Module, args: TrainingArguments) -> None:
+    """Checks before the first step that the checkpoints of the run will fit on the disk.
+
+    What a checkpoint takes is reckoned from below: the weights that are saved, and the moments of Adam.
+
+    Raises:
+        SettingsError: there is no room for one of them; with several processes this is only a warning.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    policy = trained if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
+    saves, steps = args.save_strategy != SaveStrategy.NO, float(args.save_steps)
+    optim = str(getattr(args.optim, "value", args.optim))
+    each = policy + (2 * trained if saves and "adam" in optim and "bit" not in optim else 0)
+    there, free = len(sort_checkpoints(str(run_dir))), shutil.disk_usage(run_dir).free
+    planned = int(args.max_steps / steps) if args.save_strategy == SaveStrategy.STEPS and steps >= 1 else 1
+    if args.save_total_limit is not None and args.save_total_limit > 0:
+        planned = min(planned, args.save_total_limit + 1)  # The oldest one goes when the newest stands.
+    wanted = max(1, planned - there) if saves else 1
+    if each * wanted <= free:
+        return
+    sizes = (f"{each / 1e6:,.1f} MB", f"{free / 1e6:,.1f} MB")
+    words = (
+        f"run_dir: a {'checkpoint' if saves else 'policy'} takes at least {sizes[0]}, and {run_dir} has {sizes[1]} free"
+    )
+    if each > free and args.world_size == 1:
+        raise SettingsError(f"{words}, expected room for one; nothing has been trained yet")
+    logger.warning(
+        "%s, but the run will write %d more: free some, or set trainer.save_total_limit or trainer.save_steps",
+        words,
+        wanted,
+    )
+
+
 def _claim(path: Path, resume: bool, stack: contextlib.ExitStack) -> None:
     if resume and not path.is_dir():
         raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from")
@@ -79,13 +129,28 @@ def holds_run(path: Path) -> bool:
 
 
 def _prove_writable(path: Path) -> None:
-    """Writes a file under a name of its own, because other processes do the same."""
+    """Writes a file under a name of its own, because other processes do the same. Logs of before have to be writable.
+
+    An empty file would find room on a disk that is full.
+    """
+    wanted = path
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
-            pass
+        _try_to_write(path, _ROOM)
+        for wanted in sorted(path.glob(_LOGS)):
+            with wanted.open("r+b"):
+                pass
     except OSError as error:
-        raise SettingsError(f"run_dir: cannot write to {path}: {error.strerror}") from error
+        raise SettingsError(f"run_dir: cannot write to {wanted}: {_words(error, path)}") from error
+
+
+def _try_to_write(folder: Path, size: int) -> None:
+    """Raises OSError unless ``size`` bytes can be written in a folder."""
+    with tempfile.TemporaryFile(dir=folder, prefix=".writable-", buffering=0) as file:
+        left = size
+        while left:  # One call may write a part of it.
+            left -= file.write(bytes(left))
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -98,7 +163,10 @@ def locked(folder: Path, setting: str) -> Iterator[int]:
     Raises:
         SettingsError: another process has the lock; the message starts with the name of the ``setting``.
     """
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise SettingsError(f"{setting}: cannot write to {folder / _LOCK}: {error.strerror}") from error
     try:
         _lock(descriptor, folder, setting)
         yield descriptor
@@ -128,7 +196,10 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
     """Gives a folder in which all processes write.
 
     When the context closes without an error, everything in that folder moves to ``run_dir`` and replaces what has the
-    same name there.
+    same name there. With an error, nothing of it stays.
+
+    Raises:
+        WriteError: something could not be written, for example because the disk is full.
     """
     folder = run_dir / STAGING
 
@@ -137,10 +208,56 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    _once_per_disk(accelerator, clear)
-    yield folder
-    accelerator.wait_for_everyone()
-    _once_per_disk(accelerator, lambda: _publish(folder, run_dir))
+    try:
+        _once_per_disk(accelerator, clear)
+        yield folder
+        accelerator.wait_for_everyone()
+        _once_per_disk(accelerator, lambda: _publish(folder, run_dir))
+    except Exception as error:
+        told = _write_error(error, folder, run_dir)
+        if accelerator.num_processes == 1:  # Others may still be writing.
+            recover(run_dir)
+            shutil.rmtree(folder, ignore_errors=True)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _write_error(error: Exception, folder: Path, run_dir: Path) -> WriteError | None:
+    """The error in a sentence if something could not be written to the disk, whichever library tried; None if not."""
+    words = _disk_words(error, run_dir)
+    if words is None:
+        return None
+    written = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    what = ", ".join(written) or "a checkpoint"
+    told = WriteError(f"run_dir: {what} could not be written to {run_dir}: {words}")
+    told.errno = getattr(error, "errno", None)
+    return told
+
+
+def _disk_words(error: Exception, run_dir: Path) -> str | None:
+    """Why something could not be written; None if the error is of another kind."""
+    if isinstance(error, OSError):
+        return _words(error, run_dir) if error.errno in _OF_THE_DISK else None
+    if found := _RUST_ERROR.search(str(error)):
+        number = int(found[1])
+        return _words(OSError(number, os.strerror(number)), run_dir) if number in _OF_THE_DISK else None
+    if isinstance(error, RuntimeError) and _PYTORCH_ERROR.search(str(error)):
+        try:
+            _try_to_write(run_dir, _TRIAL)
+        except OSError as reason:
+            return _words(reason, run_dir)
+        return f"PyTorch could not write its file ({error})"
+    return None
+
+
+def _words(error: OSError, folder: Path) -> str:
+    """The words of an error, with the room that is left where that is the matter."""
+    words = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            words += f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free)"
+    return words
 
 
 def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:

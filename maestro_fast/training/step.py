@@ -283,8 +283,10 @@ class Step:
         plan, processes, sequences = self.plan, self.processes, sampled.sequences
         dropped_B = advantages.degenerate[self._own].cpu() if plan.drops_silent else None
         live_B = torch.ones(plan.responses, dtype=torch.bool) if live_B is None else live_B
-        generator = torch.Generator().manual_seed(self.sampler.seed_of(sampled.number))
-        cut = cut_order(plan, group_order(plan.prompts, self.sampler.group_size, generator), live_B)
+        own, shared = (
+            torch.Generator().manual_seed(self.sampler.seed_of(sampled.number, rank)) for rank in (processes.rank, 0)
+        )
+        cut = cut_order(plan, group_order(plan, processes.rank, processes.count, own, shared), live_B)
         if self.scoring.source == "training":  # The training forward took the responses in the order of sampling.
             cut = [list(range(plan.responses))]
         lengths_B = torch.where(live_B, sampled.rollouts.completion_lengths_B, 0)
@@ -292,11 +294,12 @@ class Step:
         tokens = [sum(int(lengths_B[members].sum()) for members in update) for update in updates]
         live = [sum(int(live_B[members].sum()) for members in update) for update in updates]
         kept = plan.responses if dropped_B is None else int((~dropped_B).sum())
+        filled = [sum(bool(lengths_B[members].any()) for members in update) for update in updates]
+        counts = torch.tensor([tokens, live, filled, [kept] * plan.updates], dtype=torch.float64)
+        counts = processes.gather(counts[None].to(processes.device)).mean(0).cpu()
         # Responses that are kept with all their tokens masked stand in no micro-batch, so they count as spread alike.
-        responses = [kept * n / sum(live) if sum(live) else kept / plan.updates for n in live]
-        filled = [sum(bool(live_B[members].any()) for members in update) for update in updates]
-        own = torch.tensor([tokens, responses, filled], dtype=torch.float64)
-        totals = processes.gather(own[None].to(processes.device)).mean(0).tolist()
+        trained = counts[1].sum()
+        counts[1] = counts[3] * (counts[1] / trained if trained else 1 / plan.updates)
         return split_micro_batches(
             plan,
             sequences,
@@ -304,7 +307,7 @@ class Step:
             logprobs,
             cut,
             live_B,
-            UpdateTotals(self.terms.normalization, *totals),
+            UpdateTotals(self.terms.normalization, *counts[:3].tolist()),
             processes.device,
         )
 

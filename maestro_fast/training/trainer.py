@@ -23,13 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from maestro_fast.data.conditions import check_conditions
@@ -38,7 +32,7 @@ from maestro_fast.generation import Engine, Generator, ProbeConfig
 from maestro_fast.model.forward import last_hidden, policy_outputs
 from maestro_fast.model.hidden_states import HiddenStates
 from maestro_fast.model.reference import reference_policy
-from maestro_fast.model.sharding import check_sharding, is_sharded, saves_shards
+from maestro_fast.model.sharding import check_sharding, saves_shards
 from maestro_fast.model.trained import warn_of_half_precision
 from maestro_fast.ops import policy_loss
 from maestro_fast.records import PolicyOutputs, Prompts, StepRecord
@@ -48,13 +42,7 @@ from maestro_fast.training.arguments import check_arguments
 from maestro_fast.training.batches import GroupSampler, MicroBatch
 from maestro_fast.training.best_policy import BestPolicy, check_best
 from maestro_fast.training.build import Given, build_step
-from maestro_fast.training.checkpoint import (
-    Checkpoints,
-    StepState,
-    batch_sizes,
-    check_resumed,
-    use_learning_rate,
-)
+from maestro_fast.training.checkpoint import Checkpoints, StepState, batch_sizes, check_resumed, use_learning_rate
 from maestro_fast.training.dynamic_sampling import dynamic_sampling
 from maestro_fast.training.evaluation import check_best_metric, evaluate_rewards
 from maestro_fast.training.health import Health, Origins
@@ -299,12 +287,11 @@ class MaestroTrainer(Trainer):
         else:
             batch, (loss, metrics, logprobs) = self._loss_judged_in_forward(model, hidden, inputs)
         self.health.see(loss, batch, logprobs)
-        if batch.is_empty:  # Its metrics are means over no token, and would pull down those of the others.
-            metrics = {}
-        elif batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
+        if batch.logprobs.ref_C is not None and "kl" not in metrics:  # A loss of the user's own need not tell it.
             tokens, total = divergence(batch.live(logprobs), batch.live(batch.logprobs.ref_C))
             metrics = {**metrics, "kl": total / tokens.clamp(min=1)}
-        self._means.add({LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()})
+        named = {LOSS_METRICS.get(name, f"loss/{name}"): value.item() for name, value in metrics.items()}
+        self._means.add(named, batch.live_tokens)  # They are means over these tokens, and the log's over those of all.
         return (loss, None) if return_outputs else loss
 
     def _loss_scored_before(self, hidden: HiddenStates, batch: MicroBatch) -> _Found:
@@ -395,11 +382,10 @@ class MaestroTrainer(Trainer):
 
         A checkpoint that holds the shards of each process (SHARDED_STATE_DICT) needs no such copy, a final policy does.
         """
-        if is_sharded(self.accelerator) and saves_shards(self.accelerator):
-            if not _internal_call:
-                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-            return
-        super().save_model(output_dir, _internal_call)
+        if not saves_shards(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))

@@ -71,10 +71,14 @@ def build(
     *,
     batch: dict[str, Any] | None = None,
     rewards: Sequence[Any] = (parity, brevity),
+    prompts: int = 16,
+    generator: Any = None,
+    dtype: torch.dtype = torch.float32,
+    kind: type[MaestroTrainer] = MaestroTrainer,
     **changes: Any,
 ) -> MaestroTrainer:
-    """A trainer with ``micro_batches`` per update and process; with one, it judges in the training forward."""
-    rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(16)]
+    """A trainer with ``micro_batches`` per batch and process; with one, it judges in the training forward."""
+    rows = [{"prompt": f"prompt {i}", "family": f"family {i % 2}"} for i in range(prompts)]
     settings: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", **changes}
     args = TrainingArguments(
         output_dir=str(run_dir),
@@ -89,12 +93,14 @@ def build(
         **settings,
     )
     reward_set = build_rewards([*rewards])
-    return MaestroTrainer(
-        AutoModelForCausalLM.from_pretrained(checkpoint),
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(dtype)
+    width, conductor = model.config.hidden_size, {"type": "conductor", "period": 1, "learning_rate": 0.1}
+    return kind(
+        model,
         AutoTokenizer.from_pretrained(checkpoint),
         PromptDataset(rows),
         reward_set,
-        build_weight_policy({"type": "conductor", "period": 1, "learning_rate": 0.1}, reward_set.names, 32),
+        build_weight_policy(conductor, reward_set.names, width),
         args,
         Method(
             SamplingConfig(group_size=GROUP),
@@ -102,7 +108,7 @@ def build(
             PolicyLossConfig(kl_coef=0.05),
         ),
         evaluation=PromptDataset(rows[:4]) if settings.get("eval_strategy") else None,
-        generator=FixedGenerator(),
+        generator=generator or FixedGenerator(),
         observers=[records.append],
     )
 

@@ -6,7 +6,8 @@ and cispo is that of the newest TRL, on any version: by the tokens of one accumu
 There are two ways to the log-probs. ``packed_policy_loss`` takes them from TRL's own forward. ``head_policy_loss`` has
 ``ops.linear_policy_loss`` compute them from the hidden states: head and loss in one sweep, without all the logits. The
 op's head rounds otherwise than TRL's, so this way is taken only where no log-prob of TRL's is compared with the op's,
-and where the head is a plain matrix that every process holds; ``why_trls_logprobs`` checks that.
+and where the head is a plain matrix that every process holds; ``why_trls_logprobs`` checks that. FSDP2 shards the head,
+but leaves it whole between a forward and its backward, because the backward begins with it.
 
 A user's own loss, a function of ``LossInputs``, goes the same two ways.
 """
@@ -19,13 +20,26 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import trl.trainer.utils
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from maestro_fast.integrations.trl.context import scores_old_logprobs
 from maestro_fast.integrations.trl.overrides import overrides
 from maestro_fast.integrations.trl.refuse import keeps_logits, prompt_learning
-from maestro_fast.integrations.trl.sharing import layouts_of, sequences_to_read
-from maestro_fast.model import Layouts, check_head, head_of, last_hidden, product_dtype
+from maestro_fast.integrations.trl.sharing import layouts_of, sequences_to_read, shards_unseen
+from maestro_fast.model import (
+    Layouts,
+    Sequences,
+    backbone_of,
+    causal_lm,
+    check_head,
+    head_of,
+    last_hidden,
+    product_dtype,
+)
+from maestro_fast.model.forward import evaluating
 from maestro_fast.ops import LossFunction, PolicyLossConfig, linear_policy_loss, policy_loss
 from maestro_fast.ops.loss_function import wants_entropies
 
@@ -104,9 +118,7 @@ def why_trls_logprobs(trainer: Any) -> str | None:
     reasons = {
         "TRL scores old log-probs, by its own head": scores_old_logprobs(trainer),
         "beta: TRL's reference log-probs come from its own head": trainer.beta != 0,
-        "with DeepSpeed or FSDP the head is not read outside the forward": (
-            trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        ),
+        "with DeepSpeed or FSDP1 the head is not read outside the forward": shards_unseen(trainer),
         "torch.nn.DataParallel splits the forward": trainer.args.n_gpu > 1,
         "a hook on the backbone is not sure to run in a compiled model": (
             trainer.args.torch_compile or hasattr(trainer.model, "_orig_mod")
@@ -124,12 +136,58 @@ def _unreadable_head(model: nn.Module) -> str | None:
     """Why the model's head cannot be read, in words; None if it can."""
     try:
         head = head_of(model)
-        if type(head.module) is not nn.Linear or type(head.module.weight) is not nn.Parameter:
+        if isinstance(model, FSDPModule) and _sharded_head(model)[1]:
+            return "FSDP2 shards the head again right after the forward"
+        weight: Any = head.module.weight
+        if _class_of(head.module) is not nn.Linear or type(weight) is not nn.Parameter:
             return f"the head is a {type(head.module).__name__}, not a plain torch.nn.Linear"
         check_head(model, head)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # A model may raise any of these when read.
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def check_sharded_head(trainer: Any) -> None:
+    """Checks that FSDP2 makes the head whole for the forward, where TRL reads its weight without calling it.
+
+    TRL gathers a head that is sharded there, but its gradient is then that of one process: it is not reduced. A policy
+    trained so (TRL 1.16, the head wrapped as a unit of its own) differs from that of DDP.
+
+    Raises:
+        ValueError: the head is trained and sharded there.
+    """
+    if not hasattr(trl.trainer.utils, "add_fused_lm_head"):  # Older versions call the head.
+        return
+    head = causal_lm(trainer.model).get_output_embeddings()
+    if head is not None and head.weight.requires_grad and _sharded_head(trainer.model)[0]:
+        raise ValueError(
+            "fsdp_config: it makes the output head an FSDP unit of its own, expected transformer layers alone in "
+            "transformer_layer_cls_to_wrap: TRL reads the head's weight without calling the head, and its gradient "
+            "would not be reduced over the processes"
+        )
+
+
+@torch.no_grad()
+def _sharded_head(model: nn.Module) -> tuple[bool, bool]:
+    """Whether the head of a model under FSDP2 is sharded when the backbone has run, and when the whole forward has."""
+    head, found = causal_lm(model).get_output_embeddings(), []
+
+    def look(*_args: Any) -> None:
+        found.append(isinstance(head.weight, DTensor))
+
+    handle = backbone_of(model).register_forward_hook(look)
+    try:
+        with evaluating(model):  # Dropout would draw random numbers, which a resumed run must not draw once more.
+            last_hidden(model, Sequences([[0, 1]], [[2]]), "padded")
+    finally:
+        handle.remove()
+    look()
+    return found[0], found[1]
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of a module; where FSDP2 has made a subclass of it, the class that the module had before."""
+    return type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
 
 
 # --- the loss of a micro-batch ---

@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 _OF_MICRO_BATCHES = ("_prepare_inputs", "get_train_dataloader", "_get_train_sampler", "compute_loss", "_compute_loss")
 
 
-# --- when the trainer is made ---
+# --- when the trainer is made, or with FSDP2 when the model is sharded ---
+
+
+def shards_unseen(trainer: Any) -> bool:
+    """Whether the model is sharded in a way in which its parameters are no modules' own outside their forward."""
+    return bool(trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2))
 
 
 def layouts_of(trainer: Any) -> Layouts:

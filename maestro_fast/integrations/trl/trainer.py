@@ -34,9 +34,15 @@ from maestro_fast.integrations.trl.context import (
     reading_contexts,
     scores_old_logprobs,
 )
-from maestro_fast.integrations.trl.loss import head_policy_loss, layouts_for_loss, loss_config, packed_policy_loss
+from maestro_fast.integrations.trl.loss import (
+    check_sharded_head,
+    head_policy_loss,
+    layouts_for_loss,
+    loss_config,
+    packed_policy_loss,
+)
 from maestro_fast.integrations.trl.overrides import hides_ours, other_advantages
-from maestro_fast.integrations.trl.sharing import layouts_of, regrouped, regroups
+from maestro_fast.integrations.trl.sharing import layouts_of, regrouped, regroups, shards_unseen
 from maestro_fast.model import Layouts, causal_lm, check_trainable, response_contexts, warn_of_half_precision
 from maestro_fast.ops import AdvantageProfile, GroupAdvantages, LossFunction, PolicyLossConfig, group_advantages
 from maestro_fast.records import TOKEN_COUNTS
@@ -90,10 +96,11 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             but groups of identical scores get exactly 0. A KL (``beta``) stays in TRL's loss under every profile.
         loss: "trl" keeps TRL's loss. "maestro_fast" replaces it by ``ops.policy_loss``, or by
             ``ops.linear_policy_loss``, head and loss in one sweep, where TRL scores neither old nor reference log-probs
-            and the head can be read. The log says which. A function is a loss of your own: it gets ``ops.LossInputs``
-            and returns the scalar loss and a dict of metrics. It gets entropies if ``ops.loss_function`` marks it so,
-            and the other log-probs where TRL has them (those of the reference if ``beta`` is not 0); ``normalizer`` is
-            the number of tokens of the update. Its metrics are logged under their own names, as means over the tokens.
+            and the head can be read. The log says which, with FSDP2 in the first batch. A function is a loss of your
+            own: it gets ``ops.LossInputs`` and returns the scalar loss and a dict of metrics. It gets entropies if
+            ``ops.loss_function`` marks it so, and the other log-probs where TRL has them (those of the reference if
+            ``beta`` is not 0); ``normalizer`` is the number of tokens of the update. Its metrics are logged under their
+            own names, as means over the tokens.
             TRL's options for the loss (``loss_type``, ``epsilon``, ``beta``, ...) do not act on it.
 
     Attributes:
@@ -134,10 +141,10 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         self._loss_config: PolicyLossConfig | LossFunction | None = None
         if loss != "trl":
             self._loss_config = loss_config(self) if loss == "maestro_fast" else loss
-        layouts = None if self._loss_config is None else layouts_for_loss(self)
-        self._head_in_loss = layouts is not None
-        self._layouts = layouts or self._layouts_for_context()
-        self._regroups = self._head_in_loss and regroups(self, self._loss_config, self._layouts)
+        self._layouts, self._head_in_loss, self._regroups = Layouts("padded"), False, False
+        self._laid_out = False
+        if not self.accelerator.is_fsdp2:
+            self._lay_out()
         self._batches = 0  # the generation batches trained on so far; this number keys the policy's random draws
         self._make_policies_equal()
         self._say_what_context_costs()
@@ -157,12 +164,27 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             broadcast_object_list(state)
             self.weight_policy.load_state_dict(state[0])
 
+    def _lay_out(self) -> None:
+        """Tries, once, how sequences are laid out, and whether the loss can be computed from the hidden states.
+
+        With FSDP2 this waits for the first batch. Until then the model is whole, but it need not be on its device, and
+        accelerate may have loaded its weights in the main process alone.
+        """
+        if self._laid_out:
+            return
+        self._laid_out = True
+        if self.accelerator.is_fsdp2:
+            check_sharded_head(self)
+        layouts = None if self._loss_config is None else layouts_for_loss(self)
+        self._head_in_loss = layouts is not None
+        self._layouts = layouts or self._layouts_for_context()
+        self._regroups = self._head_in_loss and regroups(self, self._loss_config, self._layouts)
+
     def _layouts_for_context(self) -> Layouts:
         """How the sequences of a forward for hidden states are laid out, if one is added and the loss has none."""
         hides = hides_ours(self, "_get_per_token_logps_and_entropies") is not None
         adds_forward = self.weight_policy.needs_context and (hides or not scores_old_logprobs(self))
-        plain = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.torch_compile
-        if adds_forward and not plain:
+        if adds_forward and not shards_unseen(self) and not self.args.torch_compile:
             try:
                 return layouts_of(self)
             except ValueError as error:  # The trial has a backward, which this forward does not need.
@@ -188,6 +210,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
             logger.info("hidden states for the weights: read off TRL's forward for the old log-probs, none is added")
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        self._lay_out()
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if not self._regroups or self._buffered_inputs is before:
@@ -332,6 +355,7 @@ class MaestroGRPOMixin(_Base):  # type: ignore[misc]
         return {name: sum(several) / len(several) for name, several in values.items()}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._lay_out()  # A class of the user's may override _prepare_inputs.
         if self._loss_config is not None:
             if self._head_in_loss and "old_per_token_logps" not in inputs:
                 self._layouts.count.pop()  # A forward for hidden states is not counted.
