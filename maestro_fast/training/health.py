@@ -117,11 +117,7 @@ class Health:
         broken = [each for each, loss in zip(trained, losses, strict=True) if not math.isfinite(loss)]
         value = math.nan if norm is None else float(norm)
         bad_norm = norm is not None and not math.isfinite(value) and not self._scaler_overflowed()
-        found = bool(broken) or bad_norm
-        if self._processes.count > 1:
-            flag = torch.tensor([float(found)], device=self._processes.device)
-            found = bool(self._processes.gather(flag).any())
-        if not found:
+        if not self._anywhere(bool(broken) or bad_norm):
             return
         what = f"the loss of {_micro_batches(len(broken))}" if broken else f"the norm of the gradient ({value})"
         own = self._finding(what, broken or trained, bool(broken), origins, record) if broken or bad_norm else None
@@ -138,9 +134,21 @@ class Health:
         Raises:
             NonFiniteError: one of them is not finite. All processes raise it.
         """
-        found = list(filter(None, self._processes.gather_objects([broken_parameter(self._model)])))
-        if found:
+        own = broken_parameter(self._model)
+        if self._anywhere(own is not None):
+            found = list(filter(None, self._processes.gather_objects([own])))
             raise NonFiniteError.of_parameter(found[0], step, self._learning_rate)
+
+    def _anywhere(self, found: bool) -> bool:
+        """Whether something was found in any process; all processes call it together.
+
+        A number is gathered. What was found is an object, and gathering objects, of which every process unpickles as
+        many as there are processes, would cost every step what only a failing one needs.
+        """
+        if self._processes.count == 1:
+            return found
+        flag = torch.tensor([float(found)], device=self._processes.device)
+        return bool(self._processes.gather(flag).any())
 
     def _scaler_overflowed(self) -> bool:
         """Whether a gradient may have overflowed only because the loss was scaled up for fp16."""

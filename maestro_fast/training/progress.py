@@ -16,6 +16,7 @@ from maestro_fast.training.metrics import StageClock
 from maestro_fast.training.step import Step
 
 logger = logging.getLogger(__name__)
+LOG_LINES = 500  # about 2 MB in every checkpoint
 
 
 class StageProgress(ProgressCallback):
@@ -99,6 +100,10 @@ class StepEvents(TrainerCallback):
     last step. They get the number of the batch's first step, as its responses do. Beside them stand the tokens of its
     forwards, those that were computed and those of the sequences with a prompt each; the difference is what shared
     prompts save.
+
+    transformers keeps every line of the log in ``state.log_history`` and writes all of them into every checkpoint.
+    Here the last ``LOG_LINES`` stay, so that memory and checkpoints do not grow with the steps. ``metrics.jsonl`` has
+    all lines, and callbacks see each where it is logged.
     """
 
     def __init__(self, trainer: Watched, timing_observers: Sequence[Callable[[dict[str, float]], None]]) -> None:
@@ -137,6 +142,9 @@ class StepEvents(TrainerCallback):
         control.should_training_stop |= self._trainer.step.weights.should_stop
         if control.should_training_stop or state.global_step >= state.max_steps:
             self._trainer.learn()  # No later batch would do it, and its figures belong into the last line of the log.
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        del state.log_history[:-LOG_LINES]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maestro_fast.weighting.anchored.replay import Memory, PromptContext, normalised_rewards
+from maestro_fast.weighting.anchored.replay import CAPACITY, Memory, PromptContext, normalised_rewards
 from maestro_fast.weighting.anchored.residual import Regression
 from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, check_shapes, same_weights
 from maestro_fast.weighting.utilities import labelled_groups
@@ -28,7 +28,8 @@ class RewardModelConfig:
         hybrid: Whether groups whose utility is known are trained on that utility instead of the regression's.
         context: The hidden state of the prompt that the regression reads, as for ``anchored``. "none" reads no state.
         hidden: The number of tanh units.
-        steps: The number of Adam steps after every batch, each over all labelled groups so far.
+        steps: The number of Adam steps after every batch, each over all labelled groups that are kept.
+        capacity: The most labelled groups that are kept. Beyond it, the prompt with the most groups loses its oldest.
         learning_rate: The learning rate of Adam, whose betas are (0.9, 0.99).
         l2: The factor of the penalty, which is l2 times the sum of the squares of all parameters.
         seed: The seed of the parameters' first values.
@@ -38,12 +39,13 @@ class RewardModelConfig:
     context: PromptContext = "reference_prompt_mean"
     hidden: int = 32
     steps: int = 20
+    capacity: int = CAPACITY
     learning_rate: float = 0.03
     l2: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "steps"):
+        for name in ("hidden", "steps", "capacity"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "l2"):
@@ -67,7 +69,7 @@ class RewardModel:
 
     def __init__(self, config: RewardModelConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config
-        self.memory = Memory(config.context, context_size, len(reward_names))
+        self.memory = Memory(config.context, context_size, len(reward_names), config.capacity)
         self.needs_context, self.context_kind = self.memory.needs_context, self.memory.context_kind
         self.model = Regression(
             self.memory.size,
@@ -94,7 +96,7 @@ class RewardModel:
         return Weights(weights_BK, weights_BK, direct_B=direct_B, residual_B=residual_B)
 
     def observe(self, outcome: Outcome) -> None:
-        """Keeps the labelled groups of the batch, and learns from all labelled groups so far."""
+        """Keeps the labelled groups of the batch, and learns from all that are kept."""
         self.memory.observe(outcome.context)
         replay = self.memory.replay
         if len(replay) and self.config.learning_rate > 0:

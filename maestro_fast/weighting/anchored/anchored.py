@@ -16,8 +16,9 @@ With ``residual``, a small regression f(x, r') beside the weights is learnt from
 the score becomes z(w . r') + c z(f) (see ``scored_rewards``). The figure ``conductor/residual_share`` says how much of
 the score's variance within groups comes from f; the rest is what the weights say.
 
-Each labelled group is kept for good (see ``replay``), and after every batch the Conductor learns from all of them
-again. It may, because nothing that is kept (context, standardised rewards, utilities) depends on the current policy.
+Labelled groups are kept, at most ``capacity`` of them (``replay`` says which), and after every batch the Conductor
+learns from all of them again. It may, because nothing that is kept (context, standardised rewards, utilities) depends
+on the current policy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from maestro_fast.ops.group_advantages import live_weights
 from maestro_fast.specs import PROFILES, AdvantageProfile, resolve_profile
 from maestro_fast.weighting.anchored.adam import NamedAdam
-from maestro_fast.weighting.anchored.replay import Memory, PromptContext, normalised_rewards
+from maestro_fast.weighting.anchored.replay import CAPACITY, Memory, PromptContext, normalised_rewards
 from maestro_fast.weighting.anchored.residual import Regression
 from maestro_fast.weighting.diagnostics import self_flattery
 from maestro_fast.weighting.policy import Outcome, WeightContext, Weights, check_shapes, entropy
@@ -59,8 +60,9 @@ class AnchoredConfig:
         context: The hidden state of the prompt that the network reads. A prompt's state under the frozen reference
             model never changes. "none" reads no state and learns one weighting for all prompts.
         hidden: The number of tanh units.
-        steps: The number of Adam steps after every batch, each over all labelled groups so far. 20 steps over n groups
-            of width d cost about 4000 n d operations on the CPU.
+        steps: The number of Adam steps after every batch, each over all labelled groups that are kept. 20 steps over n
+            groups of width d cost about 4000 n d operations on the CPU.
+        capacity: The most labelled groups that are kept. Beyond it, the prompt with the most groups loses its oldest.
         learning_rate: The learning rate of Adam, whose betas are (0.9, 0.99).
         entropy_coef: The factor of the entropy of the weights in the objective.
         l2: The factor of the penalty on V, which is l2 * sum(V^2) / K.
@@ -74,13 +76,14 @@ class AnchoredConfig:
     context: PromptContext = "reference_prompt_mean"
     hidden: int = 16
     steps: int = 20
+    capacity: int = CAPACITY
     learning_rate: float = 0.03
     entropy_coef: float = 0.01
     l2: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "steps"):
+        for name in ("hidden", "steps", "capacity"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "entropy_coef", "l2", "residual_factor"):
@@ -184,7 +187,7 @@ class Anchored:
     def __init__(self, config: AnchoredConfig, reward_names: tuple[str, ...], context_size: int) -> None:
         self.config = config
         self.reward_names = reward_names
-        self.memory = Memory(config.context, context_size, len(reward_names))
+        self.memory = Memory(config.context, context_size, len(reward_names), config.capacity)
         self.needs_context, self.context_kind = self.memory.needs_context, self.memory.context_kind
         self.statistics, self.replay = self.memory.statistics, self.memory.replay
         size, K = self.memory.size, len(reward_names)
@@ -197,7 +200,7 @@ class Anchored:
 
     @property
     def labelled(self) -> int:
-        """The number of labelled groups so far."""
+        """The number of labelled groups that are kept."""
         return len(self.replay)
 
     def weights(self, context: WeightContext) -> Weights:
@@ -239,7 +242,7 @@ class Anchored:
         return self.params.weights(self.memory.standardised(x_Nd))
 
     def observe(self, outcome: Outcome) -> None:
-        """Keeps the labelled groups of the batch, and learns from all labelled groups so far."""
+        """Keeps the labelled groups of the batch, and learns from all that are kept."""
         self._metrics["conductor/self_flattery"] = self_flattery(outcome)
         self.memory.observe(outcome.context)
         if self.labelled and self.config.learning_rate > 0:

@@ -1,10 +1,15 @@
-"""What is learnt from utilities: every labelled group of the run, kept for good, and the statistics of all contexts.
+"""What is learnt from utilities: the labelled groups of the run, and the statistics of all contexts.
 
 The frozen reference model gives a prompt the same context at every visit, so equal contexts are stored once. A labelled
 group takes 4 (G K + G + 1) bytes, and each different context 4 d more. (Contexts of the trained policy differ at every
-visit, and each is stored.) A run with n labelled groups of P different prompts holds
+visit, and each is stored.) A run that holds n labelled groups of P different prompts holds
 
     4 n (G K + G + 1) + 4 P d  bytes        with G = 8, K = 6, d = 4096: 228 n + 16,384 P
+
+At most ``capacity`` groups are held. Beyond that, group by group, the context that has the most groups loses its oldest
+one; among several such contexts, the oldest of all their groups goes. So what is held covers as many prompts as it can,
+each by its latest responses, and where all contexts differ it is the last ``capacity`` groups. A context without a
+group goes, too. No draw is made, so all processes, and a run that is resumed, hold the same groups.
 """
 
 from __future__ import annotations
@@ -22,6 +27,9 @@ from maestro_fast.weighting.policy import ContextKind, WeightContext, check_shap
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
 VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
+CAPACITY = (
+    4096  # groups; with d = 4096 they take at most 65 MiB, as much in every checkpoint, and seconds to learn from
+)
 CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others gets no extreme weights.
 
 # The hidden state of the prompt that is read. "none" reads no state: what is learnt is the same for every prompt.
@@ -32,28 +40,30 @@ _NAMES = ("contexts", "index", "rewards", "utilities")
 
 
 class Replay:
-    """All labelled groups so far. Tensors are replaced and never written to, so they are handed out without a copy.
+    """The last labelled groups. Tensors are replaced and never written to, so they are handed out without a copy.
 
     Attributes:
+        capacity: the most groups that are held.
         contexts: float32 [P, d], the different contexts.
         index: int32 [n], the row of ``contexts`` for each group.
         rewards: float32 [n, G, K], standardised within their group, NaN where a reward abstained.
         utilities: float32 [n, G], standardised within their group.
     """
 
-    def __init__(self, size: int, actions: int) -> None:
+    def __init__(self, size: int, actions: int, capacity: int = CAPACITY) -> None:
+        self.capacity = capacity
         self.contexts = torch.empty(0, size)
         self.index = torch.empty(0, dtype=torch.int32)
         self.rewards = torch.empty(0, 0, actions)
         self.utilities = torch.empty(0, 0)
-        self._rows: dict[bytes, int] = {}  # the row of each context, by the hash of its bytes
+        self._rows: dict[bytes, int] = {}  # the row of each context by the hash of its bytes, in the order of the rows
 
     def __len__(self) -> int:
         """n, the number of groups."""
         return len(self.index)
 
     def add(self, contexts_Nd: Tensor, rewards_NGK: Tensor, utilities_NG: Tensor) -> None:
-        """Appends N groups.
+        """Appends N groups, and drops as many as are too many.
 
         Where their size differs from that of earlier groups, the smaller ones are filled up with responses from which
         every reward abstains.
@@ -73,17 +83,37 @@ class Replay:
         width = max(self.utilities.shape[1], utilities_NG.shape[1])
         self.rewards = torch.cat([_widened(x, width, float("nan")) for x in (self.rewards, rewards_NGK)])
         self.utilities = torch.cat([_widened(x, width, 0.0) for x in (self.utilities, utilities_NG)])
+        self._thin()
+
+    def _thin(self) -> None:
+        """Drops the groups beyond ``capacity`` and the contexts that have none any more."""
+        if len(self) <= self.capacity:
+            return
+        kept = torch.ones(len(self), dtype=torch.bool)
+        counts = self.index.bincount(minlength=len(self.contexts))
+        for _ in range(len(self) - self.capacity):
+            # Groups stand in the order in which they came, so the first one is the oldest.
+            oldest = int((kept & (counts == counts.max())[self.index]).to(torch.uint8).argmax())
+            kept[oldest] = False
+            counts[self.index[oldest]] -= 1
+        used = counts > 0
+        self.contexts = self.contexts[used]
+        self.index = (used.cumsum(0) - 1)[self.index[kept]].to(torch.int32)
+        self.rewards, self.utilities = self.rewards[kept], self.utilities[kept]
+        keys = [key for key, held in zip(self._rows, used.tolist(), strict=True) if held]
+        self._rows = {key: row for row, key in enumerate(keys)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The four tensors under ``replay.``; nothing while there are no groups."""
         return {_PREFIX + name: getattr(self, name) for name in _NAMES} if len(self) else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a ``state_dict`` that ``check`` has accepted."""
+        """Takes over a ``state_dict`` that ``check`` has accepted, as far as there is room for its groups."""
         empty = Replay(self.contexts.shape[1], self.rewards.shape[2])
         for name in _NAMES:
             setattr(self, name, state.get(_PREFIX + name, getattr(empty, name)).clone())
         self._rows = {_key(row): i for i, row in enumerate(self.contexts)}
+        self._thin()
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Checks a saved state before it is loaded.
@@ -111,7 +141,7 @@ class Replay:
 
 
 class Memory:
-    """The labelled groups so far, with the contexts of all groups so far, standardised.
+    """The labelled groups that are held, and the statistics of the contexts of all groups so far.
 
     Attributes:
         context_kind: the hidden state that is read; without a meaning where ``needs_context`` is False.
@@ -120,12 +150,12 @@ class Memory:
         replay: the labelled groups.
     """
 
-    def __init__(self, kind: PromptContext, size: int, actions: int) -> None:
+    def __init__(self, kind: PromptContext, size: int, actions: int, capacity: int = CAPACITY) -> None:
         self.needs_context = kind != "none"
         self.context_kind: ContextKind = "response" if kind == "none" else kind
         size = size if self.needs_context else 0
         self.statistics = RunningStatistics(size)
-        self.replay = Replay(size, actions)
+        self.replay = Replay(size, actions, capacity)
 
     @property
     def size(self) -> int:

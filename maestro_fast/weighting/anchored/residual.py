@@ -1,6 +1,6 @@
 """A small regression from a prompt's context and a response's rewards to its utility.
 
-It is learnt by least squares from every labelled group so far:
+It is learnt by least squares from every labelled group that is kept:
 
     f(x, r') = v . tanh(W_x x + W_r r' + c) + b
     L        = mean over labelled groups of the mean over responses of (f - z(U))^2  +  l2 * (sum of all squares)

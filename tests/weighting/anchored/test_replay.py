@@ -1,4 +1,4 @@
-"""The replay keeps all labelled groups for good, and the context of each prompt once."""
+"""The replay keeps the labelled groups up to its capacity, and the context of each prompt once."""
 
 from __future__ import annotations
 
@@ -61,6 +61,52 @@ def test_a_loaded_one_knows_the_contexts() -> None:
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in whole.state_dict().items())
     loaded.load_state_dict({})
     assert len(loaded) == 0 and loaded.state_dict() == {}
+
+
+def test_the_prompt_with_most_groups_loses_its_oldest() -> None:
+    """Prompts 0, 1 and 2 have three, one and two groups, the oldest of all is that of prompt 1."""
+    replay, known = Replay(D, K, capacity=6), normal(4, D, seed=0)
+    order = [1, 0, 0, 2, 0, 2]
+    for number, prompt in enumerate(order):
+        replay.add(known[[prompt]], torch.full((1, G, K), float(number)), torch.zeros(1, G))
+
+    def held() -> list[tuple[int, int]]:
+        """Number and prompt of the groups that are there."""
+        prompts = [int((known == replay.contexts[row]).all(1).nonzero()) for row in replay.index.tolist()]
+        return list(zip(map(int, replay.rewards[:, 0, 0].tolist()), prompts, strict=True))
+
+    def add(number: int, prompt: int) -> None:
+        replay.add(known[[prompt]], torch.full((1, G, K), float(number)), torch.zeros(1, G))
+
+    assert held() == [*enumerate(order)]
+    add(6, 3)
+    assert held() == [(0, 1), (2, 0), (3, 2), (4, 0), (5, 2), (6, 3)]  # the first of the three groups of prompt 0
+    add(7, 3)
+    assert held() == [(0, 1), (3, 2), (4, 0), (5, 2), (6, 3), (7, 3)]  # three prompts had two, and 0 the oldest
+
+
+def test_where_all_contexts_differ_the_last_groups_stay() -> None:
+    """A context goes with its last group; one that comes back later is a new one."""
+    replay, known = Replay(D, K, capacity=4), normal(10, D, seed=0)
+    for first in (0, 3, 6):
+        replay.add(known[first : first + 3], normal(3, G, K, seed=first), normal(3, G, seed=first))
+    assert torch.equal(replay.contexts[replay.index], known[5:9]) and len(replay.contexts) == 4
+    replay.add(known[:1], normal(1, G, K, seed=9), normal(1, G, seed=9))
+    assert torch.equal(replay.contexts[replay.index], torch.cat([known[6:9], known[:1]]))
+
+
+def test_a_full_one_goes_on_alike_after_loading() -> None:
+    """One that was saved when full goes on as the other, and a smaller one takes of it what it has room for."""
+    whole, loaded, smaller = Replay(D, K, capacity=9), Replay(D, K, capacity=9), Replay(D, K, capacity=3)
+    visits(whole, 5)
+    sizes = size(whole)
+    loaded.load_state_dict(whole.state_dict())
+    for replay in (whole, loaded):
+        visits(replay, 3)
+        assert len(replay) == 9 and size(replay) == sizes
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    smaller.load_state_dict(whole.state_dict())
+    assert len(smaller) == 3 and len(smaller.contexts) == 3
 
 
 def test_a_repeated_prompt_counts_at_every_visit() -> None:
