@@ -22,8 +22,8 @@ quickstart: ## Set up, then train a small model with adaptive reward weights
 test: ## Set up, then run the tests
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-long: ## Set up, then run the long tests: the quickstart, kills at random moments, hostile input
-	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m long tests/fuzz tests/quickstart $(ARGS)
+test-long: ## Set up, then run the long tests: the quickstart, kills, full disks, hostile input, many steps
+	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m long tests/fuzz tests/quickstart tests/faults tests/training tests/test_scale.py $(ARGS)
 
 test-rehearsal: ## Set up, then rehearse the scripts of a GPU machine on the CPU, in Triton's interpreter
 	@$(call in_environment,dev) && "$$python" -m pytest -q -n auto --maxprocesses 8 -m rehearsal tests/test_benchmarks.py $(ARGS)

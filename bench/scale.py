@@ -269,7 +269,7 @@ def other_rows(model: Model, processes: int) -> list[tuple[str, float, float]]:
     b, B, P = PROMPTS_EACH * GROUP, PROMPTS_EACH * GROUP * processes, model.parameters
     conductor = 3 * 4.0 * B * model.width / HBM + 20e-6  # h is read for the moments, for the weights and by the update
     anchored = 0.43 + 3.1e-4 * model.width  # measured on one core, replay full: 4,096 groups of different prompts
-    gathered = 4 * P * (1 - 1 / processes)  # float32 weights, one tensor at a time
+    gathered = 2 * P * (1 - 1 / processes)  # cast to the engine's bfloat16 before, one tensor at a time
     gather = gathered / CLUSTER.rate + model.tensors * CLUSTER.alpha(processes)
     sent = 2 * P  # bfloat16, from one GPU to the server's workers
     driver = 10e-3 * B * 1024 / (4096 * 1024)  # measured: bench_verl.py, 10 ms for B = 4,096 and 1,024 tokens
@@ -279,7 +279,7 @@ def other_rows(model: Model, processes: int) -> list[tuple[str, float, float]]:
     return [
         ("Conductor: weights and update (GPU, replicated)", 0.0, conductor),
         ("anchored: update (CPU, replicated), at most", 0.0, anchored),
-        ("weight sync: gather of float32 shards", gathered, gather),
+        ("weight sync: gather of bfloat16 shards", gathered, gather),
         ("weight sync: NCCL, one GPU to the server", sent, sent / CLUSTER.rate),
         ("weight sync: a folder, written and read", 2 * sent, 2 * sent / DISK),
         ("verl: hidden states to the driver, 1 GB/s", to_driver, to_driver / 1e9),

@@ -242,15 +242,15 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
     """
     file = _file(folder, rank, processes)
     if file.is_file():
-        tensors, numbers = _read(file)
-        batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
-        means = MetricMeans.of(numbers["means"])
-        due = bool(numbers.get("evaluation_due"))  # Checkpoints of version 0.1 do not have it.
-        loss, logged, rows = numbers["loss"], numbers["logged_step"], numbers.get("rows", [])
-        ahead = _ahead_loaded(tensors, numbers.get("ahead"))
-        return StepState(
-            batches, means, loss, logged, due, numbers["sizes"], rows, ahead, numbers.get("save_due", True)
-        )
+        try:
+            return _step_state(*_read(file), device)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+            if str(file) in str(error):
+                raise
+            raise ValueError(
+                f"resume_from_checkpoint: {file} does not hold what a step in progress consists of: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     others = sorted(folder.glob("step_state_*.safetensors"))
     if not others:
         raise ValueError(f"resume_from_checkpoint: {folder} holds no {file.name}, it is incomplete")
@@ -261,6 +261,21 @@ def load_step_state(folder: Path, rank: int, processes: int, device: torch.devic
         )
     logger.warning("resumed with %d processes from a checkpoint of %d", processes, len(others))
     return None
+
+
+def _step_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> StepState:
+    batches = [_micro_batch(i, tensors, pair, device) for i, pair in enumerate(numbers["normalizers"])]
+    return StepState(
+        batches,
+        MetricMeans.of(numbers["means"]),
+        numbers["loss"],
+        numbers["logged_step"],
+        bool(numbers.get("evaluation_due")),  # Checkpoints of version 0.1 do not have it.
+        numbers["sizes"],
+        numbers.get("rows", []),
+        _ahead_loaded(tensors, numbers.get("ahead")),
+        numbers.get("save_due", True),
+    )
 
 
 def _ahead_saved(started: Started | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -368,8 +368,8 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields names and tensors as ``save_pretrained`` writes them, with adapters merged; the model is unchanged.
 
-    One tensor is gathered or merged at a time. If the names or shapes of transformers' checkpoints differ from the
-    model's own, all tensors are held at once.
+    One tensor is gathered or merged at a time; a shard is cast before it is gathered, since fewer bytes are sent then.
+    If the names or shapes of transformers' checkpoints differ from the model's own, all tensors are held at once.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters, sharded by FSDP2 or not. With
@@ -377,12 +377,16 @@ def checkpoint_weights(model: nn.Module, dtype: torch.dtype | None = None) -> It
         dtype: the dtype to which floating-point tensors are cast; None keeps their own.
     """
     language_model = causal_lm(model)
-    weights = _named_weights(language_model, "", set())
+    weights = _named_weights(language_model, "", set(), dtype)
     for name, tensor in _as_saved(language_model, weights):
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        yield name, _cast(tensor, dtype)
 
 
-def _named_weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _named_weights(module: Any, prefix: str, seen: set[int], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Yields parameters and persistent buffers below ``module``; of tied ones it yields only the first."""
     base, module = _without_adapter(module)
     tensors = dict(module._parameters)
@@ -391,10 +395,10 @@ def _named_weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[s
         identity = id(getattr(base, name))  # The id of a merged copy is used again after this round.
         if tensor is not None and identity not in seen:
             seen.add(identity)
-            yield prefix + name, whole(tensor.detach())
+            yield prefix + name, whole(_cast(tensor.detach(), dtype))
     for name, child in module._modules.items():
         if child is not None:
-            yield from _named_weights(child, f"{prefix}{name}.", seen)
+            yield from _named_weights(child, f"{prefix}{name}.", seen, dtype)
 
 
 def _without_adapter(module: Any) -> tuple[Any, Any]:
@@ -407,10 +411,16 @@ def _without_adapter(module: Any) -> tuple[Any, Any]:
     base = module.get_base_layer()
     if module.merged or module.disable_adapters:
         return base, base
-    gathered = {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in module.parameters() if _sharded(p)}
+    gathered = {id(p): nn.Parameter(_own_whole(p), p.requires_grad) for p in module.parameters() if _sharded(p)}
     twin = copy.deepcopy(module, gathered)
     twin.merge()
     return base, twin.get_base_layer()
+
+
+def _own_whole(parameter: Any) -> Tensor:
+    """A sharded parameter gathered into memory of its own: where one process holds all shards, nothing is copied."""
+    full = whole(parameter.detach())
+    return full.clone() if full.data_ptr() == parameter.to_local().data_ptr() else full
 
 
 def _sharded(tensor: Tensor) -> bool:

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -271,6 +272,26 @@ def test_the_step_in_progress_comes_back_bit_by_bit(tmp_path: Path) -> None:
         assert torch.equal(ours.advantages_B, theirs.advantages_B) and torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
         assert ours.logprobs.ref_C is None and ours.logprobs.old_C is not None and theirs.logprobs.old_C is not None
         assert torch.equal(ours.logprobs.old_C, theirs.logprobs.old_C)
+
+
+@pytest.mark.parametrize("change", ["numbers", "tensor", "lengths"])
+def test_a_step_in_progress_that_somebody_has_changed_is_named(tmp_path: Path, change: str) -> None:
+    save_step_state(tmp_path, StepState([micro_batch(0)]), 0, 1)
+    file = tmp_path / "step_state_0_of_1.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as saved:
+        numbers = json.loads(saved.metadata()["numbers"])
+    if change == "numbers":
+        del numbers["means"]
+    elif change == "tensor":
+        del tensors["0.advantages"]
+    else:
+        tensors["0.prompt_lengths"] = torch.tensor([3, 9])
+    save_file(tensors, file, metadata={"numbers": json.dumps(numbers)})
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: .*step_state_0_of_1\.safetensors does not hold what"
+    ):
+        load_step_state(tmp_path, 0, 1, torch.device("cpu"))
 
 
 def test_another_number_of_processes_may_resume_between_batches_only(tmp_path: Path) -> None:

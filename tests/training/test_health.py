@@ -143,7 +143,9 @@ def test_the_final_policy_is_finite(raw_config: dict[str, Any]) -> None:
         train(parse_config(raw_config), raw_config, callbacks=[Spoil(2)])
     assert not (Path(raw_config["run_dir"]) / "final").exists()
     (note,) = caught.value.__notes__
-    assert "to go on from; first lower trainer.learning_rate (now 0.001), then start it again in a new directory" in note
+    assert (
+        "to go on from; first lower trainer.learning_rate (now 0.001), then start it again in a new directory" in note
+    )
 
 
 def test_a_lower_learning_rate_takes_effect_at_a_resume(raw_config: dict[str, Any]) -> None:

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from maestro_fast.generation import ProbeConfig
 from maestro_fast.generation.shared_process import TorchSettings
 from maestro_fast.model.forward import score
-from maestro_fast.model.head import head_of
+from maestro_fast.model.head import head_of, whole
 from maestro_fast.model.rows import Sequences
+from maestro_fast.training import weight_sync
 from maestro_fast.training.weight_sync import (
     StaleWeightsError,
     SyncedGenerator,
@@ -123,7 +124,7 @@ def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_sharded_weights_are_gathered(mesh: Any, lora: bool) -> None:
+def test_sharded_weights_are_gathered(mesh: Any, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model()
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -136,6 +137,13 @@ def test_sharded_weights_are_gathered(mesh: Any, lora: bool) -> None:
     sent = dict(checkpoint_weights(model))
     assert sent.keys() == expected.keys()
     assert all(type(t) is Tensor and torch.equal(t, expected[name]) for name, t in sent.items())
+    gathered: list[Any] = []
+    monkeypatch.setattr(weight_sync, "whole", lambda tensor: gathered.append(tensor) or whole(tensor))
+    for name, tensor in checkpoint_weights(model, torch.bfloat16):
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+    plain = [t for t in gathered if hasattr(t, "full_tensor")]
+    assert lora or (len(plain) == len(expected) and all(t.dtype == torch.bfloat16 for t in plain))
+    monkeypatch.undo()
     first = fingerprint(model)
     assert fingerprint(model) == first
     with torch.no_grad():
