@@ -21,6 +21,7 @@ derivative by p is known, such as ``pathwise`` of ``weighting.conductor``, passe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.nn import functional
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.conductor_weights import check_params
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import contiguous_columns, is_integer, readable, without_autocast
+from maestro_fast.ops.tensors import check_tensors, contiguous_columns, is_integer, readable, without_autocast
 from maestro_fast.specs import (
     ConductorBatch,
     ConductorParams,
@@ -68,7 +69,7 @@ def conductor_update(
     Raises:
         ValueError: a shape, device or stride does not fit, there are no rows, the moments belong to other parameters,
             an action is out of range (where the host can read it), or a number is out of its range.
-        TypeError: a dtype does not fit.
+        TypeError: a dtype does not fit, or an argument is something else.
     """
     config = ConductorUpdateConfig() if config is None else config
     check_update(state, batch, config)
@@ -92,16 +93,23 @@ def conductor_update(
 
 def check_update(state: ConductorState, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:
     """Raises a ValueError or TypeError that names the argument."""
+    if not isinstance(state, ConductorState):
+        raise TypeError(f"state: got {type(state).__name__}, expected a ConductorState")
     check_experience(state.params, batch, config)
     learned = state.params.learned
-    if state.step < 0:
+    if isinstance(state.step, bool) or not isinstance(state.step, int):
+        raise TypeError(f"state.step: got {type(state.step).__name__}, expected an int")
+    if not 0 <= state.step < 2**62:
         raise ValueError(f"state.step: {state.step}, expected the number of updates so far")
     for kind in ("first", "second"):
         moments = getattr(state, kind)
+        if not isinstance(moments, Mapping):
+            raise TypeError(f"state.{kind}: got {type(moments).__name__}, expected tensors by name")
         if moments.keys() != learned.keys():
             raise ValueError(f"state.{kind}: of {', '.join(moments) or 'nothing'}, expected {', '.join(learned)}")
         for name, x in learned.items():
             moment = moments[name]
+            check_tensors(1, **{f"state.{kind}.{name}": moment})
             if (moment.shape, moment.dtype, moment.device) != (x.shape, x.dtype, x.device):
                 came = f"{moment.dtype} {tuple(moment.shape)} on {moment.device}"
                 raise ValueError(
@@ -118,6 +126,11 @@ def check_update(state: ConductorState, batch: ConductorBatch, config: Conductor
 
 def check_experience(params: ConductorParams, batch: ConductorBatch, config: ConductorUpdateConfig) -> None:
     """Checks batch and config against the parameters; raises a ValueError or TypeError that names the argument."""
+    if not isinstance(batch, ConductorBatch):
+        raise TypeError(f"batch: got {type(batch).__name__}, expected a ConductorBatch")
+    if not isinstance(config, ConductorUpdateConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a ConductorUpdateConfig")
+    check_tensors(2, h=batch.h, meta=batch.meta, actions=batch.actions, drawn_probs=batch.drawn_probs, live=batch.live)
     if not batch.h.is_floating_point():
         raise TypeError(f"h: dtype {batch.h.dtype}, expected a floating dtype")
     check_params(batch.h, params)

@@ -114,6 +114,8 @@ def check_is_params(name: str, params: Any) -> None:
             break
     if params.weight.ndim != 2:
         raise ValueError(f"params.weight: shape {tuple(params.weight.shape)}, expected [K, d] or [K, H]")
+    if params.hidden_weight is not None and params.hidden_weight.ndim != 2:
+        raise ValueError(f"params.hidden_weight: shape {tuple(params.hidden_weight.shape)}, expected [H, d]")
 
 
 def check_params(h: Tensor, params: ConductorParams) -> None:

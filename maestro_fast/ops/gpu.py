@@ -39,7 +39,7 @@ def obstacle(tensors: tuple[Tensor | None, ...], *, chosen: bool, differentiable
             continue
         if type(x) not in PLAIN and not torch.compiler.is_compiling():
             return f"got a {type(x).__name__}, expected plain tensors"
-        if not x.is_cuda and not (chosen and os.environ.get("TRITON_INTERPRET") == "1"):
+        if not x.is_cuda and not (chosen and x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"got a tensor on {x.device}, expected a CUDA device"
         if x.dtype is torch.float64:
             return "got float64, expected float32, float16 or bfloat16"

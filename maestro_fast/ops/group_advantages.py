@@ -382,7 +382,7 @@ class CppGroups(NamedTuple):
 
     @staticmethod
     def of(groups: GroupsLike, batch: int) -> CppGroups:
-        if type(groups) is int and groups > 0 and batch % groups == 0:
+        if type(groups) is int and 0 < groups <= max(batch, 1) and batch % groups == 0:
             return CppGroups(groups, None, None)
         known = Groups.of(groups, batch)
         if known.size:

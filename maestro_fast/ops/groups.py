@@ -21,6 +21,7 @@ from maestro_fast.ops.tensors import readable
 
 # How many partitions are remembered, by (group size, batch, device, stream). Each holds one index for every response.
 _REMEMBERED = 64
+_MOST = 2**62  # responses of a group, which int64 counts
 _CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -70,6 +71,8 @@ class Groups:
         if isinstance(groups, int):
             if groups < 1:
                 raise ValueError(f"groups: a group size of {groups}, expected at least 1")
+            if groups > _MOST:
+                raise ValueError(f"groups: a group size of {groups}, expected at most {_MOST}")
             if batch % groups:
                 raise ValueError(f"groups: {batch} responses do not divide into groups of {groups}")
             return _computed(groups, batch, _CPU) if _recorded() else _remembered(groups, batch, _CPU, 0)
@@ -216,13 +219,17 @@ def _checked_ids(groups: Sequence[int] | Tensor, batch: int) -> Tensor:
         if groups.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"groups: ids of dtype {groups.dtype}, expected int64 or int32")
         ids = groups.long()
-    elif isinstance(groups, Sequence) and not isinstance(groups, str) and all(type(i) is int for i in groups):
+    elif _is_sequence(groups) and all(type(i) is int for i in groups):
         ids = torch.tensor(groups, dtype=torch.int64, device=_CPU)
     else:
         raise TypeError(f"groups: got {type(groups).__name__}, expected an int, a [B] sequence of int ids or Groups")
     if ids.shape != (batch,):
         raise ValueError(f"groups: ids of shape {tuple(ids.shape)}, expected ({batch},)")
     return ids
+
+
+def _is_sequence(groups: Any) -> bool:
+    return isinstance(groups, Sequence) and not isinstance(groups, (str, bytes, bytearray))
 
 
 def _ragged_groups(ids: Tensor, batch: int) -> Groups:

@@ -85,6 +85,8 @@ def maestro_advantages(
         1, rewards=rewards, h=h, hidden=hidden, cu_seqlens=cu_seqlens, prompt_lengths=prompt_lengths, kl=kl,
         lengths=lengths,
     )  # fmt: skip
+    if hidden is not None and cu_seqlens is None:
+        raise ValueError("cu_seqlens: missing, expected int [B + 1] beside hidden")
     check_number("beta", beta)
     check_is_params("conductor", conductor)
     if h is not None and h.ndim != 2:
@@ -103,6 +105,8 @@ def maestro_advantages(
         assert hidden is not None
         h = pool_hidden(hidden, cu_seqlens=cu_seqlens, mode=pool, prompt_lengths=prompt_lengths, backend="torch")
     _check_contexts(len(h), "h" if hidden is None else "cu_seqlens", rewards)
+    if h.device != rewards.device:
+        raise ValueError(f"{'h' if hidden is None else 'hidden'}: on {h.device}, expected {rewards.device} as rewards")
     sample = conductor_weights(h, conductor, **choice._asdict(), backend=chosen)
     out = group_advantages(rewards, sample.weights, groups, **scores._asdict(), profile=profile, backend=chosen)
     return sample, out

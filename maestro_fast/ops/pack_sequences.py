@@ -18,6 +18,7 @@ from torch import Tensor
 
 from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.tensors import check_tensors
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -211,6 +212,7 @@ def _as_int64(lengths: Sequence[int] | Tensor) -> Tensor:
 
 
 def _checked_tensor(lengths: Tensor) -> Tensor:
+    check_tensors(1, lengths=lengths)
     if lengths.dtype is torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise TypeError(f"lengths: got dtype {lengths.dtype}, expected an integer dtype")
     if lengths.device.type != "cpu":

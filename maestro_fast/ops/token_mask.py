@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maestro_fast.ops import cpp
 from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.tensors import floats
+from maestro_fast.ops.tensors import check_tensors, floats, is_integer
 
 # How C++ reads a mask, by the number of ``enum class MaskType`` in csrc/token_mask.hpp.
 _TYPES = {torch.int64: 0, torch.int32: 1, torch.bool: 2, torch.uint8: 2, torch.float32: 3}
@@ -49,8 +49,9 @@ class TokenMask:
 
         Raises:
             ValueError: the shape or the device is wrong.
-            TypeError: the values are not floating.
+            TypeError: the values are no dense tensor, or are not floating.
         """
+        check_tensors(1, values=values)
         if not values.is_floating_point():
             raise TypeError(f"values: dtype {values.dtype}, expected a floating dtype")
         if values.shape != self.mask_BL.shape[:1]:
@@ -59,7 +60,8 @@ class TokenMask:
             raise ValueError(f"values: on {values.device}, expected {self.mask_BL.device} as the mask")
         wants_gradient = values.requires_grad and torch.is_grad_enabled()
         if self.prefix_B is None or values.dtype is not torch.float32 or wants_gradient:
-            return values[:, None] * self.mask_BL.to(values.dtype)
+            weighted_BL = values[:, None] * self.mask_BL.to(values.dtype)
+            return torch.where(self.mask_BL != 0, weighted_BL, 0.0)  # A value may be NaN or infinite.
         out_BL = torch.empty(self.mask_BL.shape, dtype=torch.float32)
         values = values.contiguous()
         cpp._C.spread_over_tokens(
@@ -80,15 +82,21 @@ def token_mask(mask: Tensor, *, backend: Backend | None = None) -> TokenMask:
     """Looks at a mask once.
 
     Args:
-        mask: [B, L], bool, integer or floating, 1 where a token counts and 0 elsewhere. Other values are weights, which
-            only "torch" serves.
+        mask: [B, L], bool, uint8, signed integer or floating, 1 where a token counts and 0 elsewhere. Other values are
+            weights, which only "torch" serves.
         backend: "cpp" or "torch". None takes C++ for a mask of 0 and 1 on the CPU.
 
     Raises:
-        ValueError: the shape is wrong, or ``backend`` cannot serve this mask.
+        ValueError: the shape is wrong, the mask holds no values, or ``backend`` cannot serve it.
+        TypeError: the mask is no dense tensor, or has another dtype.
     """
+    check_tensors(1, mask=mask)
     if mask.ndim != 2:
         raise ValueError(f"mask: shape {tuple(mask.shape)}, expected [B, L]")
+    if not (mask.dtype in (torch.bool, torch.uint8) or is_integer(mask) or mask.is_floating_point()):
+        raise TypeError(f"mask: dtype {mask.dtype}, expected bool, uint8, a signed integer or a floating dtype")
+    if mask.is_meta:
+        raise ValueError("mask: on meta, expected a tensor that holds values")
     if resolve("token_mask", backend, mask) == "cpp":
         found = _by_cpp(mask)
         if found is not None:
@@ -128,8 +136,9 @@ def sum_tokens(values: Tensor, *, backend: Backend | None = None) -> Tensor:
 
     Raises:
         ValueError: the shape is wrong, or ``backend`` cannot serve these values.
-        TypeError: the values are not floating.
+        TypeError: the values are no dense tensor, or are not floating.
     """
+    check_tensors(1, values=values)
     if values.ndim != 2:
         raise ValueError(f"values: shape {tuple(values.shape)}, expected [B, L]")
     if not values.is_floating_point():

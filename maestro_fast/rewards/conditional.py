@@ -12,12 +12,15 @@ response below those that passed the gate. Nothing is computed for the responses
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from inspect import isawaitable
 from typing import Any
+
+import torch
 
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look, own_reason
@@ -26,6 +29,7 @@ from maestro_fast.rewards.reward import Reward, RewardValues, blame, column_of, 
 from maestro_fast.settings import SettingsError
 
 SHOWN = 12  # how many values of a column a message lists
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Gate:
@@ -46,8 +50,13 @@ class Gate:
         for field, given in (("reward", reward), ("on", on)):
             if isinstance(given, type) or not isinstance(given, Reward):
                 raise TypeError(f"{field}: got {type(given).__name__}, expected a Reward")
+        for name, value in (("threshold", threshold), ("closed", closed)):
+            if not isinstance(value, int | float) and (name == "threshold" or value is not None):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
         if threshold != threshold:
             raise ValueError("threshold: nan, expected a number")
+        if closed is not None and not abs(closed) <= _LARGEST:
+            raise ValueError(f"closed: {closed}, expected a finite number, or null to abstain")
         self.reward, self.on, self.threshold, self.closed = reward, on, threshold, closed
         self.name = reward.name
         self.needs_entropy = reward.needs_entropy or on.needs_entropy
@@ -83,8 +92,10 @@ class Gate:
         return figures(self.reward) | on
 
     def _open_rows(self, values: RewardValues, count: int) -> list[int]:
-        items = column_of(self.on.name, values, count).tolist()
-        return [i for i, item in enumerate(items) if item >= self.threshold]  # False for NaN, an abstention
+        column_B = column_of(self.on.name, values, count)
+        # Rewards are float32, in which 0.7 is a little less than the threshold 0.7 of the config.
+        threshold = column_B.new_tensor(self.threshold)
+        return (column_B >= threshold).nonzero().flatten().tolist()  # not where the other one abstains with a NaN
 
 
 def gate(reward: Reward, *, on: Reward, threshold: float, closed: float | None = None) -> Gate:
@@ -293,22 +304,19 @@ def _on_rows(
     """
     if not rows and not reward.needs_policy:
         return [otherwise] * len(batch)
-    found = judge(reward, batch.select(rows))
+    selected = batch.select(rows)
+    found = judge(reward, selected)
+
+    def spread(values: RewardValues) -> list[float | None]:
+        out: list[float | None] = [otherwise] * len(batch)
+        for row, item in zip(rows, column_of(reward.name, values, len(rows), selected.prompts).tolist(), strict=True):
+            out[row] = None if math.isnan(item) else item
+        return out
+
     if not isawaitable(found):
-        return _spread(found, rows, len(batch), otherwise)
+        return spread(found)
 
     async def later() -> RewardValues:
-        return _spread(await found, rows, len(batch), otherwise)
+        return spread(await found)
 
     return later()
-
-
-def _spread(values: RewardValues, rows: Sequence[int], count: int, otherwise: float | None) -> list[float | None]:
-    """Makes a list of length ``count`` that holds ``values`` at ``rows``, and ``otherwise`` in the other places."""
-    items = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(items) != len(rows):
-        raise ValueError(f"returned {len(items)} values for {len(rows)} completions")
-    out: list[float | None] = [otherwise] * count
-    for row, item in zip(rows, items, strict=True):
-        out[row] = item
-    return out

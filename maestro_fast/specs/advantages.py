@@ -70,6 +70,10 @@ class AdvantageProfile:
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r}, expected one of {allowed}")
         for name, eps in (("reward_eps", self.reward_eps), ("score_eps", self.score_eps)):
+            if isinstance(eps, bool) or not isinstance(eps, int | float):
+                raise TypeError(f"{name}: got {type(eps).__name__} {eps!r}, expected a number")
+            if isinstance(eps, int) and eps > 2**63:
+                raise ValueError(f"{name}: an integer above 2**63, expected a number that a float32 can hold")
             if not eps >= 0:
                 raise ValueError(f"{name}: {eps}, expected a number >= 0")
 

@@ -5,7 +5,8 @@ Axis suffixes: B responses, N rows of a batch, K rewards, d hidden size, H units
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 WeightMode = Literal["sample", "soft"]
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,16 @@ class ConductorUpdateConfig:
     max_ratio: float = 2.0
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{item.name}: got {type(value).__name__} {value!r}, expected a number")
+            if value > _LARGEST and not (item.name == "max_ratio" and value == math.inf):
+                came = "an integer" if isinstance(value, int) else value
+                raise ValueError(f"{item.name}: {came}, expected a number that float32 can hold")
         for name in ("tau", "eps", "max_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected a positive number")
+            if not getattr(self, name) >= _SMALLEST:  # Two of them divide.
+                raise ValueError(f"{name}: {getattr(self, name)}, expected a positive number that float32 can hold")
         for name in ("entropy_coef", "learning_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a number >= 0")

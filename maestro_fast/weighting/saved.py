@@ -55,7 +55,10 @@ def load_weight_policy(folder: Path, policy: WeightPolicy, reward_names: tuple[s
     for name, value in _metadata(policy, reward_names).items():
         if found.get(name) != value:
             raise ValueError(f"resume_from_checkpoint: {file} is of {name} {found.get(name)}, this run has {value}")
-    policy.load_state_dict(state)
+    try:
+        policy.load_state_dict(state)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume_from_checkpoint: {file}: {error}") from error
 
 
 def _metadata(policy: WeightPolicy, reward_names: tuple[str, ...]) -> dict[str, str]:
@@ -115,5 +118,9 @@ def from_pretrained(folder: str | Path) -> Conductor | Anchored:
     except (KeyError, TypeError, SettingsError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     with tensors_of(path / TENSORS_FILE) as saved:
-        policy.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
+        state = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    try:
+        policy.load_state_dict(state)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / TENSORS_FILE}: {error}") from error
     return policy

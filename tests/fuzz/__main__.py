@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import torch
 
-from tests.fuzz import configs, data_files, kills, ops
+from tests.fuzz import checkpoints, configs, data_files, groups, kills, ops, rewards
 
-TRIALS = {"configs": configs, "data_files": data_files, "kills": kills, "ops": ops}
+TRIALS = {
+    "checkpoints": checkpoints,
+    "configs": configs,
+    "data_files": data_files,
+    "groups": groups,
+    "kills": kills,
+    "ops": ops,
+    "rewards": rewards,
+}
 
 
 def main() -> None:
@@ -25,11 +35,18 @@ def main() -> None:
         trial.add_options(command)
         command.add_argument("--json", type=Path, help="where the tally is written")
         command.set_defaults(trial=trial)
-    given = parser.parse_args()
-    tally = {**given.trial.main(given), "torch": torch.__version__}
+    given, begun = parser.parse_args(), time.monotonic()
+    tally = {**given.trial.main(given), "seconds": round(time.monotonic() - begun), **_versions()}
     if given.json:
         given.json.write_text(json.dumps(tally, indent=1) + "\n", encoding="utf-8")
     print(", ".join(f"{name} {value}" for name, value in tally.items() if not isinstance(value, list)))
+
+
+def _versions() -> dict[str, str]:
+    """The commit that the working tree began with, and PyTorch's version."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+    return {"commit": commit.strip(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fuzz import ops
+from tests.fuzz.calls import Call
 
 pytestmark = pytest.mark.long
 
@@ -21,7 +22,7 @@ def test_a_call_that_is_almost_right_is_answered() -> None:
 def test_a_fault_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ops.answer
 
-    def broken(call: ops.Call, backend: str, exact: bool = False) -> Any:
+    def broken(call: Call, backend: str, exact: bool = False) -> Any:
         found = original(call, backend, exact)
         if exact or isinstance(found, Exception):
             return found

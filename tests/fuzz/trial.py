@@ -77,4 +77,5 @@ def as_tally(given: argparse.Namespace, tally: Counter[str], failures: list[str]
     """Prints the failures, and returns what the file of the trial holds."""
     for text in failures:
         print(text, end="\n\n")
-    return {"inputs": given.inputs, "seed": given.seed, **dict(sorted(tally.items())), "failures": failures}
+    about = {"inputs": given.inputs, "seed": given.seed, "first": given.first, "faults": len(failures)}
+    return {**about, **dict(sorted(tally.items())), "failures": failures}

@@ -253,6 +253,25 @@ def wrong(**changes: Any) -> Callable[[], Any]:
         (wrong(learning_rate=-1.0), ValueError, "learning_rate: -1.0"),
         (wrong(beta2=1.0), ValueError, "beta2: 1.0, expected 0 <= beta2 < 1"),
         (wrong(max_ratio=float("nan")), ValueError, "max_ratio: nan"),
+        (wrong(max_ratio=1e300), ValueError, r"max_ratio: 1e\+300, expected a number that float32 can hold"),
+        (wrong(tau=1e-300), ValueError, "tau: 1e-300, expected a positive number that float32 can hold"),
+        (wrong(learning_rate=10**400), ValueError, "learning_rate: an integer, expected a number that float32"),
+        (wrong(beta1="0.9"), TypeError, "beta1: got str '0.9', expected a number"),
+        (wrong(h=[1.0]), TypeError, "h: got list, expected a tensor"),
+        (wrong(live=torch.ones(N).to_sparse()), TypeError, "live: layout torch.sparse_coo, expected a dense tensor"),
+        (wrong(first=None), TypeError, "state.first: got NoneType, expected tensors by name"),
+        (wrong(step=1.5), TypeError, "state.step: got float, expected an int"),
+        (lambda: conductor_update(None, experience()), TypeError, "state: got NoneType, expected a ConductorState"),  # type: ignore[arg-type]
+        (
+            lambda: conductor_update(ConductorState.start(head()), torch.ones(2)),  # type: ignore[arg-type]
+            TypeError,
+            "batch: got Tensor, expected a ConductorBatch",
+        ),
+        (
+            lambda: conductor_update(ConductorState.start(head()), experience(), {"tau": 1}),  # type: ignore[arg-type]
+            TypeError,
+            "config: got dict, expected a ConductorUpdateConfig",
+        ),
     ],
 )
 def test_errors_name_the_argument(run: Callable[[], Any], error: type[Exception], message: str) -> None:

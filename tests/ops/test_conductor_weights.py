@@ -217,6 +217,11 @@ def test_an_empty_batch() -> None:
         ({"bias": torch.ones(K, dtype=torch.float64)}, TypeError, "params.bias: dtype torch.float64"),
         ({"hidden_weight": torch.ones(H, D)}, ValueError, "params: hidden_weight or hidden_bias alone"),
         ({"hidden_weight": torch.ones(D, D + 1), "hidden_bias": torch.ones(D)}, ValueError, "params.hidden_weight: "),
+        (
+            {"hidden_weight": torch.tensor(1.0), "hidden_bias": torch.ones(D)},
+            ValueError,
+            r"params.hidden_weight: shape \(\)",
+        ),
         ({"tau": 0.0}, ValueError, "tau: 0.0"),
         ({"tau": float("nan")}, ValueError, "tau: nan"),
         ({"tau": float("inf")}, ValueError, "tau: inf"),

@@ -87,6 +87,8 @@ def test_the_copy_on_a_device_is_made_once() -> None:
         (3, 4, ValueError, "groups: 4 responses do not divide into groups of 3"),
         (True, 4, TypeError, "groups: got a bool"),
         ("abcd", 4, TypeError, "groups: got str"),
+        (b"abcd", 4, TypeError, "groups: got bytes"),
+        (10**30, 0, ValueError, f"groups: a group size of {10**30}, expected at most"),
         (2.0, 4, TypeError, "groups: got float"),
         ([0, 1.0], 2, TypeError, "groups: got list"),
         ([0, True], 2, TypeError, "groups: got list"),

@@ -115,7 +115,8 @@ def test_compiles_to_one_graph_and_runs_on_fake_tensors() -> None:
         ({"h": None, "hidden": hidden_TD, "cu_seqlens": cu_seqlens[:6]}, "cu_seqlens: 5 contexts, expected 6"),
         ({"groups": 4}, "groups: 6 responses"),
         ({"kl": kl_B, "profile": "grpo"}, "kl: given"),
-        ({"h": None, "hidden": hidden_TD}, "mask, lengths, cu_seqlens: got none"),
+        ({"h": None, "hidden": hidden_TD}, r"cu_seqlens: missing, expected int \[B \+ 1\] beside hidden"),
+        ({"rewards": rewards_BK.to("meta")}, "h: on cpu, expected meta as rewards"),
         ({"backend": "triton"}, "backend: 'triton'"),
     ],
 )

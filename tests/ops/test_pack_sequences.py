@@ -157,6 +157,7 @@ def test_capacity_may_be_as_large_as_int64() -> None:
         (torch.tensor([True]), 8, TypeError, r"lengths: got dtype torch.bool, expected an integer dtype"),
         (torch.tensor([[1]]), 8, ValueError, r"lengths: got shape \(1, 1\), expected \[n\]"),
         (torch.tensor(1), 8, ValueError, r"lengths: got shape \(\), expected \[n\]"),
+        (torch.tensor([1]).to_sparse(), 8, TypeError, r"lengths: layout torch.sparse_coo, expected a dense tensor"),
         (torch.empty(1, dtype=torch.int64, device="meta"), 8, ValueError, r"lengths: got a tensor on meta"),
     ],
 )

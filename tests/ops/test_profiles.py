@@ -47,6 +47,7 @@ def test_profiles_cannot_be_changed() -> None:
         ("score_scale", "leave_one_out"),
         ("reward_eps", -1e-9),
         ("score_eps", float("nan")),
+        ("score_eps", 10**400),
         ("ddof", 2),
         ("missing", "drop"),
         ("kl_in", "reward"),
@@ -66,3 +67,8 @@ def test_an_unknown_profile_is_refused() -> None:
         resolve_profile("GRPO")
     with pytest.raises(TypeError, match=r"^profile: got int"):
         resolve_profile(3)  # type: ignore[arg-type]
+
+
+def test_an_epsilon_that_is_no_number_is_named() -> None:
+    with pytest.raises(TypeError, match="reward_eps: got str '1e-4', expected a number"):
+        AdvantageProfile(reward_eps="1e-4")  # type: ignore[arg-type]

@@ -138,8 +138,30 @@ def test_gradients_and_float64_go_through_torch() -> None:
     assert torch.equal(token_mask(mask).spread(wide), wide[:, None] * mask)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_value_that_is_not_finite_stays_at_its_tokens(backend: Backend) -> None:
+    found = token_mask(torch.tensor([[1, 0], [1, 1]]), backend=backend).spread(
+        torch.tensor([float("nan"), float("inf")])
+    )
+    assert found[0, 1] == 0 and found[0, 0].isnan() and found[1].isinf().all()
+
+
 def test_wrong_arguments_are_named() -> None:
     mask = masks()["holes"]
+    for wrong, message in (
+        ([[1]], "mask: got list, expected a tensor"),
+        (mask.to_sparse(), "mask: layout torch.sparse_coo, expected a dense tensor"),
+        (mask.to(torch.complex64), "mask: dtype torch.complex64, expected bool"),
+        (torch.tensor([[2**32, 1]]).to(torch.uint64), "mask: dtype torch.uint64, expected bool"),  # 2**32 is no 0
+    ):
+        with pytest.raises(TypeError, match=message):
+            token_mask(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mask: on meta, expected a tensor that holds values"):
+        token_mask(mask.float().to("meta"))
+    with pytest.raises(TypeError, match="values: got list, expected a tensor"):
+        token_mask(mask).spread([1.0] * 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"values: layout torch\.sparse_coo, expected a dense tensor"):
+        sum_tokens(mask.float().to_sparse())
     with pytest.raises(ValueError, match=r"mask: shape \(3,\), expected \[B, L\]"):
         token_mask(torch.ones(3))
     with pytest.raises(ValueError, match=r"values: shape \(4,\), expected \(5,\)"):

@@ -281,3 +281,33 @@ def test_labels_are_checked(options: Any, words: str) -> None:
 def test_an_anchor_that_reads_entropies_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^anchor 'entropy': reads the policy's entropy"):
         build_anchor("entropy")
+
+
+@pytest.mark.parametrize("value", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, b"12", iter([1.0, 2.0]), None], ids=repr)
+def test_a_masked_reward_returns_what_any_other_may(value: Any, make_batch: MakeBatch) -> None:
+    """The keys of a dict and the bytes of a text were taken for rewards behind a mask alone."""
+    reward = Where(FunctionReward(lambda completions: value, "mine"), "flag")
+    with pytest.raises(TypeError, match=rf"^reward 'mine': returned {type(value).__name__}, expected 2 numbers"):
+        build_rewards([reward])(make_batch(["a", "b", "c"], columns={"flag": [1, 0, 1]}))
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["numbers", "float32"])
+def test_a_reward_that_equals_the_threshold_opens_the_gate(kind: Any, make_batch: MakeBatch) -> None:
+    """In float32 0.7 is a little less than 0.7."""
+    on = FunctionReward(lambda completions: kind([0.7, 0.6999, 0.7001]), "on")
+    found = values(gate(FunctionReward(length), on=on, threshold=0.7, closed=-1.0), make_batch(["a", "bb", "ccc"]))
+    assert found == [1.0, -1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"threshold": "1"}, TypeError, "threshold: got str, expected a number"),
+        ({"threshold": 1.0, "closed": NAN}, ValueError, "closed: nan, expected a finite number, or null to abstain"),
+        ({"threshold": 1.0, "closed": 1e300}, ValueError, r"closed: 1e\+300, expected a finite number"),
+        ({"threshold": 1.0, "closed": "0"}, TypeError, "closed: got str, expected a number"),
+    ],
+)
+def test_wrong_options_of_a_gate_are_named(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gate(FunctionReward(length), on=FunctionReward(good), **given)

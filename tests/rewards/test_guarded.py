@@ -6,6 +6,8 @@ import asyncio
 import logging
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -458,3 +460,21 @@ def test_wrong_figures_are_refused(found: Any, error: type[Exception], words: st
     function.metrics = lambda: found  # type: ignore[method-assign]
     with pytest.raises(error, match=words):
         RewardSet([FunctionReward(function, "mine")]).metrics()
+
+
+ENDING = """
+import torch
+from maestro_fast.records import RewardBatch
+from maestro_fast.rewards import FunctionReward
+from maestro_fast.rewards.guarded import Guarded
+batch = RewardBatch(["p"], ["c"], [[1]], {"values": [[torch.ones(1)] * 4000]})
+kept = [Guarded(FunctionReward(lambda completions, values: torch.ones(1)), timeout=30.0) for _ in range(20)]
+for guard in kept:
+    assert guard(batch).item() == 1.0
+"""
+
+
+def test_a_process_with_guards_ends_well() -> None:
+    """Threads that wait for the next call must not free tensors of the last one while Python ends: that aborts."""
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

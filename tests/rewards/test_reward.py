@@ -276,3 +276,61 @@ def test_nothing_stays_unawaited_when_a_later_reward_raises() -> None:
     with pytest.raises(ZeroDivisionError):
         rewards(batch_of(1))
     assert getcoroutinestate(pending) == CORO_CLOSED
+
+
+class NoLength(list[float]):
+    def __len__(self) -> int:
+        raise OSError("no length")
+
+
+NESTED = torch.nested.nested_tensor([torch.ones(1)] * 2, layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, device="meta"), r"a tensor of shape \(2,\), expected 2 numbers.*; it cannot be read: "),
+        (torch.ones(2).to_sparse(), r"a tensor of shape \(2,\), expected 2 numbers.*; it cannot be read: "),
+        (NESTED, "NestedTensor, expected 2 numbers.*; it cannot be read: "),
+        (NoLength([1.0, 2.0]), "NoLength, expected 2 numbers.*; it cannot be read: no length"),
+        (bytearray(b"12"), "bytearray, expected 2 numbers"),
+        (memoryview(b"12"), "memoryview, expected 2 numbers"),
+    ],
+)
+def test_what_cannot_be_read_names_the_reward(value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^reward 'mine': returned {message}"):
+        RewardSet([Constant("mine", value)])(batch_of(2))
+
+
+def test_words_of_an_item_neither_fill_nor_prevent_an_error() -> None:
+    class Wordless:
+        def __repr__(self) -> str:
+            raise OSError
+
+    with pytest.raises(TypeError, match="row 0 is of type Wordless, expected a finite number"):
+        RewardSet([Constant("mine", [Wordless()])])(batch_of(1))
+    with pytest.raises(TypeError, match=r"row 0 is \[0, 0.* \.\.\., expected a finite number") as caught:
+        RewardSet([Constant("mine", [[0] * 10_000])])(batch_of(1))
+    assert len(str(caught.value)) < 500
+
+
+async def raising(error: BaseException) -> list[float]:
+    raise error
+
+
+def test_an_async_reward_that_ends_the_program_is_heard() -> None:
+    """The event loop ends with it, and would leave whoever waits for the reward waiting."""
+    with pytest.raises(SystemExit):
+        RewardSet([Constant("mine", lambda: raising(SystemExit(3)))])(batch_of(1))
+    assert RewardSet([Constant("after", awaiting([1.0]))])(batch_of(1)).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), asyncio.CancelledError()], ids=repr)
+def test_errors_that_asyncio_uses_itself_name_the_reward(error: BaseException) -> None:
+    with pytest.raises((TimeoutError, RuntimeError)) as caught:
+        RewardSet([Constant("mine", lambda: raising(error))])(batch_of(1))
+    assert "raised by reward 'mine'" in caught.value.__notes__
+    assert any(
+        frame.name == "raising"
+        for frame in traceback.extract_tb((caught.value.__cause__ or caught.value).__traceback__)
+    )

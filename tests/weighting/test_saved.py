@@ -112,3 +112,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: is damaged, or no file of safetensors \("):
         load_weight_policy(tmp_path, policy, NAMES)
+
+
+def test_a_file_without_a_tensor_is_named(tmp_path: Path) -> None:
+    policy = trained(ENTRIES[0])
+    save_weight_policy(tmp_path, policy, NAMES)
+    save_pretrained(policy, tmp_path)
+    for name in (WEIGHTS_FILE, TENSORS_FILE):
+        file = tmp_path / name
+        file.write_bytes(file.read_bytes().replace(b'"statistics.count"', b'"statistics.coun_"'))
+    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: .*{WEIGHTS_FILE}: .*statistics.count: missing"):
+        load_weight_policy(tmp_path, policy, NAMES)
+    with pytest.raises(ValueError, match=rf"^.*{TENSORS_FILE}: .*statistics.count: missing"):
+        from_pretrained(tmp_path)
