@@ -230,7 +230,7 @@ MAESTRO_INLINE void choose(const double* p, const double* logs, const ConductorH
   Double4 information = splat(0.0);
   for (std::int64_t k = 0; k < K; k += 4) {
     const Double4 value = load4(p + k);
-    information += value > 0.0 ? value * load4(logs + k) : splat(0.0);
+    information += value != 0.0 ? value * load4(logs + k) : splat(0.0);  // NaN stays
   }
   out.actions[row] = action;
   out.log_probs[row] = static_cast<float>(logs[action]);

@@ -177,8 +177,8 @@ def _d_logits(responses, objective, n_R, K: tl.constexpr, KP: tl.constexpr):
     e_RK = tl.exp(z_RK - tl.max(z_RK, 1)[:, None])
     q_RK = tl.div_rn(e_RK, tl.sum(e_RK, 1)[:, None] + tl.zeros_like(e_RK))
     p_RK = tl.where((k < K)[None, :], objective.span * q_RK + objective.floor, 0.0)
-    # Without a floor p may be 0, where log p has no finite derivative. There p counts as 1, and its slope as 0.
-    possible_RK = p_RK > 0
+    # Without a floor p may be 0, where log p has no finite derivative. There p counts as 1, its slope as 0. NaN stays.
+    possible_RK = p_RK != 0
     p_RK = tl.where(possible_RK, p_RK, 1.0)
     log_RK = tl.log(p_RK)
     # The first term of J, and of dJ/dp, is that of the meta-rewards.

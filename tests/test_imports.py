@@ -17,7 +17,7 @@ LAYERS = [
     {"specs"},
     {"kernels", "_C"},
     {"ops"},
-    {"records", "settings", "functions", "peer_names", "manifest"},
+    {"records", "settings", "functions", "peer_names", "manifest", "pickles"},
     {"model_path", "error_report"},
     {"config_file"},
     {"model", "rewards", "weighting"},

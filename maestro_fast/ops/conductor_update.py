@@ -202,7 +202,7 @@ def logit_gradient(logits_NK: Tensor, batch: ConductorBatch, config: ConductorUp
     span = 1.0 - logits_NK.shape[-1] * config.min_prob
     q_NK = (logits_NK / config.tau).softmax(-1)
     p_NK = span * q_NK + config.min_prob
-    possible_NK = p_NK > 0  # without a floor p may be 0, where nothing has a finite derivative
+    possible_NK = p_NK != 0  # without a floor p may be 0, where nothing has a finite derivative
     log_NK = torch.where(possible_NK, p_NK, 1.0).log()
     meta = batch.meta.to(p_NK.dtype)
     if batch.actions is None:

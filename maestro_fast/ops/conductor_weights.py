@@ -159,7 +159,7 @@ def _reference(h: Tensor, params: ConductorParams, choice: ConductorChoice) -> C
         actions = _inverse_cdf(probs.detach(), u)
         equal = (1.0 - choice.alpha) / params.num_rewards
         weights = equal + choice.alpha * functional.one_hot(actions, params.num_rewards).to(probs.dtype)
-    possible = probs > 0  # without a floor a probability may be 0, where log has no finite derivative
+    possible = probs != 0  # without a floor a probability may be 0, where log has no finite derivative
     log = torch.where(possible, torch.where(possible, probs, 1.0).log(), float("-inf"))
     entropy = -torch.where(possible, probs * torch.where(possible, log, 0.0), 0.0).sum(-1)
     return ConductorSample(weights, actions, log.gather(1, actions[:, None])[:, 0], entropy, probs)

@@ -245,3 +245,13 @@ def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception
     arguments = {"h": torch.ones(2, D), **{name: x for name, x in changes.items() if name not in of_params}}
     with pytest.raises(error, match=message):
         conductor_weights(params=params, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_parameter_that_is_not_finite_leaves_no_number(backend: Any) -> None:
+    """An entropy of 0 would say that the choice is certain."""
+    params = ConductorParams(torch.zeros(5), torch.ones(5), torch.zeros(2, 5), torch.tensor([0.0, math.nan]))
+    sample = conductor_weights(
+        torch.ones(3, 5), params, tau=1.0, min_prob=0.05, alpha=0.4, mode="soft", seed=1, step=0, backend=backend
+    )
+    assert sample.probs.isnan().all() and sample.entropy.isnan().all() and sample.weights.isnan().all()

@@ -80,6 +80,7 @@ def test_bf16_under_fsdp_is_as_near_to_float32_as_under_ddp(found: list[dict[str
     assert 0.0 < error("fsdp") < 2.0 * error("ddp")
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_by_bit_and_saves_a_whole_policy(checkpoints: Path, tmp_path: Path) -> None:
     ranks = run(checkpoints, tmp_path / "out", "resume")
     for state in STATES:
