@@ -1,6 +1,6 @@
 """What a step of our trainer costs beside its forwards, on many GPUs: formulas, and a table for 8B and 70B models.
 
-    python -m bench.scale                   prints the tables of bench/SCALE.md
+    python -m bench.scale                   prints the table of bench/SCALE.md
     python -m bench.scale --measure DIR     checks the formulas with 1, 2 and 4 processes on this machine's CPU
 
 Symbols, all for one generation batch:
@@ -16,8 +16,8 @@ process gives. ``bench/scale_processes.py`` counts the calls of a real run and c
 are all-gathers, so each process receives (R - 1) times what one gives; objects are pickled, come with 8 bytes of
 length from each process, and are padded to the longest.
 
-The time of a call is alpha(R) + (bytes received) / beta, with alpha and beta of ``Link``. For objects every process
-also unpickles R objects, which takes ``UNPICKLE`` seconds each and the time of their bytes.
+The time of a call is that of ``Link``: alpha(R) + (bytes received) / rate. For objects there is a call for the lengths
+before it, and every process unpickles R objects, which takes ``unpickle`` seconds each and the time of their text.
 """
 
 from __future__ import annotations

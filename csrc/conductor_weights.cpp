@@ -233,7 +233,7 @@ MAESTRO_INLINE void choose(const double* p, const double* logs, const ConductorH
     information += value != 0.0 ? value * load4(logs + k) : splat(0.0);  // NaN stays
   }
   out.actions[row] = action;
-  out.log_probs[row] = static_cast<float>(logs[action]);
+  out.log_probs[row] = static_cast<float>(p[action] == p[action] ? logs[action] : p[action]);  // NaN stays
   out.entropy[row] = static_cast<float>(-sum(information));
 }
 

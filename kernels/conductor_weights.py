@@ -284,8 +284,8 @@ def decide(z_RK, b_R, inside_R, bias_ptr, out, draw, K: tl.constexpr, SOFT: tl.c
             a_R += (u_R >= total_R).to(tl.int32)
     chosen_RK = k[None, :] == a_R[:, None]
     # Without a floor a probability may be 0. Its logarithm is -inf if it was chosen, and counts as 0 in the entropy.
-    log_RK = tl.log(tl.where(p_RK > 0, p_RK, 1.0))
-    log_R = tl.sum(tl.where(chosen_RK, tl.where(p_RK > 0, log_RK, float("-inf")), 0.0), 1)
+    log_RK = tl.log(tl.where(p_RK != 0, p_RK, 1.0))
+    log_R = tl.sum(tl.where(chosen_RK, tl.where(p_RK != 0, log_RK, float("-inf")), 0.0), 1)
     w_RK = p_RK if SOFT else draw.equal + tl.where(chosen_RK, draw.alpha, 0.0)
     mask_RK = inside_R[:, None] & (k < K)[None, :]
     place_RK = b_R[:, None] * K + k[None, :]

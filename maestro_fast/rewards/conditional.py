@@ -67,13 +67,13 @@ class Gate:
         with blame(self.on.name, role):
             condition = judge(self.on, batch)
         if not isawaitable(condition):
-            return _on_rows(self.reward, batch, self._open_rows(condition, len(batch)), self.closed)
+            return _on_rows(self.reward, batch, self._open_rows(condition, batch), self.closed)
 
         async def later() -> RewardValues:
             with blame(self.on.name, role):
                 values = await condition
             with plain_call():
-                found = _on_rows(self.reward, batch, self._open_rows(values, len(batch)), self.closed)
+                found = _on_rows(self.reward, batch, self._open_rows(values, batch), self.closed)
             return await found if isawaitable(found) else found
 
         return later()
@@ -91,8 +91,8 @@ class Gate:
         on = {f"gate/{figure}": value for figure, value in figures(self.on).items()}
         return figures(self.reward) | on
 
-    def _open_rows(self, values: RewardValues, count: int) -> list[int]:
-        column_B = column_of(self.on.name, values, count)
+    def _open_rows(self, values: RewardValues, batch: RewardBatch) -> list[int]:
+        column_B = column_of(self.on.name, values, len(batch), batch.prompts)
         # Rewards are float32, in which 0.7 is a little less than the threshold 0.7 of the config.
         threshold = column_B.new_tensor(self.threshold)
         return (column_B >= threshold).nonzero().flatten().tolist()  # not where the other one abstains with a NaN

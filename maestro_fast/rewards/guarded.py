@@ -35,7 +35,7 @@ import torch
 from maestro_fast.records import RewardBatch
 from maestro_fast.rewards.first_batches import Look, own_reason
 from maestro_fast.rewards.reward import Reward, RewardValues, column_of, figures, judge, uncancelled
-from maestro_fast.rewards.whereabouts import prompts_of_call, prompts_of_error, whereabouts, with_prompts
+from maestro_fast.rewards.whereabouts import own_frame, prompts_of_call, prompts_of_error, whereabouts, with_prompts
 
 OnError = Literal["stop", "abstain"]
 MOST_HANGING = 4  # calls of one reward that may go on behind their deadlines
@@ -120,9 +120,10 @@ class Guarded:
         if self._thread is None or not self._thread.is_alive():
             self._thread = _CallThread(f"reward {self.name}")
         call, thread = self._thread.submit(lambda: self.reward(own)), self._thread.ident
-        ended = False
+        ended, frame = False, None
         try:
             ended = bool(wait([call], timeout).done)
+            frame = None if ended else sys._current_frames().get(thread)
         finally:
             if not ended:  # It is late, or a signal has ended the wait. The next call gets another thread.
                 self._thread.finish()
@@ -130,7 +131,7 @@ class Guarded:
                 self._hanging.append(call.done)
                 call.add_done_callback(_drop)
         if not ended:
-            raise self._too_late(batch, sys._current_frames().get(thread))
+            raise self._too_late(batch, frame)
         values: RewardValues | Awaitable[RewardValues] = call.result()
         return values
 
@@ -149,12 +150,12 @@ class Guarded:
         raise self._too_late(batch, stack[-1] if stack else None)
 
     def _too_late(self, batch: RewardBatch, frame: FrameType | None) -> RewardTimeoutError:
-        """The error of a call that still goes on; ``frame`` is where."""
+        """The error of a call that still goes on; ``frame`` is where, and the user's own line there is told."""
         words = f"reward {self.name!r}: was not back within {self.timeout:g} s for {len(batch)} responses"
         error = with_prompts(RewardTimeoutError(words), prompts_of_call(batch, frame))
-        if frame is not None:
-            code = frame.f_code
-            error.add_note(f"it is in {code.co_name}, line {frame.f_lineno} of {code.co_filename}")
+        if (own := own_frame(frame)) is not None:
+            code = own.f_code
+            error.add_note(f"it is in {code.co_name}, line {own.f_lineno} of {code.co_filename}")
         return error
 
     def _checked(self, values: RewardValues, batch: RewardBatch) -> RewardValues:

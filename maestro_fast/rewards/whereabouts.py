@@ -7,6 +7,8 @@ is looked for. Otherwise all prompts of the batch are named, or the first of the
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,7 +17,8 @@ from typing import Any, TypeVar
 from maestro_fast.records import RewardBatch, Text, plain_text
 
 E = TypeVar("E", bound=BaseException)
-_PACKAGE = str(Path(__file__).parent.parent)
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+_NOT_OWN = (_PACKAGE, "<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 _NAMED = "prompts_at_fault"  # the attribute of an error that knows them
 _PROMPTS = 4  # the number of prompts that a message names
 _LONGEST = 60  # characters of each
@@ -52,8 +55,7 @@ def prompts_of_error(batch: RewardBatch, error: BaseException) -> list[Text]:
     """
     if _NAMED in vars(error):
         return list(vars(error)[_NAMED])
-    frames = [frame for frame in _frames(error.__traceback__) if not frame.f_code.co_filename.startswith(_PACKAGE)]
-    return _prompts_in(batch, reversed(frames))
+    return _prompts_in(batch, reversed([*_frames(error.__traceback__)]))
 
 
 def with_prompts(error: E, prompts: Sequence[Text]) -> E:
@@ -67,12 +69,19 @@ def prompts_of_call(batch: RewardBatch, frame: FrameType | None) -> list[Text]:
     return _prompts_in(batch, _outwards(frame))
 
 
+def own_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of code that is neither ours nor of an installed package, from ``frame`` outwards."""
+    return next((each for each in _outwards(frame) if not each.f_code.co_filename.startswith(_NOT_OWN)), None)
+
+
 def _prompts_in(batch: RewardBatch, frames: Iterator[FrameType]) -> list[Text]:
     """The prompts of the rows whose texts are variables of the innermost of the frames that holds any of them.
 
     A frame that holds a completion alone, or a prompt alone, names the rows that have it.
     """
     for frame in frames:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            continue
         held = [value for value in frame.f_locals.values() if type(value) in (str, list, dict) and value]
         completions, prompts = _rows_with(batch.completions, held), _rows_with(batch.prompts, held)
         if found := completions & prompts or completions or prompts:

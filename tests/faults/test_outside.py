@@ -58,7 +58,7 @@ def test_a_run_whose_engine_dies_goes_on_with_another(raw: dict[str, Any], monke
 @pytest.fixture
 def judged(raw: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     judge = {"type": "judge", "name": "quality", "model": "m", "cache": f"{tmp_path}/answers.sqlite"}
-    raw["rewards"] = [judge | {"request_timeout": 2.0, "retries": 0}, *raw["rewards"]]
+    raw["rewards"] = [judge | {"request_timeout": 5.0, "retries": 0}, *raw["rewards"]]
     return raw
 
 
@@ -76,7 +76,7 @@ def test_a_judge_that_never_answers_stops_the_run(judged: dict[str, Any]) -> Non
             recorded_train(judged)
     said = told(caught.value)
     assert f"reward 'quality': the judge 'm' at {judged['rewards'][0]['url']} answered none of the 16 questions" in said
-    assert "no answer within 2 s" in said and "among the responses to 'Name colour" in said and names_step(said, 2)
+    assert "no answer within 5 s" in said and "among the responses to 'Name colour" in said and names_step(said, 2)
     assert "The run as it was after step 1 is in" in said
 
     with serving(lambda body: "Score: 5") as server:
@@ -103,4 +103,4 @@ def test_a_response_that_the_judge_is_late_with_abstains(
     (row,) = [row for row in rollouts(judged, 2) if row["rewards"]["quality"] is None]
     assert row["prompt"] in late[0] and row["advantage"] == row["advantage"]
     assert f"reward 'quality': the judge 'm' at {server.url}, in " in said and names_step(said, 2)
-    assert f"at a response to {row['prompt']!r}: no answer within 2 s" in said
+    assert f"at a response to {row['prompt']!r}: no answer within 5 s" in said

@@ -210,10 +210,9 @@ def damage(rng: random.Random, checkpoint: Checkpoint) -> tuple[Path, str, bool]
         _write(folder / name, other.read_bytes())
         words = f"{name} of {other.parent.parent.name}/{other.parent.name}"
     elif how < 0.2:
-        (folder / rng.choice(["extra.json", "extra.safetensors", "optimizer.bin.old", "x/y.txt"])).parent.mkdir(
-            exist_ok=True
-        )
-        (folder / "extra.json").write_bytes(b"{")
+        extra = folder / rng.choice(["extra.json", "extra.safetensors", "optimizer.bin.old", "x/y.txt"])
+        extra.parent.mkdir(exist_ok=True)
+        extra.write_bytes(b"{")
         words = "a file more"
     else:
         words = rng.choice(_DAMAGE)(rng, folder / name)

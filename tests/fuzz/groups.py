@@ -299,7 +299,7 @@ def _counterfactual(rng: random.Random, batch: Batch, profile: AdvantageProfile,
 
 
 def _poisoned(rng: random.Random, batch: Batch, profile: AdvantageProfile, groups: Any, backend: Any) -> Any:
-    """A NaN weight leaves all groups as they are but its own, in which everything is NaN or 0."""
+    """A NaN weight leaves all groups as they are but its own."""
     given = _arguments(batch, profile, groups)
     before = ops.group_advantages(**given, backend=backend).advantages
     row = rng.randrange(len(batch.ids))

@@ -255,3 +255,4 @@ def test_a_parameter_that_is_not_finite_leaves_no_number(backend: Any) -> None:
         torch.ones(3, 5), params, tau=1.0, min_prob=0.05, alpha=0.4, mode="soft", seed=1, step=0, backend=backend
     )
     assert sample.probs.isnan().all() and sample.entropy.isnan().all() and sample.weights.isnan().all()
+    assert sample.log_probs.isnan().all()

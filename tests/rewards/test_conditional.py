@@ -283,7 +283,9 @@ def test_an_anchor_that_reads_entropies_is_refused() -> None:
         build_anchor("entropy")
 
 
-@pytest.mark.parametrize("value", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, b"12", iter([1.0, 2.0]), None], ids=repr)
+@pytest.mark.parametrize(
+    "value", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, b"12", iter([1.0, 2.0]), None], ids=lambda x: type(x).__name__
+)
 def test_a_masked_reward_returns_what_any_other_may(value: Any, make_batch: MakeBatch) -> None:
     """The keys of a dict and the bytes of a text were taken for rewards behind a mask alone."""
     reward = Where(FunctionReward(lambda completions: value, "mine"), "flag")
