@@ -54,3 +54,45 @@ def test_damaged_shards_are_named(shards: Path, name: str) -> None:
     (shards / name).write_bytes((shards / name).read_bytes()[:40])
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*optimizer_0/\.metadata (is damaged|holds more)"):
         check_pickles(shards.parent)
+
+
+CLASS_CHANGED = (
+    b"ctorch.distributed.checkpoint.metadata\nStorageMeta\n"  # a class that an index may name,
+    b"N}X\x05\x00\x00\x00itemsctorch\nSize\ns\x86b"  # an attribute of it set to another,
+    b"0"  # and both dropped
+)
+
+
+def test_an_index_that_changes_a_class_is_refused(shards: Path) -> None:
+    """torch's own unpickler would set the attribute, and its code would then call what the file names."""
+    file = shards / ".metadata"
+    written = file.read_bytes()
+    assert written[:1] == b"\x80", "no protocol at the beginning: this shows nothing"
+    file.write_bytes(written[:2] + CLASS_CHANGED + written[2:])
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*/\.metadata is damaged: .*__setstate__"):
+        check_pickles(shards.parent)
+
+
+def test_an_index_of_one_process_is_refused(shards: Path, tmp_path: Path) -> None:
+    """torch.distributed reads it where there is no other."""
+    (shards / "__0.metadata").write_bytes(pickle.dumps(Payload(tmp_path / "trace")))
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*/__0\.metadata holds more than tensors"):
+        check_pickles(shards.parent)
+    (shards / "__0.metadata").unlink()
+    (shards / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*optimizer_0 holds no \.metadata"):
+        check_pickles(shards.parent)
+
+
+def test_a_link_is_refused(shards: Path, tmp_path: Path) -> None:
+    """What it leads to would be loaded, wherever that is."""
+    shards.rename(tmp_path / "elsewhere")
+    shards.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*optimizer_0 is a link"):
+        check_pickles(shards.parent)
+
+
+def test_whatever_a_damaged_file_raises_it_is_named(shards: Path) -> None:
+    (shards.parent / "scheduler.pt").write_bytes(b"J\x01")
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*scheduler\.pt is damaged"):
+        check_pickles(shards.parent)

@@ -39,7 +39,7 @@ def check_sharding(accelerator: Accelerator, where: str = "trainer.") -> None:
     """
     state = accelerator.state
     asked = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1  # accelerate's launcher and plugin set it.
-    if asked and not is_sharded(accelerator):
+    if asked and not is_sharded(accelerator) and accelerator.num_processes > 1:
         raise ValueError(
             f"{where}fsdp: accelerate shards over GPUs alone, on {accelerator.device.type} it would train with "
             f"{accelerator.num_processes} whole copies; expected GPUs, or no fsdp"
@@ -79,6 +79,11 @@ def sharded_again(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+        reshard(model)
+
+
+def reshard(model: Any) -> None:
+    """Lets a sharded model hold its own shards alone. No backward may be pending."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()

@@ -269,7 +269,7 @@ def cut_order(plan: BatchPlan, order: list[int], live_B: Tensor) -> list[list[in
 
     They are dealt in order and as evenly as they go. Responses that are left out of the loss need no forward, so they
     stand in no micro-batch. Whole groups stay together where an update, or a micro-batch, of the full batch holds whole
-    groups. So it does not depend on the size of the micro-batches what an update trains on. A process makes as many
+    groups. So what an update trains on does not depend on the size of the micro-batches. A process makes as many
     forwards as the others, so a micro-batch that would be empty gets a response that is left out.
 
     Args:

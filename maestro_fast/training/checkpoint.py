@@ -145,6 +145,8 @@ def check_resumed(resumed: str | bool | None, args: TrainingArguments, processes
             problem = str(error)
         except OSError as error:  # The others would wait for this process, were it to end here.
             problem = f"resume_from_checkpoint: {error.filename or folder} cannot be read: {error.strerror}"
+        except Exception as error:
+            problem = f"resume_from_checkpoint: {folder} cannot be read: {type(error).__name__}: {error}"
     for words in filter(None, processes.gather_objects([problem])):
         raise ValueError(words)
 

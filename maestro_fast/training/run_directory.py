@@ -5,8 +5,8 @@ Whatever kills the run, the last ``checkpoint-*`` is complete; older ones are de
 replaced waits under ``.old-<name>`` until its successor is in place. If the run dies in between, ``recover`` puts the
 old folder back. One that is deleted is renamed to ``.gone-<name>`` before, so that no part of it stays under its name.
 
-A disk that is full or read-only is said in a sentence that names the folder: at the start, before a model is loaded,
-and whenever a checkpoint is written. Part of a checkpoint is then deleted, so its room is free for what comes next.
+A disk that is full or read-only is reported in a sentence that names the folder: at the start, before a model is
+loaded, and whenever a checkpoint is written. Part of a checkpoint is then deleted, at the latest when the run goes on.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def check_room(run_dir: Path, model: nn.Module, args: TrainingArguments) -> None
     each = policy + (2 * trained if saves and "adam" in optim and "bit" not in optim else 0)
     there, free = len(sort_checkpoints(str(run_dir))), shutil.disk_usage(run_dir).free
     planned = int(args.max_steps / steps) if args.save_strategy == SaveStrategy.STEPS and steps >= 1 else 1
+    if args.max_steps < 1 and args.save_total_limit is not None:  # The steps follow from the data.
+        planned = args.save_total_limit + 1
     if args.save_total_limit is not None and args.save_total_limit > 0:
         planned = min(planned, args.save_total_limit + 1)  # The oldest one goes when the newest stands.
     wanted = max(1, planned - there) if saves else 1
@@ -113,7 +115,14 @@ def check_room(run_dir: Path, model: nn.Module, args: TrainingArguments) -> None
 def _claim(path: Path, resume: bool, stack: contextlib.ExitStack) -> None:
     if resume and not path.is_dir():
         raise SettingsError(f"run_dir: {path} holds no checkpoint to resume from")
-    _prove_writable(path)
+    try:
+        _prove_writable(path)
+    except SettingsError:
+        if not (path / STAGING).is_dir():
+            raise
+        with locked(path, "run_dir"):  # What a failed save has left may be what fills the disk.
+            shutil.rmtree(path / STAGING, ignore_errors=True)
+        _prove_writable(path)
     stack.enter_context(locked(path, "run_dir"))
     recover(path)
     if resume and get_last_checkpoint(str(path)) is None:
@@ -196,7 +205,7 @@ def staged(run_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
     """Gives a folder in which all processes write.
 
     When the context closes without an error, everything in that folder moves to ``run_dir`` and replaces what has the
-    same name there. With an error, nothing of it stays.
+    same name there. With an error, nothing of it stays in a run of one process; with several, others may still write.
 
     Raises:
         WriteError: something could not be written, for example because the disk is full.

@@ -385,7 +385,9 @@ class MaestroTrainer(Trainer):
         if not saves_shards(self.accelerator):
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:  # Not every transformers asks this itself.
+                self._save(output_dir, state_dict=state)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
@@ -417,8 +419,9 @@ class MaestroTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Loads the weight policy of the best checkpoint, too, because the two were trained together."""
         self.learn()  # The weight policy that made the last outcome has to learn from it before it is replaced.
-        super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
+        check_resumed(self.state.best_model_checkpoint, self.args, self.step.processes)
+        super()._load_best_model()
         self.checkpoints.load_weights(Path(self.state.best_model_checkpoint))
 
     def restore_step(self) -> None:

@@ -27,6 +27,7 @@ from maestro_fast.generation import Engine, Generator, ProbeConfig, SamplingConf
 from maestro_fast.generation.shared_process import TorchSettings
 from maestro_fast.model.head import causal_lm, whole
 from maestro_fast.model.rows import Sequences
+from maestro_fast.model.sharding import reshard
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.settings import SettingsError
 from maestro_fast.training.metrics import StageClock
@@ -217,6 +218,7 @@ class SyncedGenerator:
                 self._lock.notify_all()
 
     def _sync(self, model: nn.Module) -> dict[str, float]:
+        reshard(model)  # A forward without a backward has left some weights gathered, and rounded in mixed precision.
         current = fingerprint(model)
         if current != self._sent:
             self._lock.wait_for(lambda: self._ahead == 0)

@@ -158,7 +158,7 @@ def check_sharded_head(trainer: Any) -> None:
     """
     if not hasattr(trl.trainer.utils, "add_fused_lm_head"):  # Older versions call the head.
         return
-    head = causal_lm(trainer.model).get_output_embeddings()
+    head = causal_lm(trainer.model).get_output_embeddings() if keeps_logits(trainer.model) else None
     if head is not None and head.weight.requires_grad and _sharded_head(trainer.model)[0]:
         raise ValueError(
             "fsdp_config: it makes the output head an FSDP unit of its own, expected transformer layers alone in "
