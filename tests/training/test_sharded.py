@@ -122,7 +122,7 @@ class Plugin:
         (
             "MULTI_CPU",
             {},
-            r"trainer\.fsdp: accelerate shards over GPUs alone, on cpu it would train with 1 whole copies",
+            r"trainer\.fsdp: accelerate shards over GPUs alone, on cpu it would train with 2 whole copies",
         ),
         ("DEEPSPEED", {"deepspeed_plugin": Plugin(zero_stage=3)}, r"trainer\.deepspeed: ZeRO stage 3, .* expected"),
     ],
@@ -135,7 +135,7 @@ def test_what_cannot_be_sharded_is_refused_at_the_start(
     check_sharding(accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(kind == "MULTI_CPU"))
     state = SimpleNamespace(
-        distributed_type=DistributedType[kind], device=torch.device("cpu"), num_processes=1, **plugins
+        distributed_type=DistributedType[kind], device=torch.device("cpu"), num_processes=2, **plugins
     )
     monkeypatch.setattr(accelerator, "state", state)
     with pytest.raises(ValueError, match=words):
