@@ -274,7 +274,7 @@ def test_responses_that_a_server_took_with_it_are_sampled_anew(
     monkeypatch.setattr(AheadEngine, "__init__", mortal)
     with pytest.raises(ConnectionError) as caught:
         recorded_train(raw_config)
-    assert "The run as it was after step 2 is in " in caught.value.__notes__[0]
+    assert "The run as it was after step 2 is in " in caught.value.__notes__[-1]
     recorded_train(raw_config, resume=True)
     words = "batch 2 is sampled anew, by the policy as it is now, because the run was saved without its responses: "
     assert words + "ConnectionError: the server is gone" in caplog.text

@@ -41,6 +41,7 @@ def found(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return run(checkpoints, tmp_path_factory.mktemp("sharded") / "out", "equal")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [name for name in CASES if name != "bf16"])
 def test_fsdp_trains_as_ddp_does(found: list[dict[str, Any]], case: str) -> None:
     """Two processes add up two gradients, in whatever order, so only the rounding inside a kernel may differ."""
@@ -62,6 +63,7 @@ def test_fsdp_trains_as_ddp_does(found: list[dict[str, Any]], case: str) -> None
         assert torch.equal(found[1][f"fsdp: {case}"]["conductor"][name], value), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_each_process_holds_half_of_the_policy_and_of_its_reference(found: list[dict[str, Any]], case: str) -> None:
     assert found[0][f"ddp: {case}"]["share"] == 1.0 and found[0][f"fsdp: {case}"]["share"] == 0.5
@@ -69,6 +71,7 @@ def test_each_process_holds_half_of_the_policy_and_of_its_reference(found: list[
     assert (f"reference: {case}" in found[0]) == ("lora" not in case)
 
 
+@pytest.mark.long
 def test_bf16_under_fsdp_is_as_near_to_float32_as_under_ddp(found: list[dict[str, Any]]) -> None:
     exact = found[0]["ddp: full weights"]["policy"]
 

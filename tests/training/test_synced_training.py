@@ -114,7 +114,7 @@ def test_a_stale_engine_ends_the_run_with_a_checkpoint(
     with pytest.raises(StaleWeightsError) as caught:
         recorded_train(raw_config)
     assert engines[0].calls[-1] == "close"
-    assert "mend the cause and go on with --resume" in caught.value.__notes__[0]
+    assert "mend the cause and go on with --resume" in caught.value.__notes__[-1]
     monkeypatch.undo()
     monkeypatch.setattr("maestro_fast.training.run.check_generation", lambda *args: None)
     monkeypatch.setattr(

@@ -19,6 +19,7 @@ from maestro_fast.training import parse_config, train
 from maestro_fast.training.weight_sync import SyncedGenerator
 from tests.generation.helpers import recomputed
 from tests.training.test_checkpoint import killed_and_resumed
+from tests.training.test_distributed import launch
 from tests.vllm_serving import Serving
 
 pytestmark = [pytest.mark.vllm]
@@ -112,3 +113,20 @@ def test_the_next_batch_is_sampled_ahead_and_a_killed_run_trains_on_what_it_had(
         assert gaps[0] < 1e-4 < min(gaps[1:]) and all(line["sync/probe_max"] < 1e-3 for line in lines)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (Path(raw["run_dir"]) / name).read_bytes() == (Path(whole["run_dir"]) / name).read_bytes()
+
+
+def test_two_processes_that_share_a_policy_send_it_whole(raw: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2: each process holds half of the policy, and the server samples with all of it, step by step."""
+    raw["weights"] = {"type": "conductor", "period": 1}
+    raw["trainer"] |= {"max_steps": 3, "save_steps": 3, "fsdp": True, "fsdp_config": {"version": 2}}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(raw), encoding="utf-8")
+    launch(2, config, tmp_path / "out", "configured", script="sharded_processes.py", timeout=400)
+    ranks = [torch.load(tmp_path / "out" / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    lines = [line for line in ranks[0]["logs"] if "sync/probe_max" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3] and max(line["sync/probe_max"] for line in lines) < 1e-3
+    assert max(line["sampling/logprob_gap_max"] for line in lines) < 1e-2
+    final = load_file(Path(raw["run_dir"]) / "final" / "model.safetensors")
+    for rank in ranks:
+        for name, tensor in final.items():
+            assert torch.equal(rank["policy"][name], tensor), name
