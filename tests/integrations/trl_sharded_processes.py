@@ -18,11 +18,8 @@ from trl import GRPOConfig
 from maestro_fast.weighting import build_weight_policy
 from tests.cpu_sharding import shard_on_cpu
 from tests.integrations.trl_two_processes import (
-    CHECKPOINTING,
-    GROUP,
-    GROUPS,
-    PROCESSES,
     RANK,
+    SETTINGS,
     Recording,
     brevity,
     generate,
@@ -59,23 +56,12 @@ def train(
     GradientState._reset_state()
     args = GRPOConfig(
         str(run),
-        per_device_train_batch_size=GROUP // PROCESSES,
-        steps_per_generation=GROUPS,
-        gradient_accumulation_steps=GROUPS,
         num_iterations=iterations,
-        num_generations=GROUP,
-        max_completion_length=9,
         max_grad_norm=0.0,  # Clipping would hide a gradient that is too large everywhere.
-        lr_scheduler_type="constant",
-        loss_type="grpo",
-        report_to="none",
         save_strategy="steps" if "save_steps" in settings else "no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
         fsdp=fsdp is not None,
         fsdp_config=None if fsdp is None else dict(fsdp),
-        **{CHECKPOINTING: False, "learning_rate": 0.05, "optim": "sgd", "max_steps": 2} | settings,
+        **SETTINGS | {"learning_rate": 0.05, "optim": "sgd", "max_steps": 2} | settings,
     )
     torch.manual_seed(RANK)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -53,28 +53,38 @@ def brevity(completion_ids: list[list[int]], **columns: object) -> list[float | 
     return [None if sum(ids) % 7 == 0 else -float(len(ids)) for ids in completion_ids]
 
 
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+SETTINGS: dict[str, Any] = {  # of every run in two processes
+    "per_device_train_batch_size": GROUP // PROCESSES,
+    "steps_per_generation": GROUPS,
+    "gradient_accumulation_steps": GROUPS,
+    "num_generations": GROUP,
+    "max_completion_length": 9,
+    "lr_scheduler_type": "constant",
+    "loss_type": "grpo",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    CHECKPOINTING: False,
+}
+
+
 def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -> None:
     """Trains. With two ``iterations`` TRL scores old log-probs, and the hidden states come from that forward."""
     args = GRPOConfig(
         str(out / "run"),
-        per_device_train_batch_size=GROUP // PROCESSES,
-        steps_per_generation=GROUPS,
-        gradient_accumulation_steps=GROUPS,
         num_iterations=iterations,
-        num_generations=GROUP,
-        max_completion_length=9,
         max_steps=4,
         logging_steps=1,
         learning_rate=0.05,
         optim="sgd",
-        lr_scheduler_type="constant",
-        loss_type="grpo",
-        report_to="none",
         save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **{CHECKPOINTING: False},
+        **SETTINGS,
     )
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     type(model).generate = generate
@@ -110,12 +120,6 @@ def main(checkpoint: str, out: Path, iterations: int, profile: str, loss: Any) -
     }
     torch.save(result, out / f"rank{RANK}.pt")
 
-
-CHECKPOINTING = (
-    "activation_checkpointing"
-    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    else "gradient_checkpointing"
-)
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -27,9 +27,7 @@ from maestro_fast.weighting.policy import ContextKind, WeightContext, check_shap
 from maestro_fast.weighting.utilities import labelled_groups, standardised_utilities
 
 VARIANCE_EPS = 4e-4  # It is added to the variance of the contexts, so that dimensions that hardly vary stay small.
-CAPACITY = (
-    4096  # groups; with d = 4096 they take at most 65 MiB, as much in every checkpoint, and seconds to learn from
-)
+CAPACITY = 4096  # The most groups that are held; with d = 4096 they take 65 MiB, and as much in every checkpoint.
 CLIP = 4.0  # The bound of standardised contexts: a prompt unlike all others gets no extreme weights.
 
 # The hidden state of the prompt that is read. "none" reads no state: what is learnt is the same for every prompt.
