@@ -8,6 +8,7 @@
 #include "conductor_weights.hpp"
 #include "counterfactual_advantages.hpp"
 #include "group_advantages.hpp"
+#include "head_rows.hpp"
 #include "number_keys.hpp"
 #include "pack_sequences.hpp"
 #include "token_mask.hpp"
@@ -68,6 +69,20 @@ void conductor_weights(Address h, bool bfloat16, std::int64_t batch, std::int64_
                         {tau, min_prob, alpha, soft, seed, step, offset}, out, threads);
 }
 
+mf::LogitRows logit_rows(Address x, std::int64_t rows, std::int64_t columns, std::int64_t stride, Address targets) {
+  return {pointer<float>(x), rows, columns, stride, pointer<const std::int64_t>(targets)};
+}
+
+mf::HeadNumbers head_numbers(Address bias, double scale, double softcap, double temperature,
+                             std::int64_t ignore_index) {
+  return {pointer<const float>(bias), static_cast<float>(scale), static_cast<float>(softcap),
+          static_cast<float>(temperature), ignore_index};
+}
+
+mf::RowStatistics row_statistics(Address logprobs, Address peaks, Address totals, Address entropies) {
+  return {pointer<float>(logprobs), pointer<float>(peaks), pointer<float>(totals), pointer<float>(entropies)};
+}
+
 // Reads the texts of a list of str; they live as long as the list and its strings. Returns whether there is nothing else
 // in the list.
 bool read_texts(const py::list& keys, std::vector<std::string_view>& found) {
@@ -98,6 +113,23 @@ PYBIND11_MODULE(_C, module) {
       }));
   module.def("group_advantages", &group_advantages, without_gil());
   module.def("conductor_weights", &conductor_weights, without_gil());
+  py::class_<mf::LogitRows>(module, "LogitRows").def(py::init(&logit_rows));
+  py::class_<mf::HeadNumbers>(module, "HeadNumbers").def(py::init(&head_numbers));
+  module.def(
+      "row_statistics",
+      [](const mf::LogitRows& logits, const mf::HeadNumbers& head, Address logprobs, Address peaks, Address totals,
+         Address entropies, int threads) {
+        mf::row_statistics(logits, head, row_statistics(logprobs, peaks, totals, entropies), threads);
+      },
+      without_gil());
+  module.def(
+      "dlogits",
+      [](const mf::LogitRows& logits, const mf::HeadNumbers& head, Address peaks, Address totals, Address entropies,
+         Address dlogprobs, Address dentropies, int threads) {
+        mf::dlogits(logits, head, row_statistics(0, peaks, totals, entropies),
+                    {pointer<const float>(dlogprobs), pointer<const float>(dentropies)}, threads);
+      },
+      without_gil());
   module.def("counterfactual_advantages", &counterfactual_advantages, without_gil());
   module.def(
       "balance_sequences",

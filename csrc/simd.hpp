@@ -24,6 +24,8 @@ typedef float Float8 __attribute__((vector_size(32)));
 typedef std::uint16_t Half8 __attribute__((vector_size(16)));
 typedef std::uint32_t Word8 __attribute__((vector_size(32)));
 typedef std::int64_t Mask4 __attribute__((vector_size(32)));
+typedef float Float16 __attribute__((vector_size(64)));  // 16 numbers of 32 bits
+typedef std::int32_t Mask16 __attribute__((vector_size(64)));
 
 MAESTRO_INLINE Double4 splat(double x) { return Double4{x, x, x, x}; }
 
@@ -84,6 +86,7 @@ MAESTRO_INLINE Float8 load8(const float* from) {
 
 MAESTRO_INLINE void store8(float* to, Float8 x) { std::memcpy(to, &x, sizeof x); }
 
+
 MAESTRO_INLINE double sum(Float8 x) {
   return sum(Double4{x[0], x[1], x[2], x[3]}) + sum(Double4{x[4], x[5], x[6], x[7]});
 }
@@ -102,6 +105,48 @@ MAESTRO_INLINE Double4 exp4(Double4 x) {
   }
   const Mask4 scaled = (Mask4)p + ((Mask4)shifted << 52);
   return gone ? splat(0.0) : (Double4)scaled;
+}
+
+MAESTRO_INLINE Float16 load16(const float* from) {
+  Float16 x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+MAESTRO_INLINE void store16(float* to, Float16 x) { std::memcpy(to, &x, sizeof x); }
+
+MAESTRO_INLINE Float16 splat16(float x) { return Float16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+MAESTRO_INLINE Float16 max16(Float16 a, Float16 b) { return a > b ? a : b; }
+
+MAESTRO_INLINE double sum(Float16 x) {
+  return sum(Float8{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}) +
+         sum(Float8{x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]});
+}
+
+// e^x for x <= 0 with a relative error of 1e-7, and 0 below -87. A NaN stays one.
+MAESTRO_INLINE Float16 exp16(Float16 x) {
+  const float whole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Mask16 gone = x < -87.0f;
+  const Float16 held = gone ? splat16(0.0f) : x;
+  const Float16 shifted = held * 1.44269504f + whole;
+  const Float16 n = shifted - whole;
+  const Float16 r = (held - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts; n times the first is exact
+  Float16 p = splat16(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  const Mask16 scaled = (Mask16)p + ((Mask16)shifted << 23);
+  return gone ? splat16(0.0f) : (x == x ? (Float16)scaled : x);
+}
+
+// tanh x with a relative error of 2e-7; the polynomial near 0 is that of kernels/head_rows.py.
+MAESTRO_INLINE Float16 tanh16(Float16 x) {
+  const Float16 square = x * x, size = x < 0.0f ? -x : x;
+  Float16 slope = -0.00623556f * square + 0.02103968f;
+  slope = slope * square - 0.05384271f;
+  slope = slope * square + 0.13332461f;
+  slope = slope * square - 0.33333311f;
+  const Float16 small = exp16(-2.0f * size), far = 1.0f - 2.0f * small / (1.0f + small);
+  return size < 0.55f ? x * (slope * square + 1.0f) : (x < 0.0f ? -far : far);
 }
 
 // ln x for normal positive x with an error of 1e-12, and -inf for 0.

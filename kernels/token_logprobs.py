@@ -85,6 +85,16 @@ def tiles(hidden: Tensor, weight: Tensor, capability: tuple[int, int]) -> Tiles:
     return _HOPPER if capability[0] in (9, 10) and aligned else _AMPERE
 
 
+def is_faster(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether these kernels were faster than logits in memory on a device like this one.
+
+    For d = 1,024 and 4,096 they took 0.78 and 0.93 of the time on an H200, with smaller errors
+    (bench/results/gpu_second_h200.jsonl). They have not been timed on other architectures, nor with other tiles.
+    """
+    capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (0, 0)
+    return capability == (9, 0) and tiles(hidden, weight, capability) is _HOPPER
+
+
 @triton.jit
 def _product(
     x,

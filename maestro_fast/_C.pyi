@@ -116,3 +116,31 @@ def spread_over_tokens(
 
 def sum_over_tokens(values: int, rows: int, width: int, out: int, threads: int, /) -> None:
     """Writes [rows] float32; see ``ops/token_mask.py``."""
+
+class LogitRows:
+    """Logits [rows, columns] float32 at address ``x``, with targets int64 [rows]; see ``ops/head_rows.py``."""
+
+    def __init__(self, x: int, rows: int, columns: int, stride: int, targets: int, /) -> None: ...
+
+class HeadNumbers:
+    """The steps from logits to log-probs. A bias of 0 and a softcap of 0 stand for none."""
+
+    def __init__(self, bias: int, scale: float, softcap: float, temperature: float, ignore_index: int, /) -> None: ...
+
+def row_statistics(
+    logits: LogitRows, head: HeadNumbers, logprobs: int, peaks: int, totals: int, entropies: int, threads: int, /
+) -> None:
+    """Writes float32 [rows] each; ``entropies`` may be 0."""
+
+def dlogits(
+    logits: LogitRows,
+    head: HeadNumbers,
+    peaks: int,
+    totals: int,
+    entropies: int,
+    dlogprobs: int,
+    dentropies: int,
+    threads: int,
+    /,
+) -> None:
+    """Overwrites the logits with their gradient; ``dentropies`` may be 0, and then ``entropies`` is not read."""

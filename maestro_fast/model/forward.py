@@ -24,6 +24,7 @@ from maestro_fast.model.prefix_tree import prompt_families
 from maestro_fast.model.rows import Rows, Sequences
 from maestro_fast.model.shared_attention import shared_inputs
 from maestro_fast.ops import token_logprobs
+from maestro_fast.ops.token_logprobs import Strategy
 from maestro_fast.records import PolicyOutputs
 from maestro_fast.specs import EntropyMode
 
@@ -112,12 +113,21 @@ def implementation_of(model: nn.Module) -> str:
 
 
 def completion_logprobs(
-    hidden: HiddenStates, head: LanguageHead, temperature: float, entropy: EntropyMode
+    hidden: HiddenStates,
+    head: LanguageHead,
+    temperature: float,
+    entropy: EntropyMode,
+    strategy: Strategy = "chunked",
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies [C] of the completion tokens, in nats."""
+    """Log-probs and entropies [C] of the completion tokens, in nats.
+
+    ``strategy`` is that of ``ops.token_logprobs``. "chunked" has the bits of ``ops.linear_policy_loss``.
+    """
     weight = head.weight
     states, targets = hidden.completions(weight.dtype)
-    out = token_logprobs(states, weight, targets, **head.numbers, temperature=temperature, entropy=entropy)
+    out = token_logprobs(
+        states, weight, targets, **head.numbers, temperature=temperature, entropy=entropy, strategy=strategy
+    )
     return out.logprobs, out.entropies
 
 
@@ -143,6 +153,7 @@ def score(
     temperature: float,
     entropy: bool = False,
     context: ContextMode | None = None,
+    strategy: Strategy = "chunked",
 ) -> PolicyOutputs:
     """Log-probs of all completions under a policy, with the model in evaluation mode.
 
@@ -151,6 +162,7 @@ def score(
             same number on every process.
         entropy: whether to return entropies as well.
         context: how each response's hidden states become its context; None returns no contexts.
+        strategy: see ``completion_logprobs``.
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(sequences)
     entropies: list[Tensor] = [torch.empty(0)] * len(sequences)
@@ -158,7 +170,7 @@ def score(
     with evaluating(model):
         for members, part in _micro_batches(sequences, micro_batch, layout):
             hidden = last_hidden(model, part, layout, context)
-            lp, ent = completion_logprobs(hidden, head, temperature, "value" if entropy else "none")
+            lp, ent = completion_logprobs(hidden, head, temperature, "value" if entropy else "none", strategy)
             sizes = [len(c) for c in part.completion_ids]
             for i, value in zip(members, lp.split(sizes), strict=True):
                 logprobs[i] = value

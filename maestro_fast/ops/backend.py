@@ -20,17 +20,17 @@ SERVED_BY: dict[str, tuple[Backend, ...]] = {
     "conductor_weights": ("cpp", "triton", "torch"),
     "conductor_update": ("triton", "torch"),
     "pool_hidden": ("triton", "torch"),
-    "token_logprobs": ("triton", "torch"),
+    "token_logprobs": ("cpp", "triton", "torch"),
     "policy_loss": ("triton", "torch"),
-    "linear_policy_loss": ("triton", "torch"),
+    "linear_policy_loss": ("cpp", "triton", "torch"),
     "pack_sequences": ("cpp", "torch"),
     "balance_sequences": ("cpp", "torch"),
     "token_mask": ("cpp", "torch"),
     "sum_tokens": ("cpp", "torch"),
 }
 
-# The ops whose Triton kernels have a backward pass. PyTorch serves the other ops where a gradient is wanted.
-_DIFFERENTIABLE_BY_TRITON = ("policy_loss", "token_logprobs", "linear_policy_loss")
+# The ops whose kernels have a backward pass. PyTorch serves the other ops where a gradient is wanted.
+_DIFFERENTIABLE = ("policy_loss", "token_logprobs", "linear_policy_loss")
 
 
 def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backend:
@@ -60,6 +60,7 @@ def resolve(op: str, backend: Backend | None, *tensors: Tensor | None) -> Backen
 
 def _obstacle(op: str, backend: Backend, tensors: tuple[Tensor | None, ...], chosen: bool) -> str | None:
     """The reason why a backend cannot take these tensors, or None if it can. The reference takes all tensors."""
+    differentiable = op in _DIFFERENTIABLE
     if backend == "triton":
-        return gpu.obstacle(tensors, chosen=chosen, differentiable=op in _DIFFERENTIABLE_BY_TRITON)
-    return cpp.obstacle(tensors) if backend == "cpp" else None
+        return gpu.obstacle(tensors, chosen=chosen, differentiable=differentiable)
+    return cpp.obstacle(tensors, differentiable=differentiable) if backend == "cpp" else None

@@ -27,11 +27,15 @@ __all__ = ["_C", "address", "check_build", "floats_or_bfloat16", "obstacle", "op
 _NEEDED = (
     "AdvantageProfile",
     "Partition",
+    "LogitRows",
+    "HeadNumbers",
     "group_advantages",
     "counterfactual_advantages",
     "conductor_weights",
     "pack_sequences",
     "balance_sequences",
+    "row_statistics",
+    "dlogits",
     "number_keys",
     "number_session_keys",
     "order_by_group",
@@ -102,10 +106,11 @@ def why_not_built() -> str | None:
     return module.reason if isinstance(module, _Missing) else None
 
 
-def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
+def obstacle(tensors: tuple[Tensor | None, ...], *, differentiable: bool = False) -> str | None:
     """The reason why the C++ kernels cannot serve these tensors, or None if they can.
 
-    Without tensors it is the reason why they cannot serve at all.
+    Without tensors it is the reason why they cannot serve at all. ``differentiable`` says that the op computes
+    gradients.
     """
     reason = why_not_built()
     if reason is not None:
@@ -119,7 +124,7 @@ def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"got a tensor on {x.device}, expected the CPU"
         if x.dtype is torch.float64:
             return "got float64, expected float32 or bfloat16"
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not differentiable:
             return "a gradient is wanted, which it does not compute"
     if tensors and forward_ad._current_level >= 0:
         return "forward-mode derivatives are wanted, which it does not compute"

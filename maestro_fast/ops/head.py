@@ -6,9 +6,10 @@ A row is a token. x are its logits before scale, bias and soft cap, and G is the
 from x to the log-prob, and back to G, are in ``ops.head_rows``. On a CUDA device the products take 16-bit operands and
 add up in float32.
 
-A chunk has a fixed number of rows, which follows from the vocabulary and the kind of device. The last chunk is padded
-with zeros. So every product has the same shape, whatever else is in the batch. Then the log-probs of the same hidden
-states are bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is exactly 1.
+The logits of a chunk of rows exist at once. They come from products of one fixed number of rows, the last of which is
+filled up with zeros. So every product has the same shape, whatever else is in the batch. Then the log-probs of the same
+hidden states are bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is
+exactly 1.
 
 A float32 G overwrites the logits of its chunk, and its two products follow at once. A 16-bit G is collected in a buffer
 until the buffer has ``Head.gradient_rows`` rows. Every product that adds to dW reads and writes all of dW, so dW then
@@ -22,7 +23,7 @@ keep all 11 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,37 +39,46 @@ from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
 
-# The number of float32 logits of a chunk. On a CPU they take 2 MiB, which fit into the cache. On a GPU they take 2.5
-# GiB, which hold 4,096 rows of a vocabulary of up to 163,840.
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 5 * 2**27}
-# The rows of one product of hidden states and head with the Triton backend. On the 132 processors of an H100 or H200,
-# tiles of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024 rows, 72.0 for 2,048 and 144.0 for 4,096.
-# Over 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and 121.5, over 32,000 7.6, 15.2 and 30.3. The
-# last wave is not full. With these four vocabularies that costs 1,024 rows 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0,
-# 1.3, 0.4 and 5.6 %. On an H100 with V = 151,936, products into float32 ran at 728, 747 and 676 TFLOP/s for 1,024,
-# 2,048 and 4,096 rows at d = 4,096, and at 501, 516 and 560 at d = 1,024 (bench/results/gpu_tiles.md). So 2,048 rows
-# would gain 3 %. But all products have one shape, so that a row's bits do not depend on its batch. With 2,048 rows,
-# every call and every chunk that is not full would be padded by 512 rows more on average, and short calls would take
-# twice as long.
-_PRODUCT_ROWS = 1024
+# The number of float32 logits of a chunk. On a CPU they take 128 MiB, or those of 256 rows. Every chunk reads the head
+# twice, and reads and writes its gradient once, which with 64 rows takes as long as the products (bench/NOTES.md). On a
+# GPU they take 2.5 GiB, which hold 4,096 rows of a vocabulary of up to 163,840.
+_CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 5 * 2**27}
+_LEAST_ROWS = {"cpu": 256, "cuda": 1024}
+# The rows of one product of hidden states and head. All products have one shape, so that a row's bits do not depend on
+# its batch: more rows are faster, but calls and chunks that are not full are padded by half as many on average.
+# On a CPU, with one thread of a Xeon and V = 49,152, d = 576, 64 rows take 44 ms in products of 64 rows, 32 in products
+# of 128, 30 of 256 and 25 of 768.
+# On the 132 processors of an H100 or H200, tiles of 128 x 256 over a vocabulary of 151,936 make 36.0 waves for 1,024
+# rows, 72.0 for 2,048 and 144.0 for 4,096. Over 129,280 they make 30.6, 61.2 and 122.4, over 128,256 30.4, 60.7 and
+# 121.5, over 32,000 7.6, 15.2 and 30.3. The last wave is not full. With these four vocabularies that costs 1,024 rows
+# 0, 1.3, 2.1 and 5.6 %, and 2,048 rows 0, 1.3, 0.4 and 5.6 %. On an H100 with V = 151,936, products into float32 ran at
+# 728, 747 and 676 TFLOP/s for 1,024, 2,048 and 4,096 rows at d = 4,096, and at 501, 516 and 560 at d = 1,024
+# (bench/results/gpu_tiles.md). So 2,048 rows would gain 3 %, and short calls would take twice as long.
+_PRODUCT_ROWS = {"cpu": 128, "cuda": 1024}
 _LARGEST = 2.0**6  # the power of two to which the largest gradient of a float16 head is scaled
 _EXPONENT = 0x7F800000  # the bits of a positive float32 that hold its power of two
 _ALIGNED = 16  # rows begin at a multiple of 16 columns, 64 bytes of float32, so that they are read in whole vectors
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """The rows of a chunk. They follow from vocabulary and kind of device, so results never depend on the batch."""
-    if device.type == "cpu":
-        return min(max(_CHUNK_ELEMENTS["cpu"] // vocabulary // 16 * 16, 64), 4096)
-    return min(max(_CHUNK_ELEMENTS["cuda"] // vocabulary // 1024 * 1024, 1024), 4096)
+    """The rows of a chunk, whole products. They follow from vocabulary and kind of device, so results never depend on
+    the batch."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    rows = _CHUNK_ELEMENTS[kind] // vocabulary // _PRODUCT_ROWS[kind] * _PRODUCT_ROWS[kind]
+    return min(max(rows, _LEAST_ROWS[kind]), 4096)
 
 
-def logit_rows(chunk: int) -> int:
+def product_rows(device: torch.device) -> int:
+    """The rows of one product of hidden states and head."""
+    return _PRODUCT_ROWS["cpu" if device.type == "cpu" else "cuda"]
+
+
+def logit_rows(chunk: int, product: int) -> int:
     """The rows whose float32 logits exist at once, where a buffer holds 16-bit gradients of ``chunk`` rows beside them.
 
     The gradients take half of the memory. The logits are as many whole products as fit into the other half, at least 1.
     """
-    return max(chunk // 2 // _PRODUCT_ROWS, 1) * _PRODUCT_ROWS
+    return max(chunk // 2 // product, 1) * product
 
 
 def empty_rows(rows: int, columns: int, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +117,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b. ``out`` is float32 and may have gaps between its rows; a and b share a dtype, float32 or 16-bit."""
+    """out = a @ b. ``out`` is float32 or float64, and may have gaps between its rows. a and b have its dtype, or both
+    are 16-bit."""
     (torch.ops.maestro_fast.head_product_into if isinstance(out, FakeTensor) else _product_operator)(out, a, b)
 
 
@@ -149,17 +160,18 @@ def _add_product_operator(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> 
     _add_product_(total, a, b, alpha)
 
 
-def _padded_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """h @ W.T, float32 [n, V] with aligned rows, in products of one shape. Missing rows of the last one are zeros."""
-    rows = hidden.shape[0]
-    padded = -(-rows // _PRODUCT_ROWS) * _PRODUCT_ROWS
-    out = empty_rows(padded, weight.shape[0], hidden, torch.float32)
-    for start in range(0, padded, _PRODUCT_ROWS):
-        part = hidden[start : start + _PRODUCT_ROWS]
-        missing = _PRODUCT_ROWS - part.shape[0]
+def _product_in_steps(a: Tensor, b: Tensor, step: int) -> Tensor:
+    """a @ b, float32 or float64 [n, m] with aligned rows, in products of ``step`` rows, so that no row's bits depend on
+    other rows. Rows that the last product lacks are zeros."""
+    rows = a.shape[0]
+    padded = -(-rows // step) * step
+    out = empty_rows(padded, b.shape[1], a, wide(a[:0]).dtype)
+    for start in range(0, padded, step):
+        part = a[start : start + step]
+        missing = step - part.shape[0]
         if missing:
             part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-        product_into(out[start : start + _PRODUCT_ROWS], part, weight.T)
+        product_into(out[start : start + step], part, b)
     return out[:rows]
 
 
@@ -174,30 +186,31 @@ class Head:
         weight: [V, d], 16-bit or float32 on a CUDA device, float32 or float64 elsewhere.
         bias: [V] in the dtype of the logits, or None.
         spec: how logits become log-probs.
-        chunk: C, the most rows whose logits exist at once. With PyTorch every product has as many rows; rows that a
-            chunk lacks are zeros.
+        chunk: C, the most rows whose logits exist at once.
+        product_rows: the rows of one product of hidden states and head.
         gradient_rows: the most rows that the products of the gradient take at once. They are more than a chunk where
             dL/dlogits is 16-bit and is collected in a buffer. Then half of the memory holds the float32 logits of a
             chunk, and the other half holds the 16-bit gradients of two chunks.
-        backend: "torch" or "triton". Chunks for Triton are not padded; their logits come from smaller products.
+        backend: what computes the rows of logits: "cpp", "triton" or "torch".
     """
 
     weight: Tensor
     bias: Tensor | None
     spec: HeadSpec
     chunk: int
+    product_rows: int
     gradient_rows: int
     backend: Backend
 
     @staticmethod
     def of(weight: Tensor, bias: Tensor | None, spec: HeadSpec, backend: Backend | None = None) -> Head:
-        """The head of a weight [V, d]. ``backend=None`` takes Triton wherever it can serve ``token_logprobs``."""
-        backend = backend or resolve("token_logprobs", None, weight, bias)
+        """The head of a weight [V, d]. ``backend=None`` takes what serves ``token_logprobs``."""
+        backend = backend or head_backend("token_logprobs", None, weight, bias=bias)
         bias = None if bias is None else bias.to(wide(weight[:0]).dtype).contiguous()
         weight = operand(weight)
-        rows = chunk_rows(weight.shape[0], weight.device)
+        rows, product = chunk_rows(weight.shape[0], weight.device), product_rows(weight.device)
         collects = backend == "triton" and is_half(weight)
-        return Head(weight, bias, spec, logit_rows(rows) if collects else rows, rows, backend)
+        return Head(weight, bias, spec, logit_rows(rows, product) if collects else rows, product, rows, backend)
 
     @property
     def collects(self) -> bool:
@@ -213,47 +226,58 @@ class Head:
         """At most C rows of the batch [T, d]. Ignored rows become 0, because a NaN there would reach dW as 0 * NaN."""
         ids = targets[rows]
         states = torch.where((ids != self.spec.ignore_index)[:, None], hidden[rows], 0.0)
-        return Chunk(self, self.padded(operand(states)), self.padded(ids, self.spec.ignore_index), len(ids))
+        return Chunk(self, operand(states), ids)
 
-    def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Pads [n, ...] with ``value`` to [C, ...]. Nothing is padded for Triton."""
-        missing = self.chunk - x.shape[0] if self.backend == "torch" else 0
-        return x if missing == 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+
+def head_backend(op: str, backend: Backend | None, *tensors: Tensor, bias: Tensor | None) -> Backend:
+    """The backend that serves a head's op. A bias has any floating dtype, because it is converted.
+
+    Raises:
+        ValueError: see ``resolve``.
+    """
+    dtype = wide(tensors[0][:0]).dtype
+    return resolve(op, backend, *tensors, bias if bias is None or bias.dtype is not torch.float64 else bias.to(dtype))
+
+
+_STATISTICS: dict[Backend, Callable[[Tensor, Tensor, Tensor | None, HeadSpec], RowStatistics]] = {
+    "cpp": head_rows.cpp_row_statistics,
+    "triton": head_rows.triton_row_statistics,
+    "torch": head_rows.row_statistics,
+}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Hidden states [C, d] and targets [C]. The first ``rows`` are not padding; for Triton these are all."""
+    """Hidden states [n, d] and targets [n]."""
 
     head: Head
     hidden: Tensor
     targets: Tensor
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.targets)
 
     @staticmethod
     def joined(chunks: Sequence[Chunk]) -> Chunk:
-        """Joins several chunks without padding into one, which may have more rows than a chunk of logits."""
+        """Joins several chunks into one, which may have more rows than a chunk of logits."""
         if len(chunks) == 1:
             return chunks[0]
         hidden, targets = torch.cat([x.hidden for x in chunks]), torch.cat([x.targets for x in chunks])
-        return Chunk(chunks[0].head, hidden, targets, len(targets))
+        return Chunk(chunks[0].head, hidden, targets)
 
     def logits(self) -> Tensor:
-        """The output x of the product [C, V], before scale, bias and soft cap."""
-        if self.head.backend == "triton":
-            return _padded_logits(self.hidden, self.head.weight)
-        return product(self.hidden, self.head.weight.T)
+        """The output x of the product [n, V], before scale, bias and soft cap."""
+        return _product_in_steps(self.hidden, self.head.weight.T, self.head.product_rows)
 
     def statistics(self, x: Tensor) -> RowStatistics:
-        """The statistics of all C rows."""
-        by_triton = self.head.backend == "triton"
-        statistics = head_rows.triton_row_statistics if by_triton else head_rows.row_statistics
-        return statistics(x, self.targets, self.head.bias, self.head.spec)
+        """The statistics of all n rows."""
+        return _STATISTICS[self.head.backend](x, self.targets, self.head.bias, self.head.spec)
 
     def dlogits(
         self, x: Tensor, stats: RowStatistics, dlogprobs: Tensor, dentropies: Tensor | None, out: Tensor | None
     ) -> Tensor:
-        """G = dL/d(scale * x + bias) [C, V] in the dtype of the products, from the gradients of the chunk's rows [n].
+        """G = dL/d(scale * x + bias) [n, V] in the dtype of the products, from the gradients of the chunk's rows [n].
 
         Args:
             x: the chunk's ``logits``.
@@ -261,17 +285,22 @@ class Chunk:
             dlogprobs, dentropies: the gradients by log-probs and entropies [n]; None means 0.
             out: where the gradient is written. None overwrites ``x`` where it has the dtype of the products.
         """
-        dlogprobs = self.head.padded(dlogprobs)
-        dentropies = None if dentropies is None else self.head.padded(dentropies)
         if out is None and is_half(self.hidden):
             out = torch.empty_like(x, dtype=self.hidden.dtype)
-        write = head_rows.triton_dlogits_ if self.head.backend == "triton" else head_rows.dlogits_
-        write(x, self.targets, self.head.bias, stats, dlogprobs, dentropies, self.head.spec, out)
+        given = self.targets, self.head.bias, stats, dlogprobs, dentropies, self.head.spec
+        if self.head.backend == "cpp":
+            head_rows.cpp_dlogits_(x, *given)
+        else:
+            (head_rows.triton_dlogits_ if self.head.backend == "triton" else head_rows.dlogits_)(x, *given, out)
         return x if out is None else out
 
     def dhidden(self, dlogits: Tensor) -> Tensor:
         """The gradient by the hidden states [n, d], float32 or float64."""
-        return product(dlogits, self.head.weight)[: self.rows].mul_(self.head.spec.scale)
+        weight, scale = self.head.weight, self.head.spec.scale
+        if self.head.collects:
+            return product(dlogits, weight).mul_(scale)
+        # Half as many rows are nearly as fast here, because the product is as deep as the vocabulary.
+        return _product_in_steps(dlogits, weight, max(self.head.product_rows // 2, 1)).mul_(scale)
 
     def add_dweight_(self, dweight: Tensor, dlogits: Tensor) -> None:
         """Adds this chunk's share to the gradient by the weight [V, d], float32 or float64."""
@@ -297,7 +326,7 @@ def head_forward(head: Head, hidden: Tensor, targets: Tensor) -> RowStatistics:
     for chunk, rows in _chunks(head, hidden, targets):
         for all_rows, part in zip(whole, chunk.statistics(chunk.logits()), strict=True):
             if len(part):
-                all_rows[rows] = part[: chunk.rows]
+                all_rows[rows] = part
     return whole
 
 
@@ -333,17 +362,16 @@ def head_backward(
     sums = GradientSums(head, dhidden, dweight, dbias, unit)
     for chunk, rows in _chunks(head, hidden, targets):
         x = chunk.logits()
-        part = chunk.statistics(x) if stats is None else _part(head, stats, rows)
+        part = chunk.statistics(x) if stats is None else _part(stats, rows)
         sums.add(chunk, rows, x, part, dlogprobs[rows], None if dentropies is None else dentropies[rows])
         del x  # The next chunk reuses its memory.
     sums.finish()
     return HeadGradients(dhidden, None if dweight is None else dweight.to(hidden.dtype), dbias)
 
 
-def _part(head: Head, stats: RowStatistics, rows: slice) -> RowStatistics:
+def _part(stats: RowStatistics, rows: slice) -> RowStatistics:
     """The statistics of one chunk. A gradient does not read the log-probs, so peaks stand in their place."""
-    peaks, totals = head.padded(stats.peaks[rows]), head.padded(stats.totals[rows], 1.0)
-    return RowStatistics(peaks, peaks, totals, head.padded(stats.entropies[rows]))
+    return RowStatistics(stats.peaks[rows], stats.peaks[rows], stats.totals[rows], stats.entropies[rows])
 
 
 def _chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Chunk, slice]]:

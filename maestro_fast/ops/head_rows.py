@@ -6,22 +6,29 @@
     log p_y = z_y - logsumexp(z)       H = logsumexp(z) - sum_v p_v z_v
     dL/dz_v = -p_v (dlp + dH (log p_v + H)) + dlp 1[v = y]
 
-No row depends on other rows of its chunk. The reference in PyTorch comes first. Then come the launches of
-``kernels/head_rows.py``, which compute the same.
+No row depends on other rows of its chunk. The reference in PyTorch comes first. Then come the calls of
+``csrc/head_rows.cpp`` and the launches of ``kernels/head_rows.py``, which compute the same.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import no_outputs
+from maestro_fast.ops import cpp, gpu
+from maestro_fast.ops.tensors import floats, no_outputs
 from maestro_fast.specs import HeadSpec, RowStatistics, as_text, from_text
 
+if TYPE_CHECKING:
+    from maestro_fast import _C
+
 # --- PyTorch, the reference ---
+
+_BLOCK = (
+    2**19
+)  # elements of logits that the reference takes at once on a CPU: 2 MiB of float32, which fit into the cache
 
 
 def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
@@ -33,6 +40,21 @@ def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSp
         bias: [V] in the dtype of ``x``, or None.
         spec: scale, soft cap, temperature, and whether entropies are wanted.
     """
+    found = [_block_statistics(x[rows], targets[rows], bias, spec) for rows in _blocks(x)]
+    return found[0] if len(found) == 1 else RowStatistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Ranges of the rows of ``x`` that the reference takes at once. On a GPU this is all of them."""
+    rows, V = x.shape
+    step = max(_BLOCK // V, 64) if x.device.type == "cpu" else max(rows, 1)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def _block_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
+    if x.shape[0] == 1:  # Several threads would share the sums of a single row, and so add up in another order.
+        both = _block_statistics(torch.cat([x, x]), torch.cat([targets, targets]), bias, spec)
+        return RowStatistics(*(values[:1] for values in both))
     live = targets != spec.ignore_index
     y = capped_logits(x, bias, spec)
     # log_softmax would add up one after the other on the CPU, which costs 2e-5 in every log-prob at V = 151,936.
@@ -68,6 +90,22 @@ def dlogits_(
         dlogprobs, dentropies: dL/dlog p_y and dL/dH, both [C] in the dtype of ``x``. None means that dL/dH is 0.
         out: [C, V] of any floating dtype, where the gradient is written; None writes it over ``x``.
     """
+    for rows in _blocks(x):
+        part = RowStatistics(*(values[rows] for values in stats))
+        into = x[rows] if out is None else out[rows]
+        dent = None if dentropies is None else dentropies[rows]
+        into.copy_(_block_dlogits(x[rows], targets[rows], bias, part, dlogprobs[rows], dent, spec))
+
+
+def _block_dlogits(
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
+) -> Tensor:
     live = targets != spec.ignore_index
     dead = ~live | (dlogprobs == 0)
     if dentropies is not None:
@@ -86,7 +124,7 @@ def dlogits_(
         dz /= spec.temperature
     if spec.softcap is not None:
         dz *= 1.0 - (y / spec.softcap) ** 2
-    (x if out is None else out).copy_(dz.masked_fill_(dead[:, None], 0.0))
+    return dz.masked_fill_(dead[:, None], 0.0)
 
 
 def capped_logits(x: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
@@ -108,7 +146,7 @@ def _finite(gaps: Tensor) -> Tensor:
     return gaps.clamp_(min=torch.finfo(gaps.dtype).min)
 
 
-# --- Triton ---
+# --- C++ and Triton ---
 
 
 def _empty_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, ...]:
@@ -117,18 +155,46 @@ def _empty_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: str
     return *(x.new_empty(rows) for _ in range(3)), x.new_empty(rows if with_entropy else 0)
 
 
-@operator(
-    "triton_row_statistics(Tensor x, Tensor targets, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
-    _empty_statistics,
-    flat=lambda x, targets, bias, spec: (x, targets, bias, as_text(spec)),
-    whole=lambda x, targets, bias, spec: (x, targets, bias, from_text(HeadSpec, spec)),
-    result=RowStatistics,
-)
+_STATISTICS = "(Tensor x, Tensor targets, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor, Tensor)"
+_STATISTICS_OPERATOR: dict[str, Any] = {
+    "flat": lambda x, targets, bias, spec: (x, targets, bias, as_text(spec)),
+    "whole": lambda x, targets, bias, spec: (x, targets, bias, from_text(HeadSpec, spec)),
+    "result": RowStatistics,
+}
+
+
+@gpu.operator(f"triton_row_statistics{_STATISTICS}", _empty_statistics, **_STATISTICS_OPERATOR)
 def triton_row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
     """``row_statistics`` of float32 logits, in one launch. A target that is out of range gives NaN."""
     from maestro_fast.kernels import head_rows as kernel
 
     return kernel.row_statistics(x, targets, bias, spec)
+
+
+@cpp.operator(f"cpp_row_statistics{_STATISTICS}", _empty_statistics, **_STATISTICS_OPERATOR)
+def cpp_row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
+    """``row_statistics`` of float32 logits [C, V], whose columns are contiguous."""
+    rows, targets, wants_entropy = x.shape[0], targets.contiguous(), spec.entropy != "none"
+    found = RowStatistics(*(x.new_empty(n) for n in (rows, rows, rows, rows if wants_entropy else 0)))
+    cpp._C.row_statistics(
+        _logit_rows(x, targets),
+        _head_numbers(spec, bias),
+        found.logprobs.data_ptr(),
+        found.peaks.data_ptr(),
+        found.totals.data_ptr(),
+        cpp.address(found.entropies if wants_entropy else None),
+        torch.get_num_threads(),
+    )
+    return found
+
+
+def _logit_rows(x: Tensor, targets: Tensor) -> _C.LogitRows:
+    return cpp._C.LogitRows(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), targets.data_ptr())
+
+
+def _head_numbers(spec: HeadSpec, bias: Tensor | None) -> _C.HeadNumbers:
+    softcap = 0.0 if spec.softcap is None else float(spec.softcap)
+    return cpp._C.HeadNumbers(cpp.address(bias), float(spec.scale), softcap, float(spec.temperature), spec.ignore_index)
 
 
 def triton_dlogits_(
@@ -171,7 +237,7 @@ def _whole(*arguments: Any) -> tuple[Any, ...]:
 # through its second.
 
 
-@operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
+@gpu.operator(f"triton_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_in_place(
     x: Tensor,
     targets: Tensor,
@@ -186,7 +252,7 @@ def _dlogits_in_place(
     kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, x)
 
 
-@operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
+@gpu.operator(f"triton_dlogits_into(Tensor(a!) out, Tensor x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def _dlogits_into(
     out: Tensor,
     x: Tensor,
@@ -200,3 +266,28 @@ def _dlogits_into(
     from maestro_fast.kernels import head_rows as kernel
 
     kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, out)
+
+
+@cpp.operator(f"cpp_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
+def cpp_dlogits_(
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
+) -> None:
+    """``dlogits_`` of float32 logits [C, V], whose columns are contiguous; the gradient overwrites them."""
+    targets, dlogprobs = targets.contiguous(), floats(dlogprobs)
+    dentropies = None if dentropies is None else floats(dentropies)
+    cpp._C.dlogits(
+        _logit_rows(x, targets),
+        _head_numbers(spec, bias),
+        stats.peaks.data_ptr(),
+        stats.totals.data_ptr(),
+        cpp.address(None if dentropies is None else stats.entropies),
+        dlogprobs.data_ptr(),
+        cpp.address(dentropies),
+        torch.get_num_threads(),
+    )

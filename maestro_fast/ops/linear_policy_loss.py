@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from maestro_fast.ops.backend import Backend, resolve
-from maestro_fast.ops.head import Head
+from maestro_fast.ops.backend import Backend
+from maestro_fast.ops.head import Head, head_backend
 from maestro_fast.ops.loss_function import wants_entropies
 from maestro_fast.ops.policy_loss import check_bounds, check_loss_inputs
 from maestro_fast.ops.sweep import IGNORED, Known, Step, Sweep, empty_logprobs, keeps_every_gradient, sweep_steps
@@ -56,18 +56,19 @@ def linear_policy_loss(
 ) -> LinearPolicyLoss:
     """``policy_loss`` of ``token_logprobs``, with the same loss, metrics and gradients of hidden, lm_head and bias.
 
-    A row is a token. Rows without a gradient skip the two products of the gradient if the host knows them; otherwise
-    they take part as zeros. The host knows masked tokens and, with neither a KL nor an entropy bonus, responses whose
-    advantage is 0, provided that it can read the tensors. So ``advantages``, ``cu_seqlens``, ``token_mask`` and
-    ``active`` may stay on the CPU while the hidden states are on a GPU. Masked rows skip the forward, too. Rows of
-    advantage 0 do not, because the metrics are means over all live tokens, unless ``active`` leaves them out.
+    A row is a token. Rows without a gradient skip the two products of the gradient if the host knows them, but for a
+    few that fill up a product; otherwise they take part as zeros. The host knows masked tokens and, with neither a KL
+    nor an entropy bonus, responses whose advantage is 0, provided that it can read the tensors. So ``advantages``,
+    ``cu_seqlens``, ``token_mask`` and ``active`` may stay on the CPU while the hidden states are on a GPU. Masked rows
+    skip the forward, too. Rows of advantage 0 do not, because the metrics are means over all live tokens, unless
+    ``active`` leaves them out.
 
     The gradient of some losses needs the log-probs of whole responses. That is so for ``ratio="sequence"`` with old
     log-probs, and for a sampler correction by sequences without old log-probs. Then responses that are longer than a
     chunk go through the head twice, and so do all responses if ``cu_seqlens`` is on a GPU. A loss of your own is taken
     to need the log-probs of the whole batch, so that every row goes through the head twice, unless
     ``ops.loss_function`` marks it as row-wise. A chunk has 4,096 rows on a GPU, or 2,048 with a 16-bit head, and fewer
-    with a vocabulary beyond 163,840.
+    with a vocabulary beyond 163,840. On a CPU its logits take 128 MiB, or those of 256 rows.
 
     Args:
         hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``. A target of -100 is
@@ -82,8 +83,9 @@ def linear_policy_loss(
             bool and leaves out targets of -100, too. Autograd computes its gradient by log-probs and entropies, which
             then goes through the head; the logits of all rows never exist at once. A row-wise loss is called for every
             chunk and once at the end. Log-probs that are not known yet are ``old_logprobs`` or 0.
-        backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64. Triton
-            computes the rows of logits and the loss of a ``PolicyLossConfig``; the matrix products are PyTorch's.
+        backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless
+            ``hidden`` is float64. C++ computes the rows of logits, Triton also the loss of a ``PolicyLossConfig``; the
+            matrix products are PyTorch's.
 
     Returns:
         A ``LinearPolicyLoss``. Its gradient cannot be differentiated again. The gradient stays in memory until
@@ -103,9 +105,9 @@ def linear_policy_loss(
     )  # fmt: skip
     reads_entropies = wants_entropies(config)
     entropy: EntropyMode = "grad" if reads_entropies else "value" if mean_entropy else "none"
-    resolve("linear_policy_loss", backend, hidden, lm_head, bias)  # raises if the backend cannot serve these
     spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
+    head_backend("linear_policy_loss", backend, hidden, lm_head, bias=bias)  # raises if it cannot serve these
     given = LossInputs(
         empty_logprobs(hidden), advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs,
         empty_logprobs(hidden) if reads_entropies else None, token_mask, normalizer, entropy_normalizer,
@@ -119,11 +121,12 @@ def linear_policy_loss(
     with torch.no_grad():
         inputs, rows, worked_T = _without_left_out(inputs, targets, active_B)
         head = Head.of(lm_head.detach(), None if bias is None else bias.detach(), spec, backend)
-        sweep = Sweep(head, hidden.detach(), rows, inputs, config, backend)
+        loss_backend: Backend | None = None if backend == "cpp" else backend  # C++ has the rows of logits alone.
+        sweep = Sweep(head, hidden.detach(), rows, inputs, config, loss_backend)
         if any(wanted):
             sweep.want(*wanted)
         known = Known.by_the_host(given, targets, active, config)
-        steps = sweep_steps(hidden.shape[0], head.chunk, known, gradient=any(wanted), scope=sweep.scope)
+        steps = sweep_steps(hidden.shape[0], head, known, gradient=any(wanted), scope=sweep.scope)
         for step in _uploaded_steps(steps, hidden.device):
             sweep.step(*step)
         sweep.sums.finish()
@@ -152,10 +155,16 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [
-            None if x is None else torch.mul(x, dloss, out=torch.empty_like(x, dtype=dtype))
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # The gradient of a head is large. It is scaled in place, unless the caller keeps the graph for a second call.
+        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+        def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+            in_place = not kept and x.dtype is dtype
+            return torch.mul(x, dloss, out=x if in_place else torch.empty_like(x, dtype=dtype))
+
+        gradients = (
+            None if x is None else scaled(x, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return None, *gradients, None, None, None
 
 

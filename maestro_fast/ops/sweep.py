@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ class Step(NamedTuple):
     gradient: bool
 
 
+class HeadSizes(Protocol):
+    """What the order of the rows follows from; a ``Head`` is one."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def product_rows(self) -> int: ...
+
+
 class Known(NamedTuple):
     """Inputs that the host can read, as CPU tensors; None for those that it cannot.
 
@@ -95,16 +105,18 @@ class Known(NamedTuple):
         return Known(bounds, worked_T, has_gradient_B)
 
 
-def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope: Scope) -> list[Step]:
-    """The steps that sweep all rows, at most ``chunk`` rows each. Steps with a gradient come last.
+def sweep_steps(tokens: int, sizes: HeadSizes, known: Known, *, gradient: bool, scope: Scope) -> list[Step]:
+    """The steps that sweep all rows, at most a chunk of rows each. Steps with a gradient come last.
 
     With the scope "response", the rows of a response share a step. A response that is longer than a chunk is swept
     twice, first for the log-probs; so is every response where the host does not know the bounds. With the scope
     "batch", all rows are swept twice unless they fit into one chunk.
 
     Args:
+        sizes: the rows of a chunk, and of a product of the head.
         gradient: whether any gradient is wanted.
     """
+    chunk = sizes.chunk
     if all(x is None for x in known):  # This is also the case under torch.compile.
         kinds = [False, True] if gradient and scope != "token" else [gradient]
         starts = range(0, tokens, chunk)
@@ -120,6 +132,7 @@ def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope:
         has_gradient = known.has_gradient_B[torch.bucketize(rows, known.bounds[1:], right=True)]
         without, rows = rows[~has_gradient], rows[has_gradient]
     if scope == "token":
+        without, rows = _filled_up(without, rows, sizes.product_rows)
         return [*_steps(without, chunk, gradient=False), *_steps(rows, chunk, gradient=True)]
     bins, long = _by_response(rows, chunk, known.bounds)
     return [
@@ -127,6 +140,19 @@ def sweep_steps(tokens: int, chunk: int, known: Known, *, gradient: bool, scope:
         *(step for members in bins for step in _steps(members, chunk, gradient=True)),
         *_steps(long, chunk, gradient=True),
     ]
+
+
+def _filled_up(without: Tensor, rows: Tensor, product: int) -> tuple[Tensor, Tensor]:
+    """Moves rows without a gradient to those with one, if they save a product there.
+
+    They take the place of zeros in the last product of the logits. The two products of the gradient, which are not
+    filled up, get these rows more, so it pays for at most half of a product.
+    """
+    count = len(without) % product
+    if not 0 < count <= min(-len(rows) % product, product // 2):
+        return without, rows
+    kept = len(without) - count
+    return without[:kept], torch.cat([rows, without[kept:]]).sort().values
 
 
 def _by_response(rows: Tensor, chunk: int, bounds: Tensor | None) -> tuple[list[Tensor], Tensor]:
@@ -222,10 +248,10 @@ class Sweep:
         chunk = self.head.chunk_of(self.hidden, self.targets, rows)
         x = chunk.logits()
         stats = chunk.statistics(x)
-        worked, logprobs = chunk.targets[: chunk.rows] != IGNORED, self.inputs.logprobs
-        logprobs[rows] = torch.where(worked, stats.logprobs[: chunk.rows], logprobs[rows])
+        logprobs = self.inputs.logprobs
+        logprobs[rows] = torch.where(chunk.targets != IGNORED, stats.logprobs, logprobs[rows])
         if self.entropies is not None:
-            self.entropies[rows] = stats.entropies[: chunk.rows]
+            self.entropies[rows] = stats.entropies
         if gradient:
             found = self._gradients()
             dentropies = None if found.entropies is None else found.entropies[rows]

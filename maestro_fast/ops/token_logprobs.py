@@ -9,18 +9,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from maestro_fast.ops.backend import Backend, resolve
+from maestro_fast.ops.backend import Backend
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.head import Head, HeadGradients, head_backward, head_forward
+from maestro_fast.ops.head import Head, HeadGradients, head_backend, head_backward, head_forward
 from maestro_fast.ops.tensors import check_number, check_tensors, contiguous_columns, library, readable
 from maestro_fast.specs import EntropyMode, HeadSpec, RowStatistics, TokenLogprobs, as_text, from_text
 
-Strategy = Literal["chunked", "fused"]
+Strategy = Literal["chunked", "fused", "auto"]
 
 
 def token_logprobs(
@@ -52,7 +52,10 @@ def token_logprobs(
         strategy: how the forward pass works. With "chunked" the logits of one chunk of rows exist at a time. With
             "fused", which only Triton serves, no logits are written to memory, and less memory is needed. Two "fused"
             calls are bitwise equal, but "fused" and "chunked" are not. The backward pass works by chunks with both.
-        backend: "triton", "torch", or None, which takes Triton on a CUDA device unless a tensor is float64.
+            "auto" takes "fused" where it was measured to be faster and no gradient is wanted. It suits log-probs that
+            are not compared bit by bit with those of a training forward, such as a reference model's.
+        backend: "cpp", "triton", "torch", or None. None means C++ on the CPU and Triton on a CUDA device, unless
+            ``hidden`` is float64. They compute the rows of logits; with "chunked" the matrix products are PyTorch's.
 
     Returns:
         A ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
@@ -67,16 +70,28 @@ def token_logprobs(
     """
     spec = HeadSpec(logit_scale, softcap, temperature, ignore_index, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
-    if strategy not in ("chunked", "fused"):
-        raise ValueError(f"strategy: {strategy!r}, expected 'chunked' or 'fused'")
-    served = resolve("token_logprobs", backend, hidden, lm_head, bias)
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy: {strategy!r}, expected 'chunked', 'fused' or 'auto'")
+    served = head_backend("token_logprobs", backend, hidden, lm_head, bias=bias)
     if served != "triton" and strategy == "fused":
         raise ValueError(f"strategy: 'fused' is served by backend 'triton' alone, here by {served!r}")
+    if strategy == "auto":
+        strategy = _faster_strategy(hidden, lm_head, bias) if served == "triton" else "chunked"
     if served == "triton" and torch.compiler.is_compiling():
         logprobs, _, _, entropies = _statistics_by_triton(hidden, lm_head, bias, targets, spec, strategy)
     else:
         logprobs, entropies = _TokenLogprobs.apply(hidden, lm_head, bias, targets, spec, served, strategy)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logprobs, None if entropy == "none" else entropies)
+
+
+def _faster_strategy(hidden: Tensor, lm_head: Tensor, bias: Tensor | None) -> Strategy:
+    """What "auto" stands for with Triton. A graph keeps to chunks."""
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, lm_head, bias))
+    if wants_gradient or torch.compiler.is_compiling():
+        return "chunked"
+    from maestro_fast.kernels import token_logprobs as kernel
+
+    return "fused" if kernel.is_faster(contiguous_columns(hidden), contiguous_columns(lm_head)) else "chunked"
 
 
 def check_head_inputs(hidden: Tensor, lm_head: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> None:

@@ -121,13 +121,32 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class HeadMemory:
+    """The most that head and loss hold, by the number of completion tokens.
+
+    Attributes:
+        chunk: the most tokens whose logits exist at once.
+        within, beyond: the rules up to so many tokens, and from there on.
+    """
+
+    chunk: int
+    within: Growth
+    beyond: Growth
+
+    def bytes(self, tokens: int) -> float:
+        return (self.within if tokens <= self.chunk else self.beyond).bytes(tokens)
+
+
+@dataclass(frozen=True)
 class PassMemory:
     """What the passes of a policy allocate.
 
     Attributes:
         saved: what the forward of the layers leaves for the backward.
+        scoring: the most that the layers of the reference hold, if it scores while the policy's forward waits for its
+            backward, else None.
         backward: the most that exists while the gradients go back through the layers, ``saved`` among it.
-        head: the most that head and loss hold, by the number of completion tokens.
+        head: the most that head and loss hold.
         head_gradient: the gradient of the head's weight that waits for that of the embedding, if the two are one.
         embedding: the gradients of embedding and head that exist at the end of the backward.
         prefill: the most that a forward of the prompts holds that fills the cache.
@@ -139,8 +158,9 @@ class PassMemory:
     """
 
     saved: Growth
+    scoring: Growth | None
     backward: Growth
-    head: Growth
+    head: HeadMemory
     head_gradient: int
     embedding: int
     prefill: Growth
@@ -153,8 +173,9 @@ class PassMemory:
     def training(self, shape: Shape) -> float:
         """The most that the forward, the loss and the backward of a micro-batch hold, in bytes."""
         rows, width = self.layouts.rows_of(shape.sequences(self.vocabulary)).input_ids.shape
+        scoring = 0.0 if self.scoring is None else self.scoring.bytes(rows, width)
         return max(
-            self.saved.bytes(rows, width) + self.head.bytes(shape.responses * shape.completion),
+            self.saved.bytes(rows, width) + max(self.head.bytes(shape.responses * shape.completion), scoring),
             self.backward.bytes(rows, width) + self.head_gradient,
             self.embedding,
         )
@@ -186,7 +207,8 @@ def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progre
     device = step.processes.device
     widths = _WIDTHS.get(device.type, _WIDTHS["cuda"])
     sizes = [_scaled(shape, width, 2 if i else 4, shared) for i, width in enumerate((widths[0], *widths))]
-    saved, backward, filled = [], [], []
+    saved, scoring, backward, filled = [], [], [], []
+    scores_meanwhile = step.scoring.source == "training" and step.reference is not None and step.terms.reads_reference
     with tqdm(
         total=2 * len(sizes) + 2, desc="measuring memory", leave=False, disable=None if progress else True
     ) as bar:
@@ -196,10 +218,12 @@ def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progre
                 left, most, dtype = _layers(step, model, size.sequences(vocabulary), fixed)
                 saved.append((rows, width, left))
                 backward.append((rows, width, most))
+                if scores_meanwhile:
+                    scoring.append((rows, width, _scoring(step, model, size.sequences(vocabulary), fixed)))
                 bar.update()
             chunk = chunk_rows(vocabulary, device)
-            few, many = min(chunk, shape.responses * shape.completion), 2 * chunk
-            head = [(n, 1, _head(step, n, dtype)) for n in (few, many)]
+            few = min(chunk // 2, shape.responses * shape.completion)
+            head = [(n, 1, _head(step, n, dtype)) for n in (few, chunk, 2 * chunk)]
             bar.update()
         for rows, width in ((2, widths[0]), (2, widths[1]), (2, widths[2]), (4, widths[0])) if samples else ():
             filled.append((rows, width, *_prefill(step, model, rows, width, vocabulary)))
@@ -210,8 +234,9 @@ def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progre
     own = embedding.numel() * embedding.element_size() * bool(embedding.requires_grad)
     return PassMemory(
         Growth.through(saved),
+        Growth.through(scoring) if scoring else None,
         Growth.through(backward),
-        _fitted(head, pairs=False) if few < many else Growth(head[0][2], 0.0),
+        HeadMemory(chunk, _fitted(head[:2], pairs=False), _fitted(head[1:], pairs=False)),
         head_bytes if tied else 0,
         own + (2 * head_bytes if tied else 0),
         Growth.through([(r, w, most) for r, w, most, _ in filled]) if filled else Growth(0.0, 0.0),
@@ -276,6 +301,17 @@ def _layers(step: Step, model: nn.Module, sequences: Sequences, layouts: Layouts
         finally:
             embedding.requires_grad_(trains)
         return left, memory.peak - before, states.dtype
+
+
+@torch.no_grad()
+def _scoring(step: Step, model: nn.Module, sequences: Sequences, layouts: Layouts) -> int:
+    """The most that a forward of the layers holds without gradients."""
+    with LiveMemory() as memory, step.scorer.autocast():
+        memory.see(_held(model))
+        before = memory.live
+        memory.peak = before
+        last_hidden(model, sequences, layouts)
+        return int(memory.peak - before)
 
 
 def _head(step: Step, tokens: int, dtype: torch.dtype) -> int:

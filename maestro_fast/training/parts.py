@@ -198,7 +198,8 @@ class Scorer:
         """Computes the log-probs of the completions, as ``model.forward.score`` does.
 
         Args:
-            head, temperature: take the place of the scorer's own; None keeps those.
+            head, temperature: take the place of the scorer's own; None keeps those. With the scorer's own head the
+                log-probs have the bits of a training forward, so that an on-policy ratio is exactly 1.
             entropy: whether to return entropies as well.
             context: how each response's hidden states become its context; None returns no contexts.
         """
@@ -212,6 +213,7 @@ class Scorer:
                 temperature=self.temperature if temperature is None else temperature,
                 entropy=entropy,
                 context=context,
+                strategy="chunked" if head is None else "auto",
             )
 
 

@@ -31,7 +31,7 @@ FEWER = (3, 0, 16, 1, 17) if INTERPRETED else LENGTHS
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 16)
-    monkeypatch.setattr(head, "_PRODUCT_ROWS", 8)
+    monkeypatch.setattr(head, "product_rows", lambda device: 8)
     if INTERPRETED:
         half_products_on_the_cpu(monkeypatch)
 

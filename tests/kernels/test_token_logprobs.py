@@ -37,7 +37,7 @@ def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.node.get_closest_marker("skipif"):
         return
     monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 8)
-    monkeypatch.setattr(head, "_PRODUCT_ROWS", 4)
+    monkeypatch.setattr(head, "product_rows", lambda device: 4)
     if INTERPRETED:
         half_products_on_the_cpu(monkeypatch)
     monkeypatch.setattr(kernel, "_PART", 64)
@@ -260,7 +260,7 @@ def test_gradients_of_transposed_inputs_have_the_strides_that_are_announced(want
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "paged"}, "strategy: 'paged', expected 'chunked' or 'fused'"),
+        ({"strategy": "paged"}, "strategy: 'paged', expected 'chunked', 'fused' or 'auto'"),
         (
             {"strategy": "fused", "backend": "torch"},
             "strategy: 'fused' is served by backend 'triton' alone, here by 'torch'",
@@ -271,6 +271,32 @@ def test_gradients_of_transposed_inputs_have_the_strides_that_are_announced(want
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(there(random_inputs(3, 9).to(torch.float32)), **changes)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_auto_is_fused_where_that_is_faster_and_no_gradient_is_wanted(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "is_faster", lambda hidden, weight: faster)
+    x = there(random_inputs(17, 70).to(torch.float32, leaves=True))
+    expected = {name: ours(x, strategy=name).logprobs for name in STRATEGIES}
+    assert not torch.equal(expected["fused"], expected["chunked"])
+    assert torch.equal(ours(x, strategy="auto").logprobs, expected["chunked"])
+    with torch.no_grad():
+        assert torch.equal(ours(x, strategy="auto").logprobs, expected["fused" if faster else "chunked"])
+
+
+def test_fused_counts_as_faster_only_where_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on a CPU, on sm_90 alone, and not where descriptors cannot read the operands."""
+    hidden, head = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(9, 64, dtype=torch.bfloat16)
+    assert not kernel.is_faster(hidden, head)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for capability, faster in {(8, 0): False, (9, 0): True, (10, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert kernel.is_faster(hidden, head) is faster
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not kernel.is_faster(hidden.float(), head.float())
+    assert not kernel.is_faster(hidden[:, 1:], head[:, 1:])
 
 
 def test_float64_is_refused_by_triton() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from maestro_fast.ops import head
+from maestro_fast.ops import SERVED_BY, head
 from maestro_fast.ops.head_rows import capped_logits
 from maestro_fast.ops.tensors import wide, without_autocast
 from maestro_fast.specs import HeadSpec, TokenLogprobs
@@ -59,6 +59,8 @@ def half_products_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.dtype == b.dtype and total.dtype == torch.float32
         total.addmm_(a.float(), b.float(), alpha=alpha)
 
+    for op in ("token_logprobs", "linear_policy_loss"):
+        monkeypatch.setitem(SERVED_BY, op, ("triton", "torch"))  # C++ does not serve there.
     monkeypatch.setattr(head, "operand", lambda x: x if head.is_half(x) else wide(x))
     monkeypatch.setattr(head, "_product_into", product_into)
     monkeypatch.setattr(head, "_add_product_", add_product_)

@@ -141,13 +141,14 @@ def test_a_stale_build_is_named(answers: dict[str, dict[str, Any]]) -> None:
     stale = SimpleNamespace(group_advantages=None, conductor_weights=None, counterfactual_advantages=None)
     with pytest.raises(
         ImportError,
-        match=r"_C has no AdvantageProfile, Partition, pack_sequences, balance_sequences, number_keys, "
-        r"number_session_keys, order_by_group, examine_mask, spread_over_tokens, sum_over_tokens: .* rebuild it",
+        match=r"_C has no AdvantageProfile, Partition, LogitRows, HeadNumbers, pack_sequences, balance_sequences, "
+        r"row_statistics, dlogits, number_keys, number_session_keys, order_by_group, examine_mask, spread_over_tokens, "
+        r"sum_over_tokens: .* rebuild it",
     ):
         check_build(stale)
     raised = answers["stale"]["import"]
     assert answers["stale"]["group_advantages"] == f"ImportError: {raised}"
-    assert raised.startswith("maestro_fast._C has no AdvantageProfile, Partition, counterfactual_advantages")
+    assert raised.startswith("maestro_fast._C has no AdvantageProfile, Partition, LogitRows, HeadNumbers, ")
     assert "older than the Python code, rebuild it" in raised
 
 

@@ -39,7 +39,7 @@ def losses(backend: Any) -> Any:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: 32)
-    monkeypatch.setattr("maestro_fast.ops.head._PRODUCT_ROWS", 16)
+    monkeypatch.setattr("maestro_fast.ops.head.product_rows", lambda device: 16)
 
 
 @IGNORE_TRACING

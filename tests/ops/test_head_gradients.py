@@ -27,10 +27,10 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("chunk", [1024, 2048, 3072, 4096])
 def test_logits_and_gradients_share_the_memory_of_a_chunk(chunk: int) -> None:
     """Whole products of 1,024 rows; one chunk at least."""
-    rows = logit_rows(chunk)
+    rows = logit_rows(chunk, 1024)
     assert rows % 1024 == 0 and 1024 <= rows <= chunk
     assert rows * 4 + chunk * 2 <= max(chunk * 4, 1024 * 6)
-    assert logit_rows(4096) == 2048
+    assert logit_rows(4096, 1024) == 2048
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])

@@ -94,9 +94,24 @@ def test_autocast_changes_nothing() -> None:
 # --- memory ---
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_of_the_head_is_copied_only_for_a_graph_that_is_kept(kept: bool) -> None:
+    batch = random_batch(lengths=(5, 4), vocabulary=5000, width=8, masked=False).to(torch.float32)
+    loss, head = batch.ours(make("dapo")).loss * 0.5, 4 * 5000 * 8
+    expected = torch.autograd.grad(batch.ours(make("dapo")).loss * 0.5, batch.lm_head)[0]
+    with LiveMemory() as memory:
+        loss.backward(retain_graph=kept)
+    assert (memory.peak > 1.5 * head) is kept  # The gradient itself is seen, too.
+    assert batch.lm_head.grad is not None and torch.equal(batch.lm_head.grad, expected)
+    if kept:
+        loss.backward()
+        assert torch.equal(batch.lm_head.grad, 2 * expected)
+
+
 @pytest.mark.parametrize("variant", ["dapo", "gspo, KL, entropy bonus"])
-def test_the_peak_does_not_grow_with_rows_times_vocabulary(variant: str) -> None:
-    """A few chunks of logits, and what the gradients need: [T, d] and twice [V, d]."""
+def test_the_peak_does_not_grow_with_rows_times_vocabulary(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few chunks of logits, and what the gradients need: [T, d] and [V, d]."""
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: 128)
 
     def peak(chunks: int) -> tuple[int, int]:
         batch = random_batch(lengths=(100,) * chunks, vocabulary=5000, width=8, masked=False).to(torch.float32)
@@ -105,6 +120,6 @@ def test_the_peak_does_not_grow_with_rows_times_vocabulary(variant: str) -> None
         return memory.peak, sum(100 * chunks * 4 * n for n in (8, 8, 20))  # states, their gradient, [T]-sized values
 
     (few, few_rows), (many, many_rows) = peak(2), peak(10)
-    logits = 4 * 96 * 5000
+    logits = 4 * 128 * 5000
     assert many - few <= many_rows - few_rows < logits
     assert few <= few_rows + 6 * logits + 4 * (4 * 5000 * 8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ class Work:
     """How many rows went through each product of the head, without padding."""
 
     rows: Counter[str] = field(default_factory=Counter)
+    product: int = 1  # rows of a product, which is filled up with zeros
 
     def of(self, run: Any) -> tuple[int, ...]:
         self.rows.clear()
@@ -45,12 +47,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Small chunks, whose rows are counted."""
     work = Work()
     monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: CHUNK)
+    monkeypatch.setattr("maestro_fast.ops.head.product_rows", lambda device: work.product)
 
     def counted(name: str) -> Any:
         original = getattr(Chunk, name)
 
         def method(self: Chunk, *args: Any) -> Any:
-            assert self.hidden.shape[0] == CHUNK  # or no log-prob would be the same twice
+            assert self.rows <= CHUNK
             work.rows[name] += self.rows
             return original(self, *args)
 
@@ -180,6 +183,11 @@ def test_only_a_response_longer_than_a_chunk_is_swept_twice(work: Work) -> None:
     assert work.of(lambda: run(batch, "sampler sequence_mask", old_logprobs=None)) == (TOKENS + 37, TOKENS, TOKENS)
 
 
+class Sizes(NamedTuple):
+    chunk: int
+    product_rows: int = 1
+
+
 def rows_of(steps: list[Step], *, gradient: bool) -> list[list[int]]:
     position = torch.arange(1000)
     return [position[step.rows].tolist() for step in steps if step.gradient is gradient]
@@ -192,25 +200,47 @@ def test_steps() -> None:
     worked_T[4] = False
     known = Known(bounds, worked_T, has_gradient_B)
 
-    steps = sweep_steps(18, 8, known, gradient=True, scope="token")
+    steps = sweep_steps(18, Sizes(8), known, gradient=True, scope="token")
     assert rows_of(steps, gradient=False) == [[13, 14]]
     assert rows_of(steps, gradient=True) == [[0, 1, 2, 3, 5, 6, 7, 8], [9, 10, 11, 12, 15, 16, 17]]
 
-    steps = sweep_steps(18, 8, known, gradient=True, scope="response")
+    steps = sweep_steps(18, Sizes(8), known, gradient=True, scope="response")
     assert rows_of(steps, gradient=False) == [[13, 14, 3, 5, 6, 7, 8, 9], [10, 11, 12]]
     assert rows_of(steps, gradient=True) == [[0, 1, 2, 15, 16, 17], [3, 5, 6, 7, 8, 9, 10, 11], [12]]
     assert [step.gradient for step in steps] == sorted(step.gradient for step in steps)  # log-probs come first
 
-    steps = sweep_steps(18, 8, known, gradient=False, scope="response")
+    steps = sweep_steps(18, Sizes(8), known, gradient=False, scope="response")
     assert rows_of(steps, gradient=True) == []
     assert rows_of(steps, gradient=False) == [[0, 1, 2, 3, 5, 6, 7, 8], [*range(9, 17)], [17]]
 
-    nothing = sweep_steps(18, 8, Known(), gradient=True, scope="response")
+    nothing = sweep_steps(18, Sizes(8), Known(), gradient=True, scope="response")
     assert rows_of(nothing, gradient=False) == rows_of(nothing, gradient=True)
     assert nothing[:3] == [(slice(0, 8), False), (slice(8, 16), False), (slice(16, 18), False)]
 
 
+@pytest.mark.parametrize(
+    ("without", "rows", "moved"),
+    [(2, 3, 2), (10, 3, 2), (2, 8, 0), (3, 6, 0), (5, 3, 0), (4, 4, 4), (8, 3, 0), (0, 3, 0), (2, 0, 0)],
+)
+def test_rows_without_a_gradient_fill_up_a_product(without: int, rows: int, moved: int) -> None:
+    """Those beyond whole products of 8 rows join the others where they fit in, at most 4 of them."""
+    bounds = torch.tensor([0, without, without + rows])
+    known = Known(bounds, torch.ones(without + rows, dtype=torch.bool), torch.tensor([False, True]))
+    steps = sweep_steps(without + rows, Sizes(16, 8), known, gradient=True, scope="token")
+    first, second = ([*chain(*rows_of(steps, gradient=gradient))] for gradient in (False, True))
+    assert (first, second) == ([*range(without - moved)], [*range(without - moved, without + rows)])
+
+
+def test_a_filled_up_product_changes_no_result(work: Work) -> None:
+    batch, zero_T = with_zeros()
+    apart = run(batch, "dapo")
+    work.product = TOKENS + 2 * int(zero_T.sum())  # one product takes all rows
+    assert work.of(lambda: run(batch, "dapo")) == (TOKENS,) * 3
+    for mine, wanted in zip(run(batch, "dapo"), apart, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_range_of_rows_is_not_gathered() -> None:
     """A view of the hidden states instead of a copy."""
-    steps = sweep_steps(20, 8, Known(worked_T=torch.ones(20, dtype=torch.bool)), gradient=True, scope="token")
+    steps = sweep_steps(20, Sizes(8), Known(worked_T=torch.ones(20, dtype=torch.bool)), gradient=True, scope="token")
     assert [step.rows for step in steps] == [slice(0, 8), slice(8, 16), slice(16, 20)]

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maestro_fast.ops import TokenLogprobs, token_logprobs
-from maestro_fast.ops.head import chunk_rows
 from tests.ops.helpers import assert_as_accurate, assert_same_compiled, assert_same_fake, reference_token_logprobs
 
 CPU = torch.device("cpu")
@@ -151,10 +150,9 @@ def test_a_few_tokens_and_none(tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [-1, 0, 1, 205])
-def test_one_chunk_more_or_less(tokens: int, dtype: torch.dtype) -> None:
-    vocabulary = 4099
-    chunk = chunk_rows(vocabulary, CPU)
-    assert chunk < 205
+def test_one_chunk_more_or_less(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, chunk = 4099, 128
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: chunk)
     assert_accurate(random_inputs(chunk + tokens, vocabulary, dtype=dtype), dtype)
 
 
@@ -276,10 +274,13 @@ def test_a_uniform_head_has_the_entropy_of_the_uniform_distribution() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("vocabulary", [1003, 4099])
 @pytest.mark.parametrize("size", [D, 300])
-def test_a_row_does_not_depend_on_its_batch(size: int, vocabulary: int, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_its_batch(
+    size: int, vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Alone, elsewhere in the batch, in another chunk, among other rows: bitwise the same."""
     generator = torch.Generator().manual_seed(0)
-    chunk = chunk_rows(vocabulary, CPU)
+    chunk = 256
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: chunk)
     tokens = chunk + 29
     hidden = torch.randn(tokens, size, generator=generator).to(dtype)
     head = torch.randn(vocabulary, size, generator=generator).to(dtype) / size**0.5
@@ -309,6 +310,13 @@ def test_scoring_and_training_passes_are_bitwise_equal() -> None:
         scored = ours(x.to(torch.bfloat16), entropy="value")
     trained = ours(x.to(torch.bfloat16, leaves=True), entropy="grad")
     assert torch.equal(scored.logprobs, trained.logprobs) and torch.equal(scored.entropies, trained.entropies)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_auto_is_chunked_where_nothing_is_fused(backend: Any) -> None:
+    x = random_inputs(20, 61).to(torch.float32)
+    expected = ours(x, strategy="chunked", backend=backend).logprobs
+    assert torch.equal(ours(x, strategy="auto", backend=backend).logprobs, expected)
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -342,17 +350,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_the_logits_of_all_tokens_never_exist() -> None:
-    vocabulary = 2003
-    chunk = chunk_rows(vocabulary, CPU)
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_the_logits_of_all_tokens_never_exist(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, chunk = 2003, 256
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: chunk)
     tokens = 5 * chunk + 3
     x = random_inputs(tokens, vocabulary, bias=True).to(torch.float32, leaves=True)
     with LargestTensor() as seen:
         composed(x)
     assert seen.elements >= tokens * vocabulary  # the mode sees what it looks for
     with LargestTensor() as seen:
-        with_gradients(ours, x, 0.5, entropy="grad", softcap=5.0, temperature=0.7)
-    assert seen.elements <= chunk * vocabulary
+        with_gradients(ours, x, 0.5, entropy="grad", softcap=5.0, temperature=0.7, backend=backend)
+    assert seen.elements <= chunk * (vocabulary + 15)  # rows begin at multiples of 16 columns
 
 
 # --- graphs and errors ---

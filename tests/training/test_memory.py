@@ -19,7 +19,6 @@ from transformers import TrainingArguments
 from maestro_fast.data.dataset import PromptDataset
 from maestro_fast.generation import SamplingConfig
 from maestro_fast.ops import LinearPolicyLoss, PolicyLossConfig, policy_loss
-from maestro_fast.ops.head import chunk_rows
 from maestro_fast.ops.token_logprobs import TokenLogprobs
 from maestro_fast.records import Prompts, Rollouts
 from maestro_fast.rewards import build_rewards
@@ -35,7 +34,8 @@ LENGTHS = (32, 160)  # tokens of each of 8 completions: T = 256 and 1,280
 WIDTH = 32
 ADDED = VOCABULARIES[1] - VOCABULARIES[0]
 WEIGHTS = 2 * ADDED * WIDTH * 4  # bytes that V adds to embedding and head together: 1.9 MiB
-CHUNK = chunk_rows(VOCABULARIES[1], torch.device("cpu")) * VOCABULARIES[1] * 4
+ROWS = 64  # rows of a chunk
+CHUNK = ROWS * VOCABULARIES[1] * 4
 LOGITS = 8 * LENGTHS[1] * ADDED * 4  # bytes that V would add to the logits of all tokens: 37.5 MiB
 
 
@@ -111,8 +111,10 @@ def growth_with_the_vocabulary(folder: Path, loss: PolicyLossConfig, micro_batch
 )
 @pytest.mark.parametrize("micro_batch", [8, 4], ids=["log-probs, then the loss", "both in one sweep"])
 def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(
-    tmp_path: Path, loss: PolicyLossConfig, micro_batch: int
+    tmp_path: Path, loss: PolicyLossConfig, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("maestro_fast.ops.head.chunk_rows", lambda vocabulary, device: ROWS)
+    monkeypatch.setattr("maestro_fast.ops.head.product_rows", lambda device: ROWS)
     few, many = growth_with_the_vocabulary(tmp_path, loss, micro_batch)
 
     assert many - few <= CHUNK < LOGITS / 10
@@ -122,7 +124,7 @@ def test_the_peak_of_a_step_does_not_grow_with_vocabulary_times_tokens(
 
 @pytest.mark.parametrize("where", ["log-probs", "sweep"])
 def test_logits_of_all_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    def all_logits(*args: Any, entropy: str = "none", **kwargs: Any) -> TokenLogprobs:
+    def all_logits(*args: Any, entropy: str = "none", strategy: str = "chunked", **kwargs: Any) -> TokenLogprobs:
         return reference_token_logprobs(*args, **kwargs)
 
     def loss_of_all_logits(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
+from maestro_fast.ops import token_logprobs
 from maestro_fast.records import PolicyOutputs
 from maestro_fast.training import MaestroTrainer
 from maestro_fast.training.batches import Processes
@@ -65,6 +67,21 @@ def test_policy_and_conductor_learn_the_same_from_either_forward(steady: dict[st
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-4, msg=key)
     for (key, ours), theirs in zip(parameters(both[0]).items(), parameters(both[1]).values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_the_policy_is_scored_with_the_bits_of_its_training_forward(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference may be scored in the way that is fastest, since none of its bits is compared."""
+    seen = Counter[tuple[str, bool]]()
+
+    def spy(states: Any, weight: Any, *given: Any, strategy: str, **options: Any) -> Any:
+        seen[strategy, torch.is_grad_enabled()] += 1
+        return token_logprobs(states, weight, *given, strategy=strategy, **options)
+
+    monkeypatch.setattr("maestro_fast.model.forward.token_logprobs", spy)
+    case(raw_config, "2 updates per batch", loss={"kl_coef": 0.1}, trainer={"max_steps": 2})
+    assert seen.keys() == {("chunked", False), ("auto", False)} and len(set(seen.values())) == 1
 
 
 def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
