@@ -39,4 +39,4 @@ def test_conductor_weights(capsys: Any, dtype: torch.dtype, units: int | None) -
         copy_of(moved),
     ]
     case = f"{'linear' if units is None else f'MLP {units}'}, B = {B}, d = {D}, K = {K}, {dtype}, {DEVICE}"
-    report(capsys, "conductor_weights", case, race(contenders), moved, [])
+    report(capsys, "conductor_weights", case, race(contenders), moved)

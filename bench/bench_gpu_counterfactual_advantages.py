@@ -37,4 +37,4 @@ def test_counterfactual_advantages(capsys: Any, B: int, K: int, G: int, profile:
         copy_of(moved),
     ]
     case = f"{profile}, B = {B}, K = A = {K}, G = {G}, {DEVICE}"
-    report(capsys, "counterfactual_advantages", case, race(contenders), moved, [])
+    report(capsys, "counterfactual_advantages", case, race(contenders), moved)

@@ -1,12 +1,16 @@
 """Measures what our TRL class adds to a step of TRL's GRPOTrainer, and what it saves, stage by stage in one run.
 
+    python -m pytest bench/bench_trl.py [--model FOLDER] [--rounds N]
+
 All contenders generate the same responses with the same model and train on them, and they take turns. A stage's time
-leaves out the stages that it calls. The model is small and its forwards are cheap, so the shares of our stages are
-upper bounds.
+leaves out the stages that it calls. The model is a small random one whose forwards are cheap, so the shares of our
+stages are upper bounds, or the checkpoint in --model. A ratio is the geometric mean of the rounds' ratios, with its
+95 % interval by Student's t. The seconds of every round go to the file that BENCH_JSON names.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +22,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from bench.tables import record
+from maestro_fast.evals.statistics import paired_difference
 
 pytest.importorskip("trl")
 
@@ -84,10 +91,10 @@ class Contender:
         """The median of a stage over the rounds."""
         return 1e3 * median(seconds.get(stage, 0.0) for seconds in self.rounds)
 
-    @property
-    def total(self) -> float:
-        """The median of the whole step over the rounds, in milliseconds."""
-        return 1e3 * median(sum(seconds.values()) for seconds in self.rounds)
+    def totals(self, *, generation: bool = True) -> list[float]:
+        """The seconds of the whole step in each round, with or without its generation."""
+        left_out = set() if generation else {STAGES["_generate"][0]}
+        return [sum(s for stage, s in seconds.items() if stage not in left_out) for seconds in self.rounds]
 
 
 class Clock:
@@ -113,7 +120,9 @@ class Clock:
         return run
 
 
-def model() -> Qwen3ForCausalLM:
+def model(checkpoint: str | None) -> Any:
+    if checkpoint is not None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8192, "head_dim": 32}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -128,8 +137,9 @@ def last(completion_ids: list[list[int]], **columns: object) -> list[float]:
     return [float(ids[-1] % 5) for ids in completion_ids]
 
 
-def contenders(folder: Path) -> list[Contender]:
+def contenders(folder: Path, checkpoint: str | None) -> list[Contender]:
     """TRL's trainer and ours, with one update per batch and with two, where hidden states come free."""
+    tokenizer = tiny_tokenizer() if checkpoint is None else AutoTokenizer.from_pretrained(checkpoint)
 
     def make(cls: type, iterations: int, **options: Any) -> Any:
         args = GRPOConfig(
@@ -143,13 +153,14 @@ def contenders(folder: Path) -> list[Contender]:
             bf16=False,
         )
         data = Dataset.from_list([{"prompt": f"Tell a story about the sea, number {i}."} for i in range(PROMPTS)])
-        return cls(model(), [first, last], args, data, processing_class=tiny_tokenizer(), **options)
+        return cls(model(checkpoint), [first, last], args, data, processing_class=tokenizer, **options)
 
     once, twice = "TRL, one update", "TRL, two updates"
     return [
         Contender(once, make(GRPOTrainer, 1), once),
         Contender("equal", make(MaestroGRPOTrainer, 1), once),
         Contender("conductor", make(MaestroGRPOTrainer, 1, weights="conductor"), once),
+        Contender("our head and loss", make(MaestroGRPOTrainer, 1, weights="conductor", loss="maestro_fast"), once),
         Contender(twice, make(GRPOTrainer, 2), twice),
         Contender("conductor, h free", make(MaestroGRPOTrainer, 2, weights="conductor"), twice),
         Contender("and our loss", make(MaestroGRPOTrainer, 2, weights="conductor", loss="maestro_fast"), twice),
@@ -158,30 +169,48 @@ def contenders(folder: Path) -> list[Contender]:
 
 def table(found: list[Contender]) -> str:
     """A table of milliseconds by stage, with the whole step as a multiple of TRL's own."""
-    totals = {contender.name: contender.total for contender in found}
-    lines = [f"\n{'median ms':32}" + "".join(f"{contender.name:>18}" for contender in found)]
+    by_name = {contender.name: contender for contender in found}
+    lines = [f"\n{'median ms':28}" + "".join(f"{contender.name:>19}" for contender in found)]
     for stage, ours in STAGES.values():
         marked = f"{'+ ' if ours else '  '}{stage}"
-        lines.append(f"{marked:32}" + "".join(f"{contender.milliseconds(stage):18.2f}" for contender in found))
-    lines.append(f"{'  all':32}" + "".join(f"{total:18.2f}" for total in totals.values()))
-    ratios = (totals[contender.name] / totals[contender.beside] for contender in found)
-    lines.append(f"{'  as a multiple of TRL':32}" + "".join(f"{ratio:18.3f}" for ratio in ratios))
-    added = (sum(c.milliseconds(stage) for stage, ours in STAGES.values() if ours) / c.total for c in found)
-    lines.append(f"{'  share of what has a +':32}" + "".join(f"{share:18.2%}" for share in added))
+        lines.append(f"{marked:28}" + "".join(f"{contender.milliseconds(stage):19.2f}" for contender in found))
+    for name, generation in (("all", True), ("all but generation", False)):
+        totals = [1e3 * median(contender.totals(generation=generation)) for contender in found]
+        lines.append(f"{'  ' + name:28}" + "".join(f"{total:19.2f}" for total in totals))
+        cells = "".join(f"{_multiple(x, by_name[x.beside], generation=generation):>19}" for x in found)
+        lines.append(f"{'  as a multiple of TRL':28}{cells}")
+    added = (
+        sum(c.milliseconds(stage) for stage, ours in STAGES.values() if ours) / (1e3 * median(c.totals()))
+        for c in found
+    )
+    lines.append(f"{'  share of what has a +':28}" + "".join(f"{share:19.2%}" for share in added))
     return "\n".join(lines)
 
 
+def _multiple(ours: Contender, theirs: Contender, *, generation: bool) -> str:
+    """How many times as long as ``theirs`` a step of ``ours`` takes, with its interval."""
+    if ours is theirs:
+        return "1"
+    logs = (torch.tensor(each.totals(generation=generation)).log() for each in (ours, theirs))
+    found = paired_difference(*logs)
+    return f"{math.exp(found.mean):.2f} [{math.exp(found.low):.2f}, {math.exp(found.high):.2f}]"
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_of_trl(capsys: Any, tmp_path: Path) -> None:
-    found = contenders(tmp_path)
+def test_a_step_of_trl(capsys: Any, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    checkpoint = pytestconfig.getoption("--model")
+    found = contenders(tmp_path, checkpoint)
     outputs = [contender.step() for contender in found]
     for output in outputs:  # a step with a wrong result is not timed
         assert torch.equal(output["completion_ids"], outputs[0]["completion_ids"])
     torch.testing.assert_close(outputs[1]["advantages"], outputs[0]["advantages"], rtol=1e-5, atol=1e-6)
     for contender in found:
         contender.rounds.clear()
-    for _ in range(ROUNDS):
+    for _ in range(pytestconfig.getoption("--rounds") or ROUNDS):
         for contender in found:
             contender.step()
+    sizes = {"prompts": PROMPTS, "group": G, "completion_tokens": LENGTH}
+    rounds = {contender.name: contender.rounds for contender in found}
+    record({"op": "trl_step, CPU", "checkpoint": checkpoint is not None, "sizes": sizes, "seconds": rounds})
     with capsys.disabled():
         print(table(found))

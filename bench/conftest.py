@@ -13,13 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the options of the GPU benchmarks and of bench_shared_prefix.py."""
+    """Adds the options of the GPU benchmarks, of bench_shared_prefix.py and of bench_trl.py."""
     parser.addoption("--head", metavar="dxVxT,...", help="shapes for the benchmarks of the head pass")
     parser.addoption("--no-compile", action="store_true", help="leave out torch.compile, which takes longest")
     parser.addoption("--no-peers", action="store_true", help="leave out the head pass's peers, even if installed")
-    parser.addoption("--model", metavar="FOLDER", help="checkpoint for bench_shared_prefix.py, else a random model")
-    parser.addoption("--groups", metavar="PxRxG,...", help="tokens of prompt and response, responses, for the same")
-    parser.addoption("--rounds", type=int, metavar="N", help="rounds of the same")
+    parser.addoption("--model", metavar="FOLDER", help="checkpoint for the steps of a model, else a random one")
+    parser.addoption(
+        "--groups", metavar="PxRxG,...", help="tokens of prompt and response, responses, for bench_shared_prefix.py"
+    )
+    parser.addoption("--rounds", type=int, metavar="N", help="rounds of the steps of a model")
 
 
 def pytest_configure(config: pytest.Config) -> None:

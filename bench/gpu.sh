@@ -87,9 +87,9 @@ headline() { # NAME SECONDS ARGUMENTS...
 
 # Cheap steps come first, and torch.compile, which takes the longest, comes last, so that an early end loses little.
 second() {
-  local wide=4096x151936x16384 narrow=1024x151936x16384
+  local wide=4096x151936x16384 middle=2048x151936x16384 narrow=1024x151936x16384
   local heads=$wide,$narrow
-  ((dry)) && wide=16x70x9 heads=24x50x6
+  ((dry)) && wide=16x70x9 middle=20x60x7 heads=24x50x6
   step "ceilings" 30 "$python" -m bench.gpu_ceilings
   headline "group_advantages" 40 --no-compile bench/bench_gpu_group_advantages.py
   headline "maestro_advantages" 45 --no-compile bench/bench_gpu_maestro_advantages.py
@@ -97,6 +97,7 @@ second() {
   headline "pool_hidden" 40 --no-compile bench/bench_gpu_pool_hidden.py
   headline "token_logprobs" 100 --no-compile bench/bench_gpu_token_logprobs.py --head="$heads"
   headline "linear_policy_loss" 110 --no-compile bench/bench_gpu_linear_policy_loss.py --head="$wide"
+  headline "token_logprobs, d = 2,048" 50 --no-compile bench/bench_gpu_token_logprobs.py --head="$middle"
   headline "the compiled peers" 90 -k "contexts or dapo" bench/bench_gpu_maestro_advantages.py bench/bench_gpu_policy_loss.py
 }
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from bench.table import judged
 from bench.tables import emit, record
 
 DRY = os.environ.get("BENCH_DRY") == "1"
@@ -77,30 +78,6 @@ class Figures:
     cold: float | None = None
     launches: int | None = None
     syncs: int | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target, and the value that was measured.
-
-    Attributes:
-        what: What is measured.
-        value: The measured value, or None.
-        bound: The value that it should have at most.
-        at_least: Whether ``bound`` is the least value instead.
-    """
-
-    what: str
-    value: float | None
-    bound: float
-    at_least: bool = False
-
-    def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        if self.value is None or DRY:
-            return f"target: {self.what} {sign} {self.bound:g}: not measured"
-        met = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return f"target: {self.what} {sign} {self.bound:g}: {self.value:.2f}, {'met' if met else 'MISSED'}"
 
 
 def compiled(run: Callable[[], Any]) -> list[Contender]:
@@ -319,11 +296,10 @@ def report(
     case: str,
     raced: tuple[dict[str, Figures], list[str]],
     moved: int,
-    targets: list[Target],
     notes: list[str] | None = None,
     columns: dict[str, dict[str, str]] | None = None,
 ) -> None:
-    """Prints a block of the op's table, records everything as JSON, and fails if there are faults.
+    """Prints a block of the op's table with its targets, records everything as JSON, and fails if there are faults.
 
     Args:
         capsys: The fixture of pytest.
@@ -331,7 +307,6 @@ def report(
         case: The title of the block.
         raced: What ``race`` returned.
         moved: The number of bytes that our op has to read and write.
-        targets: The targets that the figures are compared with.
         notes: Further lines, such as the peers that were left out.
         columns: Further columns by title, each with cells by the name of the contender. All cases of an op have the
             same titles.
@@ -350,9 +325,11 @@ def report(
         counts = "".join(f"{'-' if x is None else x:>10}" for x in (f.launches, f.syncs))
         lines.append(f"  {name:36}{times}{speed:>10}{counts}{_multiples(figures, name)}")
         lines[-1] += "".join(f"{cells.get(name, '-'):>10}" for cells in columns.values())
-    lines += [f"  {target}" for target in targets] + [f"  {note}" for note in notes]
     values = {"bytes": moved, "figures": {name: vars(f) for name, f in figures.items()}, "columns": columns}
-    record({"op": op, "case": case, "dry": DRY, **values, "targets": [str(x) for x in targets], "notes": notes})
+    line = {"op": op, "case": case, "dry": DRY, **values, "notes": notes}
+    targets = [str(target) for target in judged(line)]
+    lines += [f"  {text}" for text in (*targets, *notes)]
+    record({**line, "targets": targets})
     names = ("wall us", "host us", "graph us", "cold us", "GB/s", "launches", "syncs", "x wall", "x graph", *columns)
     dry = " (dry run: the times mean nothing)" if DRY else ""
     emit(capsys, f"{op} by Triton{dry}", lines, header=[" " * 40 + "".join(f"{name:>10}" for name in names)])

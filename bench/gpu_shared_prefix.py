@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench.gpu_race import DEVICE, DRY, Target, wait
+from bench.gpu_race import DEVICE, DRY, wait
 from bench.gpu_step import DTYPE, HEADS, SHAPE
 from bench.shared_prefix import Batch, Group, Step, step
+from bench.table import judged
 from bench.tables import record
 from maestro_fast.model import VARLEN, Layouts, use_attention
 from maestro_fast.model.attention import varlen_obstacle
@@ -45,7 +46,6 @@ from maestro_fast.model.layouts import cost_of_a_pair
 
 GROUPS = [Group(2048, 512, 8), Group(512, 512, 8)] if not DRY else [Group(20, 3, 4)]
 ROUNDS = 20 if not DRY else 2
-TARGET = 2.5  # How many times as long as ``shared`` the layout ``varlen`` should take in the first group.
 _KERNEL = Layouts("varlen", "always", kernel=True)
 _TRUTH_ROWS = 2  # responses per forward of the float32 model, which needs more memory
 _ROUNDING = 1e-2  # What an error may be beyond the allowed one, relative to log-probs or to the norm of a gradient.
@@ -227,26 +227,20 @@ def report(batch: Batch, found: list[Contender], faults: list[str], chosen: str)
         errors = "{:.2g}, {:.2g}".format(*x.errors)
         print(f"  {x.name:10}{x.tokens:9,}{times[x.name]:10.1f}{of_ours:>11}{x.peak / 1e9:12.2f}{errors:>34}")
     print(f"  Layouts chooses {chosen}")
-    by_name = {x.name: x for x in found}
-    if batch.group == GROUPS[0] and {"shared", "varlen"} <= by_name.keys():
-        ours, plain = by_name["shared"], by_name["varlen"]
-        print(f"  {Target('varlen / shared', times['varlen'] / times['shared'], TARGET, at_least=True)}")
-        print(f"  {Target('memory of shared / varlen', ours.peak / max(plain.peak, 1), 1.0)}")
-    for fault in faults:
-        print(f"  {fault}")
-    record(
-        {
-            "op": "shared_prefix",
-            "dry": DRY,
-            "group": batch.group._asdict(),
-            "chosen": chosen,
-            "ms": {x.name: x.milliseconds for x in found},
-            "peak_bytes": {x.name: x.peak for x in found},
-            "tokens": {x.name: x.tokens for x in found},
-            "errors": {x.name: x.errors for x in found},
-            "faults": faults,
-        }
-    )
+    line = {
+        "op": "shared_prefix",
+        "dry": DRY,
+        "group": batch.group._asdict(),
+        "chosen": chosen,
+        "ms": {x.name: x.milliseconds for x in found},
+        "peak_bytes": {x.name: x.peak for x in found},
+        "tokens": {x.name: x.tokens for x in found},
+        "errors": {x.name: x.errors for x in found},
+        "faults": faults,
+    }
+    for text in (*judged(line), *faults):
+        print(f"  {text}")
+    record(line)
 
 
 def measure(model: Any, batch: Batch, found: list[Contender], until: float) -> bool:

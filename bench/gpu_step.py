@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.gpu_race import DEVICE, DRY, wait
+from bench.table import bound_of
 from bench.tables import record
 from maestro_fast import ops
 from maestro_fast.evals.statistics import paired_difference
@@ -42,7 +43,7 @@ DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # the interpr
 C = LENGTH - P  # the number of tokens in a completion
 CONDUCTOR_STAGES = ("pooling", "adaptive step", "Conductor's update", "advantages")
 CONFIG = ops.PolicyLossConfig("dapo")
-TARGET = 1.0  # the share of a step that the Conductor may add, in per cent
+TARGET = bound_of("step")  # the share of a step that the Conductor may add, in per cent
 
 
 class Stages:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ def record(values: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The versions, the numbers of threads, the commit, and the CUDA device if there is one."""
+    """The date in UTC, the commit, versions, the numbers of threads, and the CUDA device if there is one."""
     import torch
 
     names = ("torch", "triton", "transformers", "trl", "numpy")
     facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) if util.find_spec(name) else None for name in names},

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_race
+from bench import gpu_race, table
 from bench.gpu_head import Shape
-from bench.gpu_race import Contender, Figures, Target
+from bench.gpu_race import Contender, Figures
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = [path.stem.removeprefix("bench_gpu_") for path in sorted((ROOT / "bench").glob("bench_gpu_*.py"))]
@@ -67,13 +67,14 @@ def test_second(tmp_path: Path) -> None:
     found = [case["op"] for case in cases]
     assert found == [
         "ceilings", *["group_advantages"] * 2, *["maestro_advantages"] * 2, "policy_loss", "pool_hidden",
-        *["token_logprobs"] * 2, *["linear_policy_loss"] * 2, "maestro_advantages", "policy_loss",
+        *["token_logprobs"] * 2, *["linear_policy_loss"] * 2, *["token_logprobs"] * 2, "maestro_advantages",
+        "policy_loss",
     ]  # fmt: skip
     compiled = ["torch.compile of it" in case["figures"] for case in cases]
-    assert compiled == [False] * 11 + [True] * 2
+    assert compiled == [False] * 13 + [True] * 2
     assert "left out" not in printed  # no contender failed
     assert " met" not in printed and "MISSED" not in printed  # no target is judged
-    assert "d = 24, V = 50, T = 6" in printed
+    assert "d = 24, V = 50, T = 6" in printed and "d = 20, V = 60, T = 7" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"second.jsonl", "second.log"}
 
 
@@ -114,8 +115,8 @@ def test_a_step_that_fails_stops_nothing(tmp_path: Path) -> None:
     status, printed = gpu_sh("second", out=tmp_path / "out", python=broken)
 
     assert status == 1
-    assert "second: 8 of 8 steps failed" in printed
-    assert printed.count("failed, exit status 7") == 8
+    assert "second: 9 of 9 steps failed" in printed
+    assert printed.count("failed, exit status 7") == 9
 
 
 def fail() -> None:
@@ -135,20 +136,26 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
         gpu_race.race(contenders[1:])
 
 
-def test_what_is_wrong_is_reported_with_the_figures(
+def test_what_is_wrong_is_reported_with_the_figures_and_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_race, "faults", ["element 3"])
+    graph = table.Target("graph", "<=", 1, "us", "graph")
+    monkeypatch.setattr(table, "ROWS", [table.Row("op", "case", "an op", "triton", (graph,))])
+    monkeypatch.setattr(gpu_race, "faults", [])
     monkeypatch.setenv("BENCH_JSON", str(path := tmp_path / "figures.jsonl"))
     raced = {"triton": Figures(3.0, host=2.0, graph=1.5)}, []
 
+    gpu_race.report(capsys, "op", "case", raced, 3_000_000)
+    gpu_race.faults.append("element 3")
     with pytest.raises(AssertionError, match="element 3"):
-        gpu_race.report(capsys, "op", "case", raced, 3_000_000, [Target("us in a graph", 1.5, 1.0)])
+        gpu_race.report(capsys, "op", "case", raced, 3_000_000)
 
-    _, case = records(path)
-    assert case["figures"]["triton"]["wall"] == 3.0
-    assert case["notes"] == ["WRONG: element 3"]
-    assert case["targets"] == ["target: us in a graph <= 1: 1.50, MISSED"]
+    _, right, wrong = records(path)
+    assert right["targets"] == ["target: graph <= 1 us: 1.5, MISSED"]
+    assert right["notes"] == []
+    assert wrong["figures"]["triton"]["wall"] == 3.0
+    assert wrong["notes"] == ["WRONG: element 3"]
+    assert wrong["targets"] == ["target: graph <= 1 us: not measured"]
 
 
 @pytest.mark.parametrize("text", ["", "4096", "4096x151936", "4096x0x2048", "4096x151936x2048x1", "d4096x8x8"])
