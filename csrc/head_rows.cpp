@@ -55,13 +55,15 @@ MAESTRO_INLINE Capped capped_at(const HeadNumbers& head, float x, std::int64_t a
   return capped<false>(head, splat16(head.bias == nullptr ? x : x + head.bias[at]));
 }
 
-// (y - peak) / T.
+// (y - peak) / T. The last bit of tanh16 may fall where u rises, so a y may be above that of the largest u by this bit.
 template <bool kPlain>
 MAESTRO_INLINE Float16 gaps(const HeadNumbers& head, Float16 y, float peak) {
-  return kPlain ? y - peak : (y - peak) / head.temperature;
+  if (kPlain) return y - peak;
+  const Float16 gap = (y - peak) / head.temperature;
+  return gap > 0.0f ? splat16(0.0f) : gap;  // NaN stays
 }
 
-// The soft cap does not fall anywhere, so the largest u has the largest y.
+// The largest y, by the largest u; see gaps().
 template <bool kPlain>
 MAESTRO_INLINE float peak_of_row(const float* x, std::int64_t V, const HeadNumbers& head) {
   Float16 most[4];

@@ -1,5 +1,5 @@
-// Rows of a language-model head's logits: log-probs and entropies, and their gradient. kernels/head_rows.py has the
-// formulas; one row is one token.
+// Rows of a language-model head's logits: log-probs and entropies, and their gradient. maestro_fast/ops/head_rows.py has
+// the formulas; one row is one token.
 #pragma once
 
 #include <cstdint>

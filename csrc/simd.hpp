@@ -1,4 +1,4 @@
-// Four doubles at a time, in GCC's vector extension, so that one source is compiled for every instruction set. All
+// Four doubles or 16 floats at a time, in GCC's vector extension, so that one source is compiled for every instruction set. All
 // clones of a function give the same bits, because every operation is rounded by itself (there is no fused
 // multiply-add, see CMakeLists.txt) and every sum has one order.
 #pragma once
@@ -85,7 +85,6 @@ MAESTRO_INLINE Float8 load8(const float* from) {
 }
 
 MAESTRO_INLINE void store8(float* to, Float8 x) { std::memcpy(to, &x, sizeof x); }
-
 
 MAESTRO_INLINE double sum(Float8 x) {
   return sum(Double4{x[0], x[1], x[2], x[3]}) + sum(Double4{x[4], x[5], x[6], x[7]});

@@ -72,7 +72,7 @@ def _backend_reasons() -> list[tuple[str, str]]:
     kernels = (
         "serves CUDA tensors without float64; gradients by policy_loss and the head pass; run on an H100 and an H200"
     )
-    compiled = "serves CPU tensors without float64 and without gradients; has no head pass, pooling or loss"
+    compiled = "serves CPU tensors without float64; gradients by the head pass; has no pooling or policy loss"
     return [
         ("triton", f"{kernels}; here: {here or 'it can'}"),
         ("cpp", f"{compiled}; here: {cpp.obstacle(()) or 'it can'}"),

@@ -1,4 +1,4 @@
-"""How tensors reach the C++ kernels: as addresses of contiguous float32 or bfloat16 on the CPU.
+"""How tensors reach the C++ kernels: as addresses of float32 or bfloat16 on the CPU, contiguous but for rows of logits.
 
 The compiled module is optional. It is loaded when an op first asks for it. Where it is missing, ``backend="cpp"``
 raises an error with the reason, and without a choice by the caller the other backends serve. This file alone imports
@@ -156,5 +156,13 @@ def floats_or_bfloat16(x: Tensor) -> Tensor:
 
 
 def address(x: Tensor | None) -> int:
-    """Where the tensor's data begins; 0 stands for None."""
-    return 0 if x is None else x.data_ptr()
+    """Where the tensor's data begins; 0 stands for None.
+
+    Raises:
+        TypeError: the tensor is of a class of its own, which may hold no data.
+    """
+    if x is None:
+        return 0
+    if type(x) not in PLAIN:
+        raise TypeError(f"C++: got a {type(x).__name__}, expected plain tensors")
+    return x.data_ptr()

@@ -7,9 +7,9 @@ from x to the log-prob, and back to G, are in ``ops.head_rows``. On a CUDA devic
 add up in float32.
 
 The logits of a chunk of rows exist at once. They come from products of one fixed number of rows, the last of which is
-filled up with zeros. So every product has the same shape, whatever else is in the batch. Then the log-probs of the same
-hidden states are bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is
-exactly 1.
+filled up with zeros. So these products have the same shape, whatever else is in the batch. Then the log-probs of the
+same hidden states are bitwise the same in the scoring forward and in the training forward, and the on-policy ratio is
+exactly 1. The gradient by hidden states is made in the same way, unless it is collected in a buffer.
 
 A float32 G overwrites the logits of its chunk, and its two products follow at once. A 16-bit G is collected in a buffer
 until the buffer has ``Head.gradient_rows`` rows. Every product that adds to dW reads and writes all of dW, so dW then
@@ -25,16 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from maestro_fast.ops import head_rows
 from maestro_fast.ops.backend import Backend, resolve
 from maestro_fast.ops.gpu import operator
-from maestro_fast.ops.tensors import no_outputs, wide, without_autocast
+from maestro_fast.ops.tensors import PLAIN, no_outputs, wide, without_autocast
 from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
@@ -90,8 +89,9 @@ def empty_rows(rows: int, columns: int, x: Tensor, dtype: torch.dtype) -> Tensor
 # --- matrix products ---
 #
 # Eager calls use torch.mm and torch.addmm with out_dtype. A compiled graph cannot: torch.addmm with out_dtype raises
-# TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and Dynamo refuses an
-# ``out`` with gaps between its rows. So a graph calls the operators registered here, which are black boxes to it.
+# TypeError on the fake tensors of torch 2.11, Inductor's own addmm does not know the argument, and its code for several
+# products into slices of one tensor is wrong where shapes are symbolic. So a graph calls the operators registered here,
+# which are black boxes to it. Tensors of other classes, fake or sharded ones, are multiplied by PyTorch's @.
 
 _HALVES = torch.bfloat16, torch.float16
 
@@ -106,53 +106,45 @@ def operand(x: Tensor) -> Tensor:
     return x if x.is_cuda and is_half(x) else wide(x)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 for float64)."""
-    if not _both_half(a, b):
+def product(a: Tensor, b: Tensor, step: int) -> Tensor:
+    """a @ b, float32 [n, m] (float64 for float64), in products of ``step`` rows.
+
+    So no row's bits depend on other rows. Rows that the last product lacks are zeros. The rows of the result begin at
+    aligned addresses, but for a graph, where gaps between rows would need a copy.
+    """
+    if type(a) not in PLAIN or type(b) not in PLAIN:
         with without_autocast(a):
             return wide(a) @ wide(b)
-    out = torch.empty(a.shape[0], b.shape[1], device=a.device, dtype=torch.float32)
-    product_into(out, a, b)
-    return out
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b. ``out`` is float32 or float64, and may have gaps between its rows. a and b have its dtype, or both
-    are 16-bit."""
-    (torch.ops.maestro_fast.head_product_into if isinstance(out, FakeTensor) else _product_operator)(out, a, b)
+    return _product_operator(a, b, step, not torch.compiler.is_compiling())
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     """total += alpha * a @ b. ``total`` is float32 or float64."""
-    if not _both_half(a, b):
+    if a.dtype == b.dtype and is_half(a) and type(total) in PLAIN:
+        _add_product_operator(total, a, b, float(alpha))
+    else:
         with without_autocast(a):
             total.addmm_(wide(a), wide(b), alpha=alpha)
-    elif isinstance(total, FakeTensor):
-        torch.ops.maestro_fast.head_add_product_(total, a, b, float(alpha))
-    else:
-        _add_product_operator(total, a, b, float(alpha))
 
 
-def _both_half(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and is_half(a)
+def _empty_product(a: Tensor, b: Tensor, step: int, aligned: bool) -> Tensor:
+    dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    with without_autocast(a):
-        if is_half(a):
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out=out)
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    with without_autocast(a):
-        torch.addmm(total, a, b, alpha=alpha, out_dtype=torch.float32, out=total)
-
-
-@operator("head_product_into(Tensor(a!) out, Tensor a, Tensor b) -> ()", no_outputs)
-def _product_operator(out: Tensor, a: Tensor, b: Tensor) -> None:
-    _product_into(out, a, b)
+@operator("head_product(Tensor a, Tensor b, SymInt step, bool aligned) -> Tensor", _empty_product)
+def _product_operator(a: Tensor, b: Tensor, step: int, aligned: bool) -> Tensor:
+    rows, columns = a.shape[0], b.shape[1]
+    padded = -(-rows // step) * step
+    dtype = wide(a[:0]).dtype
+    out = empty_rows(padded, columns, a, dtype) if aligned else a.new_empty(padded, columns, dtype=dtype)
+    for start in range(0, padded, step):
+        part = a[start : start + step]
+        missing = step - part.shape[0]
+        if missing:
+            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+        _product_into(out[start : start + step], part, b)
+    return out[:rows]
 
 
 @operator("head_add_product_(Tensor(a!) total, Tensor a, Tensor b, float alpha) -> ()", no_outputs)
@@ -160,19 +152,17 @@ def _add_product_operator(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> 
     _add_product_(total, a, b, alpha)
 
 
-def _product_in_steps(a: Tensor, b: Tensor, step: int) -> Tensor:
-    """a @ b, float32 or float64 [n, m] with aligned rows, in products of ``step`` rows, so that no row's bits depend on
-    other rows. Rows that the last product lacks are zeros."""
-    rows = a.shape[0]
-    padded = -(-rows // step) * step
-    out = empty_rows(padded, b.shape[1], a, wide(a[:0]).dtype)
-    for start in range(0, padded, step):
-        part = a[start : start + step]
-        missing = step - part.shape[0]
-        if missing:
-            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-        product_into(out[start : start + step], part, b)
-    return out[:rows]
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    with without_autocast(a), torch.no_grad():
+        if is_half(a):
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    with without_autocast(a), torch.no_grad():
+        torch.addmm(total, a, b, alpha=alpha, out_dtype=torch.float32, out=total)
 
 
 # --- a head, and a chunk of rows on its way through it ---
@@ -229,14 +219,23 @@ class Head:
         return Chunk(self, operand(states), ids)
 
 
-def head_backend(op: str, backend: Backend | None, *tensors: Tensor, bias: Tensor | None) -> Backend:
-    """The backend that serves a head's op. A bias has any floating dtype, because it is converted.
+def head_backend(
+    op: str, backend: Backend | None, *tensors: Tensor, bias: Tensor | None, others: Sequence[Any] = ()
+) -> Backend:
+    """The backend that serves a head's op.
+
+    Args:
+        tensors: hidden states and head.
+        bias: of any floating dtype, because it is converted.
+        others: further arguments, of any dtype and on any device. Tensors of a class of their own count.
 
     Raises:
         ValueError: see ``resolve``.
     """
-    dtype = wide(tensors[0][:0]).dtype
-    return resolve(op, backend, *tensors, bias if bias is None or bias.dtype is not torch.float64 else bias.to(dtype))
+    if bias is not None and bias.dtype is torch.float64:
+        bias = bias.to(wide(tensors[0][:0]).dtype)
+    strange = [x for x in others if isinstance(x, Tensor) and type(x) not in PLAIN]
+    return resolve(op, backend, *tensors, bias, *strange)
 
 
 _STATISTICS: dict[Backend, Callable[[Tensor, Tensor, Tensor | None, HeadSpec], RowStatistics]] = {
@@ -268,7 +267,7 @@ class Chunk:
 
     def logits(self) -> Tensor:
         """The output x of the product [n, V], before scale, bias and soft cap."""
-        return _product_in_steps(self.hidden, self.head.weight.T, self.head.product_rows)
+        return product(self.hidden, self.head.weight.T, self.head.product_rows)
 
     def statistics(self, x: Tensor) -> RowStatistics:
         """The statistics of all n rows."""
@@ -289,18 +288,16 @@ class Chunk:
             out = torch.empty_like(x, dtype=self.hidden.dtype)
         given = self.targets, self.head.bias, stats, dlogprobs, dentropies, self.head.spec
         if self.head.backend == "cpp":
-            head_rows.cpp_dlogits_(x, *given)
-        else:
-            (head_rows.triton_dlogits_ if self.head.backend == "triton" else head_rows.dlogits_)(x, *given, out)
+            assert out is None
+            return head_rows.cpp_dlogits_(x, *given)
+        (head_rows.triton_dlogits_ if self.head.backend == "triton" else head_rows.dlogits_)(x, *given, out)
         return x if out is None else out
 
     def dhidden(self, dlogits: Tensor) -> Tensor:
         """The gradient by the hidden states [n, d], float32 or float64."""
-        weight, scale = self.head.weight, self.head.spec.scale
-        if self.head.collects:
-            return product(dlogits, weight).mul_(scale)
-        # Half as many rows are nearly as fast here, because the product is as deep as the vocabulary.
-        return _product_in_steps(dlogits, weight, max(self.head.product_rows // 2, 1)).mul_(scale)
+        # Half as many rows as for the logits are nearly as fast here, because the product is as deep as the vocabulary.
+        step = dlogits.shape[0] if self.head.collects else self.head.product_rows // 2
+        return product(dlogits, self.head.weight, max(step, 1)).mul_(self.head.spec.scale)
 
     def add_dweight_(self, dweight: Tensor, dlogits: Tensor) -> None:
         """Adds this chunk's share to the gradient by the weight [V, d], float32 or float64."""

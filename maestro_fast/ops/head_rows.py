@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 # --- PyTorch, the reference ---
 
-_BLOCK = (
-    2**19
-)  # elements of logits that the reference takes at once on a CPU: 2 MiB of float32, which fit into the cache
+# Elements of logits that the reference takes at once on a CPU. They take 2 MiB of float32, which fit into the cache.
+_BLOCK = 2**19
 
 
 def row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: HeadSpec) -> RowStatistics:
@@ -179,9 +178,9 @@ def cpp_row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: He
     cpp._C.row_statistics(
         _logit_rows(x, targets),
         _head_numbers(spec, bias),
-        found.logprobs.data_ptr(),
-        found.peaks.data_ptr(),
-        found.totals.data_ptr(),
+        cpp.address(found.logprobs),
+        cpp.address(found.peaks),
+        cpp.address(found.totals),
         cpp.address(found.entropies if wants_entropy else None),
         torch.get_num_threads(),
     )
@@ -189,7 +188,7 @@ def cpp_row_statistics(x: Tensor, targets: Tensor, bias: Tensor | None, spec: He
 
 
 def _logit_rows(x: Tensor, targets: Tensor) -> _C.LogitRows:
-    return cpp._C.LogitRows(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), targets.data_ptr())
+    return cpp._C.LogitRows(cpp.address(x), x.shape[0], x.shape[1], x.stride(0), cpp.address(targets))
 
 
 def _head_numbers(spec: HeadSpec, bias: Tensor | None) -> _C.HeadNumbers:
@@ -268,7 +267,6 @@ def _dlogits_into(
     kernel.dlogits(x, targets, bias, stats, dlogprobs, dentropies, spec, out)
 
 
-@cpp.operator(f"cpp_dlogits_(Tensor(a!) x, {_GIVEN}) -> ()", no_outputs, flat=_flat, whole=_whole)
 def cpp_dlogits_(
     x: Tensor,
     targets: Tensor,
@@ -277,17 +275,41 @@ def cpp_dlogits_(
     dlogprobs: Tensor,
     dentropies: Tensor | None,
     spec: HeadSpec,
+) -> Tensor:
+    """``dlogits_`` of float32 logits [C, V], whose columns are contiguous. The gradient, which is returned, overwrites
+    them, but for a graph: Inductor of torch 2.13 fails on some operators that write into tensors of symbolic sizes."""
+    given = targets.contiguous(), bias, stats, floats(dlogprobs), None if dentropies is None else floats(dentropies)
+    if torch.compiler.is_compiling():
+        return _dlogits_apart(x, *given, spec)
+    _dlogits_over(x, *given, spec)
+    return x
+
+
+@cpp.operator(
+    f"cpp_dlogits(Tensor x, {_GIVEN}) -> Tensor", lambda x, *_: x.new_empty(x.shape), flat=_flat, whole=_whole
+)
+def _dlogits_apart(x: Tensor, *given: Any) -> Tensor:
+    out = x.new_empty(x.shape).copy_(x)
+    _dlogits_over(out, *given)
+    return out
+
+
+def _dlogits_over(
+    x: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: RowStatistics,
+    dlogprobs: Tensor,
+    dentropies: Tensor | None,
+    spec: HeadSpec,
 ) -> None:
-    """``dlogits_`` of float32 logits [C, V], whose columns are contiguous; the gradient overwrites them."""
-    targets, dlogprobs = targets.contiguous(), floats(dlogprobs)
-    dentropies = None if dentropies is None else floats(dentropies)
     cpp._C.dlogits(
         _logit_rows(x, targets),
         _head_numbers(spec, bias),
-        stats.peaks.data_ptr(),
-        stats.totals.data_ptr(),
+        cpp.address(stats.peaks),
+        cpp.address(stats.totals),
         cpp.address(None if dentropies is None else stats.entropies),
-        dlogprobs.data_ptr(),
+        cpp.address(dlogprobs),
         cpp.address(dentropies),
         torch.get_num_threads(),
     )

@@ -68,7 +68,8 @@ def linear_policy_loss(
     chunk go through the head twice, and so do all responses if ``cu_seqlens`` is on a GPU. A loss of your own is taken
     to need the log-probs of the whole batch, so that every row goes through the head twice, unless
     ``ops.loss_function`` marks it as row-wise. A chunk has 4,096 rows on a GPU, or 2,048 with a 16-bit head, and fewer
-    with a vocabulary beyond 163,840. On a CPU its logits take 128 MiB, or those of 256 rows.
+    with a vocabulary beyond 163,840. On a CPU its logits take at most 128 MiB, or
+    are those of 256 rows.
 
     Args:
         hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``. A target of -100 is
@@ -107,11 +108,11 @@ def linear_policy_loss(
     entropy: EntropyMode = "grad" if reads_entropies else "value" if mean_entropy else "none"
     spec = HeadSpec(logit_scale, softcap, temperature, IGNORED, entropy)
     check_head_inputs(hidden, lm_head, targets, bias, spec)
-    head_backend("linear_policy_loss", backend, hidden, lm_head, bias=bias)  # raises if it cannot serve these
     given = LossInputs(
         empty_logprobs(hidden), advantages, cu_seqlens, old_logprobs, ref_logprobs, sampling_logprobs,
         empty_logprobs(hidden) if reads_entropies else None, token_mask, normalizer, entropy_normalizer,
     )  # fmt: skip
+    served = head_backend("linear_policy_loss", backend, hidden, lm_head, bias=bias, others=[targets, *given])
     _check_no_gradient({**given._asdict(), "active": active})
     inputs, active_B = _uploaded_inputs(given, active, hidden.device)
     check_loss_inputs(inputs, config)
@@ -120,7 +121,7 @@ def linear_policy_loss(
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
     with torch.no_grad():
         inputs, rows, worked_T = _without_left_out(inputs, targets, active_B)
-        head = Head.of(lm_head.detach(), None if bias is None else bias.detach(), spec, backend)
+        head = Head.of(lm_head.detach(), None if bias is None else bias.detach(), spec, served)
         loss_backend: Backend | None = None if backend == "cpp" else backend  # C++ has the rows of logits alone.
         sweep = Sweep(head, hidden.detach(), rows, inputs, config, loss_backend)
         if any(wanted):
@@ -160,7 +161,7 @@ class _WithGradients(torch.autograd.Function):
 
         def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
             in_place = not kept and x.dtype is dtype
-            return torch.mul(x, dloss, out=x if in_place else torch.empty_like(x, dtype=dtype))
+            return torch.mul(x, dloss, out=x if in_place else x.new_empty(x.shape, dtype=dtype))
 
         gradients = (
             None if x is None else scaled(x, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

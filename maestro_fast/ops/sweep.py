@@ -145,8 +145,8 @@ def sweep_steps(tokens: int, sizes: HeadSizes, known: Known, *, gradient: bool, 
 def _filled_up(without: Tensor, rows: Tensor, product: int) -> tuple[Tensor, Tensor]:
     """Moves rows without a gradient to those with one, if they save a product there.
 
-    They take the place of zeros in the last product of the logits. The two products of the gradient, which are not
-    filled up, get these rows more, so it pays for at most half of a product.
+    They take the place of zeros in the last product of the logits. The two products of the gradient get these rows
+    more, so it pays for at most half of a product.
     """
     count = len(without) % product
     if not 0 < count <= min(-len(rows) % product, product // 2):

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from maestro_fast.ops.backend import Backend
 from maestro_fast.ops.gpu import operator
@@ -58,10 +59,11 @@ def token_logprobs(
             ``hidden`` is float64. They compute the rows of logits; with "chunked" the matrix products are PyTorch's.
 
     Returns:
-        A ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Logits are computed and summed in that
-        precision, under autocast too. On a CUDA device the gradient by each logit of a 16-bit head is rounded to 16
-        bits before the products add it up in float32, as autograd of such a head does. For float16 this gradient is
-        scaled by a power of two, because float16 would round a token's share of the loss to 0.
+        A ``TokenLogprobs``, float32 (float64 for float64 inputs), in nats. Its gradient cannot be differentiated again.
+        Logits are computed and summed in that precision, under autocast too. On a CUDA device the gradient by each
+        logit of a 16-bit head is rounded to 16 bits before the products add it up in float32, as autograd of such a
+        head does. For float16 this gradient is scaled by a power of two, because float16 would round a token's share
+        of the loss to 0.
 
     Raises:
         ValueError: a shape is wrong, the temperature or the softcap is not positive, a target is out of range (not
@@ -72,7 +74,7 @@ def token_logprobs(
     check_head_inputs(hidden, lm_head, targets, bias, spec)
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy: {strategy!r}, expected 'chunked', 'fused' or 'auto'")
-    served = head_backend("token_logprobs", backend, hidden, lm_head, bias=bias)
+    served = head_backend("token_logprobs", backend, hidden, lm_head, bias=bias, others=[targets])
     if served != "triton" and strategy == "fused":
         raise ValueError(f"strategy: 'fused' is served by backend 'triton' alone, here by {served!r}")
     if strategy == "auto":
@@ -208,6 +210,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, peaks, totals, entropies = ctx.saved_tensors
         stats = RowStatistics(peaks, peaks, totals, entropies)  # A gradient does not read the log-probs.

@@ -29,7 +29,7 @@ from maestro_fast.model.head import causal_lm, vocabulary_of
 from maestro_fast.model.layouts import Layouts, TokenCount
 from maestro_fast.model.rows import Sequences
 from maestro_fast.ops import linear_policy_loss, token_logprobs
-from maestro_fast.ops.head import chunk_rows
+from maestro_fast.ops.head import chunk_rows, product_rows
 from maestro_fast.training.step import Step
 
 _WIDTHS = {"cpu": (32, 64, 96), "cuda": (128, 256, 384)}  # tokens of the rows that are measured
@@ -125,15 +125,17 @@ class HeadMemory:
     """The most that head and loss hold, by the number of completion tokens.
 
     Attributes:
-        chunk: the most tokens whose logits exist at once.
-        within, beyond: the rules up to so many tokens, and from there on.
+        product, chunk: the tokens of one product of the head, and the most whose logits exist at once.
+        within, beyond: the rules up to a chunk of tokens, and from there on.
     """
 
+    product: int
     chunk: int
     within: Growth
     beyond: Growth
 
     def bytes(self, tokens: int) -> float:
+        tokens = -(-tokens // self.product) * self.product
         return (self.within if tokens <= self.chunk else self.beyond).bytes(tokens)
 
 
@@ -189,7 +191,7 @@ class PassMemory:
 
 
 def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progress: bool = False) -> PassMemory:
-    """Measures a policy with passes of a few dozen tokens.
+    """Measures a policy with passes of a few dozen tokens, and its head with those of a chunk.
 
     The gradients of the trained parameters are allocated meanwhile, as they are in a run, and dropped at the end.
 
@@ -221,9 +223,8 @@ def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progre
                 if scores_meanwhile:
                     scoring.append((rows, width, _scoring(step, model, size.sequences(vocabulary), fixed)))
                 bar.update()
-            chunk = chunk_rows(vocabulary, device)
-            few = min(chunk // 2, shape.responses * shape.completion)
-            head = [(n, 1, _head(step, n, dtype)) for n in (few, chunk, 2 * chunk)]
+            chunk, product = chunk_rows(vocabulary, device), product_rows(device)
+            head = [(n, 1, _head(step, n, dtype)) for n in (product, chunk, chunk + product)]
             bar.update()
         for rows, width in ((2, widths[0]), (2, widths[1]), (2, widths[2]), (4, widths[0])) if samples else ():
             filled.append((rows, width, *_prefill(step, model, rows, width, vocabulary)))
@@ -236,7 +237,7 @@ def measure(step: Step, model: nn.Module, shape: Shape, *, samples: bool, progre
         Growth.through(saved),
         Growth.through(scoring) if scoring else None,
         Growth.through(backward),
-        HeadMemory(chunk, _fitted(head[:2], pairs=False), _fitted(head[1:], pairs=False)),
+        HeadMemory(product, chunk, _fitted(head[:2], pairs=False), _fitted(head[1:], pairs=False)),
         head_bytes if tied else 0,
         own + (2 * head_bytes if tied else 0),
         Growth.through([(r, w, most) for r, w, most, _ in filled]) if filled else Growth(0.0, 0.0),

@@ -56,7 +56,7 @@ def test_a_graph_gives_what_eager_calls_give(dtype: torch.dtype, monkeypatch: py
 def test_products_of_fake_tensors_of_a_device(dtype: torch.dtype, compiled: bool) -> None:
     def products(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
         head_module.add_product_(total, a, b, 0.5)
-        return head_module.product(a, b)
+        return head_module.product(a, b, 16)
 
     torch._dynamo.reset()
     function = torch.compile(products, fullgraph=True, backend="eager") if compiled else products
@@ -83,7 +83,8 @@ def test_operators_are_registered_properly(monkeypatch: pytest.MonkeyPatch) -> N
     half_products_on_the_cpu(monkeypatch)
     a, b, out = torch.randn(4, 3).half(), torch.randn(3, 5).half(), torch.zeros(4, 8)[:, :5]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.maestro_fast.head_product_into, (out, a, b), test_utils=checks)
+    for step in (3, 4, 9):
+        torch.library.opcheck(torch.ops.maestro_fast.head_product, (a, b, step, False), test_utils=checks)
     torch.library.opcheck(torch.ops.maestro_fast.head_add_product_, (out, a, b, 0.5), test_utils=checks)
 
 

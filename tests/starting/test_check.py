@@ -45,7 +45,7 @@ def raw(tmp_path: Path, model: Path) -> dict[str, Any]:
         "data": {"path": str(tmp_path / "prompts.jsonl")},
         "rewards": [f"{tmp_path}/own.py:parity", {"type": "length", "target": 2, "where": {"family": "a"}}],
         "weights": "conductor",
-        "sampling": {"group_size": 4, "max_new_tokens": 12},
+        "sampling": {"group_size": 4, "max_new_tokens": 96},
         "batch": {"prompts_per_batch": 2, "micro_batch": 4},
         "loss": {"kl_coef": 0.1},
         "advantages": {"profile": "grpo"},
