@@ -275,7 +275,7 @@ ROWS = [
                     beside=(("TRL's block", "TRL"),),
                     why="the target is for an idle core",
                 ),
-                faster("TRL", times, "TRL's block", "loop"),
+                faster("TRL", times, "TRL's block", "loop", why="12 two days before, on such a machine"),
             ),
         )
         for profile, bound, times in (("grpo", 23, 8), ("gdpo", 35, 12))
