@@ -9,8 +9,8 @@
 namespace maestro_fast {
 namespace {
 
-constexpr std::int64_t kLanes = 16;  // lanes of a Float16
-constexpr std::int64_t kBlock = 512;                   // columns that are added up in float32; blocks are added in double
+constexpr std::int64_t kLanes = 16;   // lanes of a Float16
+constexpr std::int64_t kBlock = 512;  // columns that are added up in float32; blocks are added up in double
 constexpr std::int64_t kElementsPerThread = 1 << 15;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -215,8 +215,12 @@ MAESTRO_INLINE void dlogits_of_rows(const LogitRows& logits, const HeadNumbers& 
       continue;
     }
     const double total = stats.totals[r];
-    const Row row{stats.peaks[r],  static_cast<float>(1.0 / total),         static_cast<float>(log_of(total)),
-                  kEntropy ? stats.entropies[r] : 0.0f, dlogprob, dentropy};
+    const Row row{stats.peaks[r],
+                  static_cast<float>(1.0 / total),
+                  static_cast<float>(log_of(total)),
+                  kEntropy ? stats.entropies[r] : 0.0f,
+                  dlogprob,
+                  dentropy};
     dlogits_of_row<kPlain, kEntropy>(x, logits.columns, head, row, logits.targets[r]);
   }
 }
