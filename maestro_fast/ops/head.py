@@ -38,9 +38,9 @@ from maestro_fast.specs import HeadSpec, RowStatistics
 
 Rows = slice | Tensor  # rows of the batch: a range, or int64 indices
 
-# The number of float32 logits of a chunk. On a CPU they take 128 MiB, or those of 256 rows. Every chunk reads the head
-# twice, and reads and writes its gradient once, which with 64 rows takes as long as the products (bench/NOTES.md). On a
-# GPU they take 2.5 GiB, which hold 4,096 rows of a vocabulary of up to 163,840.
+# The number of float32 logits of a chunk. On a CPU they take at most 128 MiB, or are those of 256 rows. Every chunk
+# reads the head twice, and reads and writes its gradient once, which for 64 rows takes about as long as a product
+# (bench/NOTES.md). On a GPU they take 2.5 GiB, which hold 4,096 rows of a vocabulary of up to 163,840.
 _CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 5 * 2**27}
 _LEAST_ROWS = {"cpu": 256, "cuda": 1024}
 # The rows of one product of hidden states and head. All products have one shape, so that a row's bits do not depend on

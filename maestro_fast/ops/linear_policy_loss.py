@@ -68,8 +68,7 @@ def linear_policy_loss(
     chunk go through the head twice, and so do all responses if ``cu_seqlens`` is on a GPU. A loss of your own is taken
     to need the log-probs of the whole batch, so that every row goes through the head twice, unless
     ``ops.loss_function`` marks it as row-wise. A chunk has 4,096 rows on a GPU, or 2,048 with a 16-bit head, and fewer
-    with a vocabulary beyond 163,840. On a CPU its logits take at most 128 MiB, or
-    are those of 256 rows.
+    with a vocabulary beyond 163,840. On a CPU its logits take at most 128 MiB, or are those of 256 rows.
 
     Args:
         hidden, lm_head, targets, bias, logit_scale, softcap, temperature: see ``token_logprobs``. A target of -100 is

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from maestro_fast.ops import token_logprobs
+from maestro_fast.ops import cpp, token_logprobs
 from maestro_fast.records import PolicyOutputs
 from maestro_fast.training import MaestroTrainer
 from maestro_fast.training.batches import Processes
@@ -82,6 +82,25 @@ def test_the_policy_is_scored_with_the_bits_of_its_training_forward(
     monkeypatch.setattr("maestro_fast.model.forward.token_logprobs", spy)
     case(raw_config, "2 updates per batch", loss={"kl_coef": 0.1}, trainer={"max_steps": 2})
     assert seen.keys() == {("chunked", False), ("auto", False)} and len(set(seen.values())) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_row_of_logits_goes_through_cpp(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a CPU, forward and back, in each way that a batch may be scored. PyTorch's rows are not called."""
+    calls = Counter[str]()
+    for function in ("row_statistics", "dlogits"):
+
+        def counted(*given: Any, function: str = function, run: Any = getattr(cpp._C, function)) -> Any:
+            calls[function] += 1
+            return run(*given)
+
+        monkeypatch.setattr(cpp._C, function, counted)
+    monkeypatch.delattr("maestro_fast.ops.head_rows._block_statistics")
+    monkeypatch.delattr("maestro_fast.ops.head_rows._block_dlogits")
+    case(raw_config, name, loss={"kl_coef": 0.1}, trainer={"max_steps": 2})
+    assert calls["row_statistics"] > calls["dlogits"] >= 2
 
 
 def test_one_forward_per_step_is_one(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
